@@ -1,0 +1,31 @@
+// What a device provides: three functions over one Problem. csrc/bind/ picks the table by the device
+// of the arrays; csrc/cpu/ and cuda/ each define one and never see each other.
+#pragma once
+
+#include <cstddef>
+
+#include "problem.h"
+
+namespace fastrnn {
+
+enum class Pass { forward, backward };
+
+struct Backend {
+  // Bytes of scratch the pass needs. Reads sizes, options, pointers for presence only.
+  std::size_t (*workspace_size)(const Problem&, Pass);
+  void (*forward)(const Problem&);
+  void (*backward)(const Problem&);
+};
+
+const Backend& cpu_backend();
+
+// What the engine knows of a cell, for callers that size arrays by it.
+struct CellTraits {
+  int gates;         // rows of the weights, in units of H
+  int states;        // 1: h; 2: h and c
+  int saved_planes;  // of `Problem::gates`
+};
+// Throws std::invalid_argument where no such cell exists.
+CellTraits cell_traits(const Options&);
+
+}  // namespace fastrnn
