@@ -1,4 +1,4 @@
-"""What every test runs under: one thread, one seed, one hypothesis profile; and the shared fixtures.
+"""What every test runs under: one thread, one seed, one hypothesis profile; shared fixtures.
 
 torch is not imported here unless it is installed: the tests of the NumPy half run without it.
 """
