@@ -77,7 +77,7 @@ test-numpy:  ## install into a .venv without torch and test what needs none ther
 	rm -rf .venv-numpy
 	$(PYTHON) -m venv .venv-numpy
 	.venv-numpy/bin/python -m pip install --quiet . pytest
-	.venv-numpy/bin/python -m pytest tests/test_without_torch.py
+	.venv-numpy/bin/python -m pytest tests/test_no_torch.py
 
 typecheck: $(INSTALLED)  ## mypy --strict over the package
 	$(BIN)/mypy --strict python/fastrnn
