@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
 from fastrnn import _C
 from fastrnn.reference import Options, States
 from problems import Gradients, Problem, Solution
 from tolerances import assert_close
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from fastrnn import reference
 from fastrnn.reference import Options, States
 
@@ -41,7 +42,7 @@ class Problem:
 
     @property
     def steps(self) -> int:
-        return len(self.rows["batch_sizes"] if "batch_sizes" in self.rows else self.input)
+        return len(self.rows.get("batch_sizes", self.input))
 
     @property
     def batch(self) -> int:

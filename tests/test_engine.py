@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from engine import DTYPES, Call, check_against_reference, rounded, run_engine, to_float64
 from fastrnn import _C, reference
 from fastrnn.reference import Options
@@ -66,12 +67,14 @@ def test_activations_match_the_reference(
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("sizes", [(4, 40, 24, 64), (5, 1, 3, 130), (3, 9, 70, 100)])
-@pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU", "GRU, reset before"])
+@pytest.mark.parametrize(
+    ("cell", "reset_after"), [("RNN", True), ("LSTM", True), ("GRU", True), ("GRU", False)]
+)
 def test_larger_sizes_match_the_reference(
-    cell: str, sizes: tuple[int, ...], threads: int, dtype: str
+    cell: Any, reset_after: bool, sizes: tuple[int, ...], threads: int, dtype: str
 ) -> None:
     T, B, input_size, hidden_size = sizes
-    options = Options(cell.split(",")[0], 2, True, reset_after="before" not in cell)  # type: ignore[arg-type]
+    options = Options(cell, 2, True, reset_after=reset_after)
     problem = random_problem(
         options, T=T, B=B, input_size=input_size, hidden_size=hidden_size, layout="lengths"
     )
@@ -274,7 +277,8 @@ def test_what_padding_holds_has_no_influence(cell: Any, value: float) -> None:
     problem = random_problem(Options(cell, 2, True), layout="lengths", d_states=True)
     clean = run_engine(problem).named()
     d = problem.d
-    assert d.output is not None and d.states is not None
+    assert d.output is not None
+    assert d.states is not None
     for b, length in enumerate(problem.rows["lengths"]):
         for padded in (problem.input[length:, b], d.output[length:, b]):
             padded[...] = value
@@ -293,7 +297,8 @@ def test_a_reset_stops_nan(cell: Any) -> None:
     reset[[0, 3]] = True
     problem = replace(problem, rows={"reset": reset})
     clean = run_engine(problem)
-    assert problem.hx is not None and problem.d.output is not None
+    assert problem.hx is not None
+    assert problem.d.output is not None
     for state in problem.hx:
         state[0] = np.nan  # the forward direction starts afresh at step 0
     problem.input[4] = np.nan

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from engine import DTYPES, Call, assert_bitwise, assert_solutions_bitwise, run_engine, to_float64
 from fastrnn.reference import Options, States
 from problems import Problem, only, random_problem

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from engine import check_against_reference
 from fastrnn import reference
 from fastrnn.reference import Options
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from problems import LAYOUTS, Problem, random_problem
 
 

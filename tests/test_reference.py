@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from fastrnn import reference
 from fastrnn.reference import Cell, Options, Parameters
 from problems import LAYOUTS, Array, Gradients, Problem, Solution, only, random_problem
@@ -153,7 +154,8 @@ def test_packed_equals_lengths(options: Options) -> None:
         return reference._pad(x, active)
 
     d = packed.d
-    assert d.output is not None and d.states is not None
+    assert d.output is not None
+    assert d.states is not None
     padded = replace(
         packed,
         input=pad(packed.input),
@@ -205,7 +207,10 @@ def test_reset_equals_each_episode_alone(options: Options, first_step: bool) -> 
 def episode(problem: Problem, start: int, stop: int, zero_first: bool) -> Problem:
     """Steps start…stop alone; each direction takes hx only where it enters the whole sequence and
     gets a gradient of its last state only where it leaves it."""
-    assert problem.hx and problem.d.hx_n and problem.d.states and problem.d.output is not None
+    assert problem.hx
+    assert problem.d.hx_n
+    assert problem.d.states
+    assert problem.d.output is not None
     ends = [start == 0 and not zero_first, stop == problem.steps]
     leaves = [stop == problem.steps, start == 0]
     D = len(problem.hx[0])

@@ -24,13 +24,20 @@ both directions, packed, with lengths and with resets. `forward` and `backward` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from fastrnn._options import Options as Options
+from fastrnn._options import Options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+__all__ = ["Options", "Result", "Saved", "States", "backward", "forward"]
+__all__ += ["rnn_cell", "rnn_cell_backward", "lstm_cell", "lstm_cell_backward"]
+__all__ += ["gru_cell", "gru_cell_backward", "Parameters"]
+__all__ += ["ACTIVATIONS", "CELLS", "GATE_ACTIVATIONS", "Cell", "Function"]
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -84,7 +91,8 @@ class Parameters(NamedTuple):
 
 def linear(x: Array, weight: Array, bias: Array) -> Array:
     """x·Wᵀ + b: (B, K), (M, K), (M,) → (B, M)."""
-    return x @ weight.T + bias
+    y: Array = x @ weight.T + bias
+    return y
 
 
 def linear_backward(d_y: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
