@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 every_stack = pytest.mark.parametrize("options", STACKS.values(), ids=STACKS.keys())
 every_step = pytest.mark.parametrize("steps", STEPS)
-cells = pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
 
 
 def outputs(case: Case, **extra: Any) -> tuple[Tensor, ...]:
@@ -79,7 +78,6 @@ def test_gradgradcheck(options: Options, steps: str) -> None:
     )
 
 
-@cells
 def test_third_derivative_equals_composed(cell: str) -> None:
     def third(route: Any) -> Tensor:
         case = make(Options(cell))  # type: ignore[arg-type]
@@ -103,7 +101,6 @@ def test_double_backward_of_arguments_that_depend_on_each_other() -> None:
     torch.testing.assert_close(second(outputs), second(composed), rtol=1e-9, atol=1e-9)
 
 
-@cells
 def test_backward_twice_with_retain_graph(cell: str) -> None:
     case = make(Options(cell))  # type: ignore[arg-type]
     value = loss(outputs(case))
@@ -152,7 +149,6 @@ def test_nothing_is_saved_where_no_gradient_is_wanted() -> None:
     assert op.call_args.args[-2:] == (False, False)
 
 
-@cells
 def test_unused_outputs_get_no_gradient(cell: str) -> None:
     case = make(Options(cell, num_layers=2))  # type: ignore[arg-type]
     for k in range(len(outputs(case, return_states=True))):
@@ -174,7 +170,6 @@ def test_in_place_change_between_forward_and_backward_is_detected(changed: str) 
         value.backward()
 
 
-@cells
 def test_final_states_may_change_in_place(cell: str) -> None:
     case = make(Options(cell))  # type: ignore[arg-type]
     expected = torch.autograd.grad(outputs(case)[0].sum(), case.leaves)
@@ -185,7 +180,6 @@ def test_final_states_may_change_in_place(cell: str) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
-@cells
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint(cell: str, reentrant: bool) -> None:
     case = make(Options(cell, num_layers=2))  # type: ignore[arg-type]
@@ -217,7 +211,6 @@ def test_saved_tensors_pass_through_hooks() -> None:
     torch.testing.assert_close(torch.autograd.grad(value, case.leaves), expected, rtol=0, atol=0)
 
 
-@cells
 def test_graph_is_freed_without_the_garbage_collector(cell: str) -> None:
     gc.collect()
     gc.disable()
@@ -243,7 +236,6 @@ def test_operator_without_save_computes_again_in_backward() -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
-@cells
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types(cell: str, dtype: torch.dtype) -> None:
     options = Options(cell, num_layers=2, bidirectional=True)  # type: ignore[arg-type]
@@ -256,7 +248,6 @@ def test_half_types(cell: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(*gradients, rtol=20 * tolerance, atol=20 * tolerance)
 
 
-@cells
 @pytest.mark.parametrize("training", [False, True])
 def test_dropout_masks_are_those_of_torch(cell: str, training: bool) -> None:
     theirs = getattr(torch.nn, cell)(3, 4, num_layers=3, dropout=0.4, bidirectional=True)
@@ -285,7 +276,6 @@ def test_dropout_masks_are_those_of_torch(cell: str, training: bool) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
 
 
-@cells
 def test_dropout_masks_of_packed_data_are_those_of_torch(cell: str) -> None:
     theirs = getattr(torch.nn, cell)(3, 4, num_layers=2, dropout=0.4).double()
     x = torch.nn.utils.rnn.pack_sequence(
@@ -305,7 +295,6 @@ def test_dropout_masks_of_packed_data_are_those_of_torch(cell: str) -> None:
     torch.testing.assert_close(got, expected.data, rtol=1e-12, atol=1e-12)
 
 
-@cells
 def test_complex_numbers_take_the_composed_route(cell: str) -> None:
     case = make(Options(cell), dtype=torch.complex128)  # type: ignore[arg-type]
     with patch.object(_composed, "forward", wraps=_composed.forward) as route:
@@ -315,7 +304,6 @@ def test_complex_numbers_take_the_composed_route(cell: str) -> None:
     assert route.called
 
 
-@cells
 def test_padding_may_hold_anything(cell: str) -> None:
     """Not even a NaN in the padding reaches an output or a gradient, on either route."""
     case = make(Options(cell, bidirectional=True), "lengths-reset")  # type: ignore[arg-type]
@@ -331,7 +319,7 @@ def test_padding_may_hold_anything(cell: str) -> None:
         torch.testing.assert_close(again, gradients, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own
 def test_composed_route_under_transforms() -> None:
     case = make(Options("LSTM"), requires_grad=False)
 

@@ -5,14 +5,14 @@ Each error names the argument, says what it was and what was expected.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from ._engine import engine_options, scalars
+from ._options import Cell, Options
 
-if TYPE_CHECKING:
-    from ._options import Options
-
+_GATES = {cell: engine_options(*scalars(Options(cell))).gates for cell in get_args(Cell)}
 REAL = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -56,6 +56,12 @@ def arguments(
     return Arguments(input, hx, tuple(weights), lengths, reset)
 
 
+def is_torch(x: Any) -> bool:
+    """Whether ``x`` is a torch tensor, found out without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
 def weight_names(options: Options) -> list[str]:
     """The parameters of a stack in torch's order and by torch's names."""
     kinds = ["weight_ih", "weight_hh"]
@@ -88,10 +94,10 @@ def check(
     T, B, I = _time_major(input.shape, batch_first)  # noqa: E741 - the sizes' names everywhere
     if T == 0:
         raise ValueError(f"input must have at least one step, got shape {input.shape}")
-    engine = engine_options(*scalars(options))
+    gates = _GATES[options.cell]
     directions = 2 if options.bidirectional else 1
     names = weight_names(options)
-    H = _hidden_size(engine.gates, describe(names[1], given.weights[1]), names[1])
+    H = _hidden_size(gates, describe(names[1], given.weights[1]), names[1])
     out = options.proj_size or H
     per_group = len(names) // (options.num_layers * directions)
     for index, (name, weight) in enumerate(zip(names, given.weights, strict=True)):
@@ -101,7 +107,7 @@ def check(
         if kind == "weight_hr":
             expected: tuple[int, ...] = (options.proj_size, H)
         else:
-            expected = (engine.gates * H, *([columns[kind]] if kind in columns else []))
+            expected = (gates * H, *([columns[kind]] if kind in columns else []))
         _check_like(name, describe(name, weight), expected, input)
     groups = options.num_layers * directions
     for name, state, units in zip(("h0", "c0"), given.hx or (), (out, H), strict=False):

@@ -18,6 +18,8 @@ from ._arguments import (
     check_gradient,
     check_lengths,
     check_shape,
+    is_torch,
+    weight_names,
 )
 from ._engine import States, engine_options, saved_size, scalars
 
@@ -57,7 +59,7 @@ def forward(
     return_states: bool,
     return_saved: bool,
 ) -> Outputs:
-    given = _taken(arguments(options, input, hx, weights, lengths, reset))
+    given = _taken(options, arguments(options, input, hx, weights, lengths, reset))
     check(options, given, _describe, batch_first=batch_first)
     given = _time_major(given, batch_first)
     engine = engine_options(*scalars(options))
@@ -142,19 +144,21 @@ def backward(
     return d_input.transpose(0, 1) if batch_first else d_input, d_hx or None, d_weights
 
 
-def _taken(given: Arguments) -> Arguments:
+def _taken(options: Options, given: Arguments) -> Arguments:
     """The arrays as the engine's own, sharing their memory."""
     return Arguments(
         _array("input", given.input),
         given.hx
         and tuple(_array(name, x) for name, x in zip(("h0", "c0"), given.hx, strict=False)),
-        tuple(_array(f"weights[{k}]", x) for k, x in enumerate(given.weights)),
+        tuple(map(_array, weight_names(options), given.weights)),
         given.lengths,
         given.reset,
     )
 
 
 def _array(name: str, x: Any) -> _C.Tensor:
+    if is_torch(x):
+        raise TypeError(f"{name} must not be a torch.Tensor: input is not one")
     if not hasattr(x, "__dlpack__"):
         raise TypeError(
             f"{name} must be an array (NumPy or another with __dlpack__), got {x!r:.40}"

@@ -46,7 +46,7 @@ _library.define(
 )
 _library.define(
     f"backward(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, {_STEPS}, Tensor hidden, "
-    "Tensor h_n, Tensor c_n, Tensor cell, Tensor gates, Tensor? d_output, Tensor? d_hidden, "
+    "Tensor h_n, Tensor c_n, Tensor cell_state, Tensor gates, Tensor? d_output, Tensor? d_hidden, "
     f"Tensor? d_cell, Tensor? d_h_n, Tensor? d_c_n, {_OPTIONS}, bool[] needs) -> Tensor[]"
 )
 

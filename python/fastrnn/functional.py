@@ -28,10 +28,10 @@ expected.
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 from . import _arrays
+from ._arguments import is_torch
 from ._engine import States
 from ._options import Options
 
@@ -290,7 +290,7 @@ def _forward(
     return_saved: bool,
 ) -> tuple[Any, ...]:
     route: Any = _arrays
-    if _is_torch(input):
+    if is_torch(input):
         from . import _tensors as route
     output, hx_n, states, saved = route.forward(
         options,
@@ -328,12 +328,6 @@ def _backward(
         from . import _tensors as route
     d_input, d_hx, d_weights = route.backward(d_output, tuple(d_hx_n), saved, d_states)
     return d_input, d_hx if d_hx is None or cell == "LSTM" else d_hx[0], d_weights
-
-
-def _is_torch(x: Any) -> bool:
-    """Whether ``x`` is a torch tensor, found out without importing torch."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(x, torch.Tensor)
 
 
 def __getattr__(name: str) -> Any:
