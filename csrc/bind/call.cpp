@@ -418,17 +418,19 @@ int max_threads() {
 #endif
 }
 
+// Every argument may be given by position: naming one costs the dispatcher more than all the
+// checks.
 void register_call(py::module_& module) {
   using py::arg;
   module.def("forward", forward, arg("options"), arg("input"), arg("h0"), arg("c0"), arg("weights"),
              arg("batch_sizes"), arg("lengths"), arg("reset"), arg("hidden"), arg("h_n"),
-             arg("c_n"), arg("cell"), arg("gates"), py::kw_only(), arg("all_layers"),
-             arg("threads") = 0, arg("workspace") = py::none());
+             arg("c_n"), arg("cell"), arg("gates"), arg("all_layers"), arg("threads") = 0,
+             arg("workspace") = py::none());
   module.def("backward", backward, arg("options"), arg("input"), arg("h0"), arg("c0"),
              arg("weights"), arg("batch_sizes"), arg("lengths"), arg("reset"), arg("hidden"),
              arg("h_n"), arg("c_n"), arg("cell"), arg("gates"), arg("d_output"), arg("d_hidden"),
              arg("d_cell"), arg("d_h_n"), arg("d_c_n"), arg("d_input"), arg("d_h0"), arg("d_c0"),
-             arg("d_weights"), py::kw_only(), arg("threads") = 0, arg("workspace") = py::none());
+             arg("d_weights"), arg("threads") = 0, arg("workspace") = py::none());
 }
 
 }  // namespace fastrnn::bind
