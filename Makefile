@@ -1,0 +1,118 @@
+# One command for each chore; `make help` lists them. All of them set up what they need in .venv and
+# build/ first, and do again only what has changed since.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+TORCH_VERSION := 2.13.0
+BUILD_TOOLS := scikit-build-core pybind11 cmake ninja
+PYTEST_ARGS ?= -n auto
+
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD := build/python
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+CPP := $(shell find csrc cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help setup demo bench test test-cpp test-python test-numpy lint typecheck format sanitize \
+        docs wheel cuda clean
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# ---- set-up -----------------------------------------------------------------------------------
+# torch comes first and pinned, so that nothing after it pulls another. The package is installed
+# editable: a change of Python needs no rebuild, a change of C++ rebuilds what it touches.
+
+setup: $(INSTALLED)  ## .venv with torch, the tools and the package (the others do this themselves)
+
+$(VENV)/.torch-$(TORCH_VERSION):
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==$(TORCH_VERSION) $(BUILD_TOOLS)
+	touch $@
+
+$(INSTALLED): $(VENV)/.torch-$(TORCH_VERSION) pyproject.toml CMakeLists.txt $(CPP)
+	$(BIN)/python -m pip install --quiet --no-build-isolation \
+	    --config-settings=build-dir=$(BUILD) \
+	    --config-settings=cmake.define.FASTRNN_TESTS=ON \
+	    --editable '.[torch,bench,dev,docs]'
+	touch $@
+
+# ---- use --------------------------------------------------------------------------------------
+
+demo: $(INSTALLED)  ## train a digit classifier with torch's layers and ours, then time the layers
+	$(BIN)/python examples/digits.py
+	$(BIN)/fastrnn bench --suite quick
+
+bench: $(INSTALLED)  ## time every case of the CPU suite against torch and ONNX Runtime
+	mkdir -p build
+	$(BIN)/fastrnn bench --suite cpu --json build/bench.json
+
+# ---- check ------------------------------------------------------------------------------------
+
+test: test-cpp test-python  ## the C++ tests, then the Python tests
+
+test-cpp: $(INSTALLED)  ## the C++ tests alone
+	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
+
+test-python: $(INSTALLED)  ## the Python tests alone
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED) typecheck  ## ruff, clang-format and mypy; changes nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+# What NumPy users get: the wheel, built in isolation, where torch was never installed. The Python
+# is PYTHON, for example `make test-numpy PYTHON=python3.13`.
+test-numpy:  ## install into a .venv without torch and test what needs none there
+	rm -rf .venv-numpy
+	$(PYTHON) -m venv .venv-numpy
+	.venv-numpy/bin/python -m pip install --quiet . pytest
+	.venv-numpy/bin/python -m pytest tests/test_without_torch.py
+
+typecheck: $(INSTALLED)  ## mypy --strict over the package
+	$(BIN)/mypy --strict python/fastrnn
+
+format: $(INSTALLED)  ## write Python and C++ in the house's format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
+
+# $(call sanitized,DIRECTORY,SANITIZERS,TESTS): build the C++ tests with sanitizers and run TESTS.
+define sanitized
+	$(BIN)/cmake -S . -B build/$(1) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	    -DFASTRNN_PYTHON=OFF -DFASTRNN_CUDA=OFF -DFASTRNN_TESTS=ON -DFASTRNN_SANITIZE=$(2)
+	$(BIN)/cmake --build build/$(1)
+	$(BIN)/ctest --test-dir build/$(1) --output-on-failure $(3)
+endef
+
+sanitize: $(INSTALLED)  ## the C++ tests under ASan and UBSan, the barrier's under TSan
+	$(call sanitized,asan,address$(comma)undefined)
+	$(call sanitized,tsan,thread,--tests-regex barrier)
+
+# ---- publish ----------------------------------------------------------------------------------
+
+docs: $(INSTALLED)  ## the documentation site, in docs/_build/html
+	$(BIN)/sphinx-build -W --keep-going docs docs/_build/html
+
+wheel: $(INSTALLED)  ## a wheel of this machine's kind, in dist
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+cuda: $(INSTALLED)  ## compile the CUDA sources, where there is a CUDA compiler
+	@command -v nvcc >/dev/null || { echo 'make cuda: no nvcc on PATH; install the CUDA toolkit'; exit 1; }
+	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	    -DFASTRNN_PYTHON=OFF -DFASTRNN_CUDA=ON
+	$(BIN)/cmake --build build/cuda
+
+clean:  ## remove everything that these targets made
+	rm -rf .venv .venv-numpy build dist demo docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+comma := ,

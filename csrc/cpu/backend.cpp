@@ -1,0 +1,384 @@
+// The CPU's backend: picks the instruction set, lays out the workspace, and runs a stack layer by
+// layer, each one parallel region.
+#include "../backend.h"
+
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+
+#include "../cells/list.h"
+#include "../steps.h"
+#include "isa.h"
+#include "layer.h"
+#include "threads.h"
+
+namespace fastrnn {
+namespace {
+
+// ---- instruction sets -------------------------------------------------------------------------
+
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && has_avx2();
+}
+#endif
+
+std::vector<const InstructionSet*> runnable_sets() {
+  std::vector<const InstructionSet*> sets;
+#if defined(__x86_64__)
+  if (has_avx512()) sets.push_back(&avx512_set);
+  if (has_avx2()) sets.push_back(&avx2_set);
+#elif defined(__aarch64__)
+  sets.push_back(&neon_set);
+#endif
+  sets.push_back(&portable_set);
+  return sets;
+}
+
+const InstructionSet& choose_set() {
+  const auto sets = runnable_sets();
+  const char* wanted = std::getenv("FASTRNN_ISA");
+  if (!wanted || !*wanted) return *sets.front();
+  std::string names;
+  for (const InstructionSet* set : sets) {
+    if (std::string(wanted) == set->name) return *set;
+    names += (names.empty() ? "" : ", ") + std::string(set->name);
+  }
+  throw std::invalid_argument("FASTRNN_ISA: '" + std::string(wanted) +
+                              "' is not an instruction set that this CPU runs; it runs " + names);
+}
+
+const InstructionSet& chosen_set() {
+  static const InstructionSet& set = choose_set();
+  return set;
+}
+
+// ---- cells ------------------------------------------------------------------------------------
+
+struct CellEntry {
+  int index;  // of AllCells
+  CellTraits traits;
+};
+
+template <class... Cells>
+bool find_cell(CellList<Cells...>, const Options& o, CellEntry& found) {
+  int index = -1;
+  const auto try_cell = [&](const char* name, bool accepts, CellTraits traits) {
+    ++index;
+    if (o.cell != name || !accepts) return false;
+    found = {index, traits};
+    return true;
+  };
+  return (try_cell(Cells::name, Cells::accepts(o.maths),
+                   {Cells::gates, Cells::states, Cells::saved + (o.proj_size ? 1 : 0)}) ||
+          ...);
+}
+
+CellEntry cell_entry(const Options& o) {
+  CellEntry found{};
+  if (!find_cell(AllCells{}, o, found))
+    throw std::invalid_argument("cell: '" + o.cell + "' is not a cell of this engine");
+  return found;
+}
+
+const LayerKernels& kernels(const Problem& p) {
+  return chosen_set().kernels[cell_entry(p.options).index][static_cast<int>(p.dtype)];
+}
+
+// ---- sizes ------------------------------------------------------------------------------------
+
+std::size_t storage_bytes(DType d) { return d == DType::f64 ? 8 : d == DType::f32 ? 4 : 2; }
+std::size_t compute_bytes(DType d) { return d == DType::f64 ? 8 : 4; }
+
+void* shifted(void* p, std::int64_t elements, std::size_t bytes) {
+  return p ? static_cast<char*>(p) + elements * static_cast<std::int64_t>(bytes) : nullptr;
+}
+
+// Takes memory piece by piece, 64-byte aligned; from nothing, it only counts.
+struct Pieces {
+  char* base;
+  std::size_t used = 0;
+  void* take(std::size_t bytes) {
+    void* piece = base ? base + used : nullptr;
+    used += (bytes + 63) / 64 * 64;
+    return piece;
+  }
+};
+
+// What a call's layers have in common.
+struct Stack {
+  const Problem& p;
+  Pass pass;
+  CellEntry cell;
+  const LayerKernels& kernels;
+  std::int64_t O, pairs, saved_pairs;
+  std::size_t storage, compute;
+  Steps steps;
+  Plan plan, single;
+
+  Stack(const Problem& problem, Pass which)
+      : p(problem),
+        pass(which),
+        cell(cell_entry(problem.options)),
+        kernels(fastrnn::kernels(problem)),
+        O(problem.options.proj_size ? problem.options.proj_size : problem.H),
+        storage(storage_bytes(problem.dtype)),
+        compute(compute_bytes(problem.dtype)) {}
+
+  std::int64_t inputs(std::int64_t layer) const { return layer ? p.options.directions * O : p.I; }
+};
+
+// How a team divides a layer: see Plan. One thread where the work would not repay waking the others.
+Plan make_plan(const Stack& s) {
+  const Problem& p = s.p;
+  Plan plan;
+  constexpr double kRegionWork = 1 << 21;   // products worth a parallel region
+  constexpr double kBarrierWork = 1 << 19;  // products of a step worth its barrier
+  const double step = static_cast<double>(s.cell.traits.gates) * p.H * s.O;
+  const double all = static_cast<double>(s.pairs) * s.cell.traits.gates * p.H * (p.I + s.O) *
+                     p.options.directions;
+  int left = all < kRegionWork ? 1 : p.threads;
+  if (left <= 1) return plan;
+  plan.threads = left;
+  if (p.options.directions == 2) {
+    plan.direction_threads = 2;
+    left /= 2;
+  }
+  const std::int64_t row_hands = p.B / s.kernels.rows_per_block;
+  if (row_hands >= left) {
+    plan.row_threads = left;
+    return plan;
+  }
+  const std::int64_t blocks = (p.H + s.kernels.units_per_block - 1) / s.kernels.units_per_block;
+  if (step * static_cast<double>(p.B) >= kBarrierWork)
+    plan.column_threads = static_cast<int>(std::min<std::int64_t>(left, blocks));
+  if (plan.direction_threads * plan.column_threads == 1) plan.threads = 1;
+  return plan;
+}
+
+Sequence normal(const Stack& s, Sequence a) {
+  if (s.p.batch_sizes) a.step = a.row;
+  return a;
+}
+
+// A contiguous sequence array of `width` units.
+Sequence contiguous(const Stack& s, void* data, std::int64_t width) {
+  return normal(s, Sequence{data, s.p.B * width, width, 1});
+}
+
+Layer describe(const Stack& s, std::int64_t l) {
+  const Problem& p = s.p;
+  const std::int64_t D = p.options.directions, g = l * D;
+  Layer layer;
+  layer.maths = p.options.maths;
+  layer.steps = &s.steps;
+  layer.directions = D;
+  layer.I = s.inputs(l);
+  layer.H = p.H;
+  layer.P = p.options.proj_size;
+  layer.O = s.O;
+  layer.plan = s.plan;
+  layer.single = s.single;
+  layer.parameters = p.parameters ? p.parameters + g : nullptr;
+  layer.h0 = p.h0;
+  layer.h0.data = shifted(p.h0.data, g * p.h0.group, s.storage);
+  layer.c0 = p.c0;
+  layer.c0.data = shifted(p.c0.data, g * p.c0.group, s.storage);
+  layer.h_n = shifted(p.h_n, g * p.B * s.O, s.storage);
+  layer.c_n = shifted(p.c_n, g * p.B * p.H, s.storage);
+  layer.cell = contiguous(s, shifted(p.cell, l * s.saved_pairs * D * p.H, s.compute), D * p.H);
+  layer.gates_group = s.saved_pairs * s.cell.traits.saved_planes * padded(p.H);
+  layer.gates = shifted(p.gates, g * layer.gates_group, s.compute);
+  if (l == 0) {
+    layer.input = normal(s, p.input);
+  } else if (p.all_layers) {
+    layer.input =
+        contiguous(s, shifted(p.hidden, (l - 1) * s.saved_pairs * D * s.O, s.storage), D * s.O);
+  }
+  layer.output = contiguous(
+      s, shifted(p.hidden, p.all_layers ? l * s.saved_pairs * D * s.O : 0, s.storage), D * s.O);
+  return layer;
+}
+
+// ---- the workspace ----------------------------------------------------------------------------
+
+struct Workspace {
+  void* steps;
+  Barrier* barriers;
+  void* between[2];  // what goes from layer to layer: outputs forward, gradients backward
+  void* layer;       // the kernels' scratch
+  std::size_t bytes;
+};
+
+void plan_stack(Stack& s) {
+  s.saved_pairs = s.pairs;
+  if (!s.p.batch_sizes) s.saved_pairs = s.p.T * s.p.B;
+  s.plan = make_plan(s);
+  s.single = Plan{};
+}
+
+std::size_t layer_scratch(const Stack& s) {
+  const Problem& p = s.p;
+  std::size_t most = 0;
+  static char present;  // stands for a gradient that will be given
+  for (std::int64_t l = 0; l < std::min<std::int64_t>(p.options.layers, 2); ++l) {
+    Layer layer = describe(s, l);
+    if (l || p.d_input) layer.d_below = &present;
+    const std::size_t bytes =
+        s.pass == Pass::forward ? s.kernels.forward_scratch(layer) : s.kernels.backward_scratch(layer);
+    most = std::max(most, bytes);
+  }
+  return most;
+}
+
+Workspace lay_out(const Stack& s, void* base) {
+  const Problem& p = s.p;
+  Pieces pieces{static_cast<char*>(base)};
+  Workspace w{};
+  w.steps = pieces.take(steps_size(p));
+  w.barriers = static_cast<Barrier*>(
+      pieces.take(sizeof(Barrier) * static_cast<std::size_t>(1 + s.plan.threads)));
+  const std::int64_t width = p.options.directions * s.O;
+  const bool forward = s.pass == Pass::forward;
+  const std::int64_t many = p.options.layers - 1;  // layer borders
+  if (!forward || !p.all_layers)
+    for (std::int64_t i = 0; i < std::min<std::int64_t>(many, 2); ++i)
+      w.between[i] = pieces.take(static_cast<std::size_t>(s.saved_pairs * width) *
+                                 (forward ? s.storage : s.compute));
+  w.layer = pieces.take(layer_scratch(s));
+  w.bytes = pieces.used;
+  return w;
+}
+
+// The barriers of a call, which live in its workspace.
+class Barriers {
+ public:
+  Barriers(Barrier* at, int count) : at_(at), count_(count) {
+    for (int i = 0; i < count; ++i) new (at + i) Barrier;
+  }
+  ~Barriers() {
+    for (int i = 0; i < count_; ++i) at_[i].~Barrier();
+  }
+  Barriers(const Barriers&) = delete;
+  Barriers& operator=(const Barriers&) = delete;
+
+ private:
+  Barrier* at_;
+  int count_;
+};
+
+std::int64_t count_pairs(const Problem& p) {
+  std::int64_t pairs = 0;
+  if (p.batch_sizes)
+    for (std::int64_t t = 0; t < p.T; ++t) pairs += p.batch_sizes[t];
+  else if (p.lengths)
+    for (std::int64_t b = 0; b < p.B; ++b) pairs += p.lengths[b];
+  else
+    pairs = p.T * p.B;
+  return pairs;
+}
+
+Stack prepare(const Problem& p, Pass pass) {
+  Stack s(p, pass);
+  s.pairs = s.steps.pairs = count_pairs(p);
+  s.steps.T = p.T;
+  s.steps.B = p.B;
+  plan_stack(s);
+  return s;
+}
+
+std::size_t workspace_size(const Problem& p, Pass pass) {
+  const Stack s = prepare(p, pass);
+  return lay_out(s, nullptr).bytes;
+}
+
+// ---- running ----------------------------------------------------------------------------------
+
+struct Task {
+  const Layer& layer;
+  void (*run)(const Layer&, int, int);
+};
+
+void run_layer(const Layer& layer, void (*run)(const Layer&, int, int)) {
+  Task task{layer, run};
+  run_threads(
+      layer.plan.threads,
+      [](void* argument, int thread, int threads) {
+        const Task& t = *static_cast<const Task*>(argument);
+        t.run(t.layer, thread, threads);
+      },
+      &task);
+}
+
+void forward(const Problem& p) {
+  Stack s = prepare(p, Pass::forward);
+  const Workspace w = lay_out(s, p.workspace);
+  s.steps = build_steps(p, w.steps);
+  const Barriers barriers(w.barriers, 1 + s.plan.threads);
+  const std::int64_t L = p.options.layers, width = p.options.directions * s.O;
+  Sequence previous = normal(s, p.input);
+  for (std::int64_t l = 0; l < L; ++l) {
+    Layer layer = describe(s, l);
+    layer.barriers = w.barriers;
+    layer.scratch = w.layer;
+    layer.input = previous;
+    if (!p.all_layers && l < L - 1) layer.output = contiguous(s, w.between[l % 2], width);
+    run_layer(layer, s.kernels.forward);
+    previous = layer.output;
+  }
+}
+
+void backward(const Problem& p) {
+  Stack s = prepare(p, Pass::backward);
+  const Workspace w = lay_out(s, p.workspace);
+  s.steps = build_steps(p, w.steps);
+  const Barriers barriers(w.barriers, 1 + s.plan.threads);
+  const std::int64_t L = p.options.layers, D = p.options.directions;
+  for (std::int64_t l = L - 1; l >= 0; --l) {
+    const std::int64_t g = l * D;
+    Layer layer = describe(s, l);
+    layer.barriers = w.barriers;
+    layer.scratch = w.layer;
+    if (l == L - 1)
+      layer.d_output = normal(s, p.d_output);
+    else
+      layer.d_above = w.between[(l + 1) % 2];
+    layer.d_hidden = normal(s, p.d_hidden);
+    layer.d_hidden.data = shifted(p.d_hidden.data, l * p.d_hidden_layer, s.storage);
+    layer.d_cell = normal(s, p.d_cell);
+    layer.d_cell.data = shifted(p.d_cell.data, l * p.d_cell_layer, s.compute);
+    layer.d_h_n = p.d_h_n;
+    layer.d_h_n.data = shifted(p.d_h_n.data, g * p.d_h_n.group, s.storage);
+    layer.d_c_n = p.d_c_n;
+    layer.d_c_n.data = shifted(p.d_c_n.data, g * p.d_c_n.group, s.storage);
+    if (l > 0)
+      layer.d_below = w.between[l % 2];
+    else
+      layer.d_input = contiguous(s, p.d_input, p.I);
+    layer.d_h0 = shifted(p.d_h0, g * p.B * s.O, s.storage);
+    layer.d_c0 = shifted(p.d_c0, g * p.B * p.H, s.storage);
+    layer.d_parameters = p.d_parameters ? p.d_parameters + g : nullptr;
+    run_layer(layer, s.kernels.backward);
+  }
+}
+
+}  // namespace
+
+const Backend& cpu_backend() {
+  static constexpr Backend backend{workspace_size, forward, backward};
+  return backend;
+}
+
+CellTraits cell_traits(const Options& options) { return cell_entry(options).traits; }
+
+const char* cpu_isa() { return chosen_set().name; }
+
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (const InstructionSet* set : runnable_sets()) names.emplace_back(set->name);
+  return names;
+}
+
+}  // namespace fastrnn

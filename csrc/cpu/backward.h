@@ -1,0 +1,718 @@
+// One layer backward through time.
+//
+// Maths         csrc/cells/. The steps run in the reverse of forward's order. At each, the gradient of h
+//               is what the output brings, plus what the step after brings through W_hhᵀ, plus what
+//               the cell carries past the product (a GRU's dh·z):
+//                 dh_t = dy_t + Σ_gates da_{t+1}·W_hh + carried
+//               The product and the cell's backward are one pass over a tile of hidden units. Only the
+//               gates' gradients are written; those of weights and input are products over all
+//               (step, row) pairs afterwards (weight_gradient, input_gradient).
+// Two products  reset-before GRU: dn from dh, then d(r∘h) = dn·W_hn, then dr. Projection: dh of size P
+//               first, then W_hrᵀ to the hidden units.
+// Layouts       d_gates  [D][pairs][gradients·Hp]: planes as the cell's input_gradient and
+//                        hidden_gradient say
+//               d_out    [pairs][D·O], dy in compute type; d_proj [D][pairs][Op], dh of a projected
+//               carried  [B][Op], d_c [B][Hp]
+// Sums          long sums over the pairs run in blocks of kPairs, whose partial sums are added one after
+//               the other: the same bits whatever the number of threads.
+// Threads       the recurrence as forward; then pairs (input) and gate rows (weights) are split.
+#pragma once
+
+#include "forward.h"
+
+namespace fastrnn::FASTRNN_ISA {
+
+template <class Cell, class S>
+class Backward : Shape<Cell, S> {
+  using K = Shape<Cell, S>;
+  using typename K::C;
+  using typename K::V;
+  using K::lanes, K::gates, K::first, K::wide;
+  static constexpr int rows = K::wide_rows;
+  static constexpr int block_units = wide * lanes;
+  static constexpr Index kPairs = 256;
+
+ public:
+  Backward(const Layer& layer, void* base)
+      : layer_(layer),
+        steps_(*layer.steps),
+        Hp_(padded(layer.H)),
+        Op_(padded(layer.O)),
+        width_(Cell::gradients * Hp_),
+        saved_width_((Cell::saved + (layer.P ? 1 : 0)) * Hp_),
+        blocks_(ceil_div(layer.H, block_units)),
+        out_blocks_(ceil_div(layer.O, block_units)),
+        in_blocks_(ceil_div(layer.I, block_units)) {
+    Arena arena(base);
+    const Index B = steps_.B, D = layer.directions, N = steps_.pairs, H = layer.H;
+    const Index slack = block_units;  // whole vectors are read at the end of a row
+    zeros_ = arena.take<C>((Hp_ > Op_ ? Hp_ : Op_) + slack);
+    d_out_ = arena.take<C>(N * D * layer.O + slack);
+    for (Index d = 0; d < D; ++d) {
+      Group& g = group_[d];
+      g.weight_hh = arena.take<C>(out_blocks_ * first * H * block_units);
+      g.second = layer.P            ? arena.take<C>(blocks_ * layer.P * block_units)
+                 : K::two_products ? arena.take<C>(blocks_ * (gates - first) * H * block_units)
+                                   : nullptr;
+      g.weight_ih = wants_input() ? arena.take<C>(in_blocks_ * gates * H * block_units) : nullptr;
+      g.initial = arena.take<C>(B * Op_);
+      g.initial_c = Cell::states > 1 ? arena.take<C>(B * Hp_) : nullptr;
+      g.d_h_n = arena.take<C>(B * Op_);
+      g.carried = arena.take<C>(B * Op_);
+      g.d_c = Cell::states > 1 ? arena.take<C>(B * Hp_) : nullptr;
+      g.d_gates = arena.take<C>(N * width_);
+      g.d_proj = layer.P ? arena.take<C>(N * Op_) : nullptr;
+    }
+    const Index many = thread_bytes(layer.plan.threads) * layer.plan.threads;
+    const Index alone = thread_bytes(1);
+    threads_ = arena.take<char>(many > alone ? many : alone);
+    used_ = arena.used();
+  }
+
+  std::size_t used() const { return used_; }
+
+  void run(int thread, int threads) {
+    const FlushSubnormals guard;
+    const Plan& plan = threads == layer_.plan.threads ? layer_.plan : layer_.single;
+    Barrier& everybody = layer_.barriers[0];
+    take_thread(thread, threads);
+    prepare(thread, threads);
+    everybody.wait(threads);
+    const Share share = share_of(layer_, plan, thread);
+    if (!share.idle)
+      for (Index d = share.first_direction; d < share.last_direction; ++d) recur(d, share);
+    everybody.wait(threads);
+    if (wants_input()) input_gradient(thread, threads);
+    if (layer_.d_parameters)
+      for (Index d = 0; d < layer_.directions; ++d) parameter_gradients(d, thread, threads);
+  }
+
+ private:
+  struct Group {
+    C *weight_hh, *second, *weight_ih;
+    C *initial, *initial_c;  // h0 and c0
+    C *d_h_n, *carried, *d_c;
+    C *d_gates, *d_proj;
+  };
+
+  bool wants_input() const { return layer_.d_below || layer_.d_input.data; }
+
+  static Index round_up(Index bytes) { return (bytes + 63) / 64 * 64; }
+  Index thread_rows() const { return steps_.B + rows; }
+  // The rows of the gates that a thread sums: whole groups of `rows` units.
+  Index groups_of(Index units) const { return ceil_div(units, rows); }
+  Index thread_groups(int threads) const {
+    const Index all = gates * groups_of(layer_.H) + groups_of(layer_.O);
+    return ceil_div(all, threads) + 1;
+  }
+  Index thread_bytes(int threads) { return static_cast<Index>(lay_out(nullptr, threads)); }
+  void take_thread(int thread, int threads) {
+    lay_out(threads_ + thread * thread_bytes(threads), threads);
+  }
+  std::size_t lay_out(void* base, int threads) {
+    Arena arena(base);
+    const Index sum_rows = thread_groups(threads) * rows;
+    const Index widest = layer_.I > layer_.O ? (layer_.I > layer_.H ? layer_.I : layer_.H)
+                                             : (layer_.O > layer_.H ? layer_.O : layer_.H);
+    next_rows_ = arena.take<const C*>(thread_rows());
+    packed_rows_ = arena.take<C>(sum_rows * kPairs);
+    panel_ = arena.take<C>(kPairs * block_units);
+    sums_ = sizeof(S) != sizeof(C) ? arena.take<C>(sum_rows * widest) : nullptr;
+    return arena.used();
+  }
+
+  // ---- before the last step ---------------------------------------------------------------------
+
+  void prepare(int thread, int threads) {
+    if (thread == 0)
+      for (Index u = 0; u < (Hp_ > Op_ ? Hp_ : Op_) + block_units; ++u) zeros_[u] = C(0);
+    for (Index d = 0; d < layer_.directions; ++d) pack_weights(d, thread, threads);
+    const Range mine = split(steps_.B, thread, threads);
+    for (Index i = mine.begin; i < mine.end; ++i) {
+      for (Index d = 0; d < layer_.directions; ++d) boundary_states(d, i);
+      if (steps_.padding && layer_.d_input.data) clear_padding(i);
+    }
+    const Range steps = split(steps_.T, thread, threads);
+    for (Index t = steps.begin; t < steps.end; ++t)
+      for (Index i = 0; i < steps_.active[t]; ++i) gather_output(t, i);
+  }
+
+  void pack_weights(Index d, int thread, int threads) {
+    const Group& g = group_[d];
+    const Parameters& p = layer_.parameters[d];
+    const Index H = layer_.H;
+    const Range outs = split(out_blocks_, thread, threads);
+    for (Index b = outs.begin; b < outs.end; ++b)
+      pack_columns<wide, C, S>(g.weight_hh + b * first * H * block_units, p.weight_hh, 0, first * H,
+                               b * block_units, layer_.O);
+    const Range hidden = split(layer_.P || K::two_products ? blocks_ : 0, thread, threads);
+    for (Index b = hidden.begin; b < hidden.end; ++b) {
+      if (layer_.P)
+        pack_columns<wide, C, S>(g.second + b * layer_.P * block_units, p.weight_hr, 0, layer_.P,
+                                 b * block_units, H);
+      else
+        pack_columns<wide, C, S>(g.second + b * (gates - first) * H * block_units, p.weight_hh,
+                                 first * H, (gates - first) * H, b * block_units, H);
+    }
+    const Range ins = split(wants_input() ? in_blocks_ : 0, thread, threads);
+    for (Index b = ins.begin; b < ins.end; ++b)
+      pack_columns<wide, C, S>(g.weight_ih + b * gates * H * block_units, p.weight_ih, 0, gates * H,
+                               b * block_units, layer_.I);
+  }
+
+  void boundary_states(Index d, Index i) {
+    const Group& g = group_[d];
+    const Index row = steps_.order[i], O = layer_.O, H = layer_.H;
+    load_state(g.initial + i * Op_, layer_.h0, d, row, O);
+    load_state(g.d_h_n + i * Op_, layer_.d_h_n, d, row, O);
+    if constexpr (Cell::states > 1) {
+      load_state(g.initial_c + i * Hp_, layer_.c0, d, row, H);
+      load_state(g.d_c + i * Hp_, layer_.d_c_n, d, row, H);
+    }
+    if (steps_.length[i] == 0) {  // the final state is the initial one
+      if (layer_.d_h0)
+        scatter(static_cast<S*>(layer_.d_h0) + (d * steps_.B + row) * O, g.d_h_n + i * Op_, O);
+      if constexpr (Cell::states > 1)
+        if (layer_.d_c0)
+          scatter(static_cast<S*>(layer_.d_c0) + (d * steps_.B + row) * H, g.d_c + i * Hp_, H);
+    }
+  }
+
+  static void load_state(C* to, const State& state, Index d, Index row, Index count) {
+    const Index width = padded(count);
+    for (Index u = state.data ? count : 0; u < width; ++u) to[u] = C(0);
+    if (state.data)
+      gather(to, static_cast<const S*>(state.data) + d * state.group + row * state.row, state.unit,
+             count);
+  }
+
+  void clear_padding(Index i) {
+    const S zero{};
+    for (Index t = steps_.length[i]; t < steps_.T; ++t) {
+      S* x = at<S>(layer_.d_input, steps_, t, i);
+      for (Index u = 0; u < layer_.I; ++u) x[u] = zero;
+    }
+  }
+
+  // dy of a pair, from the layer above or the caller, and from the caller's gradient of all states.
+  void gather_output(Index t, Index i) {
+    const Index n = steps_.offset[t] + i, count = layer_.directions * layer_.O;
+    C* to = d_out_ + n * count;
+    if (layer_.d_above) {
+      const C* from = static_cast<const C*>(layer_.d_above) + n * count;
+      for (Index u = 0; u < count; ++u) to[u] = from[u];
+    } else if (layer_.d_output.data) {
+      gather(to, at<const S>(layer_.d_output, steps_, t, i), layer_.d_output.unit, count);
+    } else {
+      for (Index u = 0; u < count; ++u) to[u] = C(0);
+    }
+    if (layer_.d_hidden.data) {
+      const S* from = at<const S>(layer_.d_hidden, steps_, t, i);
+      for (Index u = 0; u < count; ++u) to[u] += widen(from[u * layer_.d_hidden.unit]);
+    }
+  }
+
+  // ---- the steps --------------------------------------------------------------------------------
+
+  struct Position {
+    Index d, t;
+    const Deal& deal;
+    Walk walk;
+  };
+
+  C* gates_row(Index d, Index n) const { return group_[d].d_gates + n * width_; }
+
+  const C* saved_row(const Position& p, Index i) const {
+    return static_cast<const C*>(layer_.gates) + p.d * layer_.gates_group +
+           (steps_.offset[p.t] + i) * saved_width_;
+  }
+
+  void recur(Index d, const Share& share) {
+    const Deal deal(steps_, share, rows);
+    const bool reverse = d == 1;
+    const Range blocks = split(blocks_, share.column, share.columns);
+    const Range outs = split(out_blocks_, share.column, share.columns);
+    for (Index s = steps_.T - 1; s >= 0; --s) {
+      const Walk walk{steps_, reverse};
+      const Position p{d, walk.step(s), deal, walk};
+      const Index n = deal.count(steps_.active[p.t]);
+      bool any = false;  // some row has a step after this one
+      for (Index j = 0; j < n; ++j) {
+        const Index i = deal.row(j), next = walk.following(p.t);
+        const bool cut = walk.last(p.t, i) || walk.starts_fresh(next, i);
+        next_rows_[j] = cut ? nullptr : gates_row(d, steps_.offset[next] + i);
+        any |= !cut;
+      }
+      if (layer_.P) {
+        for (Index b = outs.begin; b < outs.end; ++b) projected_step(p, b, n, any);
+        share.team->wait(share.columns);
+        for (Index j = 0; j < n; ++j)
+          next_rows_[j] = group_[d].d_proj + (steps_.offset[p.t] + deal.row(j)) * Op_;
+        for (Index b = blocks.begin; b < blocks.end; ++b) hidden_of_projected(p, b, n);
+      } else {
+        for (Index b = blocks.begin; b < blocks.end; ++b) hidden_step(p, b, n, any);
+        if constexpr (K::two_products) {
+          share.team->wait(share.columns);
+          for (Index j = 0; j < n; ++j)
+            next_rows_[j] = gates_row(d, steps_.offset[p.t] + deal.row(j)) +
+                            Cell::hidden_gradient[first] * Hp_;
+          for (Index b = blocks.begin; b < blocks.end; ++b) operand_step(p, b, n);
+        }
+      }
+      share.team->wait(share.columns);
+    }
+    initial_gradients(d, deal, outs, blocks);
+  }
+
+  // acc = Σ over the gates of `first` and the hidden units: da of the following step times W_hh.
+  template <int R>
+  FASTRNN_INLINE void through_weights(V (&acc)[R][wide], const C* const* d_gates, const C* w) {
+    for (int gate = 0; gate < first; ++gate) {
+      const C* plane[R];
+      for (int r = 0; r < R; ++r)
+        plane[r] = (d_gates[r] ? d_gates[r] + Cell::hidden_gradient[gate] * Hp_ : zeros_);
+      accumulate<R, wide>(acc, plane, layer_.H, w + gate * layer_.H * block_units);
+    }
+  }
+
+  // The gradient of h at one tile: product + dy + what is carried or, at the last step, d_h_n.
+  FASTRNN_INLINE V hidden_gradient(const Position& p, Index i, Index unit, V product, bool cut) {
+    const Group& g = group_[p.d];
+    const Index n = steps_.offset[p.t] + i;
+    V dh = product + V::load(d_out_ + (n * layer_.directions + p.d) * layer_.O + unit);
+    if (p.walk.last(p.t, i))
+      dh = dh + V::load(g.d_h_n + i * Op_ + unit);
+    else if (!cut && !layer_.P)
+      dh = dh + V::load(g.carried + i * Op_ + unit);
+    return dh;
+  }
+
+  void hidden_step(const Position& p, Index b, Index n, bool any) {
+    const C* w = group_[p.d].weight_hh + b * first * layer_.H * block_units;
+    in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
+      constexpr int R = decltype(count)::value;
+      V acc[R][wide];
+      clear(acc);
+      if (any) through_weights<R>(acc, next_rows_ + j, w);
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < wide; ++v) {
+          const Index unit = (b * wide + v) * lanes, i = p.deal.row(j + r);
+          if (unit >= layer_.H) continue;
+          const bool cut = !next_rows_[j + r];
+          cell_backward(p, i, unit, hidden_gradient(p, i, unit, acc[r][v], cut), cut);
+        }
+    });
+  }
+
+  void projected_step(const Position& p, Index b, Index n, bool any) {
+    const Group& g = group_[p.d];
+    const C* w = g.weight_hh + b * first * layer_.H * block_units;
+    in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
+      constexpr int R = decltype(count)::value;
+      V acc[R][wide];
+      clear(acc);
+      if (any) through_weights<R>(acc, next_rows_ + j, w);
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < wide; ++v) {
+          const Index unit = (b * wide + v) * lanes, i = p.deal.row(j + r);
+          if (unit < layer_.O)
+            hidden_gradient(p, i, unit, acc[r][v], !next_rows_[j + r])
+                .store(g.d_proj + (steps_.offset[p.t] + i) * Op_ + unit);
+        }
+    });
+  }
+
+  void hidden_of_projected(const Position& p, Index b, Index n) {
+    const C* w = group_[p.d].second + b * layer_.P * block_units;
+    in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
+      constexpr int R = decltype(count)::value;
+      V acc[R][wide];
+      clear(acc);
+      accumulate<R, wide>(acc, next_rows_ + j, layer_.P, w);
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < wide; ++v) {
+          const Index unit = (b * wide + v) * lanes, i = p.deal.row(j + r);
+          if (unit < layer_.H) cell_backward(p, i, unit, acc[r][v], cut_after(p, i));
+        }
+    });
+  }
+
+  // Nothing comes from the step after: it belongs to another episode, or there is none.
+  FASTRNN_INLINE bool cut_after(const Position& p, Index i) const {
+    return p.walk.last(p.t, i) || p.walk.starts_fresh(p.walk.following(p.t), i);
+  }
+
+  // h_prev (unprojected layers) or c_prev of one tile.
+  FASTRNN_INLINE V previous_hidden(const Position& p, Index i, Index unit) const {
+    if (p.walk.starts_fresh(p.t, i)) return V(0);
+    if (p.walk.first(p.t, i)) return V::load(group_[p.d].initial + i * Op_ + unit);
+    const S* h = at<const S>(layer_.output, steps_, p.walk.previous(p.t), i) + p.d * layer_.O;
+    return load_units<C>(h + unit, layer_.O - unit);
+  }
+  FASTRNN_INLINE V previous_cell(const Position& p, Index i, Index unit) const {
+    if (p.walk.starts_fresh(p.t, i)) return V(0);
+    if (p.walk.first(p.t, i)) return V::load(group_[p.d].initial_c + i * Hp_ + unit);
+    const C* c = at<const C>(layer_.cell, steps_, p.walk.previous(p.t), i) + p.d * layer_.H;
+    return load_units<C>(c + unit, layer_.H - unit);
+  }
+
+  // The cell (or its half that follows dh) on one tile of one row.
+  FASTRNN_INLINE void cell_backward(const Position& p, Index i, Index unit, V dh, bool cut) {
+    const Group& g = group_[p.d];
+    const Index n = steps_.offset[p.t] + i;
+    const C* keep = saved_row(p, i) + unit;
+    V saved[Cell::saved], previous[2], next[2], d_next[2], d_previous[2], d_a[Cell::gradients];
+    for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(keep + s * Hp_);
+    previous[0] = layer_.P ? V(0) : previous_hidden(p, i, unit);
+    d_next[0] = dh;
+    C* d_c = nullptr;
+    if constexpr (Cell::states > 1) {
+      previous[1] = previous_cell(p, i, unit);
+      next[1] = load_units<C>(at<const C>(layer_.cell, steps_, p.t, i) + p.d * layer_.H + unit,
+                              layer_.H - unit);
+      d_c = g.d_c + i * Hp_ + unit;
+      d_next[1] = cut && !p.walk.last(p.t, i) ? V(0) : V::load(d_c);
+      if (layer_.d_cell.data) d_next[1] = d_next[1] + cell_gradient(p, i, unit);
+    }
+    C* to = gates_row(p.d, n) + unit;
+    if constexpr (K::two_products) {
+      Cell::backward_second(layer_.maths, saved, previous, d_next, d_previous, d_a);
+      for (int gate = 1; gate < gates; ++gate)
+        d_a[Cell::hidden_gradient[gate]].store(to + Cell::hidden_gradient[gate] * Hp_);
+    } else {
+      Cell::backward(layer_.maths, saved, previous, next, d_next, d_previous, d_a);
+      for (int a = 0; a < Cell::gradients; ++a) d_a[a].store(to + a * Hp_);
+    }
+    if (!layer_.P) d_previous[0].store(g.carried + i * Op_ + unit);
+    if constexpr (Cell::states > 1) d_previous[1].store(d_c);
+  }
+
+  V cell_gradient(const Position& p, Index i, Index unit) const {
+    const C* from = at<const C>(layer_.d_cell, steps_, p.t, i) +
+                    (p.d * layer_.H + unit) * layer_.d_cell.unit;
+    C lane[lanes] = {};
+    for (Index u = 0; u < least(lanes, layer_.H - unit); ++u) lane[u] = from[u * layer_.d_cell.unit];
+    return V::load(lane);
+  }
+
+  // Reset-before GRU: d(r∘h) = dn·W_hn, and what follows from it.
+  void operand_step(const Position& p, Index b, Index n) {
+    const Group& g = group_[p.d];
+    const C* w = g.second + b * (gates - first) * layer_.H * block_units;
+    in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
+      constexpr int R = decltype(count)::value;
+      V acc[R][wide];
+      clear(acc);
+      accumulate<R, wide>(acc, next_rows_ + j, layer_.H, w);
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < wide; ++v) {
+          const Index unit = (b * wide + v) * lanes, i = p.deal.row(j + r);
+          if (unit < layer_.H) finish_operand(p, i, unit, acc[r][v]);
+        }
+    });
+  }
+
+  FASTRNN_INLINE void finish_operand(const Position& p, Index i, Index unit, V d_operand) {
+    if constexpr (K::two_products) {
+      const C* keep = saved_row(p, i) + unit;
+      V saved[Cell::saved], d_a[Cell::gradients];
+      for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(keep + s * Hp_);
+      C* carried = group_[p.d].carried + i * Op_ + unit;
+      const V previous[1] = {previous_hidden(p, i, unit)};
+      V d_previous[1] = {V::load(carried)};
+      Cell::backward_first(layer_.maths, saved, previous, &d_operand, d_previous, d_a);
+      d_previous[0].store(carried);
+      d_a[0].store(gates_row(p.d, steps_.offset[p.t] + i) + Cell::hidden_gradient[0] * Hp_ + unit);
+    }
+  }
+
+  // d_h0 and d_c0: one more product past the first step.
+  void initial_gradients(Index d, const Deal& deal, const Range& outs, const Range& blocks) {
+    const Group& g = group_[d];
+    const Walk walk{steps_, d == 1};
+    const Index n = deal.count(steps_.T > 0 ? steps_.active[0] : 0);
+    for (Index j = 0; j < n; ++j) {
+      const Index i = deal.row(j), t = first_step(d, i);
+      next_rows_[j] = walk.starts_fresh(t, i) ? nullptr : gates_row(d, steps_.offset[t] + i);
+    }
+    if (layer_.d_h0)
+      for (Index b = outs.begin; b < outs.end; ++b) initial_hidden(d, deal, b, n);
+    if constexpr (Cell::states > 1)
+      if (layer_.d_c0)
+        for (Index j = 0; j < n; ++j) {
+          const Index i = deal.row(j), begin = blocks.begin * block_units;
+          const Index count = least(layer_.H, blocks.end * block_units) - begin;
+          S* to = static_cast<S*>(layer_.d_c0) +
+                  (d * steps_.B + steps_.order[i]) * layer_.H + begin;
+          scatter(to, next_rows_[j] ? g.d_c + i * Hp_ + begin : zeros_, count);
+        }
+  }
+
+  Index first_step(Index d, Index i) const { return d == 1 ? steps_.length[i] - 1 : 0; }
+
+  void initial_hidden(Index d, const Deal& deal, Index b, Index n) {
+    const Group& g = group_[d];
+    in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
+      constexpr int R = decltype(count)::value;
+      V acc[R][wide];
+      clear(acc);
+      through_weights<R>(acc, next_rows_ + j, g.weight_hh + b * first * layer_.H * block_units);
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < wide; ++v) {
+          const Index unit = (b * wide + v) * lanes, i = deal.row(j + r);
+          if (unit >= layer_.O) continue;
+          V dh = next_rows_[j + r] ? acc[r][v] : V(0);
+          if (next_rows_[j + r] && !layer_.P) dh = dh + V::load(g.carried + i * Op_ + unit);
+          S* to = static_cast<S*>(layer_.d_h0) + (d * steps_.B + steps_.order[i]) * layer_.O;
+          store_units(dh, to + unit, layer_.O - unit);
+        }
+    });
+  }
+
+  // ---- the input --------------------------------------------------------------------------------
+
+  // dx = Σ over directions and gates of da·W_ih, for the thread's pairs.
+  void input_gradient(int thread, int threads) {
+    const Range mine = split(steps_.pairs, thread, threads);
+    for (Index b = 0; b < in_blocks_; ++b) {
+      PairWalk pair(steps_, mine.begin);
+      in_blocks_of_rows<rows>(mine.end - mine.begin, [&](auto count, Index m) {
+        constexpr int R = decltype(count)::value;
+        V acc[R][wide];
+        clear(acc);
+        for (Index d = 0; d < layer_.directions; ++d)
+          for (int gate = 0; gate < gates; ++gate) {
+            const C* plane[R];
+            for (int r = 0; r < R; ++r)
+              plane[r] = gates_row(d, mine.begin + m + r) + Cell::input_gradient[gate] * Hp_;
+            accumulate<R, wide>(acc, plane, layer_.H,
+                                group_[d].weight_ih +
+                                    (b * gates + gate) * layer_.H * block_units);
+          }
+        for (int r = 0; r < R; ++r, pair.advance())
+          for (int v = 0; v < wide; ++v)
+            store_input(pair, mine.begin + m + r, (b * wide + v) * lanes, acc[r][v]);
+      });
+    }
+  }
+
+  // Runs through the pairs in their order.
+  struct PairWalk {
+    const Steps& steps;
+    Index t = 0, i = 0;
+    PairWalk(const Steps& s, Index n) : steps(s) {
+      Index low = 0, high = s.T;  // the last step whose offset is at most n
+      while (high - low > 1) {
+        const Index middle = (low + high) / 2;
+        (s.offset[middle] <= n ? low : high) = middle;
+      }
+      t = low;
+      i = s.T > 0 ? n - s.offset[t] : 0;
+      skip_empty();
+    }
+    void advance() {
+      ++i;
+      skip_empty();
+    }
+    void skip_empty() {
+      while (t < steps.T && i >= steps.active[t]) {
+        i -= steps.active[t];
+        ++t;
+      }
+    }
+  };
+
+  FASTRNN_INLINE void store_input(const PairWalk& pair, Index n, Index unit, V dx) {
+    if (unit >= layer_.I) return;
+    if (layer_.d_below)
+      store_units(dx, static_cast<C*>(layer_.d_below) + n * layer_.I + unit, layer_.I - unit);
+    else
+      store_units(dx, at<S>(layer_.d_input, steps_, pair.t, pair.i) + unit, layer_.I - unit);
+  }
+
+  // ---- the weights ------------------------------------------------------------------------------
+
+  // What a weight's gradient is the product of: rows of gate gradients and rows of operands.
+  struct Product {
+    const C* d_rows;        // [pairs][width], the plane of gate g at planes[g]·stride
+    Index width, stride;
+    const int* planes;
+    int first_gate, last_gate;
+    Index units;            // outputs of a gate
+    Index columns;          // of the weight
+    S* to;                  // [gates·units, columns]
+  };
+
+  void parameter_gradients(Index d, int thread, int threads) {
+    const Parameters& to = layer_.d_parameters[d];
+    const Group& g = group_[d];
+    const Index H = layer_.H;
+    Product p{g.d_gates, width_, Hp_, Cell::input_gradient, 0, gates, H, layer_.I, nullptr};
+    if ((p.to = static_cast<S*>(to.weight_ih.data)))
+      weight_gradient(p, thread, threads, [&](const PairWalk& pair, Index, Index column) {
+        return input_tile(pair, column);
+      });
+    p.planes = Cell::hidden_gradient;
+    p.columns = layer_.O;
+    if ((p.to = static_cast<S*>(to.weight_hh.data))) {
+      p.last_gate = first;
+      weight_gradient(p, thread, threads, [&](const PairWalk& pair, Index, Index column) {
+        return hidden_tile(d, pair, column);
+      });
+      if constexpr (K::two_products) {
+        p.first_gate = first;
+        p.last_gate = gates;
+        weight_gradient(p, thread, threads, [&](const PairWalk&, Index n, Index column) {
+          return V::load(saved_plane(d, n, Cell::operand) + column);
+        });
+      }
+    }
+    if (to.bias_ih.data) bias_gradient(d, Cell::input_gradient, to.bias_ih, thread, threads);
+    if (to.bias_hh.data) bias_gradient(d, Cell::hidden_gradient, to.bias_hh, thread, threads);
+    if (to.weight_hr.data) {
+      static constexpr int only[] = {0};
+      const Product projection{g.d_proj, Op_, 0, only, 0, 1, layer_.O, H,
+                               static_cast<S*>(to.weight_hr.data)};
+      weight_gradient(projection, thread, threads, [&](const PairWalk&, Index n, Index column) {
+        return V::load(saved_plane(d, n, Cell::saved) + column);
+      });
+    }
+  }
+
+  const C* saved_plane(Index d, Index n, int plane) const {
+    return static_cast<const C*>(layer_.gates) + d * layer_.gates_group + n * saved_width_ +
+           plane * Hp_;
+  }
+
+  V input_tile(const PairWalk& pair, Index column) const {
+    const S* x = at<const S>(layer_.input, steps_, pair.t, pair.i);
+    if (layer_.input.unit == 1) return load_units<C>(x + column, layer_.I - column);
+    C lane[lanes] = {};
+    for (Index u = 0; u < least(lanes, layer_.I - column); ++u)
+      lane[u] = widen(x[(column + u) * layer_.input.unit]);
+    return V::load(lane);
+  }
+
+  V hidden_tile(Index d, const PairWalk& pair, Index column) const {
+    const Walk walk{steps_, d == 1};
+    if (walk.starts_fresh(pair.t, pair.i)) return V(0);
+    if (walk.first(pair.t, pair.i)) return V::load(group_[d].initial + pair.i * Op_ + column);
+    const S* h = at<const S>(layer_.output, steps_, walk.previous(pair.t), pair.i) + d * layer_.O;
+    return load_units<C>(h + column, layer_.O - column);
+  }
+
+  // dW[gate·units + u][column] = Σ_n d_rows[n][gate, u] · tile(n)[column] for the thread's rows.
+  template <class Tile>
+  void weight_gradient(const Product& p, int thread, int threads, Tile tile) {
+    const Index groups = groups_of(p.units);
+    const Range mine = split((p.last_gate - p.first_gate) * groups, thread, threads);
+    if (mine.begin == mine.end) return;
+    if (steps_.pairs == 0)
+      for (Index m = mine.begin; m < mine.end; ++m) clear_rows(p, m, groups, mine.begin);
+    for (Index n0 = 0; n0 < steps_.pairs; n0 += kPairs) {
+      const Index count = least(kPairs, steps_.pairs - n0);
+      for (Index m = mine.begin; m < mine.end; ++m) pack_rows(p, m, groups, n0, count, mine.begin);
+      for (Index column = 0; column < p.columns; column += block_units) {
+        pack_panel(p, n0, count, column, tile);
+        for (Index m = mine.begin; m < mine.end; ++m)
+          add_block(p, m, groups, mine.begin, count, column, n0 == 0);
+      }
+    }
+    if constexpr (sizeof(S) != sizeof(C))
+      for (Index m = mine.begin; m < mine.end; ++m)
+        for (Index r = 0; r < group_rows(p, m, groups); ++r) {
+          S* to = p.to + (weight_row(p, m, groups) + r) * p.columns;
+          scatter(to, sums(p, m, groups, mine.begin) + r * p.columns, p.columns);
+        }
+  }
+
+  // Where the sums of a group of rows grow: in the gradient itself, or in the thread's scratch where
+  // storage is narrower.
+  C* sums(const Product& p, Index m, Index groups, Index begin) const {
+    if constexpr (sizeof(S) == sizeof(C))
+      return p.to + weight_row(p, m, groups) * p.columns;
+    else
+      return sums_ + (m - begin) * rows * p.columns;
+  }
+
+  Index weight_row(const Product& p, Index m, Index groups) const {
+    return (p.first_gate + m / groups) * p.units + m % groups * rows;
+  }
+  Index group_rows(const Product& p, Index m, Index groups) const {
+    return least(rows, p.units - m % groups * rows);
+  }
+
+  void clear_rows(const Product& p, Index m, Index groups, Index begin) {
+    C* to = sums(p, m, groups, begin);
+    for (Index e = 0; e < group_rows(p, m, groups) * p.columns; ++e) to[e] = C(0);
+  }
+
+  void pack_rows(const Product& p, Index m, Index groups, Index n0, Index count, Index begin) {
+    const int gate = p.first_gate + static_cast<int>(m / groups);
+    const C* from = p.d_rows + n0 * p.width + p.planes[gate] * p.stride + m % groups * rows;
+    C* to = packed_rows_ + (m - begin) * rows * kPairs;
+    const Index have = group_rows(p, m, groups);
+    for (Index k = 0; k < count; ++k, from += p.width)
+      for (Index r = 0; r < rows; ++r) *to++ = r < have ? from[r] : C(0);
+  }
+
+  template <class Tile>
+  void pack_panel(const Product& p, Index n0, Index count, Index column, Tile& tile) {
+    PairWalk pair(steps_, n0);
+    C* to = panel_;
+    for (Index k = 0; k < count; ++k, pair.advance())
+      for (int v = 0; v < wide; ++v, to += lanes) {
+        const Index c = column + v * lanes;
+        (c < p.columns ? tile(pair, n0 + k, c) : V(0)).store(to);
+      }
+  }
+
+  void add_block(const Product& p, Index m, Index groups, Index begin, Index count, Index column,
+                 bool start) {
+    V acc[rows][wide];
+    clear(acc);
+    accumulate_packed<rows, wide>(acc, packed_rows_ + (m - begin) * rows * kPairs, count, panel_);
+    const Index have = group_rows(p, m, groups);
+    for (Index r = 0; r < rows && r < have; ++r) {
+      C* to = sums(p, m, groups, begin) + r * p.columns;
+      for (int v = 0; v < wide; ++v) {
+        const Index c = column + v * lanes;
+        if (c >= p.columns) break;
+        const V sum = start ? acc[r][v] : load_units<C>(to + c, p.columns - c) + acc[r][v];
+        store_units(sum, to + c, p.columns - c);
+      }
+    }
+  }
+
+  void bias_gradient(Index d, const int* planes, const Weight& to, int thread, int threads) {
+    const Index tiles = ceil_div(layer_.H, lanes);
+    const Range mine = split(gates * tiles, thread, threads);
+    for (Index m = mine.begin; m < mine.end; ++m) {
+      const Index gate = m / tiles, unit = m % tiles * lanes;
+      const C* from = group_[d].d_gates + planes[gate] * Hp_ + unit;
+      V total(0);
+      for (Index n0 = 0; n0 < steps_.pairs; n0 += kPairs) {
+        V sum(0);
+        const Index end = least(n0 + kPairs, steps_.pairs);
+        for (Index n = n0; n < end; ++n) sum = sum + V::load(from + n * width_);
+        total = total + sum;
+      }
+      store_units(total, static_cast<S*>(to.data) + gate * layer_.H + unit, layer_.H - unit);
+    }
+  }
+
+  const Layer& layer_;
+  const Steps& steps_;
+  const Index Hp_, Op_, width_, saved_width_, blocks_, out_blocks_, in_blocks_;
+  Group group_[2] = {};
+  C *zeros_ = nullptr, *d_out_ = nullptr;
+  char* threads_ = nullptr;
+  std::size_t used_ = 0;
+  // The thread's own.
+  const C** next_rows_ = nullptr;
+  C* packed_rows_ = nullptr;
+  C* panel_ = nullptr;
+  C* sums_ = nullptr;
+};
+
+}  // namespace fastrnn::FASTRNN_ISA

@@ -1,0 +1,530 @@
+// One layer forward.
+//
+// Maths         csrc/cells/. For each direction, the steps run in blocks: first the projection of the
+//               whole block, x·W_ihᵀ + b, then step by step h·W_hhᵀ on top of it and the cell, all
+//               gates of a tile of hidden units in registers at once. Without a backward pass to come
+//               the gates never reach memory.
+// Two products  reset-before GRU: r and z first, then n from r∘h. Projection (proj_size): the hidden
+//               units first, then W_hr. Both run as a second pass over the step.
+// Layouts       x_gates   [block of units][row of the block of steps][tile][gate][lane]
+//               h         [2][B][padded(O)], written at t mod 2, read from the other
+//               c         [B][Hp]
+//               saved     a row of planes·Hp for each pair: the cell's saved values, then, with
+//                         projection, the hidden units before it
+// Threads       Plan. A thread owns directions, rows and blocks of units; only a team that shares rows
+//               meets at a barrier, once for each product of a step.
+// Cost          per step and row G·H·(I + O) products, 4·G·H·O bytes of packed W_hh from the cache for
+//               each block of rows.
+#pragma once
+
+#include "pack.h"
+
+#include "layer.h"
+
+namespace fastrnn::FASTRNN_ISA {
+
+// What one thread owns of a layer.
+struct Share {
+  bool idle;
+  Index first_direction, last_direction;
+  int row, rows;        // which of how many deals of rows
+  int column, columns;  // which of how many runs of units
+  Barrier* team;        // of the threads that share rows
+};
+
+FASTRNN_INLINE Share share_of(const Layer& layer, const Plan& plan, int thread) {
+  Share s{};
+  s.idle = thread >= plan.direction_threads * plan.row_threads * plan.column_threads;
+  if (s.idle) return s;
+  const int direction = thread % plan.direction_threads;
+  const int place = thread / plan.direction_threads;
+  s.first_direction = plan.direction_threads > 1 ? direction : 0;
+  s.last_direction = plan.direction_threads > 1 ? direction + 1 : layer.directions;
+  s.row = place / plan.column_threads;
+  s.rows = plan.row_threads;
+  s.column = place % plan.column_threads;
+  s.columns = plan.column_threads;
+  s.team = layer.barriers + 1 + direction * plan.row_threads + s.row;
+  return s;
+}
+
+// The rows of a share. They are dealt in hands, so that each thread gets long and short ones alike;
+// rows of equal length are cut in runs.
+struct Deal {
+  Index hand, thread, threads;
+
+  FASTRNN_INLINE Deal(const Steps& steps, const Share& share, Index rows_per_block)
+      : hand(rows_per_block), thread(share.row), threads(share.rows) {
+    const bool equal = steps.T == 0 || steps.active[steps.T - 1] == steps.B;
+    if (equal || threads == 1) hand = ceil_div(steps.B > 0 ? steps.B : 1, threads);
+  }
+  // The sorted row of the share's row j.
+  FASTRNN_INLINE Index row(Index j) const {
+    return threads == 1 ? j : ((j / hand) * threads + thread) * hand + j % hand;
+  }
+  // How many of the sorted rows below `active` are the share's.
+  FASTRNN_INLINE Index count(Index active) const {
+    if (threads == 1) return active;
+    const Index full = active / hand, rest = active % hand;
+    const Index hands = full > thread ? (full - thread + threads - 1) / threads : 0;
+    return hands * hand + (full % threads == thread ? rest : 0);
+  }
+};
+
+template <class S>
+FASTRNN_INLINE S* at(const Sequence& a, const Steps& steps, Index t, Index i) {
+  return static_cast<S*>(a.data) + steps.position[t] * a.step + steps.order[i] * a.row;
+}
+
+template <class C, class S>
+FASTRNN_INLINE void gather(C* to, const S* from, Index unit, Index count) {
+  for (Index u = 0; u < count; ++u) to[u] = widen(from[u * unit]);
+}
+
+template <class C, class S>
+FASTRNN_INLINE void scatter(S* to, const C* from, Index count) {
+  for (Index u = 0; u < count; ++u) narrow(from[u], to + u);
+}
+
+// The sizes that a cell and a storage type fix at compile time.
+template <class Cell_, class S_>
+struct Shape {
+  using Cell = Cell_;
+  using S = S_;
+  using C = typename ComputeOf<S>::type;
+  using V = Vec<C>;
+  static constexpr int lanes = V::lanes;
+  static constexpr int gates = Cell::gates;
+  static constexpr int tiles = tiles_per_block(gates);
+  static constexpr int vectors = gates * tiles;
+  static constexpr int rows = rows_per_block(vectors);
+  static constexpr int units = tiles * lanes;  // hidden units of a block
+  static constexpr int first = Cell::first_gates;
+  static constexpr bool two_products = first != gates;
+  static constexpr int wide = 4;  // vectors of a block of columns
+  static constexpr int wide_rows = rows_per_block(wide);
+};
+
+template <class Cell, class S>
+class Forward : Shape<Cell, S> {
+  using K = Shape<Cell, S>;
+  using typename K::C;
+  using typename K::V;
+  using K::lanes, K::gates, K::tiles, K::vectors, K::rows, K::units, K::first, K::wide;
+
+ public:
+  // Lays the scratch out from `base`; from nothing, only measures it.
+  Forward(const Layer& layer, void* base)
+      : layer_(layer),
+        steps_(*layer.steps),
+        Hp_(padded(layer.H)),
+        Op_(padded(layer.O)),
+        blocks_(ceil_div(layer.H, units)),
+        out_blocks_(ceil_div(layer.O, wide * lanes)),
+        saved_width_((Cell::saved + (layer.P ? 1 : 0)) * Hp_),
+        convert_(sizeof(S) != sizeof(C) || layer.input.unit != 1) {
+    Arena arena(base);
+    const Index B = steps_.B;
+    zeros_ = arena.take<C>(Hp_ > Op_ ? Hp_ : Op_);
+    for (Index d = 0; d < layer.directions; ++d) {
+      Group& g = group_[d];
+      g.weight_ih = arena.take<C>(blocks_ * layer.I * vectors * lanes);
+      g.weight_hh = arena.take<C>(blocks_ * layer.O * first * tiles * lanes);
+      g.second = layer.P ? arena.take<C>(out_blocks_ * layer.H * wide * lanes)
+                 : K::two_products
+                     ? arena.take<C>(blocks_ * layer.H * (gates - first) * tiles * lanes)
+                     : nullptr;
+      g.bias_x = arena.take<C>(blocks_ * vectors * lanes);
+      g.bias_h = arena.take<C>(blocks_ * vectors * lanes);
+      g.initial = arena.take<C>(B * Op_);
+      g.h = arena.take<C>(2 * B * Op_);
+      g.c = Cell::states > 1 ? arena.take<C>(B * Hp_) : nullptr;
+      const bool keeps = (layer.P || K::two_products) && !layer.gates;
+      g.saved = keeps ? arena.take<C>(B * saved_width_) : nullptr;
+    }
+    const Index many = per_thread(layer.plan).total * layer.plan.threads;
+    const Index alone = per_thread(layer.single).total;
+    threads_ = arena.take<char>(many > alone ? many : alone);
+    used_ = arena.used();
+  }
+
+  std::size_t used() const { return used_; }
+
+  void run(int thread, int threads) {
+    const FlushSubnormals guard;
+    const Plan& plan = threads == layer_.plan.threads ? layer_.plan : layer_.single;
+    prepare(thread, threads);
+    layer_.barriers[0].wait(threads);
+    const Share share = share_of(layer_, plan, thread);
+    if (share.idle) return;
+    take_thread(plan, thread);
+    for (Index d = share.first_direction; d < share.last_direction; ++d) recur(d, share, plan);
+  }
+
+ private:
+  struct Group {
+    C *weight_ih, *weight_hh, *second, *bias_x, *bias_h;
+    C *initial;  // [B][Op] h0
+    C *h, *c;
+    C *saved;  // [B][saved_width]: one step's, where none are kept but a second product needs them
+  };
+
+  // Bytes of each thread's own scratch.
+  struct PerThread {
+    Index cap, x_gates, x_rows, h_rows, pointers, total;
+  };
+
+  PerThread per_thread(const Plan& plan) const {
+    PerThread p{};
+    const Index rows_mine = ceil_div(steps_.B, plan.row_threads) + (plan.row_threads > 1 ? rows : 0);
+    const Index blocks_mine = ceil_div(blocks_, plan.column_threads);
+    constexpr Index kBytes = 256 * 1024;  // projected gates of a block of steps stay in the cache
+    const Index row_bytes = blocks_mine * vectors * lanes * static_cast<Index>(sizeof(C));
+    p.cap = kBytes / (row_bytes > 0 ? row_bytes : 1);
+    if (p.cap > 256) p.cap = 256;
+    if (p.cap < 4 * rows) p.cap = 4 * rows;
+    if (p.cap < rows_mine) p.cap = rows_mine;
+    p.x_gates = p.cap * row_bytes;
+    p.x_rows = convert_ ? round_up(p.cap * layer_.I * static_cast<Index>(sizeof(C))) : 0;
+    p.pointers = round_up(p.cap * static_cast<Index>(sizeof(void*)));
+    p.h_rows = round_up(rows_mine * static_cast<Index>(sizeof(void*)));
+    p.total = round_up(p.x_gates) + p.x_rows + p.pointers + 2 * p.h_rows;
+    return p;
+  }
+  static Index round_up(Index bytes) { return (bytes + 63) / 64 * 64; }
+
+  void take_thread(const Plan& plan, int thread) {
+    const PerThread p = per_thread(plan);
+    char* base = threads_ + thread * p.total;
+    cap_ = p.cap;
+    x_gates_ = reinterpret_cast<C*>(base);
+    x_converted_ = reinterpret_cast<C*>(base + round_up(p.x_gates));
+    x_rows_ = reinterpret_cast<const C**>(base + round_up(p.x_gates) + p.x_rows);
+    h_rows_ = reinterpret_cast<const C**>(base + round_up(p.x_gates) + p.x_rows + p.pointers);
+    second_rows_ = reinterpret_cast<const C**>(reinterpret_cast<char*>(h_rows_) + p.h_rows);
+  }
+
+  // ---- before the first step ------------------------------------------------------------------
+
+  void prepare(int thread, int threads) {
+    const Index wide_row = Hp_ > Op_ ? Hp_ : Op_;
+    if (thread == 0)
+      for (Index u = 0; u < wide_row; ++u) zeros_[u] = C(0);
+    for (Index d = 0; d < layer_.directions; ++d) {
+      const Range blocks = split(blocks_, thread, threads);
+      for (Index b = blocks.begin; b < blocks.end; ++b) pack_block(d, b);
+      const Range outs = split(layer_.P ? out_blocks_ : 0, thread, threads);
+      for (Index b = outs.begin; b < outs.end; ++b) pack_projection(d, b);
+      const Range mine = split(steps_.B, thread, threads);
+      for (Index i = mine.begin; i < mine.end; ++i) initial_state(d, i);
+    }
+    if (steps_.padding) {
+      const Range mine = split(steps_.B, thread, threads);
+      for (Index i = mine.begin; i < mine.end; ++i) clear_padding(i);
+    }
+  }
+
+  void pack_block(Index d, Index b) {
+    const Parameters& p = layer_.parameters[d];
+    const Group& g = group_[d];
+    const Index H = layer_.H, I = layer_.I, O = layer_.O, unit = b * units;
+    pack_gates<C, S>(g.weight_ih + b * I * vectors * lanes, p.weight_ih, H, I, 0, gates, tiles, unit);
+    pack_gates<C, S>(g.weight_hh + b * O * first * tiles * lanes, p.weight_hh, H, O, 0, first, tiles,
+                     unit);
+    if constexpr (K::two_products)
+      pack_gates<C, S>(g.second + b * H * (gates - first) * tiles * lanes, p.weight_hh, H, H, first,
+                       gates - first, tiles, unit);
+    for (Index v = 0; v < vectors; ++v)
+      for (Index lane = 0; lane < lanes; ++lane) {
+        const Index gate = v % gates, u = unit + v / gates * lanes + lane;
+        const Index to = (b * vectors + v) * lanes + lane;
+        const C input = bias(p.bias_ih, gate, u), hidden = bias(p.bias_hh, gate, u);
+        g.bias_x[to] = Cell::separate[gate] ? input : input + hidden;
+        g.bias_h[to] = hidden;
+      }
+  }
+
+  C bias(const Weight& w, Index gate, Index u) const {
+    if (!w.data || u >= layer_.H) return C(0);
+    return widen(static_cast<const S*>(w.data)[(gate * layer_.H + u) * w.unit]);
+  }
+
+  // W_hr [P, H] as outputs P over k = H: its rows are the units, so it packs as one gate.
+  void pack_projection(Index d, Index b) {
+    pack_gates<C, S>(group_[d].second + b * layer_.H * wide * lanes,
+                     layer_.parameters[d].weight_hr, layer_.O, layer_.H, 0, 1, wide,
+                     b * wide * lanes);
+  }
+
+  void initial_state(Index d, Index i) {
+    const Group& g = group_[d];
+    const Index row = steps_.order[i], O = layer_.O, H = layer_.H;
+    load_state(g.initial + i * Op_, layer_.h0, d, row, O);
+    if constexpr (Cell::states > 1) load_state(g.c + i * Hp_, layer_.c0, d, row, H);
+    if (steps_.length[i] == 0) {
+      scatter(static_cast<S*>(layer_.h_n) + (d * steps_.B + row) * O, g.initial + i * Op_, O);
+      if constexpr (Cell::states > 1)
+        scatter(static_cast<S*>(layer_.c_n) + (d * steps_.B + row) * H, g.c + i * Hp_, H);
+    }
+  }
+
+  static void load_state(C* to, const State& state, Index d, Index row, Index count) {
+    const Index width = padded(count);
+    for (Index u = state.data ? count : 0; u < width; ++u) to[u] = C(0);
+    if (state.data)
+      gather(to, static_cast<const S*>(state.data) + d * state.group + row * state.row, state.unit,
+             count);
+  }
+
+  void clear_padding(Index i) {
+    const S zero{};
+    for (Index t = steps_.length[i]; t < steps_.T; ++t) {
+      S* y = at<S>(layer_.output, steps_, t, i);
+      for (Index u = 0; u < layer_.directions * layer_.O; ++u) y[u] = zero;
+      if (layer_.cell.data) {
+        C* c = at<C>(layer_.cell, steps_, t, i);
+        for (Index u = 0; u < layer_.directions * layer_.H; ++u) c[u] = C(0);
+      }
+    }
+  }
+
+  // ---- the steps ------------------------------------------------------------------------------
+
+  struct Position {
+    Index d, t;
+    const Deal& deal;
+    bool reverse;
+  };
+
+  void recur(Index d, const Share& share, const Plan&) {
+    const Deal deal(steps_, share, rows);
+    const Walk walk{steps_, d == 1};
+    const Range blocks = split(blocks_, share.column, share.columns);
+    for (Index s = 0; s < steps_.T;) {
+      Index end = s, pairs = 0;
+      for (; end < steps_.T; ++end) {
+        const Index t = walk.step(end), n = deal.count(steps_.active[t]);
+        if (end > s && pairs + n > cap_) break;
+        for (Index j = 0; j < n; ++j, ++pairs) x_rows_[pairs] = input_row(t, deal.row(j), pairs);
+      }
+      project(d, blocks, pairs);
+      for (Index m = 0; s < end; ++s) {
+        const Index t = walk.step(s), n = deal.count(steps_.active[t]);
+        step(Position{d, t, deal, d == 1}, share, blocks, n, m);
+        m += n;
+      }
+    }
+  }
+
+  const C* input_row(Index t, Index i, Index pair) {
+    const S* x = at<const S>(layer_.input, steps_, t, i);
+    if constexpr (sizeof(S) == sizeof(C)) {
+      if (!convert_) return x;
+    }
+    C* row = x_converted_ + pair * layer_.I;
+    gather(row, x, layer_.input.unit, layer_.I);
+    return row;
+  }
+
+  C* x_gates(const Range& blocks, Index b, Index m) const {
+    return x_gates_ + ((b - blocks.begin) * cap_ + m) * vectors * lanes;
+  }
+
+  void project(Index d, const Range& blocks, Index pairs) {
+    const Group& g = group_[d];
+    for (Index b = blocks.begin; b < blocks.end; ++b) {
+      const C* w = g.weight_ih + b * layer_.I * vectors * lanes;
+      const C* bias = g.bias_x + b * vectors * lanes;
+      in_blocks_of_rows<rows>(pairs, [&](auto count, Index m) {
+        constexpr int R = decltype(count)::value;
+        V acc[R][vectors];
+        for (int r = 0; r < R; ++r)
+          for (int v = 0; v < vectors; ++v) acc[r][v] = V::load(bias + v * lanes);
+        accumulate<R, vectors>(acc, x_rows_ + m, layer_.I, w);
+        C* to = x_gates(blocks, b, m);
+        for (int r = 0; r < R; ++r)
+          for (int v = 0; v < vectors; ++v) acc[r][v].store(to + (r * vectors + v) * lanes);
+      });
+    }
+  }
+
+  void step(const Position& p, const Share& share, const Range& blocks, Index n, Index m) {
+    const Group& g = group_[p.d];
+    const Walk walk{steps_, p.reverse};
+    for (Index j = 0; j < n; ++j) {
+      const Index i = p.deal.row(j);
+      h_rows_[j] = walk.starts_fresh(p.t, i) ? zeros_
+                   : walk.first(p.t, i)      ? g.initial + i * Op_
+                                             : g.h + ((~p.t & 1) * steps_.B + i) * Op_;
+    }
+    for (Index b = blocks.begin; b < blocks.end; ++b) first_product(p, blocks, b, n, m);
+    share.team->wait(share.columns);
+    if (!K::two_products && !layer_.P) return;
+    const Index plane = layer_.P ? Cell::saved : operand_plane();
+    for (Index j = 0; j < n; ++j) second_rows_[j] = saved_row(p, p.deal.row(j)) + plane * Hp_;
+    if (layer_.P) {
+      const Range outs = split(out_blocks_, share.column, share.columns);
+      for (Index b = outs.begin; b < outs.end; ++b) project_hidden(p, b, n);
+    } else if constexpr (K::two_products) {
+      for (Index b = blocks.begin; b < blocks.end; ++b) second_product(p, blocks, b, n, m);
+    }
+    share.team->wait(share.columns);
+  }
+
+  static constexpr int operand_plane() {
+    if constexpr (K::two_products)
+      return Cell::operand;
+    else
+      return 0;
+  }
+
+  // The pair's saved values, or null where nothing reads them.
+  C* saved_row(const Position& p, Index i) const {
+    if (layer_.gates)
+      return static_cast<C*>(layer_.gates) + p.d * layer_.gates_group +
+             (steps_.offset[p.t] + i) * saved_width_;
+    return group_[p.d].saved ? group_[p.d].saved + i * saved_width_ : nullptr;
+  }
+
+  void first_product(const Position& p, const Range& blocks, Index b, Index n, Index m) {
+    const Group& g = group_[p.d];
+    constexpr int N = first * tiles;
+    const C* w = g.weight_hh + b * layer_.O * N * lanes;
+    const C* bias_h = g.bias_h + b * vectors * lanes;
+    in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
+      constexpr int R = decltype(count)::value;
+      const C* x = x_gates(blocks, b, m + j);
+      V acc[R][N];
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < N; ++v) {
+          const int from = v / first * gates + v % first;
+          acc[r][v] = Cell::separate[v % first] ? V::load(bias_h + from * lanes)
+                                                : V::load(x + (r * vectors + from) * lanes);
+        }
+      accumulate<R, N>(acc, h_rows_ + j, layer_.O, w);
+      for (int r = 0; r < R; ++r)
+        for (int tile = 0; tile < tiles; ++tile) {
+          const Index unit = b * units + tile * lanes;
+          if (unit < layer_.H)
+            finish_first(p, p.deal.row(j + r), h_rows_[j + r], unit, acc[r] + tile * first,
+                         x + (r * vectors + tile * gates) * lanes);
+        }
+    });
+  }
+
+  // The cell, or its first half, on one tile of one row. a: the gates' sums; x_tile: the projection.
+  FASTRNN_INLINE void finish_first(const Position& p, Index i, const C* h, Index unit, const V* a,
+                                   const C* x_tile) {
+    V saved[Cell::saved], previous[2], next[2];
+    previous[0] = layer_.P ? V(0) : V::load(h + unit);
+    C* keep = saved_row(p, i);
+    if constexpr (K::two_products) {
+      Cell::forward_first(layer_.maths, a, previous, saved);
+      store_saved(keep, unit, saved);
+    } else {
+      V x[gates];
+      for (int g = 0; g < gates; ++g) x[g] = V::load(x_tile + g * lanes);
+      C* c = nullptr;
+      if constexpr (Cell::states > 1) {
+        c = group_[p.d].c + i * Hp_ + unit;
+        previous[1] = h == zeros_ ? V(0) : V::load(c);
+      }
+      Cell::forward(layer_.maths, x, a, previous, next, saved);
+      if (layer_.gates) store_saved(keep, unit, saved);
+      if constexpr (Cell::states > 1) finish_cell(p, i, unit, next[1], c);
+      if (layer_.P)
+        next[0].store(keep + Cell::saved * Hp_ + unit);
+      else
+        finish_hidden(p, i, unit, next[0]);
+    }
+  }
+
+  FASTRNN_INLINE void store_saved(C* keep, Index unit, const V* saved) {
+    for (int s = 0; s < Cell::saved; ++s) saved[s].store(keep + s * Hp_ + unit);
+  }
+
+  FASTRNN_INLINE void finish_cell(const Position& p, Index i, Index unit, V c, C* to) {
+    c.store(to);
+    if (layer_.cell.data)
+      store_units(c, at<C>(layer_.cell, steps_, p.t, i) + p.d * layer_.H + unit, layer_.H - unit);
+    if (Walk{steps_, p.reverse}.last(p.t, i))
+      store_units(c,
+                  static_cast<S*>(layer_.c_n) +
+                      (p.d * steps_.B + steps_.order[i]) * layer_.H + unit,
+                  layer_.H - unit);
+  }
+
+  // h of one tile to the state, to the output and, at the row's last step, to h_n.
+  FASTRNN_INLINE void finish_hidden(const Position& p, Index i, Index unit, V h) {
+    const Index O = layer_.O;
+    rounded<S>(h).store(group_[p.d].h + ((p.t & 1) * steps_.B + i) * Op_ + unit);
+    store_units(h, at<S>(layer_.output, steps_, p.t, i) + p.d * O + unit, O - unit);
+    if (Walk{steps_, p.reverse}.last(p.t, i))
+      store_units(h, static_cast<S*>(layer_.h_n) + (p.d * steps_.B + steps_.order[i]) * O + unit,
+                  O - unit);
+  }
+
+  // Reset-before GRU: the gates that read r∘h.
+  void second_product(const Position& p, const Range& blocks, Index b, Index n, Index m) {
+    constexpr int G = gates - first, N = G * tiles;
+    const C* w = group_[p.d].second + b * layer_.H * N * lanes;
+    in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
+      constexpr int R = decltype(count)::value;
+      const C* x = x_gates(blocks, b, m + j);
+      V acc[R][N];
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < N; ++v)
+          acc[r][v] = V::load(x + (r * vectors + v / G * gates + first + v % G) * lanes);
+      accumulate<R, N>(acc, second_rows_ + j, layer_.H, w);
+      for (int r = 0; r < R; ++r)
+        for (int tile = 0; tile < tiles; ++tile) {
+          const Index unit = b * units + tile * lanes;
+          if (unit < layer_.H)
+            finish_second(p, p.deal.row(j + r), h_rows_[j + r], unit, acc[r] + tile * G);
+        }
+    });
+  }
+
+  FASTRNN_INLINE void finish_second(const Position& p, Index i, const C* h, Index unit, const V* a) {
+    V saved[Cell::saved], previous[1] = {V::load(h + unit)}, next[1];
+    C* keep = saved_row(p, i);
+    for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(keep + s * Hp_ + unit);
+    Cell::forward_second(layer_.maths, a, previous, next, saved);
+    store_saved(keep, unit, saved);
+    finish_hidden(p, i, unit, next[0]);
+  }
+
+  // h = W_hr · hidden units.
+  void project_hidden(const Position& p, Index b, Index n) {
+    const C* w = group_[p.d].second + b * layer_.H * wide * lanes;
+    in_blocks_of_rows<K::wide_rows>(n, [&](auto count, Index j) {
+      constexpr int R = decltype(count)::value;
+      V acc[R][wide];
+      clear(acc);
+      accumulate<R, wide>(acc, second_rows_ + j, layer_.H, w);
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < wide; ++v) {
+          const Index unit = (b * wide + v) * lanes;
+          if (unit < layer_.O) finish_hidden(p, p.deal.row(j + r), unit, acc[r][v]);
+        }
+    });
+  }
+
+  const Layer& layer_;
+  const Steps& steps_;
+  const Index Hp_, Op_, blocks_, out_blocks_, saved_width_;
+  const bool convert_;
+  Group group_[2] = {};
+  C* zeros_ = nullptr;
+  char* threads_ = nullptr;
+  std::size_t used_ = 0;
+  // The thread's own.
+  Index cap_ = 0;
+  C* x_gates_ = nullptr;
+  C* x_converted_ = nullptr;
+  const C** x_rows_ = nullptr;
+  const C** h_rows_ = nullptr;
+  const C** second_rows_ = nullptr;
+};
+
+}  // namespace fastrnn::FASTRNN_ISA

@@ -1,0 +1,81 @@
+// The one micro-kernel: R rows times N vectors of outputs, all sums in registers.
+//
+//   acc[r][n] += Σ_k a(r, k) · w[k][n]           k = 0 … K−1, one after the other
+//
+// It is vectorised over outputs and sequential over k, so a result's bits depend on neither the
+// number of rows beside it nor the number of threads. Row counts below R run the same code with fewer
+// rows. The weights come packed, N vectors for each k, so that they stream.
+#pragma once
+
+#include "simd.h"
+
+namespace fastrnn::FASTRNN_ISA {
+
+template <int Value>
+struct Int {
+  static constexpr int value = Value;
+};
+
+// Vectors of outputs in one block of packed weights: as many tiles of all the gates as the register
+// file takes.
+constexpr int tiles_per_block(int gates) { return gates >= 3 ? 1 : 4 / gates; }
+
+// Rows that keep rows × vectors accumulators, the weights and a broadcast in registers.
+constexpr int rows_per_block(int vectors) {
+  return FASTRNN_REGISTERS == 32 ? 24 / vectors : 12 / vectors;
+}
+
+// body(Int<R>{}, first) over `rows` rows in blocks of MaxRows and one smaller block.
+template <int MaxRows, class Body>
+FASTRNN_INLINE void tail_of_rows(Index rows, Index first, Body& body) {
+  if constexpr (MaxRows > 0) {
+    if (rows == MaxRows)
+      body(Int<MaxRows>{}, first);
+    else
+      tail_of_rows<MaxRows - 1>(rows, first, body);
+  }
+}
+template <int MaxRows, class Body>
+FASTRNN_INLINE void in_blocks_of_rows(Index rows, Body body) {
+  Index first = 0;
+  for (; first + MaxRows <= rows; first += MaxRows) body(Int<MaxRows>{}, first);
+  tail_of_rows<MaxRows - 1>(rows - first, first, body);
+}
+
+template <int R, int N, class C>
+FASTRNN_INLINE void clear(Vec<C> (&acc)[R][N]) {
+  for (int r = 0; r < R; ++r)
+    for (int n = 0; n < N; ++n) acc[r][n] = Vec<C>(0);
+}
+
+// a(r, k) = rows[r][k].
+template <int R, int N, class C>
+FASTRNN_INLINE void accumulate(Vec<C> (&acc)[R][N], const C* const* rows, Index K, const C* w) {
+  using V = Vec<C>;
+  const C* a[R];
+  for (int r = 0; r < R; ++r) a[r] = rows[r];
+  for (Index k = 0; k < K; ++k, w += N * V::lanes) {
+    V weight[N];
+    for (int n = 0; n < N; ++n) weight[n] = V::load(w + n * V::lanes);
+    for (int r = 0; r < R; ++r) {
+      const V x(a[r][k]);
+      for (int n = 0; n < N; ++n) acc[r][n] = fma(x, weight[n], acc[r][n]);
+    }
+  }
+}
+
+// a(r, k) = packed[k·R + r].
+template <int R, int N, class C>
+FASTRNN_INLINE void accumulate_packed(Vec<C> (&acc)[R][N], const C* packed, Index K, const C* w) {
+  using V = Vec<C>;
+  for (Index k = 0; k < K; ++k, w += N * V::lanes, packed += R) {
+    V weight[N];
+    for (int n = 0; n < N; ++n) weight[n] = V::load(w + n * V::lanes);
+    for (int r = 0; r < R; ++r) {
+      const V x(packed[r]);
+      for (int n = 0; n < N; ++n) acc[r][n] = fma(x, weight[n], acc[r][n]);
+    }
+  }
+}
+
+}  // namespace fastrnn::FASTRNN_ISA

@@ -1,0 +1,8 @@
+#define FASTRNN_ISA portable
+#define FASTRNN_VECTOR_BYTES 16
+#define FASTRNN_REGISTERS 16
+#include "kernels.h"
+
+namespace fastrnn {
+const InstructionSet portable_set = {"portable", portable::Table<AllCells>::kernels};
+}

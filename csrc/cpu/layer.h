@@ -1,0 +1,76 @@
+// One layer of a call as the kernels of an instruction set see it, and how its work is dealt out.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../problem.h"
+#include "../steps.h"
+#include "threads.h"
+
+namespace fastrnn {
+
+// How a team of threads divides a layer. Directions first (they never wait for each other), then
+// rows (nor do rows), and only where there are too few rows the hidden units, with a barrier a step.
+struct Plan {
+  int threads = 1;
+  int direction_threads = 1;  // 1 or 2
+  int row_threads = 1;
+  int column_threads = 1;
+};
+
+struct Layer {
+  CellOptions maths;
+  const Steps* steps = nullptr;
+  std::int64_t directions = 1, I = 0, H = 0, P = 0, O = 0;
+  Plan plan, single;  // with all the threads, and where only one can be had
+  Barrier* barriers = nullptr;  // [1 + threads]: everybody's, then one for each team
+
+  Sequence input;                          // [.., I], storage
+  State h0, c0;                            // [D, B, O], [D, B, H], storage
+  const Parameters* parameters = nullptr;  // [D]
+  Sequence output;                         // [.., D·O], storage
+  Sequence cell;                           // [.., D·H], compute type; absent: not kept
+  void* h_n = nullptr;                     // [D, B, O], storage
+  void* c_n = nullptr;                     // [D, B, H], storage
+  void* gates = nullptr;                   // [D, pairs, planes·Hp], compute type; null: not kept
+  std::int64_t gates_group = 0;            // elements between directions of `gates`
+
+  Sequence d_output;                    // storage; absent for a layer below the last
+  Sequence d_hidden;                    // storage; absent: zeros
+  Sequence d_cell;                      // compute type; absent: zeros
+  State d_h_n, d_c_n;                   // storage
+  void* d_above = nullptr;              // [pairs, D·O], compute type: from the layer above
+  void* d_below = nullptr;              // [pairs, I], compute type: to the layer below
+  Sequence d_input;                     // storage: the first layer's instead of d_below
+  void* d_h0 = nullptr;                 // [D, B, O], storage
+  void* d_c0 = nullptr;                 // [D, B, H], storage
+  Parameters* d_parameters = nullptr;   // [D]
+
+  void* scratch = nullptr;
+};
+
+// The kernels of one cell and storage type on one instruction set.
+struct LayerKernels {
+  int rows_per_block;   // rows that one micro-kernel works on
+  int units_per_block;  // hidden units of one block of packed weights
+  std::size_t (*forward_scratch)(const Layer&);
+  std::size_t (*backward_scratch)(const Layer&);
+  void (*forward)(const Layer&, int thread, int threads);
+  void (*backward)(const Layer&, int thread, int threads);
+};
+
+// Every cell and storage type on one instruction set: kernels[cell][dtype], cells in the order of
+// AllCells, dtypes in the order of DType.
+struct InstructionSet {
+  const char* name;
+  const LayerKernels (*kernels)[4];
+};
+
+// One for each isa_*.cpp.
+extern const InstructionSet portable_set;
+extern const InstructionSet avx2_set;
+extern const InstructionSet avx512_set;
+extern const InstructionSet neon_set;
+
+}  // namespace fastrnn

@@ -1,0 +1,103 @@
+#include "threads.h"
+
+#include <thread>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fastrnn {
+namespace {
+
+constexpr int kSpins = 2000;   // about 40 µs
+constexpr int kYields = 64;
+
+inline void pause_core() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+// The threads of an OpenMP pool do not survive a fork: a region opened in the child would wait for
+// them for ever.
+std::atomic<bool> pool_used{false};
+std::atomic<bool> pool_lost{false};
+
+#if defined(__unix__) || defined(__APPLE__)
+struct ForkWatch {
+  ForkWatch() {
+    pthread_atfork(nullptr, nullptr, [] { pool_lost = pool_used.load(); });
+  }
+};
+const ForkWatch fork_watch;
+#endif
+
+}  // namespace
+
+void Barrier::wait(int count) {
+  if (count <= 1) return;
+  const std::uint32_t generation = generation_.load();
+  if (arrived_.fetch_add(1) + 1 == count) {
+    arrived_.store(0);
+    generation_.fetch_add(1);
+    // A sleeper announces itself before it looks at the generation a last time, and this looks for
+    // sleepers after it has changed the generation: one of the two sees the other.
+    if (sleepers_.load() > 0) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      wake_.notify_all();
+    }
+    return;
+  }
+  for (int i = 0; i < kSpins; ++i) {
+    if (generation_.load(std::memory_order_acquire) != generation) return;
+    pause_core();
+  }
+  for (int i = 0; i < kYields; ++i) {
+    if (generation_.load(std::memory_order_acquire) != generation) return;
+    std::this_thread::yield();
+  }
+  sleepers_.fetch_add(1);
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    wake_.wait(lock, [&] { return generation_.load() != generation; });
+  }
+  sleepers_.fetch_sub(1);
+}
+
+void run_threads(int threads, void (*body)(void*, int, int), void* argument) {
+#if defined(_OPENMP)
+  if (threads > 1 && !pool_lost && !omp_in_parallel()) {
+    pool_used = true;
+#pragma omp parallel num_threads(threads)
+    {
+      const int count = omp_get_num_threads();
+      if (count == threads)
+        body(argument, omp_get_thread_num(), count);
+      else if (omp_get_thread_num() == 0)
+        body(argument, 0, 1);
+    }
+    return;
+  }
+#else
+  static_cast<void>(threads);
+#endif
+  body(argument, 0, 1);
+}
+
+int default_threads() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+}  // namespace fastrnn

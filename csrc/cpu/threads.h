@@ -1,0 +1,34 @@
+// Threads of one call: an OpenMP region, and a barrier that gives way.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+
+namespace fastrnn {
+
+// Waits for `count` threads. Spins a little (a step's barrier is over in a microsecond when every
+// thread has a core), then yields, then sleeps: with fewer free cores than threads it degrades to
+// the speed of the slowest, and never burns a core that another thread of the team needs.
+class Barrier {
+ public:
+  void wait(int count);
+
+ private:
+  std::atomic<int> arrived_{0};
+  std::atomic<std::uint32_t> generation_{0};
+  std::atomic<int> sleepers_{0};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+};
+
+// Runs body(argument, thread, count) on `threads` threads, or on one where that many cannot be had:
+// inside another parallel region, in a child process forked after the pool was built, or without
+// OpenMP.
+void run_threads(int threads, void (*body)(void*, int thread, int count), void* argument);
+
+// Threads that a call may use when the caller names no number.
+int default_threads();
+
+}  // namespace fastrnn

@@ -1,0 +1,69 @@
+"""What every test runs under: one thread, one seed, one hypothesis profile; shared fixtures.
+
+torch is not imported here unless it is installed: the tests of the NumPy half run without it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+# Read by OpenMP when it is loaded, so before torch and the engine are. Several workers share the
+# cores, so each takes one thread and none spins while it waits; a test about threads asks for them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy as np
+import pytest
+
+if TYPE_CHECKING:
+    import torch
+
+HAS_TORCH = find_spec("torch") is not None
+
+if find_spec("hypothesis") is not None:
+    from hypothesis import settings
+
+    # derandomize: the same examples in every run, so that a failure is a failure for everybody.
+    settings.register_profile("fastrnn", deadline=None, derandomize=True, max_examples=40)
+    settings.load_profile("fastrnn")
+
+
+@pytest.fixture(autouse=True)
+def _one_seed() -> None:
+    """Every test starts from the same state of the random generators, in whatever order it runs."""
+    np.random.seed(0)
+    if HAS_TORCH:
+        import torch
+
+        torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> Iterator[None]:
+    """A test that sets torch's thread count leaves it as it was."""
+    if not HAS_TORCH:
+        yield
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["RNN", "LSTM", "GRU"])
+def cell(request: pytest.FixtureRequest) -> str:
+    """The three cells, by the name that the layers, the operators and the reference share."""
+    return str(request.param)
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """A CUDA device, or a skip that says why there is none."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device on this machine")
+    return torch.device("cuda")
