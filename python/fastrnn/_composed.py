@@ -1,8 +1,8 @@
 """The recurrent stack in plain torch operations: the readable specification.
 
-It runs on any device and any floating or complex dtype, differentiates to any order, and works under
-the transforms of ``torch.func``. The engine computes the same numbers faster; this route serves where
-the engine cannot: complex numbers, derivatives of derivatives, transforms.
+It runs on any device and any floating or complex dtype, differentiates to any order, and works
+under the transforms of ``torch.func``. The engine computes the same numbers faster; this route
+serves where the engine cannot: complex numbers, derivatives of derivatives, transforms.
 
 As in the engine, h is kept in the dtype of the input; with half types everything else, c included,
 is kept in float32.
@@ -10,14 +10,16 @@ is kept in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._options import Options
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ._options import Options
 
 
 def _hardsigmoid(a: Tensor) -> Tensor:
@@ -61,6 +63,19 @@ def forward(
     flat list in torch's order; ``lengths`` (B,) integers; ``reset`` (T, B) booleans.
     """
     steps = _steps(input, batch_sizes, lengths, reset)
+    if input.device.type == "meta":  # has no autocast
+        return _stack(options, input, hx, weights, steps)
+    with torch.autocast(input.device.type, enabled=False):  # the dtypes are chosen here
+        return _stack(options, input, hx, weights, steps)
+
+
+def _stack(
+    options: Options,
+    input: Tensor,
+    hx: State | None,
+    weights: Sequence[Tensor],
+    steps: _Steps,
+) -> Stack:
     if steps.active is not None:  # whatever stands in the padding must not reach a gradient
         input = torch.where(steps.active, input, 0)
     directions = 2 if options.bidirectional else 1
@@ -180,7 +195,7 @@ def _packed_recurrence(
     reverse: bool,
 ) -> tuple[list[Tensor], State]:
     """The same over packed rows: at step t the first ``batch_sizes[t]`` rows run."""
-    projected = a.split(batch_sizes)
+    projected = torch.split(a, batch_sizes)
     states: list[State] = [initial] * len(batch_sizes)
     state: State = tuple(s[:0] for s in initial) if reverse else initial
     finished: list[State] = []  # forwards: the rows that ended, the last ones first
@@ -234,7 +249,7 @@ def _gru_cell(
     else:
         if p.bias_hh is not None:
             a = a + p.bias_hh
-        a_rz, a_n = a.split([2 * size, size], -1)
+        a_rz, a_n = torch.split(a, [2 * size, size], -1)
         r, z = gate(a_rz + F.linear(h, p.weight_hh[: 2 * size])).chunk(2, -1)
         n = act(a_n + F.linear(r * h, p.weight_hh[2 * size :]))
     return (1 - z) * n + z * h

@@ -1,8 +1,8 @@
 """The engine as torch operators, ``fastrnn::forward`` and ``fastrnn::backward``.
 
-One operator runs a whole stack, so that torch.compile and torch.export see one node. Registered here:
-the schema; the CPU kernel, which allocates the outputs and calls the engine; the fake kernel, which
-allocates alone; and autograd. Half types have float32 as their compute dtype, the others themselves.
+One operator runs a whole stack, so that torch.compile and torch.export see one node. Registered
+here: the schema; the CPU kernel, which allocates the outputs and calls the engine; the fake kernel,
+which allocates alone; and autograd. The compute dtype of half types is float32, of others itself.
 
 ``forward`` gives, each contiguous and, where not wanted, of shape (0,):
 
@@ -21,17 +21,17 @@ gates   (L·D, T·B or N, saved values)        what backward needs besides, comp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import _C, _composed
+from ._engine import Scalars, engine_options, saved_size
 from ._options import Options
 
-Scalars = tuple[str, int, bool, bool, int, str, str, bool]  # the fields of Options, in order
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _OPTIONS = (
     "str cell, int num_layers, bool bidirectional, bool bias, int proj_size, str activation, "
@@ -39,7 +39,7 @@ _OPTIONS = (
 )
 _STEPS = "Tensor? batch_sizes, Tensor? lengths, Tensor? reset"
 
-_library = torch.library.Library("fastrnn", "DEF")
+_library: Any = torch.library.Library("fastrnn", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     f"forward(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, {_STEPS}, {_OPTIONS}, "
     "bool states, bool save) -> (Tensor hidden, Tensor h_n, Tensor c_n, Tensor cell, Tensor gates)"
@@ -49,42 +49,6 @@ _library.define(
     "Tensor h_n, Tensor c_n, Tensor cell, Tensor gates, Tensor? d_output, Tensor? d_hidden, "
     f"Tensor? d_cell, Tensor? d_h_n, Tensor? d_c_n, {_OPTIONS}, bool[] needs) -> Tensor[]"
 )
-
-
-def scalars(options: Options) -> Scalars:
-    """The fields of ``options``, as the operators take them."""
-    return (
-        options.cell,
-        options.num_layers,
-        options.bidirectional,
-        options.bias,
-        options.proj_size,
-        options.activation,
-        options.gate_activation,
-        options.reset_after,
-    )
-
-
-@lru_cache(maxsize=256)
-def _engine_options(
-    cell: str,
-    num_layers: int,
-    bidirectional: bool,
-    bias: bool,
-    proj_size: int,
-    activation: str,
-    gate_activation: str,
-    reset_after: bool,
-) -> _C.Options:
-    return _C.Options(
-        cell=cell,
-        num_layers=num_layers,
-        bidirectional=bidirectional,
-        proj_size=proj_size,
-        activation=activation,
-        gate_activation=gate_activation,
-        reset_after=reset_after,
-    )
 
 
 # ---- Kernels -------------------------------------------------------------------------------------
@@ -99,7 +63,7 @@ def _forward_outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The outputs of ``forward`` for B = ``rows``, allocated and not filled."""
     *options, states, save = rest
-    engine = _engine_options(*options)
+    engine = engine_options(*options)
     two = engine.states == 2
     layers, directions = options[1], 2 if options[2] else 1
     out, hidden = weights[1].shape[1], weights[1].shape[0] // engine.gates
@@ -107,7 +71,7 @@ def _forward_outputs(
     compute = torch.float32 if input.dtype in (torch.bfloat16, torch.float16) else input.dtype
     entries = input.shape[:-1]  # (T, B), or packed (N,)
     count = entries[0] if packed else entries[0] * entries[1]
-    saved = engine.saved_planes * ((hidden + 15) // 16 * 16)
+    saved = saved_size(engine, hidden)
     groups = layers * directions
     return (
         input.new_empty((layers if every else 1, *entries, directions * out)),
@@ -135,7 +99,7 @@ def _forward_cpu(
     rows = int(batch_sizes[0]) if batch_sizes is not None else input.shape[1]
     outputs = _forward_outputs(input, rows, weights, packed, *rest)
     hidden, h_n, c_n, cell, gates = outputs
-    engine = _engine_options(*options)
+    engine = engine_options(*options)
     two = engine.states == 2
     _C.forward(
         engine,
@@ -199,8 +163,10 @@ def _backward_cpu(
 ) -> list[Tensor]:
     *options, needs = rest
     gradients = _backward_outputs(input, h0, c0, weights, needs)
-    wanted = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
-    engine = _engine_options(*options)
+    d_input, d_h0, d_c0, *d_weights = (
+        d if needed else None for d, needed in zip(gradients, needs, strict=True)
+    )
+    engine = engine_options(*options)
     two = engine.states == 2
     _C.backward(
         engine,
@@ -221,8 +187,10 @@ def _backward_cpu(
         d_cell,
         d_h_n,
         d_c_n,
-        *wanted[:3],
-        wanted[3:] if any(needs[3:]) else None,
+        d_input,
+        d_h0,
+        d_c0,
+        d_weights if any(needs[3:]) else None,
         threads=torch.get_num_threads(),
     )
     return gradients
@@ -297,9 +265,10 @@ def _composed_gradients(
 ) -> list[Tensor | None]:
     """The gradients as a graph of plain operations, to be differentiated again."""
     input, h0, c0, weights, batch_sizes, lengths, reset = arguments
+    d_hidden, d_h_n, d_c_n, d_cell, _ = gradients
     with torch.enable_grad():
         # Views: a gradient ends at its argument, even where one argument is computed from another.
-        views = [None if x is None else x.view_as(x) for x in (input, h0, c0, *weights)]
+        views: list[Any] = [x if x is None else x.view_as(x) for x in (input, h0, c0, *weights)]
         stack = _composed.forward(
             Options(*options),  # type: ignore[arg-type]
             views[0],
@@ -309,25 +278,21 @@ def _composed_gradients(
             lengths=lengths,
             reset=reset,
         )
-        d_hidden, d_h_n, d_c_n, d_cell, _ = gradients
-        pairs = [(stack.h_n, d_h_n), (stack.c_n, d_c_n)]
+        pairs: list[tuple[Any, Any]] = [(stack.h_n, d_h_n), (stack.c_n, d_c_n)]
         if d_hidden is not None:
             layers = d_hidden.shape[0]  # every layer, or the last alone
             pairs += zip(stack.hidden[-layers:], d_hidden, strict=True)
         if d_cell is not None:
             pairs += zip(stack.cell, d_cell, strict=True)
-        pairs = [(y, d) for y, d in pairs if d is not None and y is not None and y.requires_grad]
-        wanted = [x for x, need in zip(views, needs, strict=True) if need]
+        pairs = [(y, d) for y, d in pairs if d is not None and y.requires_grad]
         found = iter(
             torch.autograd.grad(
                 [y for y, _ in pairs],
-                wanted,
+                [x for x, need in zip(views, needs, strict=True) if need],
                 [d for _, d in pairs],
                 create_graph=True,
                 allow_unused=True,
             )
-            if pairs
-            else [None] * len(wanted)
         )
         return [next(found) if need else None for need in needs]
 
@@ -343,7 +308,7 @@ def _forward_autograd(
     *rest: Any,
 ) -> Any:
     *options, states, save = rest
-    return _Recurrence.apply(
+    return _Recurrence.apply(  # type: ignore[no-untyped-call]
         tuple(options), states, save, batch_sizes, lengths, reset, input, h0, c0, *weights
     )
 
@@ -362,7 +327,7 @@ def _forward_fake(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if batch_sizes is None:
-        rows = input.shape[1]
+        rows: Any = input.shape[1]
     elif h0 is not None:
         rows = h0.shape[1]
     else:  # a value of batch_sizes, not known here

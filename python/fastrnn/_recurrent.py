@@ -3,15 +3,14 @@
 - engine: the operator ``fastrnn::forward``, for real tensors on a device that the engine knows;
 - a first gradient: the same operator, whose backward is the operator ``fastrnn::backward``;
 - composed: plain torch operations, for complex numbers, for devices without an engine, under the
-  transforms of ``torch.func`` and forward-mode differentiation; and, from inside the backward of the
-  operator, for derivatives of derivatives.
+  transforms of ``torch.func`` and forward-mode differentiation; and, from inside the backward of
+  the operator, for derivatives of derivatives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +18,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _composed, _ops
+from ._engine import States, scalars
 from ._options import Options
-
-
-class States(NamedTuple):
-    """The states of every layer at every step, zero at padding; both differentiable.
-
-    With packed data (L, N, ·) in place of (L, T, B, ·).
-    """
-
-    h: Tensor  # (L, T, B, D·O)
-    c: Tensor | None  # (L, T, B, D·H); None for RNN and GRU
-
 
 Result = tuple[Tensor, tuple[Tensor, ...], States | None]
 
@@ -99,14 +88,12 @@ def _engine_route(
         h0, c0 = hx if len(hx) == 2 else (hx[0], None)
     save = torch.is_grad_enabled() and _any_requires_grad((input, h0, c0, *weights))
     hidden, h_n, c_n, cell, _ = _ops.forward_op(
-        input, h0, c0, weights, *steps, *_ops.scalars(options), return_states, save
+        input, h0, c0, weights, *steps, *scalars(options), return_states, save
     )
     # Of one layer a view that gives the gradient back as a view, with no zeros to fill.
     output = hidden.squeeze(0) if hidden.shape[0] == 1 else hidden[-1]
     two = options.cell == "LSTM"
-    states = None
-    if return_states:
-        states = States(hidden, cell.to(input.dtype) if two else None)
+    states = States(hidden, cell if two else None) if return_states else None
     return output, (h_n, c_n) if two else (h_n,), states
 
 
@@ -128,8 +115,7 @@ def _composed_route(
     )
     states = None
     if return_states:
-        c = torch.stack(stack.cell).to(input.dtype) if stack.cell else None
-        states = States(torch.stack(stack.hidden), c)
+        states = States(torch.stack(stack.hidden), torch.stack(stack.cell) if stack.cell else None)
     hx_n = (stack.h_n,) if stack.c_n is None else (stack.h_n, stack.c_n)
     return stack.hidden[-1], hx_n, states
 

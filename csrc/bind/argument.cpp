@@ -1,0 +1,133 @@
+#include "argument.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace fastrnn::bind {
+namespace {
+
+// Where an array without elements points to: null would read as "not given".
+alignas(64) char nothing[64];
+
+Import borrow_named(py::handle object, const Name& name) {
+  try {
+    return borrow(object);
+  } catch (py::error_already_set& error) {
+    const std::string text = name.text() + ": the array cannot be read";
+    py::raise_from(error, PyExc_TypeError, text.c_str());
+    throw py::error_already_set();
+  } catch (const py::builtin_exception& error) {
+    throw py::type_error(name.text() + ": " + error.what());
+  }
+}
+
+}  // namespace
+
+std::string text_of(const std::int64_t* shape, std::int64_t ndim) {
+  std::string text = "(";
+  for (std::int64_t i = 0; i < ndim; ++i) text += (i > 0 ? ", " : "") + std::to_string(shape[i]);
+  return text + (ndim == 1 ? ",)" : ")");
+}
+
+dlpack::DataType data_type(DType dtype) {
+  switch (dtype) {
+    case DType::f32:
+      return {dlpack::kFloat, 32, 1};
+    case DType::f64:
+      return {dlpack::kFloat, 64, 1};
+    case DType::bf16:
+      return {dlpack::kBfloat, 16, 1};
+    case DType::f16:
+      break;
+  }
+  return {dlpack::kFloat, 16, 1};
+}
+
+std::string Name::text() const {
+  std::string text = argument;
+  if (index < 0) return text;
+  text += "[" + std::to_string(index) + "]";
+  if (parameter == nullptr) return text;
+  return text + " (" + parameter + "_l" + std::to_string(layer) + (reverse ? "_reverse)" : ")");
+}
+
+Array::Array(py::handle object, const Name& name, Owners& owners) : name_(name) {
+  Import import = borrow_named(object, name);
+  const dlpack::Tensor& view = import.view;
+  dtype_ = view.dtype;
+  ndim_ = view.ndim;
+  read_only_ = import.read_only;
+  if (ndim_ > kMostAxes) complain("at most 4 axes", "shape " + text_of(view.shape, ndim_));
+  std::copy(view.shape, view.shape + ndim_, shape_);
+  std::int64_t size = 1;
+  for (std::int64_t i = ndim_; i-- > 0;) {
+    strides_[i] = view.strides != nullptr ? view.strides[i] : size;
+    size *= shape_[i];
+  }
+  if (!on_host(view.device)) complain("host memory", "an array on " + device_name(view.device));
+  data_ = static_cast<char*>(view.data) + view.byte_offset;
+  if (size == 0) {
+    data_ = nothing;
+  } else if (view.data == nullptr) {
+    complain("an array with data", "one without");
+  } else if (reinterpret_cast<std::uintptr_t>(data_) % std::max(dtype_.bits / 8, 1) != 0) {
+    complain("elements aligned to their size", "a misaligned array");
+  }
+  if (import.owner) owners.push_back(std::move(import.owner));
+}
+
+std::size_t Array::bytes() const {
+  std::size_t bytes = dtype_.bits / 8;
+  for (std::int64_t i = 0; i < ndim_; ++i) bytes *= static_cast<std::size_t>(shape_[i]);
+  return bytes;
+}
+
+bool Array::contiguous() const {
+  std::int64_t size = 1;
+  bool dense = true;
+  for (std::int64_t i = ndim_; i-- > 0;) {
+    dense = dense && (shape_[i] == 1 || strides_[i] == size);
+    size *= shape_[i];
+  }
+  return dense || size == 0;
+}
+
+std::string Array::shape_text() const { return "shape " + text_of(shape_, ndim_); }
+
+void Array::complain(const std::string& expected, const std::string& got) const {
+  throw py::value_error(name_.text() + ": expected " + expected + ", got " + got);
+}
+
+const Array& Array::expect(dlpack::DataType dtype) const {
+  if (!same(dtype_, dtype))
+    throw py::type_error(name_.text() + ": expected dtype " + type_name(dtype) + ", got " +
+                         type_name(dtype_));
+  return *this;
+}
+
+const Array& Array::expect(Shape shape) const {
+  const auto ndim = static_cast<std::int64_t>(shape.size());
+  if (ndim_ != ndim || !std::equal(shape.begin(), shape.end(), shape_))
+    complain("shape " + text_of(shape.begin(), ndim), shape_text());
+  return *this;
+}
+
+const Array& Array::expect_axes(std::int64_t ndim, const char* meaning) const {
+  if (ndim_ != ndim) complain(meaning, shape_text());
+  return *this;
+}
+
+const Array& Array::expect_contiguous() const {
+  if (!contiguous())
+    complain("a contiguous array", shape_text() + " with strides " + text_of(strides_, ndim_));
+  return *this;
+}
+
+const Array& Array::expect_writable() const {
+  if (read_only_) complain("an array to write to", "a read-only one");
+  return *this;
+}
+
+}  // namespace fastrnn::bind

@@ -1,0 +1,72 @@
+// One array argument of a call: borrowed, and checked against what problem.h says of it. Every
+// complaint names the argument, what it was and what was expected.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <vector>
+
+#include "dlpack.h"
+#include "exchange.h"
+#include "problem.h"
+
+namespace fastrnn::bind {
+
+// Put together only when there is something to say.
+struct Name {
+  const char* argument;
+  std::int64_t index = -1;          // in a list of parameters
+  const char* parameter = nullptr;  // "weight_ih", …
+  std::int64_t layer = 0;
+  bool reverse = false;
+
+  std::string text() const;
+};
+
+using Shape = std::initializer_list<std::int64_t>;
+
+// Keeps what was borrowed, until the call is over. Empty where nothing needs keeping.
+using Owners = std::vector<Owner>;
+
+class Array {
+ public:
+  // TypeError where `object` is no array, ValueError where the engine cannot read its memory.
+  Array(py::handle object, const Name& name, Owners& owners);
+
+  std::int64_t ndim() const { return ndim_; }
+  std::int64_t shape(int axis) const { return shape_[axis]; }
+  std::int64_t stride(int axis) const { return strides_[axis]; }
+  void* data() const { return data_; }  // never null
+  dlpack::DataType dtype() const { return dtype_; }
+  std::size_t bytes() const;
+
+  // Each returns the array, so that they read as one sentence.
+  const Array& expect(dlpack::DataType dtype) const;  // TypeError
+  const Array& expect(Shape shape) const;             // ValueError, as all that follow
+  const Array& expect_axes(std::int64_t ndim, const char* meaning) const;
+  const Array& expect_contiguous() const;
+  const Array& expect_writable() const;
+
+  [[noreturn]] void complain(const std::string& expected, const std::string& got) const;
+
+ private:
+  static constexpr int kMostAxes = 4;
+
+  bool contiguous() const;
+  std::string shape_text() const;
+
+  Name name_;
+  void* data_ = nullptr;
+  dlpack::DataType dtype_{};
+  std::int64_t ndim_ = 0;
+  std::int64_t shape_[kMostAxes] = {};
+  std::int64_t strides_[kMostAxes] = {};  // in elements
+  bool read_only_ = false;
+};
+
+std::string text_of(const std::int64_t* shape, std::int64_t ndim);
+
+dlpack::DataType data_type(DType dtype);
+
+}  // namespace fastrnn::bind

@@ -1,0 +1,436 @@
+// The order of each entry point: check every argument → fill the Problem → workspace → let the GIL
+// go → the engine. Nothing that is not checked here reaches the engine, except that outputs overlap
+// no input, which is the caller's.
+
+#include "call.h"
+
+#include <cstdint>
+#include <limits>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "argument.h"
+#include "backend.h"
+#include "dtype.h"
+#include "options.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace fastrnn::bind {
+namespace {
+
+Sequence sequence_of(const Array& array, int step) {  // the axis of the steps
+  const bool padded = array.ndim() == step + 3;
+  return {array.data(), padded ? array.stride(step) : 0, array.stride(padded ? step + 1 : step),
+          array.stride(padded ? step + 2 : step + 1)};
+}
+
+State state_of(const Array& array) {
+  return {array.data(), array.stride(0), array.stride(1), array.stride(2)};
+}
+
+Weight weight_of(const Array& array) {
+  if (array.ndim() == 1) return {array.data(), 0, array.stride(0)};
+  return {array.data(), array.stride(0), array.stride(1)};
+}
+
+DType storage_of(const Array& input) {
+  for (const DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16})
+    if (same(input.dtype(), data_type(dtype))) return dtype;
+  throw py::type_error("input: expected dtype float32, float64, bfloat16 or float16, got " +
+                       type_name(input.dtype()));
+}
+
+// 64-byte aligned host memory for the length of a call.
+class Scratch {
+ public:
+  explicit Scratch(std::size_t bytes) : data_(::operator new(bytes, std::align_val_t{64})) {}
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
+  void* data() const { return data_; }
+
+ private:
+  void* data_;
+};
+
+// A flat list of parameters, each held: another thread may change the list while the engine runs.
+class List {
+ public:
+  List(py::handle object, const char* argument)
+      : items_(py::reinterpret_steal<py::object>(PySequence_Tuple(object.ptr()))) {
+    if (!items_) {
+      PyErr_Clear();
+      throw py::type_error(std::string(argument) + ": expected a list of arrays, got " +
+                           Py_TYPE(object.ptr())->tp_name);
+    }
+  }
+  std::int64_t size() const { return PyTuple_GET_SIZE(items_.ptr()); }
+  py::handle operator[](std::int64_t i) const { return PyTuple_GET_ITEM(items_.ptr(), i); }
+
+ private:
+  py::object items_;
+};
+
+// ---- the Problem, filled and checked ------------------------------------------------------------
+
+class Call {
+ public:
+  Call(const CheckedOptions& checked, int threads) : traits_(checked.traits) {
+    problem_.options = checked.options;
+    L_ = checked.options.layers;
+    D_ = checked.options.directions;
+    if (threads < 0)
+      throw py::value_error("threads: expected 0 (the default) or more, got " +
+                            std::to_string(threads));
+    problem_.threads = threads > 0 ? threads : max_threads();
+  }
+
+  // In this order: each sets sizes that the next one checks against.
+  void set_input(py::handle input, py::handle batch_sizes);
+  void set_weights(py::handle weights);
+  void set_rows(py::handle lengths, py::handle reset);
+  void set_states(py::handle h0, py::handle c0);
+  void set_results(py::handle hidden, py::handle h_n, py::handle c_n, py::handle cell,
+                   py::handle gates, bool all_layers, bool written);
+
+  void set_gradients(py::handle d_output, py::handle d_hidden, py::handle d_cell, py::handle d_h_n,
+                     py::handle d_c_n);
+  void set_wanted(py::handle d_input, py::handle d_h0, py::handle d_c0, py::handle d_weights);
+
+  void run(Pass pass, py::handle workspace);
+
+ private:
+  Array array(py::handle object, const Name& name) { return Array(object, name, owners_); }
+  void* result(py::handle object, const char* name, dlpack::DataType dtype, Shape shape,
+               bool written);
+  void* wanted(py::handle object, const char* name, Shape shape);
+  State state(py::handle object, const char* name, std::int64_t units);
+  Parameters parameters(const List& list, const char* argument, std::int64_t group, bool written);
+  void set_batch_sizes(py::handle batch_sizes, std::int64_t rows);
+  void expect_absent(py::handle object, const char* name) const;
+  // (steps, rows, units) of padded data, (rows, units) of packed data, after a leading axis.
+  void* sequence_result(py::handle object, const char* name, dlpack::DataType dtype,
+                        std::int64_t leading, std::int64_t units, bool written);
+  Sequence layers_gradient(py::handle object, const char* name, dlpack::DataType dtype,
+                           std::int64_t units, std::int64_t& layer_stride);
+
+  bool packed() const { return problem_.batch_sizes != nullptr; }
+  std::int64_t output_size() const {  // O
+    return problem_.options.proj_size > 0 ? problem_.options.proj_size : problem_.H;
+  }
+
+  Problem problem_;
+  CellTraits traits_;
+  std::int64_t L_, D_, N_ = 0;
+  std::int64_t per_group_ = 0;  // parameters of one layer and direction
+  dlpack::DataType storage_{}, compute_{};
+  std::vector<Parameters> parameters_, d_parameters_;
+  Owners owners_;
+};
+
+void Call::expect_absent(py::handle object, const char* name) const {
+  if (!object.is_none())
+    throw py::value_error(std::string(name) + ": expected None for the " + problem_.options.cell +
+                          " cell, which has no c, got " + Py_TYPE(object.ptr())->tp_name);
+}
+
+void Call::set_batch_sizes(py::handle batch_sizes, std::int64_t rows) {
+  const Array sizes = array(batch_sizes, {"batch_sizes"});
+  sizes.expect({dlpack::kInt, 64, 1}).expect_axes(1, "one axis (T,)").expect_contiguous();
+  const auto* values = static_cast<const std::int64_t*>(sizes.data());
+  problem_.batch_sizes = values;
+  problem_.T = sizes.shape(0);
+  problem_.B = problem_.T > 0 ? values[0] : 0;
+  std::int64_t before = std::numeric_limits<std::int64_t>::max();
+  std::int64_t left = rows;
+  for (std::int64_t t = 0; t < problem_.T; ++t) {
+    if (values[t] < 1 || values[t] > before)
+      sizes.complain("values of 1 or more that never increase",
+                     std::to_string(values[t]) + " at step " + std::to_string(t));
+    if (values[t] > left) break;
+    before = values[t];
+    left -= values[t];
+    if (t + 1 == problem_.T && left == 0) return;
+  }
+  sizes.complain("values that add up to the rows of input, " + std::to_string(rows),
+                 problem_.T > 0 ? "others" : "none");
+}
+
+void Call::set_input(py::handle input, py::handle batch_sizes) {
+  const Array x = array(input, {"input"});
+  problem_.dtype = storage_of(x);
+  storage_ = data_type(problem_.dtype);
+  compute_ = data_type(problem_.dtype == DType::f64 ? DType::f64 : DType::f32);
+  if (batch_sizes.is_none()) {
+    x.expect_axes(3, "three axes (T, B, I)");
+    if (x.shape(0) < 1) x.complain("at least one step", "none");
+    problem_.T = x.shape(0);
+    problem_.B = x.shape(1);
+    problem_.I = x.shape(2);
+    N_ = problem_.T * problem_.B;
+  } else {
+    x.expect_axes(2, "two axes (N, I) with batch_sizes");
+    N_ = x.shape(0);
+    problem_.I = x.shape(1);
+    set_batch_sizes(batch_sizes, N_);
+  }
+  problem_.input = sequence_of(x, 0);
+}
+
+Parameters Call::parameters(const List& list, const char* argument, std::int64_t group,
+                            bool written) {
+  const std::int64_t rows = traits_.gates * problem_.H, out = output_size();
+  const std::int64_t layer = group / D_, in = layer == 0 ? problem_.I : D_ * out;
+  std::int64_t index = group * per_group_;
+  const auto next = [&](const char* parameter, Shape shape) -> Weight {
+    const std::int64_t i = index++;
+    if (written && list[i].is_none()) return {};
+    const Array a = array(list[i], {argument, i, parameter, layer, group % D_ == 1});
+    a.expect(shape).expect(storage_);
+    if (written) a.expect_writable().expect_contiguous();
+    return weight_of(a);
+  };
+  Parameters group_parameters;
+  group_parameters.weight_ih = next("weight_ih", {rows, in});
+  group_parameters.weight_hh = next("weight_hh", {rows, out});
+  if (per_group_ >= 4) {
+    group_parameters.bias_ih = next("bias_ih", {rows});
+    group_parameters.bias_hh = next("bias_hh", {rows});
+  }
+  if (problem_.options.proj_size > 0)
+    group_parameters.weight_hr = next("weight_hr", {out, problem_.H});
+  return group_parameters;
+}
+
+void Call::set_weights(py::handle weights) {
+  const List list(weights, "weights");
+  const std::int64_t groups = L_ * D_, projected = problem_.options.proj_size > 0 ? 1 : 0;
+  per_group_ = list.size() / groups;
+  if (list.size() % groups != 0 || (per_group_ != 2 + projected && per_group_ != 4 + projected))
+    throw py::value_error("weights: expected " + std::to_string(groups * (4 + projected)) +
+                          " arrays, or " + std::to_string(groups * (2 + projected)) +
+                          " without biases, got " + std::to_string(list.size()));
+  const Array recurrent = array(list[1], {"weights", 1, "weight_hh", 0, false});
+  recurrent.expect_axes(2, "two axes");
+  problem_.H = recurrent.shape(0) / traits_.gates;
+  if (problem_.H < 1 || recurrent.shape(0) % traits_.gates != 0)
+    recurrent.complain("rows for " + std::to_string(traits_.gates) + " gates",
+                       std::to_string(recurrent.shape(0)) + " rows");
+  if (output_size() > problem_.H)
+    throw py::value_error("proj_size: expected at most the hidden size, " +
+                          std::to_string(problem_.H) + ", got " + std::to_string(output_size()));
+  parameters_.reserve(static_cast<std::size_t>(groups));
+  for (std::int64_t group = 0; group < groups; ++group)
+    parameters_.push_back(parameters(list, "weights", group, false));
+  problem_.parameters = parameters_.data();
+}
+
+void Call::set_rows(py::handle lengths, py::handle reset) {
+  if (!lengths.is_none()) {
+    if (packed()) throw py::value_error("lengths: expected None with batch_sizes");
+    const Array a = array(lengths, {"lengths"});
+    a.expect({dlpack::kInt, 64, 1}).expect({problem_.B}).expect_contiguous();
+    problem_.lengths = static_cast<const std::int64_t*>(a.data());
+    for (std::int64_t b = 0; b < problem_.B; ++b)
+      if (problem_.lengths[b] < 0 || problem_.lengths[b] > problem_.T)
+        a.complain("values from 0 to the number of steps, " + std::to_string(problem_.T),
+                   std::to_string(problem_.lengths[b]) + " in row " + std::to_string(b));
+  }
+  if (!reset.is_none()) {
+    if (packed()) throw py::value_error("reset: expected None with batch_sizes");
+    const Array a = array(reset, {"reset"});
+    a.expect({dlpack::kBool, 8, 1}).expect({problem_.T, problem_.B});
+    problem_.reset = static_cast<const bool*>(a.data());
+    problem_.reset_step = a.stride(0);
+    problem_.reset_row = a.stride(1);
+  }
+}
+
+State Call::state(py::handle object, const char* name, std::int64_t units) {
+  if (object.is_none()) return {};
+  return state_of(array(object, {name}).expect({L_ * D_, problem_.B, units}).expect(storage_));
+}
+
+void Call::set_states(py::handle h0, py::handle c0) {
+  problem_.h0 = state(h0, "h0", output_size());
+  if (traits_.states < 2) return expect_absent(c0, "c0");
+  problem_.c0 = state(c0, "c0", problem_.H);
+}
+
+void* Call::result(py::handle object, const char* name, dlpack::DataType dtype, Shape shape,
+                   bool written) {
+  const Array a = array(object, {name});
+  a.expect(shape).expect(dtype).expect_contiguous();
+  if (written) a.expect_writable();
+  return a.data();
+}
+
+void* Call::sequence_result(py::handle object, const char* name, dlpack::DataType dtype,
+                            std::int64_t leading, std::int64_t units, bool written) {
+  if (packed()) return result(object, name, dtype, {leading, N_, units}, written);
+  return result(object, name, dtype, {leading, problem_.T, problem_.B, units}, written);
+}
+
+void Call::set_results(py::handle hidden, py::handle h_n, py::handle c_n, py::handle cell,
+                       py::handle gates, bool all_layers, bool written) {
+  const std::int64_t groups = L_ * D_, B = problem_.B, H = problem_.H, out = output_size();
+  problem_.all_layers = all_layers;
+  problem_.hidden =
+      sequence_result(hidden, "hidden", storage_, all_layers ? L_ : 1, D_ * out, written);
+  problem_.h_n = result(h_n, "h_n", storage_, {groups, B, out}, written);
+  if (traits_.states < 2) {
+    expect_absent(c_n, "c_n");
+    expect_absent(cell, "cell");
+  } else {
+    problem_.c_n = result(c_n, "c_n", storage_, {groups, B, H}, written);
+    if (!cell.is_none())
+      problem_.cell = sequence_result(cell, "cell", compute_, L_, D_ * H, written);
+  }
+  if (gates.is_none()) return;
+  const std::int64_t planes = traits_.saved_planes * padded(H);
+  problem_.gates = result(gates, "gates", compute_, {groups, N_, planes}, written);
+  if (!all_layers) throw py::value_error("all_layers: expected True with gates, got False");
+  if (traits_.states >= 2 && problem_.cell == nullptr)
+    throw py::value_error("cell: expected an array with gates, got None");
+}
+
+Sequence Call::layers_gradient(py::handle object, const char* name, dlpack::DataType dtype,
+                               std::int64_t units, std::int64_t& layer_stride) {
+  if (object.is_none()) return {};
+  const Array a = array(object, {name});
+  if (packed())
+    a.expect({L_, N_, units});
+  else
+    a.expect({L_, problem_.T, problem_.B, units});
+  a.expect(dtype);
+  layer_stride = a.stride(0);
+  return sequence_of(a, 1);
+}
+
+void Call::set_gradients(py::handle d_output, py::handle d_hidden, py::handle d_cell,
+                         py::handle d_h_n, py::handle d_c_n) {
+  const std::int64_t out = output_size();
+  if (!d_output.is_none()) {
+    const Array a = array(d_output, {"d_output"});
+    if (packed())
+      a.expect({N_, D_ * out});
+    else
+      a.expect({problem_.T, problem_.B, D_ * out});
+    problem_.d_output = sequence_of(a.expect(storage_), 0);
+  }
+  problem_.d_hidden =
+      layers_gradient(d_hidden, "d_hidden", storage_, D_ * out, problem_.d_hidden_layer);
+  problem_.d_h_n = state(d_h_n, "d_h_n", out);
+  if (traits_.states < 2) {
+    expect_absent(d_cell, "d_cell");
+    expect_absent(d_c_n, "d_c_n");
+  } else {
+    problem_.d_cell =
+        layers_gradient(d_cell, "d_cell", compute_, D_ * problem_.H, problem_.d_cell_layer);
+    problem_.d_c_n = state(d_c_n, "d_c_n", problem_.H);
+  }
+}
+
+void* Call::wanted(py::handle object, const char* name, Shape shape) {
+  return object.is_none() ? nullptr : result(object, name, storage_, shape, true);
+}
+
+void Call::set_wanted(py::handle d_input, py::handle d_h0, py::handle d_c0, py::handle d_weights) {
+  const std::int64_t groups = L_ * D_, B = problem_.B;
+  problem_.d_input = packed() ? wanted(d_input, "d_input", {N_, problem_.I})
+                              : wanted(d_input, "d_input", {problem_.T, B, problem_.I});
+  problem_.d_h0 = wanted(d_h0, "d_h0", {groups, B, output_size()});
+  if (traits_.states < 2)
+    expect_absent(d_c0, "d_c0");
+  else
+    problem_.d_c0 = wanted(d_c0, "d_c0", {groups, B, problem_.H});
+  if (d_weights.is_none()) return;
+  const List list(d_weights, "d_weights");
+  if (list.size() != groups * per_group_)
+    throw py::value_error("d_weights: expected " + std::to_string(groups * per_group_) +
+                          " arrays, as many as weights, got " + std::to_string(list.size()));
+  d_parameters_.reserve(static_cast<std::size_t>(groups));
+  for (std::int64_t group = 0; group < groups; ++group)
+    d_parameters_.push_back(parameters(list, "d_weights", group, true));
+  problem_.d_parameters = d_parameters_.data();
+}
+
+void Call::run(Pass pass, py::handle workspace) {
+  const Backend& backend = cpu_backend();
+  const std::size_t bytes = backend.workspace_size(problem_, pass);
+  if (!workspace.is_none()) {
+    const Array a = array(workspace, {"workspace"});
+    a.expect_writable().expect_contiguous();
+    if (a.bytes() < bytes || reinterpret_cast<std::uintptr_t>(a.data()) % 64 != 0)
+      a.complain(std::to_string(bytes) + " bytes, 64-byte aligned",
+                 std::to_string(a.bytes()) + " bytes");
+    problem_.workspace = a.data();
+  }
+  py::gil_scoped_release no_gil;
+  const Scratch scratch(workspace.is_none() ? bytes : 0);
+  if (workspace.is_none()) problem_.workspace = scratch.data();
+  (pass == Pass::forward ? backend.forward : backend.backward)(problem_);
+}
+
+// ---- the entry points ---------------------------------------------------------------------------
+
+using Arg = py::handle;
+
+void forward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg weights, Arg batch_sizes,
+             Arg lengths, Arg reset, Arg hidden, Arg h_n, Arg c_n, Arg cell, Arg gates,
+             bool all_layers, int threads, Arg workspace) {
+  Call call(options, threads);
+  call.set_input(input, batch_sizes);
+  call.set_weights(weights);
+  call.set_rows(lengths, reset);
+  call.set_states(h0, c0);
+  call.set_results(hidden, h_n, c_n, cell, gates, all_layers, true);
+  call.run(Pass::forward, workspace);
+}
+
+void backward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg weights,
+              Arg batch_sizes, Arg lengths, Arg reset, Arg hidden, Arg h_n, Arg c_n, Arg cell,
+              Arg gates, Arg d_output, Arg d_hidden, Arg d_cell, Arg d_h_n, Arg d_c_n, Arg d_input,
+              Arg d_h0, Arg d_c0, Arg d_weights, int threads, Arg workspace) {
+  if (gates.is_none()) throw py::value_error("gates: expected those that forward saved, got None");
+  Call call(options, threads);
+  call.set_input(input, batch_sizes);
+  call.set_weights(weights);
+  call.set_rows(lengths, reset);
+  call.set_states(h0, c0);
+  call.set_results(hidden, h_n, c_n, cell, gates, true, false);
+  call.set_gradients(d_output, d_hidden, d_cell, d_h_n, d_c_n);
+  call.set_wanted(d_input, d_h0, d_c0, d_weights);
+  call.run(Pass::backward, workspace);
+}
+
+}  // namespace
+
+int max_threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+// Every argument may be given by position: naming one costs the dispatcher more than all the
+// checks.
+void register_call(py::module_& module) {
+  using py::arg;
+  module.def("forward", forward, arg("options"), arg("input"), arg("h0"), arg("c0"), arg("weights"),
+             arg("batch_sizes"), arg("lengths"), arg("reset"), arg("hidden"), arg("h_n"),
+             arg("c_n"), arg("cell"), arg("gates"), arg("all_layers"), arg("threads") = 0,
+             arg("workspace") = py::none());
+  module.def("backward", backward, arg("options"), arg("input"), arg("h0"), arg("c0"),
+             arg("weights"), arg("batch_sizes"), arg("lengths"), arg("reset"), arg("hidden"),
+             arg("h_n"), arg("c_n"), arg("cell"), arg("gates"), arg("d_output"), arg("d_hidden"),
+             arg("d_cell"), arg("d_h_n"), arg("d_c_n"), arg("d_input"), arg("d_h0"), arg("d_c0"),
+             arg("d_weights"), arg("threads") = 0, arg("workspace") = py::none());
+}
+
+}  // namespace fastrnn::bind

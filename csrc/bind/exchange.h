@@ -1,0 +1,39 @@
+// Arrays in: any object that describes its memory, without a copy.
+//
+// In this order: fastrnn.Tensor; the buffer protocol (NumPy: it alone says cheaply that an array is
+// read-only); the DLPack C exchange API of the object's type (torch 2.10 and newer); `__dlpack__`,
+// versioned or not; a capsule made by one.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <memory>
+
+#include "dlpack.h"
+
+namespace fastrnn::bind {
+
+namespace py = pybind11;
+
+// Keeps the memory of an array alive. Let go with the GIL held, or by OwnerPtr in any thread.
+using Owner = std::unique_ptr<void, void (*)(void*)>;
+
+// `view.shape` and `view.strides` belong to `owner`; strides may be null (contiguous).
+struct Import {
+  dlpack::Tensor view{};
+  bool read_only = false;
+  Owner owner{nullptr, nullptr};
+};
+
+// For the time of one call: while the caller holds `object`, and not beyond.
+Import borrow(py::handle object);
+// For as long as the owner lives.
+Import keep(py::handle object);
+
+// Whether the DLPack C exchange API is used (the default). Returns what it was.
+bool set_fast_dlpack(bool on);
+
+// TypeError "expected an array …, got …"
+[[noreturn]] void refuse(py::handle object);
+
+}  // namespace fastrnn::bind

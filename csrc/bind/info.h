@@ -1,0 +1,10 @@
+// What this build is and what it found: `_C.isa`, `isas`, `max_threads`, `cuda_info`.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fastrnn::bind {
+
+void register_info(pybind11::module_& module);
+
+}  // namespace fastrnn::bind

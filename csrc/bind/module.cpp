@@ -1,0 +1,15 @@
+// The Python module `fastrnn._C`: one line for each part that registers itself.
+#include <pybind11/pybind11.h>
+
+#include "call.h"
+#include "info.h"
+#include "options.h"
+#include "tensor.h"
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The engine, low level: arrays in and out, nothing allocated, everything checked.";
+  fastrnn::bind::register_tensor(module);
+  fastrnn::bind::register_options(module);
+  fastrnn::bind::register_call(module);
+  fastrnn::bind::register_info(module);
+}

@@ -1,0 +1,193 @@
+"""The engine, low level (csrc/bind): arrays in and out, nothing allocated, everything checked."""
+
+from collections.abc import Sequence
+from typing import Any, SupportsIndex, TypedDict, final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+# NumPy, torch, fastrnn.Tensor, or any object with __dlpack__ or the buffer protocol.
+_Array = Any
+
+@final
+class Tensor:
+    """A strided view of memory. Views share memory and keep it alive; nothing is copied.
+
+    Strides count elements, as torch's and DLPack's do (NumPy's count bytes).
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def strides(self) -> tuple[int, ...]: ...
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def dtype(self) -> str:
+        """The element type by its name in NumPy and torch, `"float32"`."""
+    @property
+    def device(self) -> str:
+        """`"cpu"`, `"cuda:0"`."""
+    @property
+    def read_only(self) -> bool: ...
+    def numpy(self) -> npt.NDArray[Any]:
+        """A NumPy array of the same memory. bfloat16 needs ml_dtypes (else TypeError)."""
+    def torch(self) -> torch.Tensor:
+        """A torch tensor of the same memory."""
+    def transpose(self, first: SupportsIndex, second: SupportsIndex) -> Tensor:
+        """The view with two axes exchanged. Raises IndexError where there is no such axis."""
+    def item(self) -> Any:
+        """The only element, as a Python number. Raises ValueError where there are more."""
+    def __getitem__(self, index: SupportsIndex) -> Tensor:
+        """The view at `index` of the leading axis. Raises IndexError outside of it."""
+    def __len__(self) -> int: ...
+    def __float__(self) -> float: ...
+    def __int__(self) -> int: ...
+    def __bool__(self) -> bool: ...
+    def __array__(
+        self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
+    ) -> npt.NDArray[Any]: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> object: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+def empty(shape: Sequence[int], dtype: str) -> Tensor:
+    """Contiguous host memory, 64-byte aligned, contents undefined."""
+
+def from_dlpack(x: _Array) -> Tensor:
+    """The memory of any array as a Tensor, without a copy.
+
+    Takes objects with `__dlpack__` (versioned or not) or the buffer protocol. Read-only arrays stay
+    read-only. Raises TypeError for an object that is no array, BufferError for one that cannot be
+    described.
+    """
+
+def _set_fast_dlpack(on: bool) -> bool:
+    """Whether arrays come in by the DLPack C exchange API of their type. Returns what it was."""
+
+@final
+class Options:
+    """Everything about a stack that is not a size of the data. Immutable."""
+
+    def __init__(
+        self,
+        *,
+        cell: str,
+        num_layers: int = 1,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        activation: str = "tanh",
+        gate_activation: str = "sigmoid",
+        reset_after: bool = True,
+    ) -> None: ...
+    @property
+    def cell(self) -> str: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def bidirectional(self) -> bool: ...
+    @property
+    def proj_size(self) -> int: ...
+    @property
+    def activation(self) -> str: ...
+    @property
+    def gate_activation(self) -> str: ...
+    @property
+    def reset_after(self) -> bool: ...
+    @property
+    def gates(self) -> int:
+        """Rows of the weights, in units of the hidden size."""
+    @property
+    def states(self) -> int:
+        """1: h alone; 2: h and c."""
+    @property
+    def saved_planes(self) -> int:
+        """Planes of `gates` that backward needs."""
+
+# Shapes stand in csrc/problem.h. Arguments by position are passed about 2 µs faster than by name.
+def forward(
+    options: Options,
+    input: _Array,
+    h0: _Array | None,
+    c0: _Array | None,
+    weights: Sequence[_Array],
+    batch_sizes: _Array | None,
+    lengths: _Array | None,
+    reset: _Array | None,
+    hidden: _Array,
+    h_n: _Array,
+    c_n: _Array | None,
+    cell: _Array | None,
+    gates: _Array | None,
+    all_layers: bool,
+    threads: int = 0,
+    workspace: _Array | None = None,
+) -> None:
+    """Runs the stack; writes `hidden`, `h_n` and, where given, `c_n`, `cell`, `gates`.
+
+    Raises TypeError or ValueError, naming the argument, for what does not fit.
+    """
+
+def backward(
+    options: Options,
+    input: _Array,
+    h0: _Array | None,
+    c0: _Array | None,
+    weights: Sequence[_Array],
+    batch_sizes: _Array | None,
+    lengths: _Array | None,
+    reset: _Array | None,
+    hidden: _Array,
+    h_n: _Array,
+    c_n: _Array | None,
+    cell: _Array | None,
+    gates: _Array,
+    d_output: _Array | None,
+    d_hidden: _Array | None,
+    d_cell: _Array | None,
+    d_h_n: _Array | None,
+    d_c_n: _Array | None,
+    d_input: _Array | None,
+    d_h0: _Array | None,
+    d_c0: _Array | None,
+    d_weights: Sequence[_Array | None] | None,
+    threads: int = 0,
+    workspace: _Array | None = None,
+) -> None:
+    """Gradients of what `forward` computed, written where an array is given for them.
+
+    Raises TypeError or ValueError, naming the argument, for what does not fit.
+    """
+
+def isa() -> str:
+    """The instruction set the engine runs."""
+
+def isas() -> list[str]:
+    """Those this processor can run."""
+
+def max_threads() -> int:
+    """Threads the engine uses by default: OpenMP's."""
+
+class _CudaDevice(TypedDict):
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    memory: int  # bytes
+
+class _CudaInfo(TypedDict):
+    build: str
+    runtime: str | None
+    driver: str | None
+    devices: list[_CudaDevice]
+    error: str | None
+
+def cuda_info() -> _CudaInfo | None:
+    """The CUDA of this build and its devices; None in a build for the CPU alone."""
