@@ -9,10 +9,14 @@ projection, casts the states too, so their results have autocast's dtype. On oth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
 
 
 def requested(input: Tensor) -> torch.dtype | None:

@@ -21,7 +21,7 @@ _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 class RecurrentCell(Module):
     """The base of RNNCell, LSTMCell and GRUCell; not made to be used by itself."""
 
-    __constants__ = ["input_size", "hidden_size", "bias"]
+    __constants__: ClassVar[list[str]] = ["input_size", "hidden_size", "bias"]
 
     cell: ClassVar[Cell]
     # The options torch.nn does not have, each with the value that is torch.nn's behaviour.
@@ -170,7 +170,7 @@ class RNNCell(RecurrentCell):
     """
 
     __module__ = "fastrnn.nn"
-    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]
+    __constants__: ClassVar[list[str]] = ["input_size", "hidden_size", "bias", "nonlinearity"]
 
     cell = "RNN"
     own_options: ClassVar[dict[str, Any]] = {"nonlinearity": "tanh"}

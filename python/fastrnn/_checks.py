@@ -119,7 +119,12 @@ def check_companions(input: Tensor, states: Sequence[Tensor], weights: Sequence[
 
 def _agree(input: Tensor, tensors: Sequence[Tensor]) -> bool:
     dtype, device = input.dtype, input.device
-    return all([tensor.dtype == dtype and tensor.device == device for tensor in tensors])
+    for tensor in tensors:  # a loop, as a generator costs more than what it compares
+        if tensor.dtype != dtype:
+            return False
+        if tensor.device != device:
+            return False
+    return True
 
 
 def scalar_name(tensor: Tensor) -> str:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import Module
 from torch.nn.utils import parametrize
 
 from ._cells import RecurrentCell
 from ._layer import RecurrentLayer
 from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch.nn import Module
 
 _OURS: dict[type[Module], type[Module]] = {
     torch.nn.RNN: RNN,
@@ -118,9 +121,7 @@ def _to_ours(module: Module, target: type[Module]) -> Module:
 
 
 def _to_torchs(module: Module, target: type[Module]) -> Module:
-    dropped = [*_OUR_DERIVED, *_own_options(module)]
-    if isinstance(module, RNN | RNNCell):
-        dropped.remove("nonlinearity")
+    dropped = {*_OUR_DERIVED, *_own_options(module)} - {"nonlinearity"}
     layer: Any = _build(module, target)
     layer.__dict__.update(_shared_state(module, dropped))
     if isinstance(layer, torch.nn.RNNBase):

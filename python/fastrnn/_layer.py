@@ -30,7 +30,7 @@ GATES: dict[Cell, int] = {"RNN": 1, "LSTM": 4, "GRU": 3}
 class RecurrentLayer(Module):
     """The base of RNN, LSTM and GRU; not made to be used by itself."""
 
-    __constants__ = [
+    __constants__: ClassVar[list[str]] = [
         "mode",
         "input_size",
         "hidden_size",

@@ -8,15 +8,18 @@ projection and H without.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
 from ._cells import GRUCell, LSTMCell, RNNCell
 from ._layer import Device, RecurrentLayer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch.nn.utils.rnn import PackedSequence
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
