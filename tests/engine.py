@@ -1,0 +1,230 @@
+"""The engine's one call per pass, `fastrnn._C`, on the problems of `problems.py`."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastrnn import _C
+from fastrnn.reference import Options, States
+from problems import Gradients, Problem, Solution
+from tolerances import assert_close
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def compute_dtype(dtype: str) -> str:
+    """What the engine calculates in, and keeps c and the saved values in."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def engine_array(x: npt.ArrayLike, dtype: str) -> Any:
+    """A NumPy array of the dtype; torch's, for bfloat16, which NumPy lacks."""
+    if dtype == "bfloat16":
+        import torch
+
+        return torch.from_numpy(np.array(x, dtype=np.float64)).to(torch.bfloat16)
+    return np.array(x, dtype=dtype)
+
+
+def to_float64(x: Any) -> npt.NDArray[np.float64]:
+    """The exact values of an `engine_array`."""
+    return np.array(x if isinstance(x, np.ndarray) else x.double().numpy(), dtype=np.float64)
+
+
+def rounded(problem: Problem, dtype: str) -> Problem:
+    """The problem with all its values rounded to what the dtype can hold."""
+
+    def storage(x: Any) -> Any:
+        return None if x is None else to_float64(engine_array(x, dtype))
+
+    def compute(x: Any) -> Any:
+        return None if x is None else to_float64(engine_array(x, compute_dtype(dtype)))
+
+    d = problem.d
+    return replace(
+        problem,
+        input=storage(problem.input),
+        hx=None if problem.hx is None else tuple(map(storage, problem.hx)),
+        weights=list(map(storage, problem.weights)),
+        d=Gradients(
+            storage(d.output),
+            None if d.hx_n is None else tuple(map(storage, d.hx_n)),
+            None if d.states is None else States(storage(d.states.h), compute(d.states.c)),
+        ),
+    )
+
+
+def engine_options(options: Options) -> _C.Options:
+    names = [field.name for field in fields(options) if field.name != "bias"]
+    return _C.Options(**{name: getattr(options, name) for name in names})
+
+
+def same(x: Any) -> Any:
+    return x
+
+
+class Call:
+    """One problem in the engine's arrays. Results are filled with NaN before each pass, so that
+    an element that the engine leaves out shows.
+
+    `arrange` may change the memory behind the arrays that the engine reads.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        dtype: str = "float32",
+        *,
+        threads: int = 1,
+        arrange: Callable[[Any], Any] = same,
+    ) -> None:
+        self.problem, self.dtype, self.threads = problem, dtype, threads
+        self.options = engine_options(problem.options)
+        self.storage = lambda x: None if x is None else arrange(engine_array(x, dtype))
+        self.compute = lambda x: (
+            None if x is None else arrange(engine_array(x, compute_dtype(dtype)))
+        )
+        rows = problem.rows
+        self.batch_sizes = (
+            np.array(rows["batch_sizes"], np.int64) if "batch_sizes" in rows else None
+        )
+        self.lengths = np.array(rows["lengths"], np.int64) if "lengths" in rows else None
+        self.reset = arrange(np.array(rows["reset"], np.bool_)) if "reset" in rows else None
+
+        self.L = problem.options.num_layers
+        self.D = 2 if problem.options.bidirectional else 1
+        self.H = problem.hidden_size
+        self.O = problem.options.proj_size or self.H
+        self.where = problem.input.shape[:-1]
+        hx = problem.hx or (None,) * self.options.states
+        self.read = (
+            self.storage(problem.input),
+            self.storage(hx[0]),
+            self.storage(hx[1]) if self.options.states == 2 else None,
+            [self.storage(w) for w in problem.weights],
+            self.batch_sizes,
+            self.lengths,
+            self.reset,
+        )
+
+    def blank(self, *shape: int, dtype: str = "") -> Any:
+        return engine_array(np.full(shape, np.nan), dtype or self.dtype)
+
+    def states_blank(self) -> tuple[Any, Any]:
+        groups, B = self.L * self.D, self.problem.batch
+        return (
+            self.blank(groups, B, self.O),
+            self.blank(groups, B, self.H) if self.options.states == 2 else None,
+        )
+
+    def forward(self, *, all_layers: bool = True, save: bool = True) -> None:
+        """Leaves `hidden`, `h_n`, `c_n`, `cell` and `gates`."""
+        compute, layers = compute_dtype(self.dtype), self.L if all_layers else 1
+        pairs, padded = int(np.prod(self.where)), -(-self.H // 16) * 16
+        shape = (self.L * self.D, pairs, self.options.saved_planes * padded)
+        self.hidden = self.blank(layers, *self.where, self.D * self.O)
+        self.h_n, self.c_n = self.states_blank()
+        self.cell = None
+        if self.options.states == 2 and all_layers:
+            self.cell = self.blank(self.L, *self.where, self.D * self.H, dtype=compute)
+        self.gates = self.blank(*shape, dtype=compute) if save else None
+        self.written = (self.hidden, self.h_n, self.c_n, self.cell, self.gates)
+        _C.forward(
+            self.options, *self.read, *self.written, all_layers=all_layers, threads=self.threads
+        )
+
+    def backward(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
+        """Leaves `d_input`, `d_h0`, `d_c0` and `d_weights`; None where `wanted(name)` is False."""
+        d = self.problem.d
+        d_h_n, d_c_n = (*(d.hx_n or ()), None, None)[:2]
+        d_h0, d_c0 = self.states_blank()
+        d_weights = [
+            self.blank(*w.shape) if wanted(f"d_weights[{k}]") else None
+            for k, w in enumerate(self.problem.weights)
+        ]
+        self.d_input = self.blank(*self.problem.input.shape) if wanted("d_input") else None
+        self.d_h0 = d_h0 if wanted("d_h0") else None
+        self.d_c0 = d_c0 if wanted("d_c0") else None
+        self.d_weights = d_weights
+        _C.backward(
+            self.options,
+            *self.read,
+            *self.written,
+            self.storage(d.output),
+            self.storage(d.states.h) if d.states else None,
+            self.compute(d.states.c) if d.states else None,
+            self.storage(d_h_n),
+            self.storage(d_c_n),
+            self.d_input,
+            self.d_h0,
+            self.d_c0,
+            self.d_weights,
+            threads=self.threads,
+        )
+
+    def solution(self) -> Solution:
+        """What both passes gave, in float64."""
+        two = self.options.states == 2
+        hidden = to_float64(self.hidden)
+        return Solution(
+            hidden[-1],
+            tuple(to_float64(s) for s in ((self.h_n, self.c_n) if two else (self.h_n,))),
+            States(hidden, to_float64(self.cell) if two else None),
+            to_float64(self.d_input),
+            tuple(to_float64(s) for s in ((self.d_h0, self.d_c0) if two else (self.d_h0,))),
+            [to_float64(w) for w in self.d_weights],
+        )
+
+
+def run_engine(
+    problem: Problem,
+    dtype: str = "float32",
+    *,
+    threads: int = 1,
+    arrange: Callable[[Any], Any] = same,
+) -> Solution:
+    """Forward and backward."""
+    call = Call(problem, dtype, threads=threads, arrange=arrange)
+    call.forward()
+    call.backward()
+    return call.solution()
+
+
+def check_against_reference(
+    problem: Problem,
+    dtype: str,
+    *,
+    threads: int = 1,
+    arrange: Callable[[Any], Any] = same,
+) -> None:
+    """Both passes of the engine agree with the reference on the same, rounded values."""
+    problem = rounded(problem, dtype)
+    expected = problem.solve().named()
+    actual = run_engine(problem, dtype, threads=threads, arrange=arrange).named()
+    for name, (quantity, value) in expected.items():
+        assert_close(actual[name][1], value, dtype, quantity, name)
+
+
+def assert_bitwise(actual: Any, expected: Any, name: str = "") -> None:
+    """The same bits; NaN equals NaN."""
+    np.testing.assert_array_equal(actual, expected, err_msg=name)
+    numbers = ~np.isnan(np.asarray(expected))
+    np.testing.assert_array_equal(
+        np.signbit(actual)[numbers], np.signbit(expected)[numbers], err_msg=f"sign of {name}"
+    )
+
+
+def assert_solutions_bitwise(
+    actual: Solution, expected: Solution, leave_out: Sequence[str] = ()
+) -> None:
+    got = actual.named()
+    for name, (_, value) in expected.named().items():
+        if not name.startswith(tuple(leave_out)):
+            assert_bitwise(got[name][1], value, name)

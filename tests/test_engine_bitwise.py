@@ -1,0 +1,166 @@
+"""The promises about bits: repeatable, and independent of batch, threads and chunks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine import DTYPES, Call, assert_bitwise, assert_solutions_bitwise, run_engine, to_float64
+from fastrnn.reference import Options, States
+from problems import Problem, only, random_problem
+
+SIZES = (1, 3, 16, 17, 33, 64, 100)
+STACKS = [
+    Options("RNN", 2, True),
+    Options("LSTM", 2, True),
+    Options("LSTM", 1, True, proj_size=1),
+    Options("GRU", 2, True),
+    Options("GRU", 1, True, reset_after=False),
+]
+
+
+def name(options: Options) -> str:
+    return f"{options.cell} {options.num_layers} {options.proj_size} {options.reset_after}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", STACKS, ids=name)
+def test_twice_the_same(options: Options, dtype: str) -> None:
+    problem = random_problem(options, T=9, B=13, hidden_size=64, layout="lengths", d_states=True)
+    for threads in (1, 2):
+        first = run_engine(problem, dtype, threads=threads)
+        assert_solutions_bitwise(run_engine(problem, dtype, threads=threads), first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden_size", SIZES)
+@pytest.mark.parametrize("options", STACKS, ids=name)
+def test_a_row_alone_equals_the_row_in_a_batch(
+    options: Options, hidden_size: int, dtype: str
+) -> None:
+    problem = random_problem(
+        options, B=13, hidden_size=hidden_size, layout="lengths and reset", d_states=True
+    )
+    whole = run_engine(problem, dtype)
+    for b in (1, 2, 7, 12):
+        length = problem.rows["lengths"][b]
+        if length:
+            alone = run_engine(only(problem, b), dtype)
+            assert_rows_bitwise(alone, whole, np.s_[:length, [b]], [b])
+
+
+@pytest.mark.parametrize("batch", [2, 5, 6, 8, 12])
+@pytest.mark.parametrize("options", STACKS, ids=name)
+def test_a_part_of_a_batch_equals_the_rows_in_the_batch(options: Options, batch: int) -> None:
+    problem = random_problem(options, B=13, hidden_size=33)
+    whole = run_engine(problem)
+    part = run_engine(first_rows(problem, batch))
+    assert_rows_bitwise(part, whole, np.s_[:, :batch], np.s_[:batch])
+
+
+def assert_rows_bitwise(part: Any, whole: Any, where: Any, rows: Any) -> None:
+    assert_bitwise(part.output, whole.output[where], "output")
+    assert_bitwise(part.d_input, whole.d_input[where], "d_input")
+    for k in range(len(whole.hx_n)):
+        assert_bitwise(part.hx_n[k], whole.hx_n[k][:, rows], f"hx_n[{k}]")
+        assert_bitwise(part.d_hx[k], whole.d_hx[k][:, rows], f"d_hx[{k}]")
+
+
+def first_rows(problem: Problem, batch: int) -> Problem:
+    d = problem.d
+    return replace(
+        problem,
+        input=problem.input[:, :batch],
+        hx=tuple(s[:, :batch] for s in problem.hx or ()),
+        d=replace(d, output=d.output[:, :batch], hx_n=tuple(s[:, :batch] for s in d.hx_n or ())),
+    )
+
+
+@pytest.mark.parametrize("options", STACKS, ids=name)
+def test_packed_equals_lengths(options: Options) -> None:
+    packed = random_problem(options, B=13, hidden_size=33, layout="packed")
+    active = np.arange(13) < packed.rows["batch_sizes"][:, None]
+    padded_input, d_output = np.zeros((6, 13, 5)), np.zeros((6, 13, packed.d.output.shape[-1]))
+    padded_input[active], d_output[active] = packed.input, packed.d.output
+    padded = replace(
+        packed,
+        input=padded_input,
+        d=replace(packed.d, output=d_output),
+        rows={"lengths": active.sum(axis=0)},
+    )
+    got, want = run_engine(packed), run_engine(padded)
+    assert_bitwise(got.output, want.output[active], "output")
+    assert_bitwise(got.d_input, want.d_input[active], "d_input")
+    for k in range(len(got.hx_n)):
+        assert_bitwise(got.hx_n[k], want.hx_n[k], f"hx_n[{k}]")
+        assert_bitwise(got.d_hx[k], want.d_hx[k], f"d_hx[{k}]")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(40, 24, 64), (1, 8, 200), (3, 100, 130), (13, 5, 33)])
+@pytest.mark.parametrize("options", STACKS, ids=name)
+def test_one_thread_equals_two(options: Options, sizes: tuple[int, int, int], dtype: str) -> None:
+    B, input_size, hidden_size = sizes
+    problem = random_problem(
+        options, T=5, B=B, input_size=input_size, hidden_size=hidden_size, layout="lengths"
+    )
+    one, two = (run_engine(problem, dtype, threads=threads) for threads in (1, 2))
+    assert_solutions_bitwise(two, one)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("hidden_size", SIZES)
+@pytest.mark.parametrize("options", STACKS, ids=name)
+def test_chunks_equal_the_whole_sequence(options: Options, hidden_size: int, dtype: str) -> None:
+    """Each chunk from the state where the one before it ended, and backward likewise."""
+    options = replace(options, bidirectional=False)
+    problem = random_problem(options, T=40, B=3, hidden_size=hidden_size)
+    whole = run_engine(problem, dtype)
+    cuts = [0, 1, 4, 23, 40]
+    calls, hx = [], problem.hx
+    for start, stop in pairwise(cuts):
+        chunk = replace(problem, input=problem.input[start:stop], hx=hx)
+        calls.append(Call(chunk, dtype))
+        calls[-1].forward()
+        hx = tuple(to_float64(s) for s in (calls[-1].h_n, calls[-1].c_n) if s is not None)
+    d_hx_n = problem.d.hx_n
+    for call, start, stop in zip(calls[::-1], cuts[-2::-1], cuts[:0:-1], strict=True):
+        d = replace(problem.d, output=problem.d.output[start:stop], hx_n=d_hx_n)
+        call.problem = replace(call.problem, d=d)
+        call.backward()
+        part = call.solution()
+        d_hx_n = part.d_hx
+        assert_bitwise(part.output, whole.output[start:stop], "output")
+        assert_bitwise(part.d_input, whole.d_input[start:stop], "d_input")
+    for k, (last, first) in enumerate(zip(hx, d_hx_n, strict=True)):
+        assert_bitwise(last, whole.hx_n[k], f"hx_n[{k}]")
+        assert_bitwise(first, whole.d_hx[k], f"d_hx[{k}]")
+
+
+@pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
+def test_full_lengths_and_no_resets_equal_plain_padding(cell: Any) -> None:
+    problem = random_problem(Options(cell, 2, True), B=7)
+    rows = {"lengths": np.full(7, 6), "reset": np.zeros((6, 7), np.bool_)}
+    assert_solutions_bitwise(run_engine(replace(problem, rows=rows)), run_engine(problem))
+
+
+@pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
+def test_zero_states_equal_absent_ones(cell: Any) -> None:
+    problem = random_problem(Options(cell, 2, True), B=7)
+    zeros = replace(
+        problem,
+        hx=tuple(np.zeros_like(s) for s in problem.hx or ()),
+        d=replace(
+            problem.d,
+            hx_n=tuple(np.zeros_like(s) for s in problem.d.hx_n or ()),
+            states=States(np.zeros_like(np.repeat(problem.d.output[None], 2, axis=0))),
+        ),
+    )
+    absent = replace(zeros, hx=None, d=replace(zeros.d, hx_n=None, states=None))
+    got, want = run_engine(absent).named(), run_engine(zeros).named()
+    for key, (_, value) in want.items():
+        np.testing.assert_array_equal(got[key][1], value, err_msg=key)
