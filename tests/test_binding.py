@@ -102,7 +102,7 @@ def read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def spread(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The same values with strides of their own."""
     wide = np.zeros([2 * n for n in array.shape], array.dtype)
-    view = wide[tuple(slice(None, None, 2) for _ in array.shape)]
+    view: npt.NDArray[Any] = wide[tuple(slice(None, None, 2) for _ in array.shape)]
     view[...] = array
     return view
 
@@ -177,7 +177,9 @@ def test_own_tensors_and_names_instead_of_positions() -> None:
     given = forward_arguments()
     expected = given["hidden"]
     run_forward(given)
-    ours = {k: _C.from_dlpack(v) if isinstance(v, np.ndarray) else v for k, v in given.items()}
+    ours: Arguments = {
+        k: _C.from_dlpack(v) if isinstance(v, np.ndarray) else v for k, v in given.items()
+    }
     ours["hidden"] = _C.empty(expected.shape, "float32")
     _C.forward(options=options(), threads=1, workspace=None, **ours)
     np.testing.assert_array_equal(ours["hidden"].numpy(), expected)

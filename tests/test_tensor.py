@@ -318,7 +318,7 @@ def test_transpose_and_index_are_views() -> None:
     np.testing.assert_array_equal(tensor.transpose(-1, 0).numpy(), source.transpose(2, 1, 0))
     np.testing.assert_array_equal(tensor[1].numpy(), source[1])
     np.testing.assert_array_equal(tensor[-2][2].numpy(), source[0, 2])
-    assert [len(row) for row in tensor] == [3, 3]
+    assert [len(tensor), len(tensor[0]), len(tensor[0][0])] == [2, 3, 4]
     tensor[1][2].numpy()[3] = -1
     assert source[1, 2, 3] == -1
 
