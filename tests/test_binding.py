@@ -31,7 +31,8 @@ def options(cell: str = "LSTM", **changes: Any) -> _C.Options:
 
 
 def random(*shape: int, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
-    return (np.random.default_rng(len(shape)).standard_normal(shape) / 2).astype(dtype)
+    values: npt.NDArray[Any] = np.random.default_rng(len(shape)).standard_normal(shape) / 2
+    return values.astype(dtype)
 
 
 def forward_arguments(
@@ -94,7 +95,7 @@ def run_backward(given: Arguments, o: _C.Options | None = None, **more: Any) -> 
 
 
 def read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    view = array.view()
+    view: npt.NDArray[Any] = array.view()
     view.flags.writeable = False
     return view
 
