@@ -41,6 +41,7 @@ $(INSTALLED): $(VENV)/.torch-$(TORCH_VERSION) pyproject.toml CMakeLists.txt $(CP
 	$(BIN)/python -m pip install --quiet --no-build-isolation \
 	    --config-settings=build-dir=$(BUILD) \
 	    --config-settings=cmake.define.FASTRNN_TESTS=ON \
+	    --config-settings=cmake.define.FASTRNN_WERROR=ON \
 	    --editable '.[torch,bench,dev,docs]'
 	touch $@
 
@@ -59,6 +60,7 @@ bench: $(INSTALLED)  ## time every case of the CPU suite against torch and ONNX 
 test: test-cpp test-python  ## the C++ tests, then the Python tests
 
 test-cpp: $(INSTALLED)  ## the C++ tests alone
+	$(BIN)/cmake --build $(BUILD)
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
 
 test-python: $(INSTALLED)  ## the Python tests alone
@@ -75,7 +77,7 @@ test-numpy:  ## install into a .venv without torch and test what needs none ther
 	rm -rf .venv-numpy
 	$(PYTHON) -m venv .venv-numpy
 	.venv-numpy/bin/python -m pip install --quiet . pytest
-	.venv-numpy/bin/python -m pytest tests/test_without_torch.py
+	.venv-numpy/bin/python -m pytest tests/test_no_torch.py
 
 typecheck: $(INSTALLED)  ## mypy --strict over the package
 	$(BIN)/mypy --strict python/fastrnn
@@ -88,7 +90,8 @@ format: $(INSTALLED)  ## write Python and C++ in the house's format
 # $(call sanitized,DIRECTORY,SANITIZERS,TESTS): build the C++ tests with sanitizers and run TESTS.
 define sanitized
 	$(BIN)/cmake -S . -B build/$(1) -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-	    -DFASTRNN_PYTHON=OFF -DFASTRNN_CUDA=OFF -DFASTRNN_TESTS=ON -DFASTRNN_SANITIZE=$(2)
+	    -DFASTRNN_PYTHON=OFF -DFASTRNN_CUDA=OFF -DFASTRNN_TESTS=ON -DFASTRNN_WERROR=ON \
+	    -DFASTRNN_SANITIZE=$(2)
 	$(BIN)/cmake --build build/$(1)
 	$(BIN)/ctest --test-dir build/$(1) --output-on-failure $(3)
 endef
@@ -108,8 +111,8 @@ wheel: $(INSTALLED)  ## a wheel of this machine's kind, in dist
 cuda: $(INSTALLED)  ## compile the CUDA sources, where there is a CUDA compiler
 	@command -v nvcc >/dev/null || { echo 'make cuda: no nvcc on PATH; install the CUDA toolkit'; exit 1; }
 	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release \
-	    -DFASTRNN_PYTHON=OFF -DFASTRNN_CUDA=ON
-	$(BIN)/cmake --build build/cuda
+	    -DFASTRNN_PYTHON=OFF -DFASTRNN_CUDA=ON -DFASTRNN_WERROR=ON
+	$(BIN)/cmake --build build/cuda --target fastrnn_cuda
 
 clean:  ## remove everything that these targets made
 	rm -rf .venv .venv-numpy build dist demo docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,5 +1,5 @@
-// What a device provides: three functions over one Problem. csrc/bind/ picks the table by the device
-// of the arrays; csrc/cpu/ and cuda/ each define one and never see each other.
+// What a device provides: three functions over one Problem. csrc/bind/ picks the table by the
+// device of the arrays; csrc/cpu/ and cuda/ each define one and never see each other.
 #pragma once
 
 #include <cstddef>

@@ -116,9 +116,9 @@ struct Problem {
   State d_h_n, d_c_n;
 
   // ---- backward: written, contiguous, storage. Null: not wanted -----------------------------
-  void* d_input = nullptr;            // [T, B, I] or [N, I]; padding is zero
-  void* d_h0 = nullptr;               // [L·D, B, O]
-  void* d_c0 = nullptr;               // [L·D, B, H]
+  void* d_input = nullptr;             // [T, B, I] or [N, I]; padding is zero
+  void* d_h0 = nullptr;                // [L·D, B, O]
+  void* d_c0 = nullptr;                // [L·D, B, H]
   Parameters* d_parameters = nullptr;  // [L·D], each contiguous, absent where not wanted
 
   // ---- scratch ------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 // Which rows are active at each step. Padded, lengths, PackedSequence and reset all fill this one
 // table, and the engine knows nothing else of them.
 //
-// Rows are sorted by length, longest first (`order`), so that the rows active at a step are a prefix
-// of length active[t]. A (step, row) pair has the flat number n = offset[t] + i, i being the sorted
-// row. Engine buffers are indexed by n, the caller's arrays by position[t] and order[i]:
+// Rows are sorted by length, longest first (`order`), so that the rows active at a step are a
+// prefix of length active[t]. A (step, row) pair has the flat number n = offset[t] + i, i being the
+// sorted row. Engine buffers are indexed by n, the caller's arrays by position[t] and order[i]:
 //   element (t, i, u) of a Sequence = data[position[t]·step + order[i]·row + u·unit].
 // Packed data is the case position = offset, step = row, order = identity.
 #pragma once
@@ -20,14 +20,15 @@ namespace fastrnn {
 
 struct Steps {
   std::int64_t T = 0, B = 0;
-  std::int64_t pairs = 0;         // N, the sum of active
-  bool padding = false;           // some pair of the T·B grid is inactive
+  std::int64_t pairs = 0;            // N, the sum of active
+  bool padding = false;              // some pair of the T·B grid is inactive
   std::int64_t* active = nullptr;    // [T] rows active at the step, not increasing
   std::int64_t* offset = nullptr;    // [T] sum of the active before the step
   std::int64_t* position = nullptr;  // [T] the step's place in the caller's arrays
   std::int64_t* order = nullptr;     // [B] the caller's row of each sorted row
   std::int64_t* length = nullptr;    // [B] steps of each sorted row
-  // [N] or null. fresh[n]: an episode starts at the pair's step, nothing crosses from the step before.
+  // [N] or null. fresh[n]: an episode starts at the pair's step, nothing crosses from the step
+  // before.
   std::uint8_t* fresh = nullptr;
 };
 
@@ -80,9 +81,8 @@ inline Steps build_steps(const Problem& p, void* scratch) {
       s.length[i] = t;
     }
   } else if (p.lengths) {
-    std::stable_sort(s.order, s.order + p.B, [&](std::int64_t a, std::int64_t b) {
-      return p.lengths[a] > p.lengths[b];
-    });
+    std::stable_sort(s.order, s.order + p.B,
+                     [&](std::int64_t a, std::int64_t b) { return p.lengths[a] > p.lengths[b]; });
     for (std::int64_t i = 0; i < p.B; ++i) s.length[i] = p.lengths[s.order[i]];
     for (std::int64_t t = 0, n = p.B; t < p.T; ++t) {
       while (n > 0 && s.length[n - 1] <= t) --n;

@@ -19,11 +19,13 @@ namespace fastrnn {
 struct Gru {
   static constexpr const char* name = "GRU";
   static constexpr int gates = 3, states = 1, saved = 4;
-  // Kept gradients: x_n, r, z, h_n. The input side reads the first three, the hidden the last three.
+  // Kept gradients: x_n, r, z, h_n. The input side reads the first three, the hidden the last
+  // three.
   static constexpr int gradients = 4;
   static constexpr int input_gradient[] = {1, 2, 0}, hidden_gradient[] = {1, 2, 3};
   static constexpr bool separate[] = {false, false, true};
   static constexpr int first_gates = 3;
+  static constexpr bool projects = false;
   static bool accepts(const CellOptions& o) { return o.reset_after; }
 
   template <class V>
@@ -39,8 +41,7 @@ struct Gru {
   template <class V>
   static FASTRNN_CELL void backward(const CellOptions& o, const V* saved, const V* previous,
                                     const V*, const V* d_next, V* d_previous, V* d_a) {
-    const V d_n =
-        d_next[0] * (V(1) - saved[1]) * activate_slope(o.activation, saved[2]);
+    const V d_n = d_next[0] * (V(1) - saved[1]) * activate_slope(o.activation, saved[2]);
     d_a[0] = d_n;
     d_a[1] = d_n * saved[3] * gate_slope(o.gate_activation, saved[0]);
     d_a[2] = d_next[0] * (previous[0] - saved[2]) * gate_slope(o.gate_activation, saved[1]);
@@ -57,7 +58,8 @@ struct GruResetBefore {
   static constexpr int input_gradient[] = {0, 1, 2}, hidden_gradient[] = {0, 1, 2};
   static constexpr bool separate[] = {false, false, false};
   static constexpr int first_gates = 2;  // r and z; the rest are of the second product
-  static constexpr int operand = 3;      // the saved value that the second product reads
+  static constexpr bool projects = false;
+  static constexpr int operand = 3;  // the saved value that the second product reads
   static bool accepts(const CellOptions& o) { return !o.reset_after; }
 
   template <class V>

@@ -71,7 +71,7 @@ bool find_cell(CellList<Cells...>, const Options& o, CellEntry& found) {
     found = {index, traits};
     return true;
   };
-  return (try_cell(Cells::name, Cells::accepts(o.maths),
+  return (try_cell(Cells::name, Cells::accepts(o.maths) && (Cells::projects || o.proj_size == 0),
                    {Cells::gates, Cells::states, Cells::saved + (o.proj_size ? 1 : 0)}) ||
           ...);
 }
@@ -130,15 +130,16 @@ struct Stack {
   std::int64_t inputs(std::int64_t layer) const { return layer ? p.options.directions * O : p.I; }
 };
 
-// How a team divides a layer: see Plan. One thread where the work would not repay waking the others.
+// How a team divides a layer: see Plan. One thread where the work would not repay waking the
+// others.
 Plan make_plan(const Stack& s) {
   const Problem& p = s.p;
   Plan plan;
   constexpr double kRegionWork = 1 << 21;   // products worth a parallel region
   constexpr double kBarrierWork = 1 << 19;  // products of a step worth its barrier
   const double step = static_cast<double>(s.cell.traits.gates) * p.H * s.O;
-  const double all = static_cast<double>(s.pairs) * s.cell.traits.gates * p.H * (p.I + s.O) *
-                     p.options.directions;
+  const double all =
+      static_cast<double>(s.pairs) * s.cell.traits.gates * p.H * (p.I + s.O) * p.options.directions;
   int left = all < kRegionWork ? 1 : p.threads;
   if (left <= 1) return plan;
   plan.threads = left;
@@ -226,8 +227,8 @@ std::size_t layer_scratch(const Stack& s) {
   for (std::int64_t l = 0; l < std::min<std::int64_t>(p.options.layers, 2); ++l) {
     Layer layer = describe(s, l);
     if (l || p.d_input) layer.d_below = &present;
-    const std::size_t bytes =
-        s.pass == Pass::forward ? s.kernels.forward_scratch(layer) : s.kernels.backward_scratch(layer);
+    const std::size_t bytes = s.pass == Pass::forward ? s.kernels.forward_scratch(layer)
+                                                      : s.kernels.backward_scratch(layer);
     most = std::max(most, bytes);
   }
   return most;
@@ -344,7 +345,7 @@ void backward(const Problem& p) {
     if (l == L - 1)
       layer.d_output = normal(s, p.d_output);
     else
-      layer.d_above = w.between[(l + 1) % 2];
+      layer.d_above = w.between[l % 2];
     layer.d_hidden = normal(s, p.d_hidden);
     layer.d_hidden.data = shifted(p.d_hidden.data, l * p.d_hidden_layer, s.storage);
     layer.d_cell = normal(s, p.d_cell);
@@ -354,7 +355,7 @@ void backward(const Problem& p) {
     layer.d_c_n = p.d_c_n;
     layer.d_c_n.data = shifted(p.d_c_n.data, g * p.d_c_n.group, s.storage);
     if (l > 0)
-      layer.d_below = w.between[l % 2];
+      layer.d_below = w.between[(l - 1) % 2];
     else
       layer.d_input = contiguous(s, p.d_input, p.I);
     layer.d_h0 = shifted(p.d_h0, g * p.B * s.O, s.storage);

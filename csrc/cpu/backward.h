@@ -1,19 +1,22 @@
 // One layer backward through time.
 //
-// Maths         csrc/cells/. The steps run in the reverse of forward's order. At each, the gradient of h
+// Maths         csrc/cells/. The steps run in the reverse of forward's order. At each, the gradient
+// of h
 //               is what the output brings, plus what the step after brings through W_hhᵀ, plus what
 //               the cell carries past the product (a GRU's dh·z):
 //                 dh_t = dy_t + Σ_gates da_{t+1}·W_hh + carried
-//               The product and the cell's backward are one pass over a tile of hidden units. Only the
-//               gates' gradients are written; those of weights and input are products over all
+//               The product and the cell's backward are one pass over a tile of hidden units. Only
+//               the gates' gradients are written; those of weights and input are products over all
 //               (step, row) pairs afterwards (weight_gradient, input_gradient).
-// Two products  reset-before GRU: dn from dh, then d(r∘h) = dn·W_hn, then dr. Projection: dh of size P
+// Two products  reset-before GRU: dn from dh, then d(r∘h) = dn·W_hn, then dr. Projection: dh of
+// size P
 //               first, then W_hrᵀ to the hidden units.
 // Layouts       d_gates  [D][pairs][gradients·Hp]: planes as the cell's input_gradient and
 //                        hidden_gradient say
 //               d_out    [pairs][D·O], dy in compute type; d_proj [D][pairs][Op], dh of a projected
 //               carried  [B][Op], d_c [B][Hp]
-// Sums          long sums over the pairs run in blocks of kPairs, whose partial sums are added one after
+// Sums          long sums over the pairs run in blocks of kPairs, whose partial sums are added one
+// after
 //               the other: the same bits whatever the number of threads.
 // Threads       the recurrence as forward; then pairs (input) and gate rows (weights) are split.
 #pragma once
@@ -25,9 +28,9 @@ namespace fastrnn::FASTRNN_ISA {
 template <class Cell, class S>
 class Backward : Shape<Cell, S> {
   using K = Shape<Cell, S>;
+  using K::lanes, K::gates, K::first, K::wide;
   using typename K::C;
   using typename K::V;
-  using K::lanes, K::gates, K::first, K::wide;
   static constexpr int rows = K::wide_rows;
   static constexpr int block_units = wide * lanes;
   static constexpr Index kPairs = 256;
@@ -51,7 +54,7 @@ class Backward : Shape<Cell, S> {
     for (Index d = 0; d < D; ++d) {
       Group& g = group_[d];
       g.weight_hh = arena.take<C>(out_blocks_ * first * H * block_units);
-      g.second = layer.P            ? arena.take<C>(blocks_ * layer.P * block_units)
+      g.second = layer.P           ? arena.take<C>(blocks_ * layer.P * block_units)
                  : K::two_products ? arena.take<C>(blocks_ * (gates - first) * H * block_units)
                                    : nullptr;
       g.weight_ih = wants_input() ? arena.take<C>(in_blocks_ * gates * H * block_units) : nullptr;
@@ -243,19 +246,15 @@ class Backward : Shape<Cell, S> {
         next_rows_[j] = cut ? nullptr : gates_row(d, steps_.offset[next] + i);
         any |= !cut;
       }
-      if (layer_.P) {
-        for (Index b = outs.begin; b < outs.end; ++b) projected_step(p, b, n, any);
-        share.team->wait(share.columns);
-        for (Index j = 0; j < n; ++j)
-          next_rows_[j] = group_[d].d_proj + (steps_.offset[p.t] + deal.row(j)) * Op_;
-        for (Index b = blocks.begin; b < blocks.end; ++b) hidden_of_projected(p, b, n);
+      if (Cell::projects && layer_.P) {
+        if constexpr (Cell::projects) projected_step(p, share, outs, blocks, n, any);
       } else {
         for (Index b = blocks.begin; b < blocks.end; ++b) hidden_step(p, b, n, any);
         if constexpr (K::two_products) {
           share.team->wait(share.columns);
           for (Index j = 0; j < n; ++j)
-            next_rows_[j] = gates_row(d, steps_.offset[p.t] + deal.row(j)) +
-                            Cell::hidden_gradient[first] * Hp_;
+            next_rows_[j] =
+                gates_row(d, steps_.offset[p.t] + deal.row(j)) + Cell::hidden_gradient[first] * Hp_;
           for (Index b = blocks.begin; b < blocks.end; ++b) operand_step(p, b, n);
         }
       }
@@ -276,7 +275,7 @@ class Backward : Shape<Cell, S> {
   }
 
   // The gradient of h at one tile: product + dy + what is carried or, at the last step, d_h_n.
-  FASTRNN_INLINE V hidden_gradient(const Position& p, Index i, Index unit, V product, bool cut) {
+  FASTRNN_NOINLINE V hidden_gradient(const Position& p, Index i, Index unit, V product, bool cut) {
     const Group& g = group_[p.d];
     const Index n = steps_.offset[p.t] + i;
     V dh = product + V::load(d_out_ + (n * layer_.directions + p.d) * layer_.O + unit);
@@ -294,17 +293,28 @@ class Backward : Shape<Cell, S> {
       V acc[R][wide];
       clear(acc);
       if (any) through_weights<R>(acc, next_rows_ + j, w);
+      const Sums<R, wide, C> sums(acc);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < wide; ++v) {
           const Index unit = (b * wide + v) * lanes, i = p.deal.row(j + r);
           if (unit >= layer_.H) continue;
           const bool cut = !next_rows_[j + r];
-          cell_backward(p, i, unit, hidden_gradient(p, i, unit, acc[r][v], cut), cut);
+          cell_backward(p, i, unit, hidden_gradient(p, i, unit, sums.v[r][v], cut), cut);
         }
     });
   }
 
-  void projected_step(const Position& p, Index b, Index n, bool any) {
+  // dh of the projected size first, then through W_hr to the hidden units.
+  void projected_step(const Position& p, const Share& share, const Range& outs, const Range& blocks,
+                      Index n, bool any) {
+    for (Index b = outs.begin; b < outs.end; ++b) projected_gradient(p, b, n, any);
+    share.team->wait(share.columns);
+    for (Index j = 0; j < n; ++j)
+      next_rows_[j] = group_[p.d].d_proj + (steps_.offset[p.t] + p.deal.row(j)) * Op_;
+    for (Index b = blocks.begin; b < blocks.end; ++b) hidden_of_projected(p, b, n);
+  }
+
+  void projected_gradient(const Position& p, Index b, Index n, bool any) {
     const Group& g = group_[p.d];
     const C* w = g.weight_hh + b * first * layer_.H * block_units;
     in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
@@ -312,11 +322,12 @@ class Backward : Shape<Cell, S> {
       V acc[R][wide];
       clear(acc);
       if (any) through_weights<R>(acc, next_rows_ + j, w);
+      const Sums<R, wide, C> sums(acc);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < wide; ++v) {
           const Index unit = (b * wide + v) * lanes, i = p.deal.row(j + r);
           if (unit < layer_.O)
-            hidden_gradient(p, i, unit, acc[r][v], !next_rows_[j + r])
+            hidden_gradient(p, i, unit, sums.v[r][v], !next_rows_[j + r])
                 .store(g.d_proj + (steps_.offset[p.t] + i) * Op_ + unit);
         }
     });
@@ -329,10 +340,11 @@ class Backward : Shape<Cell, S> {
       V acc[R][wide];
       clear(acc);
       accumulate<R, wide>(acc, next_rows_ + j, layer_.P, w);
+      const Sums<R, wide, C> sums(acc);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < wide; ++v) {
           const Index unit = (b * wide + v) * lanes, i = p.deal.row(j + r);
-          if (unit < layer_.H) cell_backward(p, i, unit, acc[r][v], cut_after(p, i));
+          if (unit < layer_.H) cell_backward(p, i, unit, sums.v[r][v], cut_after(p, i));
         }
     });
   }
@@ -357,7 +369,7 @@ class Backward : Shape<Cell, S> {
   }
 
   // The cell (or its half that follows dh) on one tile of one row.
-  FASTRNN_INLINE void cell_backward(const Position& p, Index i, Index unit, V dh, bool cut) {
+  FASTRNN_NOINLINE void cell_backward(const Position& p, Index i, Index unit, V dh, bool cut) {
     const Group& g = group_[p.d];
     const Index n = steps_.offset[p.t] + i;
     const C* keep = saved_row(p, i) + unit;
@@ -388,10 +400,11 @@ class Backward : Shape<Cell, S> {
   }
 
   V cell_gradient(const Position& p, Index i, Index unit) const {
-    const C* from = at<const C>(layer_.d_cell, steps_, p.t, i) +
-                    (p.d * layer_.H + unit) * layer_.d_cell.unit;
+    const C* from =
+        at<const C>(layer_.d_cell, steps_, p.t, i) + (p.d * layer_.H + unit) * layer_.d_cell.unit;
     C lane[lanes] = {};
-    for (Index u = 0; u < least(lanes, layer_.H - unit); ++u) lane[u] = from[u * layer_.d_cell.unit];
+    for (Index u = 0; u < least(lanes, layer_.H - unit); ++u)
+      lane[u] = from[u * layer_.d_cell.unit];
     return V::load(lane);
   }
 
@@ -404,15 +417,16 @@ class Backward : Shape<Cell, S> {
       V acc[R][wide];
       clear(acc);
       accumulate<R, wide>(acc, next_rows_ + j, layer_.H, w);
+      const Sums<R, wide, C> sums(acc);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < wide; ++v) {
           const Index unit = (b * wide + v) * lanes, i = p.deal.row(j + r);
-          if (unit < layer_.H) finish_operand(p, i, unit, acc[r][v]);
+          if (unit < layer_.H) finish_operand(p, i, unit, sums.v[r][v]);
         }
     });
   }
 
-  FASTRNN_INLINE void finish_operand(const Position& p, Index i, Index unit, V d_operand) {
+  FASTRNN_NOINLINE void finish_operand(const Position& p, Index i, Index unit, V d_operand) {
     if constexpr (K::two_products) {
       const C* keep = saved_row(p, i) + unit;
       V saved[Cell::saved], d_a[Cell::gradients];
@@ -442,8 +456,8 @@ class Backward : Shape<Cell, S> {
         for (Index j = 0; j < n; ++j) {
           const Index i = deal.row(j), begin = blocks.begin * block_units;
           const Index count = least(layer_.H, blocks.end * block_units) - begin;
-          S* to = static_cast<S*>(layer_.d_c0) +
-                  (d * steps_.B + steps_.order[i]) * layer_.H + begin;
+          S* to =
+              static_cast<S*>(layer_.d_c0) + (d * steps_.B + steps_.order[i]) * layer_.H + begin;
           scatter(to, next_rows_[j] ? g.d_c + i * Hp_ + begin : zeros_, count);
         }
   }
@@ -457,11 +471,12 @@ class Backward : Shape<Cell, S> {
       V acc[R][wide];
       clear(acc);
       through_weights<R>(acc, next_rows_ + j, g.weight_hh + b * first * layer_.H * block_units);
+      const Sums<R, wide, C> sums(acc);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < wide; ++v) {
           const Index unit = (b * wide + v) * lanes, i = deal.row(j + r);
           if (unit >= layer_.O) continue;
-          V dh = next_rows_[j + r] ? acc[r][v] : V(0);
+          V dh = next_rows_[j + r] ? sums.v[r][v] : V(0);
           if (next_rows_[j + r] && !layer_.P) dh = dh + V::load(g.carried + i * Op_ + unit);
           S* to = static_cast<S*>(layer_.d_h0) + (d * steps_.B + steps_.order[i]) * layer_.O;
           store_units(dh, to + unit, layer_.O - unit);
@@ -486,12 +501,12 @@ class Backward : Shape<Cell, S> {
             for (int r = 0; r < R; ++r)
               plane[r] = gates_row(d, mine.begin + m + r) + Cell::input_gradient[gate] * Hp_;
             accumulate<R, wide>(acc, plane, layer_.H,
-                                group_[d].weight_ih +
-                                    (b * gates + gate) * layer_.H * block_units);
+                                group_[d].weight_ih + (b * gates + gate) * layer_.H * block_units);
           }
+        const Sums<R, wide, C> sums(acc);
         for (int r = 0; r < R; ++r, pair.advance())
           for (int v = 0; v < wide; ++v)
-            store_input(pair, mine.begin + m + r, (b * wide + v) * lanes, acc[r][v]);
+            store_input(pair, mine.begin + m + r, (b * wide + v) * lanes, sums.v[r][v]);
       });
     }
   }
@@ -522,7 +537,7 @@ class Backward : Shape<Cell, S> {
     }
   };
 
-  FASTRNN_INLINE void store_input(const PairWalk& pair, Index n, Index unit, V dx) {
+  FASTRNN_NOINLINE void store_input(const PairWalk& pair, Index n, Index unit, V dx) {
     if (unit >= layer_.I) return;
     if (layer_.d_below)
       store_units(dx, static_cast<C*>(layer_.d_below) + n * layer_.I + unit, layer_.I - unit);
@@ -534,13 +549,13 @@ class Backward : Shape<Cell, S> {
 
   // What a weight's gradient is the product of: rows of gate gradients and rows of operands.
   struct Product {
-    const C* d_rows;        // [pairs][width], the plane of gate g at planes[g]·stride
+    const C* d_rows;  // [pairs][width], the plane of gate g at planes[g]·stride
     Index width, stride;
     const int* planes;
     int first_gate, last_gate;
-    Index units;            // outputs of a gate
-    Index columns;          // of the weight
-    S* to;                  // [gates·units, columns]
+    Index units;    // outputs of a gate
+    Index columns;  // of the weight
+    S* to;          // [gates·units, columns]
   };
 
   void parameter_gradients(Index d, int thread, int threads) {
@@ -569,10 +584,11 @@ class Backward : Shape<Cell, S> {
     }
     if (to.bias_ih.data) bias_gradient(d, Cell::input_gradient, to.bias_ih, thread, threads);
     if (to.bias_hh.data) bias_gradient(d, Cell::hidden_gradient, to.bias_hh, thread, threads);
-    if (to.weight_hr.data) {
+    if constexpr (Cell::projects) {
+      if (!to.weight_hr.data) return;
       static constexpr int only[] = {0};
-      const Product projection{g.d_proj, Op_, 0, only, 0, 1, layer_.O, H,
-                               static_cast<S*>(to.weight_hr.data)};
+      const Product projection{
+          g.d_proj, Op_, 0, only, 0, 1, layer_.O, H, static_cast<S*>(to.weight_hr.data)};
       weight_gradient(projection, thread, threads, [&](const PairWalk&, Index n, Index column) {
         return V::load(saved_plane(d, n, Cell::saved) + column);
       });
@@ -626,8 +642,8 @@ class Backward : Shape<Cell, S> {
         }
   }
 
-  // Where the sums of a group of rows grow: in the gradient itself, or in the thread's scratch where
-  // storage is narrower.
+  // Where the sums of a group of rows grow: in the gradient itself, or in the thread's scratch
+  // where storage is narrower.
   C* sums(const Product& p, Index m, Index groups, Index begin) const {
     if constexpr (sizeof(S) == sizeof(C))
       return p.to + weight_row(p, m, groups) * p.columns;
@@ -672,13 +688,14 @@ class Backward : Shape<Cell, S> {
     V acc[rows][wide];
     clear(acc);
     accumulate_packed<rows, wide>(acc, packed_rows_ + (m - begin) * rows * kPairs, count, panel_);
+    const Sums<rows, wide, C> block(acc);
     const Index have = group_rows(p, m, groups);
     for (Index r = 0; r < rows && r < have; ++r) {
       C* to = sums(p, m, groups, begin) + r * p.columns;
       for (int v = 0; v < wide; ++v) {
         const Index c = column + v * lanes;
         if (c >= p.columns) break;
-        const V sum = start ? acc[r][v] : load_units<C>(to + c, p.columns - c) + acc[r][v];
+        const V sum = start ? block.v[r][v] : load_units<C>(to + c, p.columns - c) + block.v[r][v];
         store_units(sum, to + c, p.columns - c);
       }
     }

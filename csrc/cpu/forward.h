@@ -1,25 +1,28 @@
 // One layer forward.
 //
-// Maths         csrc/cells/. For each direction, the steps run in blocks: first the projection of the
+// Maths         csrc/cells/. For each direction, the steps run in blocks: first the projection of
+// the
 //               whole block, x·W_ihᵀ + b, then step by step h·W_hhᵀ on top of it and the cell, all
-//               gates of a tile of hidden units in registers at once. Without a backward pass to come
-//               the gates never reach memory.
-// Two products  reset-before GRU: r and z first, then n from r∘h. Projection (proj_size): the hidden
+//               gates of a tile of hidden units in registers at once. Without a backward pass to
+//               come the gates never reach memory.
+// Two products  reset-before GRU: r and z first, then n from r∘h. Projection (proj_size): the
+// hidden
 //               units first, then W_hr. Both run as a second pass over the step.
 // Layouts       x_gates   [block of units][row of the block of steps][tile][gate][lane]
 //               h         [2][B][padded(O)], written at t mod 2, read from the other
 //               c         [B][Hp]
 //               saved     a row of planes·Hp for each pair: the cell's saved values, then, with
 //                         projection, the hidden units before it
-// Threads       Plan. A thread owns directions, rows and blocks of units; only a team that shares rows
+// Threads       Plan. A thread owns directions, rows and blocks of units; only a team that shares
+// rows
 //               meets at a barrier, once for each product of a step.
-// Cost          per step and row G·H·(I + O) products, 4·G·H·O bytes of packed W_hh from the cache for
+// Cost          per step and row G·H·(I + O) products, 4·G·H·O bytes of packed W_hh from the cache
+// for
 //               each block of rows.
 #pragma once
 
-#include "pack.h"
-
 #include "layer.h"
+#include "pack.h"
 
 namespace fastrnn::FASTRNN_ISA {
 
@@ -108,9 +111,9 @@ struct Shape {
 template <class Cell, class S>
 class Forward : Shape<Cell, S> {
   using K = Shape<Cell, S>;
+  using K::lanes, K::gates, K::tiles, K::vectors, K::rows, K::units, K::first, K::wide;
   using typename K::C;
   using typename K::V;
-  using K::lanes, K::gates, K::tiles, K::vectors, K::rows, K::units, K::first, K::wide;
 
  public:
   // Lays the scratch out from `base`; from nothing, only measures it.
@@ -164,9 +167,9 @@ class Forward : Shape<Cell, S> {
  private:
   struct Group {
     C *weight_ih, *weight_hh, *second, *bias_x, *bias_h;
-    C *initial;  // [B][Op] h0
+    C* initial;  // [B][Op] h0
     C *h, *c;
-    C *saved;  // [B][saved_width]: one step's, where none are kept but a second product needs them
+    C* saved;  // [B][saved_width]: one step's, where none are kept but a second product needs them
   };
 
   // Bytes of each thread's own scratch.
@@ -176,7 +179,8 @@ class Forward : Shape<Cell, S> {
 
   PerThread per_thread(const Plan& plan) const {
     PerThread p{};
-    const Index rows_mine = ceil_div(steps_.B, plan.row_threads) + (plan.row_threads > 1 ? rows : 0);
+    const Index rows_mine =
+        ceil_div(steps_.B, plan.row_threads) + (plan.row_threads > 1 ? rows : 0);
     const Index blocks_mine = ceil_div(blocks_, plan.column_threads);
     constexpr Index kBytes = 256 * 1024;  // projected gates of a block of steps stay in the cache
     const Index row_bytes = blocks_mine * vectors * lanes * static_cast<Index>(sizeof(C));
@@ -228,9 +232,10 @@ class Forward : Shape<Cell, S> {
     const Parameters& p = layer_.parameters[d];
     const Group& g = group_[d];
     const Index H = layer_.H, I = layer_.I, O = layer_.O, unit = b * units;
-    pack_gates<C, S>(g.weight_ih + b * I * vectors * lanes, p.weight_ih, H, I, 0, gates, tiles, unit);
-    pack_gates<C, S>(g.weight_hh + b * O * first * tiles * lanes, p.weight_hh, H, O, 0, first, tiles,
+    pack_gates<C, S>(g.weight_ih + b * I * vectors * lanes, p.weight_ih, H, I, 0, gates, tiles,
                      unit);
+    pack_gates<C, S>(g.weight_hh + b * O * first * tiles * lanes, p.weight_hh, H, O, 0, first,
+                     tiles, unit);
     if constexpr (K::two_products)
       pack_gates<C, S>(g.second + b * H * (gates - first) * tiles * lanes, p.weight_hh, H, H, first,
                        gates - first, tiles, unit);
@@ -251,9 +256,8 @@ class Forward : Shape<Cell, S> {
 
   // W_hr [P, H] as outputs P over k = H: its rows are the units, so it packs as one gate.
   void pack_projection(Index d, Index b) {
-    pack_gates<C, S>(group_[d].second + b * layer_.H * wide * lanes,
-                     layer_.parameters[d].weight_hr, layer_.O, layer_.H, 0, 1, wide,
-                     b * wide * lanes);
+    pack_gates<C, S>(group_[d].second + b * layer_.H * wide * lanes, layer_.parameters[d].weight_hr,
+                     layer_.O, layer_.H, 0, 1, wide, b * wide * lanes);
   }
 
   void initial_state(Index d, Index i) {
@@ -338,11 +342,15 @@ class Forward : Shape<Cell, S> {
       in_blocks_of_rows<rows>(pairs, [&](auto count, Index m) {
         constexpr int R = decltype(count)::value;
         V acc[R][vectors];
+#pragma GCC unroll 24
         for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
           for (int v = 0; v < vectors; ++v) acc[r][v] = V::load(bias + v * lanes);
         accumulate<R, vectors>(acc, x_rows_ + m, layer_.I, w);
         C* to = x_gates(blocks, b, m);
+#pragma GCC unroll 24
         for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
           for (int v = 0; v < vectors; ++v) acc[r][v].store(to + (r * vectors + v) * lanes);
       });
     }
@@ -359,23 +367,21 @@ class Forward : Shape<Cell, S> {
     }
     for (Index b = blocks.begin; b < blocks.end; ++b) first_product(p, blocks, b, n, m);
     share.team->wait(share.columns);
-    if (!K::two_products && !layer_.P) return;
-    const Index plane = layer_.P ? Cell::saved : operand_plane();
-    for (Index j = 0; j < n; ++j) second_rows_[j] = saved_row(p, p.deal.row(j)) + plane * Hp_;
-    if (layer_.P) {
+    if constexpr (Cell::projects) {
+      if (!layer_.P) return;
+      second_operands(p, n, Cell::saved);
       const Range outs = split(out_blocks_, share.column, share.columns);
       for (Index b = outs.begin; b < outs.end; ++b) project_hidden(p, b, n);
+      share.team->wait(share.columns);
     } else if constexpr (K::two_products) {
+      second_operands(p, n, Cell::operand);
       for (Index b = blocks.begin; b < blocks.end; ++b) second_product(p, blocks, b, n, m);
+      share.team->wait(share.columns);
     }
-    share.team->wait(share.columns);
   }
 
-  static constexpr int operand_plane() {
-    if constexpr (K::two_products)
-      return Cell::operand;
-    else
-      return 0;
+  void second_operands(const Position& p, Index n, int plane) {
+    for (Index j = 0; j < n; ++j) second_rows_[j] = saved_row(p, p.deal.row(j)) + plane * Hp_;
   }
 
   // The pair's saved values, or null where nothing reads them.
@@ -395,26 +401,30 @@ class Forward : Shape<Cell, S> {
       constexpr int R = decltype(count)::value;
       const C* x = x_gates(blocks, b, m + j);
       V acc[R][N];
+#pragma GCC unroll 24
       for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
         for (int v = 0; v < N; ++v) {
           const int from = v / first * gates + v % first;
           acc[r][v] = Cell::separate[v % first] ? V::load(bias_h + from * lanes)
                                                 : V::load(x + (r * vectors + from) * lanes);
         }
       accumulate<R, N>(acc, h_rows_ + j, layer_.O, w);
+      const Sums<R, N, C> sums(acc);
       for (int r = 0; r < R; ++r)
         for (int tile = 0; tile < tiles; ++tile) {
           const Index unit = b * units + tile * lanes;
           if (unit < layer_.H)
-            finish_first(p, p.deal.row(j + r), h_rows_[j + r], unit, acc[r] + tile * first,
+            finish_first(p, p.deal.row(j + r), h_rows_[j + r], unit, sums.v[r] + tile * first,
                          x + (r * vectors + tile * gates) * lanes);
         }
     });
   }
 
-  // The cell, or its first half, on one tile of one row. a: the gates' sums; x_tile: the projection.
-  FASTRNN_INLINE void finish_first(const Position& p, Index i, const C* h, Index unit, const V* a,
-                                   const C* x_tile) {
+  // The cell, or its first half, on one tile of one row. a: the gates' sums; x_tile: the
+  // projection.
+  FASTRNN_NOINLINE void finish_first(const Position& p, Index i, const C* h, Index unit, const V* a,
+                                     const C* x_tile) {
     V saved[Cell::saved], previous[2], next[2];
     previous[0] = layer_.P ? V(0) : V::load(h + unit);
     C* keep = saved_row(p, i);
@@ -448,10 +458,9 @@ class Forward : Shape<Cell, S> {
     if (layer_.cell.data)
       store_units(c, at<C>(layer_.cell, steps_, p.t, i) + p.d * layer_.H + unit, layer_.H - unit);
     if (Walk{steps_, p.reverse}.last(p.t, i))
-      store_units(c,
-                  static_cast<S*>(layer_.c_n) +
-                      (p.d * steps_.B + steps_.order[i]) * layer_.H + unit,
-                  layer_.H - unit);
+      store_units(
+          c, static_cast<S*>(layer_.c_n) + (p.d * steps_.B + steps_.order[i]) * layer_.H + unit,
+          layer_.H - unit);
   }
 
   // h of one tile to the state, to the output and, at the row's last step, to h_n.
@@ -472,20 +481,24 @@ class Forward : Shape<Cell, S> {
       constexpr int R = decltype(count)::value;
       const C* x = x_gates(blocks, b, m + j);
       V acc[R][N];
+#pragma GCC unroll 24
       for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
         for (int v = 0; v < N; ++v)
           acc[r][v] = V::load(x + (r * vectors + v / G * gates + first + v % G) * lanes);
       accumulate<R, N>(acc, second_rows_ + j, layer_.H, w);
+      const Sums<R, N, C> sums(acc);
       for (int r = 0; r < R; ++r)
         for (int tile = 0; tile < tiles; ++tile) {
           const Index unit = b * units + tile * lanes;
           if (unit < layer_.H)
-            finish_second(p, p.deal.row(j + r), h_rows_[j + r], unit, acc[r] + tile * G);
+            finish_second(p, p.deal.row(j + r), h_rows_[j + r], unit, sums.v[r] + tile * G);
         }
     });
   }
 
-  FASTRNN_INLINE void finish_second(const Position& p, Index i, const C* h, Index unit, const V* a) {
+  FASTRNN_NOINLINE void finish_second(const Position& p, Index i, const C* h, Index unit,
+                                      const V* a) {
     V saved[Cell::saved], previous[1] = {V::load(h + unit)}, next[1];
     C* keep = saved_row(p, i);
     for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(keep + s * Hp_ + unit);
@@ -502,10 +515,11 @@ class Forward : Shape<Cell, S> {
       V acc[R][wide];
       clear(acc);
       accumulate<R, wide>(acc, second_rows_ + j, layer_.H, w);
+      const Sums<R, wide, C> sums(acc);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < wide; ++v) {
           const Index unit = (b * wide + v) * lanes;
-          if (unit < layer_.O) finish_hidden(p, p.deal.row(j + r), unit, acc[r][v]);
+          if (unit < layer_.O) finish_hidden(p, p.deal.row(j + r), unit, sums.v[r][v]);
         }
     });
   }

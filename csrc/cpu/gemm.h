@@ -3,8 +3,8 @@
 //   acc[r][n] += Σ_k a(r, k) · w[k][n]           k = 0 … K−1, one after the other
 //
 // It is vectorised over outputs and sequential over k, so a result's bits depend on neither the
-// number of rows beside it nor the number of threads. Row counts below R run the same code with fewer
-// rows. The weights come packed, N vectors for each k, so that they stream.
+// number of rows beside it nor the number of threads. Row counts below R run the same code with
+// fewer rows. The weights come packed, N vectors for each k, so that they stream.
 #pragma once
 
 #include "simd.h"
@@ -44,21 +44,40 @@ FASTRNN_INLINE void in_blocks_of_rows(Index rows, Body body) {
 
 template <int R, int N, class C>
 FASTRNN_INLINE void clear(Vec<C> (&acc)[R][N]) {
+#pragma GCC unroll 24
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
     for (int n = 0; n < N; ++n) acc[r][n] = Vec<C>(0);
 }
+
+// The sums in memory, for what is done with them afterwards. The accumulators themselves must never
+// have their address taken, or the compiler keeps them there all along.
+template <int R, int N, class C>
+struct Sums {
+  Vec<C> v[R][N];
+  FASTRNN_INLINE explicit Sums(const Vec<C> (&acc)[R][N]) {
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
+      for (int n = 0; n < N; ++n) v[r][n] = acc[r][n];
+  }
+};
 
 // a(r, k) = rows[r][k].
 template <int R, int N, class C>
 FASTRNN_INLINE void accumulate(Vec<C> (&acc)[R][N], const C* const* rows, Index K, const C* w) {
   using V = Vec<C>;
   const C* a[R];
+#pragma GCC unroll 24
   for (int r = 0; r < R; ++r) a[r] = rows[r];
   for (Index k = 0; k < K; ++k, w += N * V::lanes) {
     V weight[N];
+#pragma GCC unroll 24
     for (int n = 0; n < N; ++n) weight[n] = V::load(w + n * V::lanes);
+#pragma GCC unroll 24
     for (int r = 0; r < R; ++r) {
       const V x(a[r][k]);
+#pragma GCC unroll 24
       for (int n = 0; n < N; ++n) acc[r][n] = fma(x, weight[n], acc[r][n]);
     }
   }
@@ -70,9 +89,12 @@ FASTRNN_INLINE void accumulate_packed(Vec<C> (&acc)[R][N], const C* packed, Inde
   using V = Vec<C>;
   for (Index k = 0; k < K; ++k, w += N * V::lanes, packed += R) {
     V weight[N];
+#pragma GCC unroll 24
     for (int n = 0; n < N; ++n) weight[n] = V::load(w + n * V::lanes);
+#pragma GCC unroll 24
     for (int r = 0; r < R; ++r) {
       const V x(packed[r]);
+#pragma GCC unroll 24
       for (int n = 0; n < N; ++n) acc[r][n] = fma(x, weight[n], acc[r][n]);
     }
   }

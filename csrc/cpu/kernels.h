@@ -19,9 +19,8 @@ void run_pass(const Layer& layer, int thread, int threads) {
 
 template <class Cell, class S>
 constexpr LayerKernels kernels_of() {
-  return {Shape<Cell, S>::rows,        Shape<Cell, S>::units,
-          scratch_of<Forward<Cell, S>>, scratch_of<Backward<Cell, S>>,
-          run_pass<Forward<Cell, S>>,   run_pass<Backward<Cell, S>>};
+  return {Shape<Cell, S>::rows,          Shape<Cell, S>::units,      scratch_of<Forward<Cell, S>>,
+          scratch_of<Backward<Cell, S>>, run_pass<Forward<Cell, S>>, run_pass<Backward<Cell, S>>};
 }
 
 template <class List>

@@ -11,7 +11,8 @@
 namespace fastrnn {
 
 // How a team of threads divides a layer. Directions first (they never wait for each other), then
-// rows (nor do rows), and only where there are too few rows the hidden units, with a barrier a step.
+// rows (nor do rows), and only where there are too few rows the hidden units, with a barrier a
+// step.
 struct Plan {
   int threads = 1;
   int direction_threads = 1;  // 1 or 2
@@ -23,7 +24,7 @@ struct Layer {
   CellOptions maths;
   const Steps* steps = nullptr;
   std::int64_t directions = 1, I = 0, H = 0, P = 0, O = 0;
-  Plan plan, single;  // with all the threads, and where only one can be had
+  Plan plan, single;            // with all the threads, and where only one can be had
   Barrier* barriers = nullptr;  // [1 + threads]: everybody's, then one for each team
 
   Sequence input;                          // [.., I], storage
@@ -36,16 +37,16 @@ struct Layer {
   void* gates = nullptr;                   // [D, pairs, planes·Hp], compute type; null: not kept
   std::int64_t gates_group = 0;            // elements between directions of `gates`
 
-  Sequence d_output;                    // storage; absent for a layer below the last
-  Sequence d_hidden;                    // storage; absent: zeros
-  Sequence d_cell;                      // compute type; absent: zeros
-  State d_h_n, d_c_n;                   // storage
-  void* d_above = nullptr;              // [pairs, D·O], compute type: from the layer above
-  void* d_below = nullptr;              // [pairs, I], compute type: to the layer below
-  Sequence d_input;                     // storage: the first layer's instead of d_below
-  void* d_h0 = nullptr;                 // [D, B, O], storage
-  void* d_c0 = nullptr;                 // [D, B, H], storage
-  Parameters* d_parameters = nullptr;   // [D]
+  Sequence d_output;                   // storage; absent for a layer below the last
+  Sequence d_hidden;                   // storage; absent: zeros
+  Sequence d_cell;                     // compute type; absent: zeros
+  State d_h_n, d_c_n;                  // storage
+  void* d_above = nullptr;             // [pairs, D·O], compute type: from the layer above
+  void* d_below = nullptr;             // [pairs, I], compute type: to the layer below
+  Sequence d_input;                    // storage: the first layer's instead of d_below
+  void* d_h0 = nullptr;                // [D, B, O], storage
+  void* d_c0 = nullptr;                // [D, B, H], storage
+  Parameters* d_parameters = nullptr;  // [D]
 
   void* scratch = nullptr;
 };

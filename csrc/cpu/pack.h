@@ -1,5 +1,5 @@
-// Packed weights: blocks of N vectors of outputs, each block holding its N vectors for k = 0 … K−1 one
-// after the other, which is the order in which accumulate() reads them.
+// Packed weights: blocks of N vectors of outputs, each block holding its N vectors for k = 0 … K−1
+// one after the other, which is the order in which accumulate() reads them.
 //
 //   gates     [block][k][tile][gate][lane]   from W [G·H, K]: outputs are hidden units
 //   columns   [block][k][vector][lane]       from W [K, M]:   outputs are columns of W

@@ -3,8 +3,8 @@
 //   FASTRNN_ISA            its namespace, so that no two sets share a symbol
 //   FASTRNN_VECTOR_BYTES   the width of a register
 //   FASTRNN_REGISTERS      how many there are
-// No std template is used below here: an inline function compiled for one set must never be the copy
-// that the linker keeps for another.
+// No std template is used below here: an inline function compiled for one set must never be the
+// copy that the linker keeps for another.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +17,9 @@
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
+
+// What a kernel does once per tile is one function, not a copy in each of its variants.
+#define FASTRNN_NOINLINE __attribute__((noinline))
 
 namespace fastrnn::FASTRNN_ISA {
 
@@ -38,8 +41,8 @@ struct Vec {
   static constexpr int lanes = FASTRNN_VECTOR_BYTES / sizeof(T);
   using Integer = typename IntegerOf<T>::type;
   typedef T Native __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
-  typedef T Unaligned __attribute__((vector_size(FASTRNN_VECTOR_BYTES), aligned(alignof(T)),
-                                     may_alias));
+  typedef T Unaligned
+      __attribute__((vector_size(FASTRNN_VECTOR_BYTES), aligned(alignof(T)), may_alias));
   typedef Integer Bits __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
 
   Native v;
@@ -54,10 +57,10 @@ struct Vec {
   FASTRNN_INLINE void store(T* p) const { *reinterpret_cast<Unaligned*>(p) = v; }
 };
 
-#define FASTRNN_OPERATOR(op)                                \
-  template <class T>                                        \
-  FASTRNN_INLINE Vec<T> operator op(Vec<T> a, Vec<T> b) {   \
-    return Vec<T>(a.v op b.v);                              \
+#define FASTRNN_OPERATOR(op)                              \
+  template <class T>                                      \
+  FASTRNN_INLINE Vec<T> operator op(Vec<T> a, Vec<T> b) { \
+    return Vec<T>(a.v op b.v);                            \
   }
 FASTRNN_OPERATOR(+)
 FASTRNN_OPERATOR(-)
@@ -119,8 +122,8 @@ FASTRNN_INLINE Vec<T> absolute(Vec<T> x) {
 template <class T>
 FASTRNN_INLINE Vec<T> copy_sign(Vec<T> x, Vec<T> sign) {
   using Bits = typename Vec<T>::Bits;
-  return Vec<T>((typename Vec<T>::Native)(((Bits)x.v & ~sign_bit<T>()) |
-                                          ((Bits)sign.v & sign_bit<T>())));
+  return Vec<T>(
+      (typename Vec<T>::Native)(((Bits)x.v & ~sign_bit<T>()) | ((Bits)sign.v & sign_bit<T>())));
 }
 
 // e^x = 2^k·e^r, |r| ≤ ln 2 / 2, with e^r − 1 by its Taylor polynomial (degree 7 leaves a relative

@@ -15,7 +15,7 @@
 namespace fastrnn {
 namespace {
 
-constexpr int kSpins = 2000;   // about 40 µs
+constexpr int kSpins = 2000;  // about 40 µs
 constexpr int kYields = 64;
 
 inline void pause_core() {

@@ -1,0 +1,47 @@
+// The barrier: no thread runs ahead of its team, whether the others are quick or asleep. Plain
+// threads, not OpenMP's, so that ThreadSanitizer sees every edge.
+#include <chrono>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "cpu/threads.h"
+
+namespace {
+
+long checks = 0;
+
+// Each thread writes its own cell of the round, and after the barrier reads everybody's. Plain
+// memory: a barrier that does not order is a data race.
+void rounds(int threads, int count, bool slow) {
+  fastrnn::Barrier barrier;
+  std::vector<int> cells(static_cast<std::size_t>(threads), 0);
+  std::vector<int> wrong(static_cast<std::size_t>(threads), 0);
+  std::vector<std::thread> team;
+  for (int me = 0; me < threads; ++me)
+    team.emplace_back([&, me] {
+      for (int round = 1; round <= count; ++round) {
+        if (slow && round % threads == me)
+          std::this_thread::sleep_for(std::chrono::milliseconds(5));
+        cells[static_cast<std::size_t>(me)] = round;
+        barrier.wait(threads);
+        for (const int cell : cells) wrong[static_cast<std::size_t>(me)] += cell != round;
+        barrier.wait(threads);
+      }
+    });
+  for (std::thread& thread : team) thread.join();
+  for (const int w : wrong) {
+    ++checks;
+    check::that("every thread sees every other's round", w == 0);
+  }
+}
+
+}  // namespace
+
+int main() {
+  rounds(1, 1000, false);
+  rounds(2, 20000, false);
+  rounds(7, 500, false);  // more threads than cores: yields and sleeps
+  rounds(3, 30, true);
+  return check::result("barrier_test", checks);
+}

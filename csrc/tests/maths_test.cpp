@@ -1,0 +1,143 @@
+// The functions inside a cell and the storage types, on one instruction set (FASTRNN_ISA).
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#define FASTRNN_REGISTERS 16
+#if defined(__AVX512F__)
+#define FASTRNN_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define FASTRNN_VECTOR_BYTES 32
+#else
+#define FASTRNN_VECTOR_BYTES 16
+#endif
+#include "cells/activation.h"
+#include "check.h"
+#include "cpu/simd.h"
+
+namespace {
+
+using namespace fastrnn;
+using namespace fastrnn::FASTRNN_ISA;
+
+long checks = 0;
+
+template <class T>
+T first_lane(Vec<T> x) {
+  T lane[Vec<T>::lanes];
+  x.store(lane);
+  return lane[0];
+}
+
+// The distance of `value` from the exact result in units in its last place.
+template <class T>
+double ulps(T value, long double exact) {
+  const T nearest = static_cast<T>(exact);
+  const T next = std::nextafter(nearest, std::numeric_limits<T>::infinity());
+  return static_cast<double>(std::fabs((static_cast<long double>(value) - exact) /
+                                       (static_cast<long double>(next) - nearest)));
+}
+
+template <class T>
+void accuracy(const char* type) {
+  double worst_tanh = 0, worst_sigmoid = 0;
+  for (long double x = 1e-30L; x < 80; x *= 1.00037L)
+    for (const int sign : {1, -1}) {
+      const T at = static_cast<T>(sign * x);
+      const long double exact_x = at;
+      worst_tanh = std::fmax(worst_tanh, ulps(first_lane(tanh(Vec<T>(at))), std::tanh(exact_x)));
+      worst_sigmoid = std::fmax(
+          worst_sigmoid, ulps(first_lane(sigmoid(Vec<T>(at))), 1 / (1 + std::exp(-exact_x))));
+      checks += 2;
+    }
+  std::printf("%s: tanh within %.2f ULP, sigmoid within %.2f ULP\n", type, worst_tanh,
+              worst_sigmoid);
+  check::that("tanh within 4 ULP", worst_tanh <= 4);
+  check::that("sigmoid within 4 ULP", worst_sigmoid <= 4);
+}
+
+template <class T>
+void limits() {
+  const T inf = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
+  check::that("tanh(inf) = 1", first_lane(tanh(Vec<T>(inf))) == 1);
+  check::that("tanh(-inf) = -1", first_lane(tanh(Vec<T>(-inf))) == -1);
+  check::that("tanh(-0) = -0", std::signbit(first_lane(tanh(Vec<T>(T(-0.0))))));
+  check::that("sigmoid(inf) = 1", first_lane(sigmoid(Vec<T>(inf))) == 1);
+  check::that("sigmoid(-inf) is next to 0", first_lane(sigmoid(Vec<T>(-inf))) < T(1e-37));
+  check::that("hardsigmoid(±inf)", first_lane(hardsigmoid(Vec<T>(inf))) == 1 &&
+                                       first_lane(hardsigmoid(Vec<T>(-inf))) == 0);
+  for (const Activation f :
+       {Activation::tanh, Activation::relu, Activation::sigmoid, Activation::identity}) {
+    check::that("an activation lets NaN through", std::isnan(first_lane(activate(f, Vec<T>(nan)))));
+    ++checks;
+  }
+  check::that("hardsigmoid lets NaN through", std::isnan(first_lane(hardsigmoid(Vec<T>(nan)))));
+  checks += 6;
+}
+
+// The value of a float of `exponent` and `mantissa` bits, by its definition.
+double value_of(std::uint16_t bits, int exponent_bits, int mantissa_bits) {
+  const int exponent = (bits >> mantissa_bits) & ((1 << exponent_bits) - 1);
+  const int mantissa = bits & ((1 << mantissa_bits) - 1);
+  const int bias = (1 << (exponent_bits - 1)) - 1;
+  const double sign = bits & 0x8000 ? -1 : 1;
+  if (exponent == (1 << exponent_bits) - 1)
+    return mantissa ? std::numeric_limits<double>::quiet_NaN() : sign * INFINITY;
+  if (exponent == 0) return sign * std::ldexp(mantissa, 1 - bias - mantissa_bits);
+  return sign * std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
+}
+
+// Every 16-bit value widens to what it stands for and narrows back to itself, and the midpoints
+// between neighbours round to the even one. Subnormal bf16 values are subnormal floats, which the
+// engine takes as zero, so the smallest normal is where they start here.
+template <class Half>
+void storage(const char* name, int exponent_bits, int mantissa_bits, bool subnormals) {
+  const FlushSubnormals guard;
+  for (std::uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const Half half{static_cast<std::uint16_t>(bits)};
+    const double exact = value_of(half.bits, exponent_bits, mantissa_bits);
+    const bool subnormal = exact != 0 && !((bits & 0x7fff) >> mantissa_bits);
+    if (subnormal && !subnormals) continue;
+    ++checks;
+    Half back{};
+    narrow(widen(half), &back);
+    if (std::isnan(exact)) {
+      check::that(name, std::isnan(widen(half)) &&
+                            std::isnan(value_of(back.bits, exponent_bits, mantissa_bits)));
+      continue;
+    }
+    check::that(name, static_cast<double>(widen(half)) == exact && back.bits == half.bits);
+    const double next =
+        value_of(static_cast<std::uint16_t>(bits + 1), exponent_bits, mantissa_bits);
+    if (!std::isfinite(exact) || !std::isfinite(next) || subnormal) continue;
+    Half middle{};
+    narrow(static_cast<float>((exact + next) / 2), &middle);
+    check::that("a tie rounds to even", middle.bits == (bits & 1 ? bits + 1 : bits));
+  }
+}
+
+bool runs_here() {
+#if defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
+#elif defined(__AVX2__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return true;
+#endif
+}
+
+}  // namespace
+
+int main() {
+  if (!runs_here()) {
+    std::printf("maths_test: skipped, this CPU does not run the instruction set\n");
+    return check::kSkipped;
+  }
+  accuracy<float>("float");
+  accuracy<double>("double");
+  limits<float>();
+  limits<double>();
+  storage<F16>("float16", 5, 10, true);
+  storage<Bf16>("bfloat16", 8, 7, false);
+  return check::result("maths_test", checks);
+}

@@ -1,0 +1,209 @@
+"""The public functions on arrays of any library but torch: the engine, and nothing else.
+
+Arrays come in by DLPack, without a copy; what goes out is ``fastrnn.Tensor``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from . import _C
+from ._arguments import (
+    Arguments,
+    Description,
+    arguments,
+    check,
+    check_gradient,
+    check_lengths,
+    check_shape,
+    is_torch,
+    weight_names,
+)
+from ._engine import States, engine_options, saved_size, scalars
+
+if TYPE_CHECKING:
+    from ._options import Options
+
+
+class Saved(NamedTuple):
+    """What ``backward`` needs of ``forward``: the arguments, time-major, and what came of them."""
+
+    options: Options
+    batch_first: bool
+    given: Arguments
+    hidden: _C.Tensor
+    h_n: _C.Tensor
+    c_n: _C.Tensor | None
+    cell: _C.Tensor | None
+    gates: _C.Tensor
+
+
+class Outputs(NamedTuple):
+    output: _C.Tensor
+    hx_n: tuple[_C.Tensor, ...]
+    states: States | None
+    saved: Saved | None
+
+
+def forward(
+    options: Options,
+    input: Any,
+    hx: Any,
+    weights: Any,
+    lengths: Any,
+    reset: Any,
+    *,
+    batch_first: bool,
+    return_states: bool,
+    return_saved: bool,
+) -> Outputs:
+    given = _taken(options, arguments(options, input, hx, weights, lengths, reset))
+    check(options, given, _describe, batch_first=batch_first)
+    given = _time_major(given, batch_first)
+    engine = engine_options(*scalars(options))
+    T, B, _ = given.input.shape
+    L, D = options.num_layers, 2 if options.bidirectional else 1
+    rows, out = given.weights[1].shape  # weight_hh_l0
+    H = rows // engine.gates
+    dtype = given.input.dtype
+    compute = "float64" if dtype == "float64" else "float32"
+    every, two = return_states or return_saved, engine.states == 2
+
+    hidden = _C.empty((L if every else 1, T, B, D * out), dtype)
+    h_n = _C.empty((L * D, B, out), dtype)
+    c_n = _C.empty((L * D, B, H), dtype) if two else None
+    cell = _C.empty((L, T, B, D * H), compute) if two and every else None
+    gates = _C.empty((L * D, T * B, saved_size(engine, H)), compute) if return_saved else None
+    h0, c0 = _pair(given.hx)
+    _C.forward(
+        engine,
+        given.input,
+        h0,
+        c0,
+        given.weights,
+        None,
+        given.lengths,
+        given.reset,
+        hidden,
+        h_n,
+        c_n,
+        cell,
+        gates,
+        all_layers=every,
+    )
+    output = hidden[-1]
+    saved = None
+    if gates is not None:
+        saved = Saved(options, batch_first, given, hidden, h_n, c_n, cell, gates)
+    return Outputs(
+        output.transpose(0, 1) if batch_first else output,
+        (h_n,) if c_n is None else (h_n, c_n),
+        States(hidden, cell) if return_states else None,
+        saved,
+    )
+
+
+def backward(
+    d_output: Any, d_hx_n: tuple[Any, ...], saved: Saved, d_states: States | None
+) -> tuple[_C.Tensor, tuple[_C.Tensor, ...] | None, list[_C.Tensor]]:
+    options, batch_first, given, hidden, h_n, c_n, cell, gates = saved
+    output = hidden[-1].transpose(0, 1) if batch_first else hidden[-1]
+    d_output = _gradient("d_output", d_output, output)
+    if d_output is not None and batch_first:
+        d_output = d_output.transpose(0, 1)
+    d_h_n, d_c_n = _pair(d_hx_n)
+    d_h, d_c = d_states or (None, None)
+    dtype = given.input.dtype
+    d_input = _C.empty(given.input.shape, dtype)
+    d_hx = tuple(_C.empty(state.shape, dtype) for state in given.hx or ())
+    d_weights = [_C.empty(weight.shape, dtype) for weight in given.weights]
+    _C.backward(
+        engine_options(*scalars(options)),
+        given.input,
+        *_pair(given.hx),
+        given.weights,
+        None,
+        given.lengths,
+        given.reset,
+        hidden,
+        h_n,
+        c_n,
+        cell,
+        gates,
+        d_output,
+        _gradient("d_states.h", d_h, hidden),
+        _gradient("d_states.c", d_c, cell),
+        _gradient("d_h_n", d_h_n, h_n),
+        _gradient("d_c_n", d_c_n, c_n),
+        d_input,
+        *_pair(d_hx),
+        d_weights,
+    )
+    return d_input.transpose(0, 1) if batch_first else d_input, d_hx or None, d_weights
+
+
+def _taken(options: Options, given: Arguments) -> Arguments:
+    """The arrays as the engine's own, sharing their memory."""
+    return Arguments(
+        _array("input", given.input),
+        given.hx
+        and tuple(_array(name, x) for name, x in zip(("h0", "c0"), given.hx, strict=False)),
+        tuple(map(_array, weight_names(options), given.weights)),
+        given.lengths,
+        given.reset,
+    )
+
+
+def _array(name: str, x: Any) -> _C.Tensor:
+    if is_torch(x):
+        raise TypeError(f"{name} must not be a torch.Tensor: input is not one")
+    if not hasattr(x, "__dlpack__"):
+        raise TypeError(
+            f"{name} must be an array (NumPy or another with __dlpack__), got {x!r:.40}"
+        )
+    try:
+        return _C.from_dlpack(x)
+    except (TypeError, ValueError, BufferError) as error:
+        raise TypeError(f"{name} cannot be used as an array: {error}") from error
+
+
+def _describe(name: str, x: _C.Tensor) -> Description:
+    return Description(tuple(x.shape), str(x.dtype), str(x.device))
+
+
+def _time_major(given: Arguments, batch_first: bool) -> Arguments:
+    """The arguments with input and reset as (T, B, …), lengths and reset as the engine's dtypes."""
+    input = given.input.transpose(0, 1) if batch_first else given.input
+    T, B, _ = input.shape
+    lengths, reset = given.lengths, given.reset
+    if lengths is not None:
+        lengths = np.asarray(lengths)
+        if lengths.dtype.kind not in "iu" and lengths.size:
+            raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+        check_shape("lengths", lengths.shape, (B,))
+        lengths = np.array(lengths, dtype=np.int64)
+        check_lengths(lengths.tolist(), T)
+    if reset is not None:
+        reset = np.asarray(reset)
+        if reset.dtype != np.bool_:
+            raise TypeError(f"reset must be bool, got {reset.dtype}")
+        check_shape("reset", reset.shape, (B, T) if batch_first else (T, B))
+        reset = reset.T if batch_first else reset
+    return given._replace(input=input, lengths=lengths, reset=reset)
+
+
+def _gradient(name: str, d: Any, of: _C.Tensor | None) -> _C.Tensor | None:
+    if d is None:
+        return None
+    if of is None:
+        raise ValueError(f"{name} must be None: there is no such state, got {d!r:.40}")
+    taken = _array(name, d)
+    check_gradient(name, _describe(name, taken), _describe(name, of))
+    return taken
+
+
+def _pair(hx: tuple[Any, ...] | None) -> tuple[Any, Any]:
+    h, c = (*(hx or ()), None, None)[:2]
+    return h, c

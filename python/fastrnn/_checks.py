@@ -1,0 +1,261 @@
+"""Argument checks of the layers and cells, with torch.nn's error types and messages.
+
+Every check reads only shapes, dtypes and devices, so that none of them waits for a device and all
+of them can be traced. The one exception, the values of ``lengths`` on the CPU, is left out while
+compiling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _autocast
+
+Lengths = Tensor | Sequence[int]
+Shape = tuple[int, ...]
+
+
+# ---- the input and the states of a layer ------------------------------------------------------
+
+
+def check_input(input: Tensor, weight: Tensor, dims: int, input_size: int) -> None:
+    """Refuse an input of another dtype than the weights, or of the wrong rank or size."""
+    if input.dtype != weight.dtype and _autocast.requested(input) is None:
+        raise ValueError(
+            f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+            f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
+        )
+    if input.dim() != dims:
+        raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
+    if input.shape[-1] != input_size:
+        raise RuntimeError(
+            "input.size(-1) must be equal to input_size. "
+            f"Expected {input_size}, got {input.shape[-1]}"
+        )
+
+
+def check_state_dims(states: Sequence[Tensor], unbatched: bool) -> None:
+    """Refuse batched states beside an unbatched input, and the other way round."""
+    expected = 2 if unbatched else 3
+    dims = [state.dim() for state in states]
+    if all(dim == expected for dim in dims):
+        return
+    given = f"For {'unbatched 2' if unbatched else 'batched 3'}-D input"
+    if len(states) == 1:
+        raise RuntimeError(f"{given}, hx should also be {expected}-D but got {dims[0]}-D tensor")
+    raise RuntimeError(
+        f"{given}, hx and cx should also be {expected}-D but got ({dims[0]}-D, {dims[1]}-D) tensors"
+    )
+
+
+def check_state_shapes(states: Sequence[Tensor], shapes: Sequence[Shape]) -> None:
+    """Refuse states that do not fit the layers, the batch or the hidden size."""
+    for index, (state, shape) in enumerate(zip(states, shapes, strict=False)):
+        if state.shape != shape:
+            which = "hidden" if len(states) == 1 else f"hidden[{index}]"
+            raise RuntimeError(f"Expected {which} size {shape}, got {list(state.shape)}")
+
+
+def permuted(state: Tensor, indices: Tensor) -> Tensor:
+    """The state with its rows in packed order; left as it is where it has too few rows for that."""
+    if state.dim() < 2 or state.shape[1] < indices.shape[0]:
+        return state
+    return state.index_select(1, indices)
+
+
+def check_batch_sizes(batch_sizes: Tensor) -> None:
+    """Refuse a PackedSequence whose batch_sizes are of another kind than torch packs."""
+    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1:
+        raise RuntimeError(
+            f"batch_sizes of a PackedSequence must be int64 (T,), "
+            f"got {batch_sizes.dtype} of shape {tuple(batch_sizes.shape)}"
+        )
+
+
+def refuse_with_packed(**arguments: Tensor | Sequence[int] | None) -> None:
+    """Refuse what says which steps run, beside an input that says so itself."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} must be None where input is a PackedSequence; "
+                f"give a padded tensor to use {name}"
+            )
+
+
+# ---- weights, and what must agree with the input ----------------------------------------------
+
+
+def check_weight_shapes(
+    weights: Sequence[Tensor | None], names: Sequence[str], shapes: Sequence[Shape]
+) -> None:
+    """Refuse weights that were replaced by something of another kind or shape."""
+    for weight, name, shape in zip(weights, names, shapes, strict=True):
+        if weight is None:
+            raise TypeError(f"{name} must be a Tensor, got None")
+        if weight.shape != shape:
+            raise RuntimeError(f"{name} must have shape {shape}, got {tuple(weight.shape)}")
+
+
+def check_companions(input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    """Refuse states and weights that are on another device or of another dtype than the input."""
+    if _agree(input, states) and _agree(input, weights):
+        return
+    for kind, tensors in (("hidden", states), ("parameter", weights)):
+        for tensor in tensors:
+            if tensor.device != input.device:
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not at the same device, found input tensor at "
+                    f"{input.device} and {kind} tensor at {tensor.device}"
+                )
+            if tensor.dtype != input.dtype:
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not the same dtype, found input tensor with "
+                    f"{scalar_name(input)} and {kind} tensor with {scalar_name(tensor)}"
+                )
+
+
+def _agree(input: Tensor, tensors: Sequence[Tensor]) -> bool:
+    dtype, device = input.dtype, input.device
+    for tensor in tensors:  # a loop, as a generator costs more than what it compares
+        if tensor.dtype != dtype:
+            return False
+        if tensor.device != device:
+            return False
+    return True
+
+
+def scalar_name(tensor: Tensor) -> str:
+    """The name that torch's own messages give the tensor's dtype.
+
+    >>> scalar_name(torch.zeros(1, dtype=torch.bfloat16))
+    'BFloat16'
+    """
+    return str(tensor.type()).rpartition(".")[2].removesuffix("Tensor")
+
+
+# ---- which steps run --------------------------------------------------------------------------
+
+
+def lengths_tensor(lengths: Lengths, input: Tensor, unbatched: bool) -> Tensor:
+    """``lengths`` as int64 (B,) beside a time-major input (T, B, I).
+
+    Raises:
+        TypeError: lengths are not integers.
+        ValueError: their shape is not (B,), or, on the CPU, one lies outside 0…T.
+    """
+    if not isinstance(lengths, Tensor):
+        lengths = torch.tensor(lengths)
+        if lengths.numel() == 0:  # torch.tensor([]) has the default dtype, a floating one
+            lengths = lengths.to(torch.int64)
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+    steps, batch = input.shape[0], input.shape[1]
+    if unbatched and lengths.dim() == 0:
+        lengths = lengths.unsqueeze(0)
+    if lengths.shape != (batch,):
+        raise ValueError(
+            f"lengths must have shape ({batch},), one for each sequence of the batch, "
+            f"got {tuple(lengths.shape)}"
+        )
+    lengths = lengths.to(torch.int64)
+    if lengths.device.type == "cpu" and batch > 0 and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in lengths.aminmax())
+        if low < 0 or high > steps:
+            raise ValueError(
+                f"lengths must lie between 0 and the {steps} steps of input, "
+                f"got {low if low < 0 else high}"
+            )
+    return lengths.to(input.device)
+
+
+def reset_tensor(reset: Tensor, input: Tensor, unbatched: bool, batch_first: bool) -> Tensor:
+    """``reset`` as bool (T, B) beside a time-major input (T, B, I).
+
+    Raises:
+        TypeError: reset is not a bool tensor.
+        ValueError: its shape is not that of the input's steps and sequences.
+        RuntimeError: it is on another device than the input.
+    """
+    if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
+        kind = reset.dtype if isinstance(reset, Tensor) else type(reset).__name__
+        raise TypeError(f"reset must be a bool tensor, got {kind}")
+    steps, batch = input.shape[0], input.shape[1]
+    expected: Shape
+    if unbatched:
+        expected, layout = (steps,), "(T,) beside an unbatched input"
+    elif batch_first:
+        expected, layout = (batch, steps), "(B, T) with batch_first=True"
+    else:
+        expected, layout = (steps, batch), "(T, B)"
+    if reset.shape != expected:
+        raise ValueError(
+            f"reset must have shape {layout}, here {expected}, got {tuple(reset.shape)}"
+        )
+    if reset.device != input.device:
+        raise RuntimeError(
+            f"Input and reset tensors are not at the same device, found input tensor at "
+            f"{input.device} and reset tensor at {reset.device}"
+        )
+    if unbatched:
+        return reset.unsqueeze(1)
+    return reset.transpose(0, 1) if batch_first else reset
+
+
+# ---- cells ------------------------------------------------------------------------------------
+
+
+def check_cell_input(name: str, input: Tensor, states: Sequence[Tensor]) -> None:
+    """Refuse what is neither one row nor a batch of rows."""
+    if input.dim() not in (1, 2):
+        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    for index, state in enumerate(states):
+        if state.dim() not in (1, 2):
+            which = f"hx[{index}]" if name == "LSTMCell" else "hidden"
+            raise ValueError(f"{name}: Expected {which} to be 1D or 2D, got {state.dim()}D instead")
+
+
+def check_cell_sizes(
+    input: Tensor, states: Sequence[Tensor], input_size: int, hidden_size: int
+) -> None:
+    """Refuse a batch (B, I) and states (B, H) that do not fit each other or the cell."""
+    if input.shape[1] != input_size:
+        raise RuntimeError(
+            f"input has inconsistent input_size: got {input.shape[1]} expected {input_size}"
+        )
+    for index, state in enumerate(states):
+        if state.shape[0] != input.shape[0]:
+            raise RuntimeError(
+                f"Input batch size {input.shape[0]} doesn't match hidden{index} "
+                f"batch size {state.shape[0]}"
+            )
+        if state.dim() != 2 or state.shape[1] != hidden_size:
+            raise RuntimeError(
+                f"hidden{index} has inconsistent hidden_size: "
+                f"got {state.size(1)}, expected {hidden_size}"
+            )
+
+
+def check_cell_companions(
+    input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], names: Sequence[str]
+) -> None:
+    """Refuse states and weights that are on another device or of another dtype than the input."""
+    if _agree(input, states) and _agree(input, weights):
+        return
+    pairs = [("input", input, name, weight) for name, weight in zip(names, weights, strict=False)]
+    pairs += [
+        (f"hidden{index}", state, "weight_hh", weights[1]) for index, state in enumerate(states)
+    ]
+    for name, tensor, weight_name, weight in pairs:
+        if tensor.device != weight.device:
+            raise RuntimeError(
+                f"Tensor on device {weight.device} is not on the expected device {tensor.device}! "
+                f"({weight_name} and {name})"
+            )
+        if tensor.dtype != weight.dtype:
+            raise RuntimeError(
+                f"{name} and {weight_name} must have the same dtype, "
+                f"but got {scalar_name(tensor)} and {scalar_name(weight)}"
+            )

@@ -1,0 +1,313 @@
+"""What the layers RNN, LSTM and GRU share: parameters, argument checks, the call of the engine.
+
+A layer keeps no list of its weights. Each forward looks them up by name, so that whatever put
+another tensor there (a replaced parameter, ``functional_call``, a parametrization, weight norm)
+is seen by the next call.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.nn.utils.rnn import PackedSequence
+
+from . import _autocast, _checks
+from ._options import Cell, Options
+from .functional import States, recurrent
+
+Device = torch.device | str | int | None
+Result = tuple[Any, tuple[Tensor, ...], States | None]
+
+GATES: dict[Cell, int] = {"RNN": 1, "LSTM": 4, "GRU": 3}
+
+
+class RecurrentLayer(Module):
+    """The base of RNN, LSTM and GRU; not made to be used by itself."""
+
+    __constants__: ClassVar[list[str]] = [
+        "mode",
+        "input_size",
+        "hidden_size",
+        "num_layers",
+        "bias",
+        "batch_first",
+        "dropout",
+        "bidirectional",
+        "proj_size",
+    ]
+
+    cell: ClassVar[Cell]
+    # The options torch.nn does not have, each with the value that is torch.nn's behaviour.
+    own_options: ClassVar[dict[str, Any]] = {}
+
+    mode: str
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    proj_size: int
+
+    def __init__(
+        self,
+        mode: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
+        proj_size: int,
+        device: Device,
+        dtype: torch.dtype | None,
+        **own_options: Any,
+    ) -> None:
+        super().__init__()
+        self.mode = mode
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = float(dropout)
+        self.bidirectional = bidirectional
+        self.proj_size = proj_size
+        for name, value in own_options.items():
+            setattr(self, name, value)
+        self._check_sizes(dropout)
+        self._describe()
+        for name, shape in zip(self._flat_weights_names, self._weight_shapes, strict=True):
+            setattr(self, name, Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    def _check_sizes(self, dropout: float) -> None:
+        if (
+            not isinstance(dropout, numbers.Real)
+            or isinstance(dropout, bool)
+            or not 0 <= dropout <= 1
+        ):
+            raise ValueError(
+                "dropout should be a number in range [0, 1] representing the probability of an "
+                "element being zeroed"
+            )
+        if dropout > 0 and self.num_layers == 1:
+            warnings.warn(
+                "dropout option adds dropout after all but last recurrent layer, so non-zero "
+                f"dropout expects num_layers greater than 1, but got dropout={dropout} and "
+                f"num_layers={self.num_layers}",
+                stacklevel=4,  # the line that constructs the layer
+            )
+        for name in ("bias", "batch_first"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+        for name in ("input_size", "hidden_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
+            if value <= 0:
+                raise ValueError(f"{name} must be greater than zero")
+        if self.num_layers <= 0:
+            raise ValueError("num_layers must be greater than zero")
+        if self.proj_size < 0:
+            raise ValueError(
+                "proj_size should be a positive integer or zero to disable projections"
+            )
+        if self.proj_size >= self.hidden_size:
+            raise ValueError("proj_size has to be smaller than hidden_size")
+
+    def _maths(self) -> dict[str, Any]:
+        """The options that change the maths of a step."""
+        return {name: getattr(self, name) for name in self.own_options}
+
+    def _describe(self) -> None:
+        """Derive the options and the names and shapes of the weights from the attributes."""
+        self._options = Options(
+            self.cell,
+            num_layers=self.num_layers,
+            bidirectional=bool(self.bidirectional),
+            bias=self.bias,
+            proj_size=self.proj_size,
+            **self._maths(),
+        )
+        gates = GATES[self.cell] * self.hidden_size
+        output = self.proj_size or self.hidden_size
+        directions = 2 if self.bidirectional else 1
+        self._all_weights: list[list[str]] = []
+        self._weight_shapes: list[tuple[int, ...]] = []
+        for layer in range(self.num_layers):
+            width = self.input_size if layer == 0 else output * directions
+            shapes: dict[str, tuple[int, ...]] = {
+                "weight_ih": (gates, width),
+                "weight_hh": (gates, output),
+            }
+            if self.bias:
+                shapes |= {"bias_ih": (gates,), "bias_hh": (gates,)}
+            if self.proj_size:
+                shapes["weight_hr"] = (self.proj_size, self.hidden_size)
+            for suffix in ("", "_reverse")[:directions]:
+                self._all_weights.append([f"{name}_l{layer}{suffix}" for name in shapes])
+                self._weight_shapes += shapes.values()
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter from U(-1/√H, 1/√H), in the order of ``parameters()``."""
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        for parameter in self.parameters():
+            torch.nn.init.uniform_(parameter, -bound, bound)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: the engine takes the weights wherever they lie."""
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """The weights of each layer and direction, in torch.nn's order."""
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    def extra_repr(self) -> str:
+        """torch.nn's line, then the options torch.nn does not have, where they are on."""
+        defaults: dict[str, Any] = {
+            "proj_size": 0,
+            "num_layers": 1,
+            "bias": True,
+            "batch_first": False,
+            "dropout": 0,
+            "bidirectional": False,
+            **self.own_options,
+        }
+        shown = [str(self.input_size), str(self.hidden_size)]
+        for name, default in defaults.items():
+            value = getattr(self, name)
+            if value != default:
+                shown.append(f"{name}={value}")
+        return ", ".join(shown)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled layer, also one from before ``proj_size`` or an own option existed."""
+        derived = ("_flat_weights", "_flat_weight_refs", "all_weights")
+        super().__setstate__({k: v for k, v in state.items() if k not in derived})
+        for name, default in {"proj_size": 0, **self.own_options}.items():
+            if name not in self.__dict__:
+                setattr(self, name, default)
+        self._describe()
+
+    # ---- forward ------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, ...] | None,
+        lengths: _checks.Lengths | None,
+        reset: Tensor | None,
+        return_states: bool,
+    ) -> Result:
+        """Bring the arguments into the engine's layout, call it, and bring the result back."""
+        if isinstance(input, PackedSequence):
+            _checks.refuse_with_packed(lengths=lengths, reset=reset)
+            return self._run_packed(input, hx, return_states)
+        if input.dim() not in (2, 3):
+            tensor = " tensor" if self.cell == "RNN" else ""
+            raise ValueError(
+                f"{self.cell}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead"
+            )
+        unbatched = input.dim() == 2
+        if hx is not None:
+            _checks.check_state_dims(hx, unbatched)
+        if unbatched:
+            sequence = input.unsqueeze(1)
+            hx = None if hx is None else tuple(state.unsqueeze(1) for state in hx)
+        else:
+            sequence = input.transpose(0, 1) if self.batch_first else input
+        steps, batch = sequence.shape[0], sequence.shape[1]
+        weights = self._checked_weights(sequence, hx, 3, batch)
+        if steps == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        if lengths is not None:
+            lengths = _checks.lengths_tensor(lengths, sequence, unbatched)
+        if reset is not None:
+            reset = _checks.reset_tensor(reset, sequence, unbatched, self.batch_first)
+        output, hx_n, states = self._call(
+            sequence, hx, weights, lengths=lengths, reset=reset, return_states=return_states
+        )
+        if unbatched:
+            output = output.squeeze(1)
+            hx_n = tuple(state.squeeze(1) for state in hx_n)
+            if states is not None:
+                c = None if states.c is None else states.c.squeeze(2)
+                states = States(states.h.squeeze(2), c)
+        elif self.batch_first:
+            output = output.transpose(0, 1)
+        return output, hx_n, states
+
+    def _run_packed(
+        self, input: PackedSequence, hx: tuple[Tensor, ...] | None, return_states: bool
+    ) -> Result:
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        _checks.check_batch_sizes(batch_sizes)
+        batch = int(batch_sizes[0])
+        if hx is not None and sorted_indices is not None:
+            hx = tuple(_checks.permuted(state, sorted_indices) for state in hx)
+        weights = self._checked_weights(data, hx, 2, batch)
+        output, hx_n, states = self._call(
+            data, hx, weights, batch_sizes=batch_sizes, return_states=return_states
+        )
+        if unsorted_indices is not None:
+            hx_n = tuple(state.index_select(1, unsorted_indices) for state in hx_n)
+        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        return packed, hx_n, states
+
+    def _checked_weights(
+        self, input: Tensor, hx: tuple[Tensor, ...] | None, dims: int, batch: int
+    ) -> list[Tensor]:
+        """The weights of this moment, once they, the input and the states fit together."""
+        parameters: dict[str, Any] = self._parameters
+        try:
+            weights = [parameters[name] for name in self._flat_weights_names]
+        except KeyError:  # parametrized, weight norm, a replica: not a registered parameter
+            weights = [getattr(self, name) for name in self._flat_weights_names]
+        _checks.check_weight_shapes(weights, self._flat_weights_names, self._weight_shapes)
+        _checks.check_input(input, weights[0], dims, self.input_size)
+        if hx is not None:
+            groups = self.num_layers * (2 if self.bidirectional else 1)
+            h_0 = (groups, batch, self.proj_size or self.hidden_size)
+            c_0 = (groups, batch, self.hidden_size)
+            _checks.check_state_shapes(hx, (h_0, c_0))
+        return weights
+
+    def _call(
+        self,
+        input: Tensor,
+        hx: tuple[Tensor, ...] | None,
+        weights: list[Tensor],
+        **steps: Any,
+    ) -> tuple[Tensor, tuple[Tensor, ...], States | None]:
+        """Call the engine, under autocast in the dtype that autocast asks for."""
+        dropout = self.dropout if self.training and self.num_layers > 1 else 0.0
+        half = _autocast.requested(input)
+        wide = None
+        if half is not None:
+            fused = self.cell == "LSTM" and not self.proj_size and "batch_sizes" not in steps
+            wide = _autocast.result_dtype(self.cell, half, input, hx, fused)
+            input = _autocast.cast(input, half)
+            hx = None if hx is None else tuple(_autocast.cast(state, half) for state in hx)
+            weights = [_autocast.cast(weight, half) for weight in weights]
+        _checks.check_companions(input, hx or (), weights)
+        output, hx_n, states = recurrent(
+            self._options, input, hx, weights, dropout=dropout, **steps
+        )
+        if wide is not None:
+            output, hx_n = output.to(wide), tuple(state.to(wide) for state in hx_n)
+        return output, hx_n, states

@@ -1,0 +1,153 @@
+"""The one place that chooses how a stack of torch tensors is computed.
+
+- engine: the operator ``fastrnn::forward``, for real tensors on a device that the engine knows;
+- a first gradient: the same operator, whose backward is the operator ``fastrnn::backward``;
+- composed: plain torch operations, for complex numbers, for devices without an engine, under the
+  transforms of ``torch.func`` and forward-mode differentiation; and, from inside the backward of
+  the operator, for derivatives of derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import _composed, _ops
+from ._engine import States, scalars
+from ._options import Options
+
+Result = tuple[Tensor, tuple[Tensor, ...], States | None]
+
+
+def recurrent(
+    options: Options,
+    input: Tensor,
+    hx: tuple[Tensor, ...] | None,
+    weights: Sequence[Tensor],
+    *,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    return_states: bool = False,
+    dropout: float = 0.0,
+) -> Result:
+    """Run a stack of recurrent layers over checked arguments.
+
+    Arguments:
+        options: the stack.
+        input: (T, B, I) of any strides; with ``batch_sizes`` packed, (N, I).
+        hx: ``(h0,)`` or, for an LSTM, ``(h0, c0)``: (L·D, B, O), (L·D, B, H); None for zeros.
+        weights: the flat list in torch's order.
+        batch_sizes: int64 (T,), on the CPU, of a PackedSequence.
+        lengths: int64 (B,), the valid steps of each row.
+        reset: bool (T, B), True where an episode starts.
+        return_states: whether to return the states of every layer at every step.
+        dropout: probability of a zero in what one layer passes to the next.
+
+    Returns:
+        ``output`` (T, B, D·O) or packed (N, D·O); ``(h_n,)`` or ``(h_n, c_n)``, shaped as ``hx``;
+        the states, or None.
+    """
+    run = _composed_route if _needs_composed(input) else _engine_route
+    steps = (batch_sizes, lengths, reset)
+    if dropout > 0 and options.num_layers > 1:
+        return _layer_by_layer(run, options, input, hx, weights, steps, return_states, dropout)
+    return run(options, input, hx, weights, steps, return_states)
+
+
+_Steps = tuple[Tensor | None, Tensor | None, Tensor | None]  # batch_sizes, lengths, reset
+_Route = Callable[
+    [Options, Tensor, tuple[Tensor, ...] | None, Sequence[Tensor], _Steps, bool], Result
+]
+_ENGINE_DEVICES = frozenset({"cpu", "meta"})  # on meta the operator only works out shapes
+
+
+def _needs_composed(input: Tensor) -> bool:
+    if input.device.type not in _ENGINE_DEVICES or input.is_complex():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+
+
+def _engine_route(
+    options: Options,
+    input: Tensor,
+    hx: tuple[Tensor, ...] | None,
+    weights: Sequence[Tensor],
+    steps: _Steps,
+    return_states: bool,
+) -> Result:
+    h0 = c0 = None
+    if hx is not None:
+        h0, c0 = hx if len(hx) == 2 else (hx[0], None)
+    save = torch.is_grad_enabled() and _any_requires_grad((input, h0, c0, *weights))
+    hidden, h_n, c_n, cell, _ = _ops.forward_op(
+        input, h0, c0, weights, *steps, *scalars(options), return_states, save
+    )
+    # Of one layer a view that gives the gradient back as a view, with no zeros to fill.
+    output = hidden.squeeze(0) if hidden.shape[0] == 1 else hidden[-1]
+    two = options.cell == "LSTM"
+    states = States(hidden, cell if two else None) if return_states else None
+    return output, (h_n, c_n) if two else (h_n,), states
+
+
+def _any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:
+    return any(x is not None and x.requires_grad for x in tensors)
+
+
+def _composed_route(
+    options: Options,
+    input: Tensor,
+    hx: tuple[Tensor, ...] | None,
+    weights: Sequence[Tensor],
+    steps: _Steps,
+    return_states: bool,
+) -> Result:
+    batch_sizes, lengths, reset = steps
+    stack = _composed.forward(
+        options, input, hx, weights, batch_sizes=batch_sizes, lengths=lengths, reset=reset
+    )
+    states = None
+    if return_states:
+        states = States(torch.stack(stack.hidden), torch.stack(stack.cell) if stack.cell else None)
+    hx_n = (stack.h_n,) if stack.c_n is None else (stack.h_n, stack.c_n)
+    return stack.hidden[-1], hx_n, states
+
+
+def _layer_by_layer(
+    run: _Route,
+    options: Options,
+    input: Tensor,
+    hx: tuple[Tensor, ...] | None,
+    weights: Sequence[Tensor],
+    steps: _Steps,
+    return_states: bool,
+    dropout: float,
+) -> Result:
+    """Dropout on what each layer but the last puts out, by torch: the masks are torch.nn's."""
+    layers, directions = options.num_layers, 2 if options.bidirectional else 1
+    one_layer = replace(options, num_layers=1)
+    size = len(weights) // layers
+    x = input
+    hx_n: list[tuple[Tensor, ...]] = []
+    states: list[States] = []
+    for k in range(layers):
+        if k:
+            x = F.dropout(x, dropout, training=True)
+        initial = hx and tuple(s[k * directions : (k + 1) * directions] for s in hx)
+        mine = weights[k * size : (k + 1) * size]
+        x, last, every = run(one_layer, x, initial, mine, steps, return_states)
+        hx_n.append(last)
+        if every is not None:
+            states.append(every)
+    whole = tuple(torch.cat(parts) for parts in zip(*hx_n, strict=True))
+    if not states:
+        return x, whole, None
+    cells = [s.c for s in states if s.c is not None]
+    return x, whole, States(torch.cat([s.h for s in states]), torch.cat(cells) if cells else None)

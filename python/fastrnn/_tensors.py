@@ -1,0 +1,165 @@
+"""The public functions on torch tensors: checks, then `recurrent`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._arguments import (
+    REAL,
+    Arguments,
+    Description,
+    arguments,
+    check,
+    check_gradient,
+    check_lengths,
+    check_shape,
+)
+from ._engine import States
+from ._recurrent import recurrent
+
+if TYPE_CHECKING:
+    from ._options import Options
+
+
+class Saved(NamedTuple):
+    """What ``backward`` needs of ``forward``: a graph of its own, arguments to outputs."""
+
+    options: Options
+    given: Arguments
+    outputs: Outputs
+
+
+class Outputs(NamedTuple):
+    output: Tensor
+    hx_n: tuple[Tensor, ...]
+    states: States | None
+    saved: Saved | None
+
+
+def forward(
+    options: Options,
+    input: Any,
+    hx: Any,
+    weights: Any,
+    lengths: Any,
+    reset: Any,
+    *,
+    batch_first: bool,
+    return_states: bool,
+    return_saved: bool,
+) -> Outputs:
+    given = arguments(options, input, hx, weights, lengths, reset)
+    check(
+        options,
+        given,
+        _describe,
+        batch_first=batch_first,
+        dtypes=(*REAL, "complex64", "complex128"),
+    )
+    given = _prepared(given, batch_first)
+    if not return_saved:
+        return _run(options, given, batch_first, return_states)
+    with torch.enable_grad():
+        own = Arguments(
+            _leaf(given.input),
+            given.hx and tuple(map(_leaf, given.hx)),
+            tuple(map(_leaf, given.weights)),
+            given.lengths,
+            given.reset,
+        )
+        outputs = _run(options, own, batch_first, return_states)
+    saved = Saved(options, own, outputs)
+    states = outputs.states and States(*(s if s is None else s.detach() for s in outputs.states))
+    return Outputs(outputs.output.detach(), tuple(s.detach() for s in outputs.hx_n), states, saved)
+
+
+def backward(
+    d_output: Tensor | None,
+    d_hx_n: tuple[Tensor | None, ...],
+    saved: Saved,
+    d_states: States | None,
+) -> tuple[Tensor, tuple[Tensor, ...] | None, list[Tensor]]:
+    outputs, given = saved.outputs, saved.given
+    d_h_n, d_c_n = (*d_hx_n, None, None)[:2]
+    h_n, c_n = (*outputs.hx_n, None)[:2]
+    h, c = outputs.states or (None, None)
+    d_h, d_c = d_states or (None, None)
+    pairs = [
+        _pair("d_output", outputs.output, d_output),
+        _pair("d_h_n", h_n, d_h_n),
+        _pair("d_c_n", c_n, d_c_n),
+        _pair("d_states.h", h, d_h),
+        _pair("d_states.c", c, d_c),
+    ]
+    found = [pair for pair in pairs if pair is not None]
+    leaves = (given.input, *(given.hx or ()), *given.weights)
+    if found:
+        gradients = torch.autograd.grad(
+            [y for y, _ in found],
+            leaves,
+            [d for _, d in found],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    else:
+        gradients = tuple(map(torch.zeros_like, leaves))
+    states = len(given.hx or ())
+    return gradients[0], gradients[1 : 1 + states] or None, list(gradients[1 + states :])
+
+
+def _run(options: Options, given: Arguments, batch_first: bool, return_states: bool) -> Outputs:
+    output, hx_n, states = recurrent(
+        options,
+        given.input.transpose(0, 1) if batch_first else given.input,
+        given.hx,
+        given.weights,
+        lengths=given.lengths,
+        reset=given.reset,
+        return_states=return_states,
+    )
+    return Outputs(output.transpose(0, 1) if batch_first else output, hx_n, states, None)
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_()
+
+
+def _describe(name: str, x: Any) -> Description:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor as input is, got {type(x).__name__}")
+    return Description(tuple(x.shape), str(x.dtype).removeprefix("torch."), str(x.device))
+
+
+def _prepared(given: Arguments, batch_first: bool) -> Arguments:
+    """lengths as int64 and reset as (T, B), both checked."""
+    B, T = given.input.shape[:2] if batch_first else reversed(given.input.shape[:2])
+    lengths, reset = given.lengths, given.reset
+    if lengths is not None:
+        lengths = torch.as_tensor(lengths, device=given.input.device)
+        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+            raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+        check_shape("lengths", tuple(lengths.shape), (B,))
+        lengths = lengths.to(torch.int64)
+        if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_lengths(lengths.tolist(), T)
+    if reset is not None:
+        reset = torch.as_tensor(reset, device=given.input.device)
+        if reset.dtype != torch.bool:
+            raise TypeError(f"reset must be bool, got {reset.dtype}")
+        check_shape("reset", tuple(reset.shape), (B, T) if batch_first else (T, B))
+        reset = reset.T if batch_first else reset
+    return given._replace(lengths=lengths, reset=reset)
+
+
+def _pair(name: str, y: Tensor | None, d: Any) -> tuple[Tensor, Tensor] | None:
+    """An output and its gradient, where one is given."""
+    if d is None:
+        return None
+    if y is None:
+        raise ValueError(f"{name} must be None: forward gave no such output")
+    check_gradient(name, _describe(name, d), _describe(name, y))
+    return y, d

@@ -1,0 +1,113 @@
+"""What a case is, what it costs in arithmetic, and the suites shipped with the package."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import resources
+from typing import Any, Literal
+
+Pass = Literal["inference", "training"]
+PASSES: tuple[Pass, ...] = ("inference", "training")
+CELLS = ("LSTM", "GRU", "RNN")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One stack of recurrent layers on one size of data.
+
+    `T` steps, `B` rows, `I` input size, `H` hidden size. The last three fields are options that
+    only some suites use: `reset_rate` is the share of (step, row) pairs at which an episode begins.
+    """
+
+    cell: str
+    T: int
+    B: int
+    I: int  # noqa: E741 - the field's name for the input size
+    H: int
+    layers: int = 1
+    bidirectional: bool = False
+    dtype: str = "float32"
+    nonlinearity: str = "tanh"
+    heads: int = 1
+    reset_rate: float = 0.0
+
+    @property
+    def gates(self) -> int:
+        return GATES[self.cell]
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    def as_record(self) -> dict[str, Any]:
+        """The case as the JSON names it: eight entries, and options that are not the default."""
+        optional = {f.name: f.default for f in fields(self)[8:]}
+        return {k: v for k, v in asdict(self).items() if k not in optional or v != optional[k]}
+
+    def label(self) -> str:
+        """One line for tables: ``LSTM T100 B32 I256 H256``, then whatever is not the default."""
+        sizes = f"{self.cell} T{self.T} B{self.B} I{self.I} H{self.H}"
+        extras = (
+            (self.layers != 1, f"L{self.layers}"),
+            (self.bidirectional, "bi"),
+            (self.nonlinearity != "tanh", self.nonlinearity),
+            (self.heads != 1, f"heads{self.heads}"),
+            (self.reset_rate > 0, f"reset{self.reset_rate:g}"),
+            (self.dtype != "float32", self.dtype),
+        )
+        return " ".join([sizes, *(text for shown, text in extras if shown)])
+
+    def flops(self, pass_: Pass) -> float:
+        """Multiplications and additions of the matrix products, cells not counted.
+
+        Forward: 2·G·H·(I + H/heads) per step, row and direction, I being D·H above the first layer.
+        Training is three times as much: forward, gradients of data, gradients of weights.
+        """
+        total = 0.0
+        for layer in range(self.layers):
+            inputs = self.I if layer == 0 else self.directions * self.H
+            per_row = 2.0 * self.gates * self.H * (inputs + self.H / self.heads)
+            total += per_row * self.directions * self.T * self.B
+        return total * (3.0 if pass_ == "training" else 1.0)
+
+
+def load_suites() -> dict[str, list[Case]]:
+    """Every suite of the package's data file, by name.
+
+    >>> [case.label() for case in load_suites()["fastrnns"]]
+    ['LSTM T100 B64 I512 H512']
+    """
+    text = (resources.files("fastrnn.bench") / "suites.json").read_text(encoding="utf-8")
+    return {name: [Case(**case) for case in cases] for name, cases in json.loads(text).items()}
+
+
+def select(
+    suites: Mapping[str, Sequence[Case]],
+    names: Sequence[str],
+    cells: Sequence[str],
+    dtypes: Sequence[str],
+) -> list[tuple[str, Case]]:
+    """The cases of the named suites whose cell is wanted, once per dtype.
+
+    Raises:
+        ValueError: a name is not a suite, or nothing is left.
+    """
+    for name in names:
+        if name not in suites:
+            raise ValueError(f"suite {name!r} is not known; there are: {', '.join(suites)}")
+    chosen = [
+        (name, replace(case, dtype=dtype))
+        for name in dict.fromkeys(names)
+        for dtype in dtypes
+        for case in suites[name]
+        if case.cell in cells
+    ]
+    if not chosen:
+        raise ValueError(
+            f"no case left: suite {', '.join(names)} has no case with cell {', '.join(cells)}"
+        )
+    return chosen

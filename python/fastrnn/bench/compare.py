@@ -1,0 +1,50 @@
+"""This run against an earlier one: the ratio old / new of our medians, case by case."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastrnn.bench.cases import Case
+from fastrnn.bench.report import Record, geometric_mean, key, milliseconds, ours, table
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[Record, Record]]:
+    """Pairs of our records, (old, new), of every measurement found in both documents."""
+    earlier = {key(record): record for record in ours(old["records"])}
+    return [(earlier[key(r)], r) for r in ours(new["records"]) if key(r) in earlier]
+
+
+def render(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The comparison as plain text, with what cannot be compared."""
+    pairs = compare(old, new)
+    lines = [f"Against {old['header']['date']}, commit {old['header']['commit'] or 'not known'}"]
+    for name in ("cpu", "isa"):
+        then, now = old["header"]["machine"][name], new["header"]["machine"][name]
+        if then != now:
+            lines.append(f"  not the same machine: {name} was {then}, is {now}")
+    if pairs:
+        lines.append(_table(pairs))
+        speedup = geometric_mean([before["median_ms"] / now["median_ms"] for before, now in pairs])
+        lines.append(f"geometric mean old / new: {speedup:.2f}; above 1 this run is faster")
+    new_only = len(ours(new["records"])) - len(pairs)
+    old_only = len(ours(old["records"])) - len(pairs)
+    if new_only or old_only:
+        lines.append(f"not compared: {new_only} only in this run, {old_only} only in the old one")
+    return "\n".join(lines)
+
+
+def _table(pairs: Sequence[tuple[Record, Record]]) -> str:
+    rows = [
+        [
+            Case(**now["case"]).label(),
+            now["pass"],
+            before["kernel"],
+            now["kernel"],
+            milliseconds(before["median_ms"]),
+            milliseconds(now["median_ms"]),
+            f"{before['median_ms'] / now['median_ms']:.2f}",
+        ]
+        for before, now in pairs
+    ]
+    return table(["case", "pass", "old kernel", "kernel", "old ms", "ms", "old / new"], rows, 4)

@@ -1,0 +1,72 @@
+"""The arrays of a case, made once and handed to every provider."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastrnn.bench.cases import Case
+
+# On a GPU one input after the other is used until this many bytes have gone by, so that none is
+# found in the cache (50 MB of L2 on the largest devices).
+ROTATED_BYTES = 128 << 20
+MOST_INPUTS = 16
+
+
+@dataclass
+class Data:
+    """Inputs, initial states, weights and the gradient that training starts from."""
+
+    inputs: list[Tensor]  # each (T, B, I); more than one on CUDA
+    hx: tuple[Tensor, ...]  # (h0,) or (h0, c0), each (L·D, B, H)
+    weights: list[Tensor]  # torch's order: w_ih, w_hh, b_ih, b_hh per layer and direction
+    d_output: Tensor  # (T, B, D·H)
+    reset: Tensor | None  # bool (T, B)
+
+
+def make_data(case: Case, device: str) -> Data:
+    """Random data from a fixed seed; weights U(±1/√H), as layers draw theirs."""
+    generator = torch.Generator().manual_seed(0)
+    dtype: torch.dtype = getattr(torch, case.dtype)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    def weight(*shape: int) -> Tensor:
+        bound = 1.0 / math.sqrt(case.H)
+        drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        return drawn.to(device, dtype)
+
+    rows, units = case.gates * case.H, case.H
+    recurrent = [rows, units]
+    if case.heads > 1:
+        recurrent = [case.heads, rows // case.heads, units // case.heads]
+    weights = []
+    for layer in range(case.layers):
+        inputs = case.I if layer == 0 else case.directions * units
+        for _ in range(case.directions):
+            weights += [weight(rows, inputs), weight(*recurrent), weight(rows), weight(rows)]
+
+    states = 2 if case.cell == "LSTM" else 1
+    groups = case.layers * case.directions
+    first = normal(case.T, case.B, case.I)
+    copies = 1
+    if device != "cpu":
+        copies = min(MOST_INPUTS, 1 + ROTATED_BYTES // (first.numel() * first.element_size()))
+    return Data(
+        inputs=[first] + [first.clone() for _ in range(copies - 1)],
+        hx=tuple(normal(groups, case.B, units) for _ in range(states)),
+        weights=weights,
+        d_output=normal(case.T, case.B, case.directions * units),
+        reset=_reset(case, device, generator),
+    )
+
+
+def _reset(case: Case, device: str, generator: torch.Generator) -> Tensor | None:
+    if case.reset_rate == 0:
+        return None
+    drawn = torch.rand((case.T, case.B), generator=generator)
+    return (drawn < case.reset_rate).to(device)

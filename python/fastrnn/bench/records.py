@@ -1,0 +1,101 @@
+"""The JSON document of a run: a header, a record per case, pass and provider, what was not run.
+
+Top level: ``header``, ``records``, ``not_run``. A record's ``case`` names the cell, the sizes and
+the dtype, and besides them only options that differ from the default (nonlinearity, heads,
+reset_rate). Times are milliseconds per call; ``roof_fraction`` is a share of ``header["roof"]``;
+``ratio_to_best_peer`` is the fastest peer's median over this provider's: above 1 it is faster.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import fastrnn
+from fastrnn.bench.runner import Results
+from fastrnn.info import info
+
+RECORD_FIELDS = (
+    "suite", "case", "device", "threads", "pass", "provider", "provider_version", "median_ms",
+    "p10_ms", "p90_ms", "gflops", "roof_fraction", "ratio_to_best_peer", "kernel",
+)  # fmt: skip
+
+
+def document(results: Results) -> dict[str, Any]:
+    """The whole document, ready for `json.dump`."""
+    return {"header": header(results), "records": results.records, "not_run": results.not_run}
+
+
+def header(results: Results) -> dict[str, Any]:
+    known = info()
+    machine = {
+        "platform": known["platform"],
+        "cpu": known["cpu"]["model"],
+        "cores": known["cpu"]["cores"],
+        "isa": known["cpu"]["isa"],
+        "cuda": known["cuda"],
+    }
+    versions = {name: known[name] for name in ("fastrnn", "python", "numpy")}
+    versions["torch"] = known["torch"] and known["torch"]["version"]
+    versions |= {r["provider"]: r["provider_version"] for r in results.records}
+    return {
+        "machine": machine,
+        "versions": versions,
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": results.device,
+        "threads": results.threads,
+        "seconds_per_case": results.seconds,
+        "roof": {dtype: asdict(roof) for dtype, roof in results.roofs.items()},
+        "complete": not results.interrupted,
+    }
+
+
+def commit() -> str | None:
+    """The git commit of the project's own checkout, with ``-dirty`` where files were changed."""
+    here = Path(fastrnn.__file__).parent
+    top = _git(here, "rev-parse", "--show-toplevel")
+    if top is None or not Path(top, "python", "fastrnn", "bench").is_dir():
+        return None
+    return _git(here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a document.
+
+    Raises:
+        ValueError: the file cannot be read or is not such a document.
+    """
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(loaded, dict) or not {"header", "records"} <= set(loaded):
+        raise ValueError(f"{path}: not written by fastrnn bench --json (no header and records)")
+    for record in loaded["records"]:
+        missing = [field for field in RECORD_FIELDS if field not in record]
+        if missing:
+            raise ValueError(f"{path}: a record lacks {', '.join(missing)}")
+    return loaded
+
+
+def save(document: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,132 @@
+"""What a run prints: a header, one row per case and pass, geometric means, and what was not run."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from fastrnn.bench.cases import Case
+
+Record = dict[str, Any]
+
+
+def render(document: dict[str, Any]) -> str:
+    """The report of a document (see records.py) as plain text."""
+    parts = [_heading(document["header"])]
+    if document["records"]:
+        parts += [_case_table(document["records"]), _means(document["records"])]
+    if document["not_run"]:
+        parts.append(_not_run(document["not_run"]))
+    if not document["header"]["complete"]:
+        parts.append("Interrupted: these are the cases measured until then.")
+    return "\n\n".join(parts)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> str:
+    """Aligned columns: the first `text_columns` to the left, numbers to the right."""
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = (
+            cell.ljust(width) if i < text_columns else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join(aligned).rstrip()
+
+    return "\n".join([line(columns), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def milliseconds(value: float) -> str:
+    """Three digits that mean something: 0.0391, 2.27, 16.9, 241."""
+    digits = 4 if value < 0.1 else 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{digits}f}"
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return statistics.geometric_mean(values)
+
+
+def ours(records: Sequence[Record]) -> list[Record]:
+    return [record for record in records if record["provider"] == "fastrnn"]
+
+
+def key(record: Record) -> tuple[Any, ...]:
+    """What must agree for two records to be of one measurement, the provider aside."""
+    case = tuple(sorted(record["case"].items()))
+    return (record["suite"], case, record["device"], record["threads"], record["pass"])
+
+
+def _heading(header: dict[str, Any]) -> str:
+    machine, versions = header["machine"], header["versions"]
+    threads = f"{header['threads']} thread{'s' * (header['threads'] != 1)}"
+    lines = [
+        f"{machine['cpu']}, {machine['isa']}, {threads}, device {header['device']}",
+        ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        f"commit {header['commit'] or 'not known'}, {header['date']}",
+    ]
+    lines += [
+        f"measured roof: {roof['gflops']:.0f} GFLOP/s, the {roof['method']}"
+        for roof in header["roof"].values()
+    ]
+    return "\n".join(lines)
+
+
+def _case_table(records: Sequence[Record]) -> str:
+    peers = list(dict.fromkeys(r["provider"] for r in records if r["provider"] != "fastrnn"))
+    suites = list(dict.fromkeys(r["suite"] for r in records))
+    times = {(key(r), r["provider"]): milliseconds(r["median_ms"]) for r in records}
+    columns = ["case", "pass", "kernel", "fastrnn ms", "p10-p90", "GFLOP/s", "roof"]
+    columns += [f"{peer} ms" for peer in peers] + ["ratio"]
+    rows = []
+    for record in ours(records):
+        label = Case(**record["case"]).label()
+        ratio = record["ratio_to_best_peer"]
+        rows.append(
+            [
+                label if len(suites) == 1 else f"{record['suite']}: {label}",
+                record["pass"],
+                record["kernel"],
+                milliseconds(record["median_ms"]),
+                f"{milliseconds(record['p10_ms'])}-{milliseconds(record['p90_ms'])}",
+                f"{record['gflops']:.1f}",
+                f"{record['roof_fraction']:.2f}",
+                *(times.get((key(record), peer), "-") for peer in peers),
+                "-" if ratio is None else f"{ratio:.2f}",
+            ]
+        )
+    return table(columns, rows, 3) + "\nratio: the best peer's time over ours; above 1 is faster"
+
+
+def _means(records: Sequence[Record]) -> str:
+    """Per suite and pass: geometric means of the ratio to each peer and to the best one."""
+    peers = list(dict.fromkeys(r["provider"] for r in records if r["provider"] != "fastrnn"))
+    mine = {key(r): r for r in ours(records)}
+    rows = []
+    for suite, pass_ in dict.fromkeys((r["suite"], r["pass"]) for r in mine.values()):
+        group = {k: r for k, r in mine.items() if (r["suite"], r["pass"]) == (suite, pass_)}
+        ratios: dict[str, list[float]] = {peer: [] for peer in peers}
+        for r in records:
+            if r["provider"] in ratios and key(r) in group:
+                ratios[r["provider"]].append(r["median_ms"] / group[key(r)]["median_ms"])
+        best = [r["ratio_to_best_peer"] for r in group.values()]
+        roof = [r["roof_fraction"] for r in group.values()]
+        means = [_mean(values) for values in (*ratios.values(), best, roof)]
+        rows.append([suite, pass_, str(len(group)), *means])
+    columns = ["suite", "pass", "cases", *(f"{p} / ours" for p in peers), "best / ours", "roof"]
+    return "Geometric means\n" + table(columns, rows, 2)
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{geometric_mean(known):.2f}" if known else "-"
+
+
+def _not_run(entries: Sequence[dict[str, Any]]) -> str:
+    counted = Counter((e["suite"], e["provider"], e["pass"], e["reason"]) for e in entries)
+    lines = ["Not run"]
+    for (suite, provider, pass_, reason), count in counted.items():
+        where = "" if suite is None else f", {suite} {pass_}, {count} case{'s' * (count != 1)}"
+        lines.append(f"  {provider}{where}: {reason}")
+    return "\n".join(lines)

@@ -1,0 +1,183 @@
+"""Runs cases: prepare every provider, check the peers against ours, measure in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrnn.bench.cases import Case, Pass
+from fastrnn.bench.data import Data, make_data
+from fastrnn.bench.providers import (
+    Fastrnn,
+    MissingPeerError,
+    Prepared,
+    Provider,
+    UnsupportedError,
+    make_provider,
+)
+from fastrnn.bench.timing import Roof, Timing, make_clock, measure, measure_roof
+
+DEFAULT_PEERS = {"cpu": ("torch", "onnxruntime"), "cuda": ("torch",)}
+
+# Largest difference from ours, as a share of the largest value of the array. Peers may keep the
+# cell state in half precision, and cuDNN may use TF32 for float32.
+TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+TOLERANCE_TF32 = 2e-2
+
+
+class MismatchError(Exception):
+    """A provider's result is not ours: nothing measured on it would mean anything."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to run. `peers` None: those of the device that are installed."""
+
+    cases: Sequence[tuple[str, Case]]
+    device: str = "cpu"
+    passes: Sequence[Pass] = ("inference", "training")
+    threads: int | None = None
+    peers: Sequence[str] | None = None
+    seconds: float = 1.0
+
+
+@dataclass
+class Results:
+    """What was measured; complete unless `interrupted`."""
+
+    device: str
+    threads: int
+    seconds: float
+    roofs: dict[str, Roof] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    not_run: list[dict[str, Any]] = field(default_factory=list)
+    interrupted: bool = False
+
+
+def run(request: Request, on_case: Callable[[str], None] = lambda label: None) -> Results:
+    """Measures every case and pass; `on_case` is told of each before it starts.
+
+    Ctrl-C ends the run and keeps what was measured.
+
+    Raises:
+        ValueError: a peer's name is not known, or the device is not there.
+        MissingPeerError: a peer that was asked for by name is not installed.
+        MismatchError: a peer's result differs from ours.
+    """
+    if request.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device on this machine")
+    with _threads(request.threads) as threads:
+        results = Results(request.device, threads, request.seconds)
+        peers = _peers(request, results)
+        try:
+            for dtype in dict.fromkeys(case.dtype for _, case in request.cases):
+                results.roofs[dtype] = measure_roof(dtype, request.device, threads)
+            for suite, case in request.cases:
+                for pass_ in request.passes:
+                    on_case(f"{case.label()} {pass_}")
+                    _run_case(suite, case, pass_, peers, results)
+        except KeyboardInterrupt:
+            results.interrupted = True
+    return results
+
+
+@contextmanager
+def _threads(wanted: int | None) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted or before)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def _peers(request: Request, results: Results) -> list[Provider]:
+    if request.peers is not None:
+        return [make_provider(name) for name in dict.fromkeys(request.peers)]
+    peers = []
+    for name in DEFAULT_PEERS[request.device]:
+        try:
+            peers.append(make_provider(name))
+        except MissingPeerError as missing:
+            nowhere = {"suite": None, "case": None, "pass": None}
+            results.not_run.append({**nowhere, "provider": name, "reason": str(missing)})
+    return peers
+
+
+def _run_case(
+    suite: str, case: Case, pass_: Pass, peers: Sequence[Provider], results: Results
+) -> None:
+    data = make_data(case, results.device)
+    place = {"suite": suite, "case": case.as_record(), "pass": pass_}
+    providers: dict[str, Provider] = {}
+    prepared: dict[str, Prepared] = {}
+    for provider in (Fastrnn(), *peers):
+        try:
+            prepared[provider.name] = provider.prepare(case, data, pass_)
+            providers[provider.name] = provider
+        except UnsupportedError as unsupported:
+            reason = str(unsupported)
+            results.not_run.append({**place, "provider": provider.name, "reason": reason})
+            if provider.name == "fastrnn":
+                return
+    check(case, data, pass_, prepared)
+    clock = make_clock(results.device)
+    timings = measure(prepared, clock, len(data.inputs), results.seconds)
+    peer_times = [t.median for name, t in timings.items() if name != "fastrnn"]
+    for name, timing in timings.items():
+        gflops = case.flops(pass_) / timing.median / 1e6
+        results.records.append(
+            {
+                "suite": suite,
+                "case": case.as_record(),
+                "device": results.device,
+                "threads": results.threads,
+                "pass": pass_,
+                "provider": name,
+                "provider_version": providers[name].version,
+                **_milliseconds(timing),
+                "gflops": gflops,
+                "roof_fraction": gflops / results.roofs[case.dtype].gflops,
+                "ratio_to_best_peer": min(peer_times) / timing.median if peer_times else None,
+                "kernel": prepared[name].kernel,
+            }
+        )
+
+
+def _milliseconds(timing: Timing) -> dict[str, float]:
+    return {"median_ms": timing.median, "p10_ms": timing.p10, "p90_ms": timing.p90}
+
+
+def check(case: Case, data: Data, pass_: Pass, prepared: dict[str, Prepared]) -> None:
+    """Compares every array of every peer with ours.
+
+    Raises:
+        MismatchError: naming provider, case, pass, array and difference.
+    """
+    tolerance = TOLERANCE[case.dtype]
+    if data.d_output.is_cuda and case.dtype == "float32":
+        tolerance = TOLERANCE_TF32
+    ours = prepared["fastrnn"].results()
+    for name, peer in prepared.items():
+        if name == "fastrnn":
+            continue
+        for array, theirs in peer.results().items():
+            difference = _difference(ours[array], theirs)
+            if not difference <= tolerance:
+                raise MismatchError(
+                    f"{case.label()}, {pass_}: {array} of {name} differs from fastrnn's by "
+                    f"{difference:.1e} of its largest value, more than {tolerance:.0e}; "
+                    "nothing was timed"
+                )
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    if ours.shape != theirs.shape:
+        return float("inf")
+    a, b = ours.double(), theirs.double()
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))

@@ -1,0 +1,208 @@
+"""The command `fastrnn`: `info` and `bench`. Errors go to stderr, with exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+INTERRUPTED = 130
+
+BENCH_EXAMPLES = """\
+examples:
+  fastrnn bench                                     the quick suite, against every peer installed
+  fastrnn bench --suite cpu --threads 2 --json new.json --plot new.png
+  fastrnn bench --suite cpu --cell LSTM,GRU --pass inference --compare old.json
+  fastrnn bench --suite stacks --suite fastrnns --against torch --seconds 3
+  fastrnn bench --device cuda --suite deepbench-training --dtype float16
+  fastrnn bench --list
+"""
+INFO_EXAMPLES = """\
+examples:
+  fastrnn info
+  fastrnn info --json
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        The exit code: 0, 2 after an error, 130 after Ctrl-C.
+    """
+    parsed = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = parsed.command
+    try:
+        return command(parsed)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except CommandError as error:
+        print(f"fastrnn: error: {error}", file=sys.stderr)
+        return 2
+
+
+class CommandError(Exception):
+    """What the user can put right; the message says how."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastrnn",
+        description="Recurrent layers on a C++ engine: what is installed, and how fast it is.",
+        epilog="examples:\n  fastrnn info\n  fastrnn bench --suite quick\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="{info,bench}")
+    _add_info(commands)
+    _add_bench(commands)
+    return parser
+
+
+def _add_info(commands: Any) -> None:
+    parser = commands.add_parser(
+        "info",
+        help="versions, CPU, CUDA, loaded libraries, and the route a tensor takes",
+        epilog=INFO_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(command=_info)
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="time the layers against other libraries",
+        description="Every case runs fastrnn and each peer in turn, in one process, interleaved.",
+        epilog=BENCH_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--suite", action="append", metavar="NAME", help="repeatable; default quick")
+    add("--list", action="store_true", help="list the suites and their cases, run nothing")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--cell", type=_names, metavar="LSTM,GRU,RNN", help="only these cells")
+    add("--dtype", type=_names, default=["float32"], metavar="NAMES",
+        help="float32 (default), float64, bfloat16, float16")  # fmt: skip
+    add("--pass", dest="passes", type=_names, default=["inference", "training"], metavar="NAMES",
+        help="inference,training (default both)")  # fmt: skip
+    add("--threads", type=_positive(int), metavar="N", help="default: torch's")
+    add("--against", type=_names, metavar="PEERS",
+        help="torch,onnxruntime,flashrnn; default: the device's that are installed")  # fmt: skip
+    add("--seconds", type=_positive(float), default=1.0, metavar="S",
+        help="time for each case and pass, all providers together (default 1)")  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="write the records")
+    add("--plot", type=Path, metavar="FILE", help="draw ratios and shares of the roof (matplotlib)")
+    add("--compare", type=Path, metavar="OLD.json", help="show old / new for every case")
+    parser.set_defaults(command=_bench)
+
+
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names it in its message
+    return convert
+
+
+def _info(parsed: argparse.Namespace) -> int:
+    from fastrnn.info import info, render
+
+    print(json.dumps(info(), indent=1) if parsed.json else render(info()))
+    return 0
+
+
+def _bench(parsed: argparse.Namespace) -> int:
+    if parsed.list:
+        return _list_suites()
+    _require("torch", "pip install 'fastrnn[torch]'")
+    if parsed.plot:
+        _require("matplotlib", "pip install 'fastrnn[bench]'")
+    for path in (parsed.json, parsed.plot):
+        if path and not path.absolute().parent.is_dir():
+            raise CommandError(f"{path}: there is no folder {path.absolute().parent}")
+
+    from fastrnn.bench import compare, plot, records, report
+    from fastrnn.bench.progress import progress
+    from fastrnn.bench.providers import MissingPeerError
+    from fastrnn.bench.runner import MismatchError, run
+
+    try:
+        old = records.load(parsed.compare) if parsed.compare else None
+        request = _request(parsed)
+        with progress(len(request.cases) * len(request.passes)) as on_case:
+            results = run(request, on_case)
+    except (ValueError, MissingPeerError, MismatchError) as error:
+        raise CommandError(error) from error
+    document = records.document(results)
+    print(report.render(document))
+    if old is not None:
+        print("\n" + compare.render(old, document))
+    if parsed.json:
+        records.save(document, parsed.json)
+    if parsed.plot and document["records"]:
+        plot.plot(document, parsed.plot)
+    return INTERRUPTED if results.interrupted else 0
+
+
+def _request(parsed: argparse.Namespace) -> Any:
+    """What the options ask for.
+
+    Raises:
+        ValueError: an option names something that is not there.
+    """
+    from fastrnn.bench import cases
+    from fastrnn.bench.runner import Request
+
+    cells = [name.upper() for name in parsed.cell or cases.CELLS]
+    for option, chosen, known in (
+        ("--cell", cells, cases.CELLS),
+        ("--dtype", parsed.dtype, cases.DTYPES),
+        ("--pass", parsed.passes, cases.PASSES),
+    ):
+        for name in chosen:
+            if name not in known:
+                raise ValueError(f"{option} {name!r} is not known; there are: {', '.join(known)}")
+    suites = parsed.suite or ["quick"]
+    return Request(
+        cases=cases.select(cases.load_suites(), suites, cells, parsed.dtype),
+        device=parsed.device,
+        passes=parsed.passes,
+        threads=parsed.threads,
+        peers=parsed.against,
+        seconds=parsed.seconds,
+    )
+
+
+def _list_suites() -> int:
+    from fastrnn.bench.cases import load_suites
+
+    for name, cases in load_suites().items():
+        print(f"{name} ({len(cases)} cases)")
+        for case in cases:
+            print(f"  {case.label()}")
+    return 0
+
+
+def _require(package: str, install: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise CommandError(f"{package} is not installed; to install it: {install}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

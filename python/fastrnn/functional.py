@@ -1,0 +1,339 @@
+"""Recurrent layers as functions, on the arrays of any library that speaks DLPack.
+
+Torch tensors give torch tensors, with autograd. All other arrays (NumPy, CuPy, JAX) give
+``fastrnn.Tensor``, and torch is not imported. The arrays of one call are all of torch, or none is.
+
+T steps, B batch, I input size, H hidden size, L layers, D directions (1 or 2), G gates (RNN 1,
+GRU 3, LSTM 4), O the size of h: ``proj_size``, or else H. `fastrnn.reference` has the formulas.
+
+Arguments of every function:
+    input: (T, B, I), with ``batch_first`` (B, T, I); float32, float64, bfloat16 or float16, of
+        torch also complex. Any strides.
+    weights: a list: for each layer, for each direction: ``weight_ih`` (G·H, I of the layer),
+        ``weight_hh`` (G·H, O), with ``bias`` also ``bias_ih`` and ``bias_hh`` (G·H,), with
+        ``proj_size`` also ``weight_hr`` (proj_size, H). The gates stand in the order i, f, g, o
+        (LSTM) or r, z, n (GRU).
+    num_layers, bidirectional, bias, batch_first, proj_size: as in ``torch.nn.LSTM``.
+    lengths: integers (B,), 0 to T, in any order: the valid steps of each row. Past them the output
+        is 0; the final state is the last valid one; the reverse direction starts there.
+    reset: bool (T, B), with ``batch_first`` (B, T): where an episode starts, and zeros take the
+        place of the state from before, in both directions.
+    return_states: also return `States`, h and c of every layer at every step.
+    return_saved: also return what the function's ``_backward`` needs, as the last value. Gradients
+        then come from there alone: what torch sees of the outputs is detached.
+
+Every function raises TypeError or ValueError that names the argument, what it was and what was
+expected.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import _arrays
+from ._arguments import is_torch
+from ._engine import States
+from ._options import Options
+
+if TYPE_CHECKING:
+    from ._recurrent import recurrent
+
+__all__ = [
+    "States",
+    "gru",
+    "gru_backward",
+    "lstm",
+    "lstm_backward",
+    "recurrent",
+    "rnn",
+    "rnn_backward",
+]
+
+
+def rnn(
+    input: Any,
+    hx: Any,
+    weights: Any,
+    *,
+    num_layers: int = 1,
+    nonlinearity: str = "tanh",
+    bidirectional: bool = False,
+    bias: bool = True,
+    batch_first: bool = False,
+    lengths: Any = None,
+    reset: Any = None,
+    return_states: bool = False,
+    return_saved: bool = False,
+) -> tuple[Any, ...]:
+    """An Elman network: h_t = f(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh) (Elman 1990).
+
+    Arguments:
+        hx: h0 (L·D, B, H), or None for zeros.
+        nonlinearity: f: ``"tanh"``, ``"relu"``, ``"sigmoid"`` or ``"identity"``.
+        input, weights and the others: see `fastrnn.functional`.
+
+    Returns:
+        ``output`` (T, B, D·H), as ``batch_first`` says, and ``h_n`` (L·D, B, H); then what
+        ``return_states`` and ``return_saved`` ask for.
+
+    >>> import numpy as np
+    >>> one = np.ones((1, 1))
+    >>> output, h_n = rnn(np.ones((3, 1, 1)), None, [one, one], bias=False, nonlinearity="relu")
+    >>> output.numpy().ravel()
+    array([1., 2., 3.])
+    """
+    options = _options("RNN", num_layers, bidirectional, bias, activation=nonlinearity)
+    return _forward(
+        options, input, hx, weights, lengths, reset, batch_first, return_states, return_saved
+    )
+
+
+def lstm(
+    input: Any,
+    hx: Any,
+    weights: Any,
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    bias: bool = True,
+    batch_first: bool = False,
+    proj_size: int = 0,
+    activation: str = "tanh",
+    gate_activation: str = "sigmoid",
+    lengths: Any = None,
+    reset: Any = None,
+    return_states: bool = False,
+    return_saved: bool = False,
+) -> tuple[Any, ...]:
+    """Long short-term memory (Hochreiter & Schmidhuber 1997; projection: Sak et al. 2014).
+
+    Arguments:
+        hx: ``(h0, c0)``, of shapes (L·D, B, O) and (L·D, B, H), or None for zeros.
+        activation: of the candidate and of the cell's output: ``"tanh"``, ``"relu"``,
+            ``"sigmoid"`` or ``"identity"``.
+        gate_activation: ``"sigmoid"`` or ``"hardsigmoid"``.
+        input, weights and the others: see `fastrnn.functional`.
+
+    Returns:
+        ``output`` (T, B, D·O), as ``batch_first`` says, and ``(h_n, c_n)``, shaped as ``hx``; then
+        what ``return_states`` and ``return_saved`` ask for.
+
+    >>> import numpy as np
+    >>> w_ih, w_hh = np.zeros((4, 2)), np.zeros((4, 1))  # I = 2, H = 1: f = σ(0) = 1/2
+    >>> x, h0, c0 = np.ones((3, 1, 2)), np.zeros((1, 1, 1)), np.ones((1, 1, 1))
+    >>> output, (h_n, c_n) = lstm(x, (h0, c0), [w_ih, w_hh], bias=False)
+    >>> c_n.numpy().ravel()
+    array([0.125])
+    """
+    options = _options(
+        "LSTM",
+        num_layers,
+        bidirectional,
+        bias,
+        proj_size=proj_size,
+        activation=activation,
+        gate_activation=gate_activation,
+    )
+    return _forward(
+        options, input, hx, weights, lengths, reset, batch_first, return_states, return_saved
+    )
+
+
+def gru(
+    input: Any,
+    hx: Any,
+    weights: Any,
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    bias: bool = True,
+    batch_first: bool = False,
+    activation: str = "tanh",
+    gate_activation: str = "sigmoid",
+    reset_after: bool = True,
+    lengths: Any = None,
+    reset: Any = None,
+    return_states: bool = False,
+    return_saved: bool = False,
+) -> tuple[Any, ...]:
+    """Gated recurrent unit (Cho et al. 2014).
+
+    Arguments:
+        hx: h0 (L·D, B, H), or None for zeros.
+        activation: of the candidate: ``"tanh"``, ``"relu"``, ``"sigmoid"`` or ``"identity"``.
+        gate_activation: ``"sigmoid"`` or ``"hardsigmoid"``.
+        reset_after: whether the reset gate acts after the product with ``weight_hh``, as in
+            ``torch.nn.GRU``, or before it, as in the paper.
+        input, weights and the others: see `fastrnn.functional`.
+
+    Returns:
+        ``output`` (T, B, D·H), as ``batch_first`` says, and ``h_n`` (L·D, B, H); then what
+        ``return_states`` and ``return_saved`` ask for.
+
+    >>> import numpy as np
+    >>> w_ih, w_hh = np.zeros((3, 2)), np.zeros((3, 1))  # I = 2, H = 1: z = σ(0) = 1/2, n = 0
+    >>> output, h_n = gru(np.ones((3, 1, 2)), np.ones((1, 1, 1)), [w_ih, w_hh], bias=False)
+    >>> output.numpy().ravel()
+    array([0.5  , 0.25 , 0.125])
+    """
+    options = _options(
+        "GRU",
+        num_layers,
+        bidirectional,
+        bias,
+        activation=activation,
+        gate_activation=gate_activation,
+        reset_after=reset_after,
+    )
+    return _forward(
+        options, input, hx, weights, lengths, reset, batch_first, return_states, return_saved
+    )
+
+
+def rnn_backward(
+    d_output: Any, d_hx_n: Any, saved: Any, *, d_states: States | None = None
+) -> tuple[Any, Any, list[Any]]:
+    """The gradients of `rnn`'s arguments, by backpropagation through time (Werbos 1990).
+
+    Arguments:
+        d_output: gradient of ``output``, of its shape and dtype, or None for zeros.
+        d_hx_n: gradient of ``h_n``, or None for zeros.
+        saved: what `rnn` returned with ``return_saved=True``. The arrays that it was given must not
+            have changed since.
+        d_states: gradients of ``states``, each or all None for zeros.
+
+    Returns:
+        ``d_input``, ``d_h0`` (None where ``hx`` was None) and the list ``d_weights``.
+
+    >>> import numpy as np
+    >>> one = np.ones((1, 1))
+    >>> x = np.array([1.0, 2.0]).reshape(2, 1, 1)
+    >>> output, h_n, saved = rnn(
+    ...     x, None, [one, one], bias=False, nonlinearity="identity", return_saved=True
+    ... )
+    >>> d_input, d_h0, (d_w_ih, d_w_hh) = rnn_backward(None, np.ones((1, 1, 1)), saved)
+    >>> d_w_ih.numpy(), d_w_hh.numpy()
+    (array([[3.]]), array([[1.]]))
+    """
+    return _backward("RNN", d_output, d_hx_n, saved, d_states)
+
+
+def lstm_backward(
+    d_output: Any, d_hx_n: Any, saved: Any, *, d_states: States | None = None
+) -> tuple[Any, Any, list[Any]]:
+    """The gradients of `lstm`'s arguments, by backpropagation through time (Werbos 1990).
+
+    Arguments:
+        d_output: gradient of ``output``, of its shape and dtype, or None for zeros.
+        d_hx_n: gradients of ``(h_n, c_n)``, each or all None for zeros.
+        saved: what `lstm` returned with ``return_saved=True``. The arrays that it was given must
+            not have changed since.
+        d_states: gradients of ``states``, each or all None for zeros.
+
+    Returns:
+        ``d_input``, ``(d_h0, d_c0)`` (None where ``hx`` was None) and the list ``d_weights``.
+
+    >>> import numpy as np
+    >>> w_ih, w_hh = np.zeros((4, 2)), np.zeros((4, 1))
+    >>> x, h0, c0 = np.ones((3, 1, 2)), np.zeros((1, 1, 1)), np.ones((1, 1, 1))
+    >>> *_, saved = lstm(x, (h0, c0), [w_ih, w_hh], bias=False, return_saved=True)
+    >>> d_input, (d_h0, d_c0), d_weights = lstm_backward(None, (None, np.ones((1, 1, 1))), saved)
+    >>> d_c0.numpy().ravel()
+    array([0.125])
+    """
+    return _backward("LSTM", d_output, d_hx_n, saved, d_states)
+
+
+def gru_backward(
+    d_output: Any, d_hx_n: Any, saved: Any, *, d_states: States | None = None
+) -> tuple[Any, Any, list[Any]]:
+    """The gradients of `gru`'s arguments, by backpropagation through time (Werbos 1990).
+
+    Arguments:
+        d_output: gradient of ``output``, of its shape and dtype, or None for zeros.
+        d_hx_n: gradient of ``h_n``, or None for zeros.
+        saved: what `gru` returned with ``return_saved=True``. The arrays that it was given must not
+            have changed since.
+        d_states: gradients of ``states``, each or all None for zeros.
+
+    Returns:
+        ``d_input``, ``d_h0`` (None where ``hx`` was None) and the list ``d_weights``.
+
+    >>> import numpy as np
+    >>> w_ih, w_hh, h0 = np.zeros((3, 2)), np.zeros((3, 1)), np.ones((1, 1, 1))
+    >>> *_, saved = gru(np.ones((3, 1, 2)), h0, [w_ih, w_hh], bias=False, return_saved=True)
+    >>> d_input, d_h0, d_weights = gru_backward(None, np.ones((1, 1, 1)), saved)
+    >>> d_h0.numpy().ravel()
+    array([0.125])
+    """
+    return _backward("GRU", d_output, d_hx_n, saved, d_states)
+
+
+def _options(cell: Any, num_layers: int, bidirectional: bool, bias: bool, **others: Any) -> Options:
+    try:
+        return Options(cell, num_layers, bool(bidirectional), bool(bias), **others)
+    except ValueError as error:  # an RNN's activation goes by another name here
+        if cell == "RNN" and str(error).startswith("activation"):
+            raise ValueError(f"nonlinearity{str(error)[len('activation') :]}") from None
+        raise
+
+
+def _forward(
+    options: Options,
+    input: Any,
+    hx: Any,
+    weights: Any,
+    lengths: Any,
+    reset: Any,
+    batch_first: bool,
+    return_states: bool,
+    return_saved: bool,
+) -> tuple[Any, ...]:
+    route: Any = _arrays
+    if is_torch(input):
+        from . import _tensors as route
+    output, hx_n, states, saved = route.forward(
+        options,
+        input,
+        hx,
+        weights,
+        lengths,
+        reset,
+        batch_first=batch_first,
+        return_states=return_states,
+        return_saved=return_saved,
+    )
+    more = ([states] if return_states else []) + ([saved] if return_saved else [])
+    return (output, hx_n if options.cell == "LSTM" else hx_n[0], *more)
+
+
+def _backward(
+    cell: str, d_output: Any, d_hx_n: Any, saved: Any, d_states: States | None
+) -> tuple[Any, Any, list[Any]]:
+    options = getattr(saved, "options", None)
+    if not isinstance(options, Options) or options.cell != cell:
+        name = cell.lower()
+        raise TypeError(
+            f"saved must be what {name}(…, return_saved=True) returned last, got "
+            f"{type(saved).__name__ if options is None else f'that of {options.cell.lower()}'}"
+        )
+    if cell != "LSTM":
+        d_hx_n = (d_hx_n,)
+    elif d_hx_n is None:
+        d_hx_n = (None, None)
+    elif not isinstance(d_hx_n, (tuple, list)) or len(d_hx_n) != 2:
+        raise TypeError(f"d_hx_n must be None or a pair, (d_h_n, d_c_n), got {d_hx_n!r:.40}")
+    route: Any = _arrays
+    if not isinstance(saved, _arrays.Saved):
+        from . import _tensors as route
+    d_input, d_hx, d_weights = route.backward(d_output, tuple(d_hx_n), saved, d_states)
+    return d_input, d_hx if d_hx is None or cell == "LSTM" else d_hx[0], d_weights
+
+
+def __getattr__(name: str) -> Any:
+    if name != "recurrent":  # imported, torch with it, when first used
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ._recurrent import recurrent
+
+    globals()[name] = recurrent
+    return recurrent

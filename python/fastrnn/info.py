@@ -1,0 +1,147 @@
+"""What is installed and what would run: versions, CPU, CUDA, loaded libraries, routes.
+
+Standard library only, and every probe is guarded: a report is written for machines on which
+something does not work.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+PACKAGES = ("onnxruntime", "onnx", "rich", "matplotlib", "scikit-learn", "flashrnn")
+LIBRARIES = re.compile(
+    r"^(libgomp|libiomp5|libomp|libtorch|libtorch_cpu|libtorch_cuda|libc10|libmkl\w*|libopenblas\w*"
+    r"|libdnnl|libcudart|libcublas|libcublasLt|libcudnn|libcuda|libonnxruntime|_C)([-.].*)?$"
+)
+COMPOSED = "composed torch operations"
+
+
+def info() -> dict[str, Any]:
+    """Everything `fastrnn info` prints, as one dictionary that JSON can hold.
+
+    Imports torch where it is installed. What cannot be found out is None.
+
+    >>> import fastrnn
+    >>> fastrnn.info()["fastrnn"] == fastrnn.__version__
+    True
+    """
+    import platform
+
+    engine = importlib.import_module("fastrnn._C")
+    isa = _guarded(engine.isa)
+    return {
+        "fastrnn": _guarded(lambda: importlib.import_module("fastrnn").__version__),
+        "python": platform.python_version(),
+        "numpy": _version("numpy"),
+        "torch": _guarded(_torch),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": {
+            "model": _guarded(_cpu_model),
+            "cores": os.cpu_count(),
+            "isa": isa,
+            "isas": _guarded(engine.isas),
+        },
+        "threads": _guarded(engine.max_threads),
+        "cuda": {"build": _guarded(engine.cuda_info), "devices": _guarded(_cuda_devices)},
+        "libraries": _guarded(_libraries),
+        "routes": {"cpu": f"engine {isa}", "cuda": COMPOSED},
+    }
+
+
+def render(known: dict[str, Any]) -> str:
+    """The dictionary of `info` as lines of text."""
+    torch, cpu, cuda = known["torch"], known["cpu"], known["cuda"]
+    torch_line = "not installed or not importable"
+    if torch is not None:
+        built = f"CUDA {torch['cuda'] or 'none'}, {torch['threads']} threads"
+        torch_line = f"{torch['version']} ({built})"
+    packages = ", ".join(f"{n} {v}" for n, v in known["packages"].items() if v) or "none"
+    lines = {
+        "fastrnn": known["fastrnn"],
+        "python": f"{known['python']}, {known['platform']}",
+        "numpy": known["numpy"],
+        "torch": torch_line,
+        "packages": packages,
+        "cpu": f"{cpu['model']}, {cpu['cores']} cores",
+        "isa": f"{cpu['isa']} of {', '.join(cpu['isas'] or [])} (FASTRNN_ISA chooses)",
+        "threads": known["threads"],
+        "cuda build": _pairs(cuda["build"]) or "none",
+        "cuda devices": ", ".join(cuda["devices"] or []) or "none",
+        "cpu tensors": known["routes"]["cpu"],
+        "cuda tensors": known["routes"]["cuda"],
+    }
+    text = [f"{name:<13} {value}" for name, value in lines.items()]
+    libraries = known["libraries"]
+    text.append("libraries     " + ("cannot be listed here" if libraries is None else "loaded:"))
+    text += [f"  {name:<24} {path}" for name, path in sorted((libraries or {}).items())]
+    return "\n".join(text)
+
+
+def _guarded(probe: Callable[[], T]) -> T | None:
+    """The probe's answer, or None where it fails, for whatever reason."""
+    try:
+        return probe()
+    except Exception:  # a report must not end with the first broken thing it meets
+        return None
+
+
+def _version(distribution: str) -> str | None:
+    from importlib import metadata
+
+    return _guarded(lambda: metadata.version(distribution))
+
+
+def _torch() -> dict[str, Any]:
+    torch = importlib.import_module("torch")
+    return {
+        "version": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cuda_devices() -> list[str]:
+    if importlib.util.find_spec("torch") is None:
+        return []
+    torch = importlib.import_module("torch")
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _cpu_model() -> str | None:
+    if sys.platform == "darwin":
+        import subprocess
+
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    import platform
+
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if found:
+            return found.group(1)
+    return platform.processor() or platform.machine()
+
+
+def _libraries() -> dict[str, str]:
+    """The shared libraries of interest that this process has loaded, by file name."""
+    paths = set()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and LIBRARIES.match(Path(fields[5]).name):
+            paths.add(fields[5])
+    return {Path(path).name: path for path in paths}
+
+
+def _pairs(known: dict[str, Any] | None) -> str:
+    return ", ".join(f"{name} {value}" for name, value in (known or {}).items())

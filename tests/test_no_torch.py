@@ -1,0 +1,129 @@
+"""Without torch: the package imports, computes and trains with NumPy alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+HOOK = """
+import sys
+
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch" or name.startswith("torch."):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NoTorch())
+import numpy as np
+import fastrnn
+"""
+
+
+def run(code: str) -> str:
+    """What ``code`` prints in an interpreter where torch cannot be imported."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", HOOK + textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_functions_equal_the_reference() -> None:
+    run("""
+        from fastrnn import functional, reference
+        rng = np.random.default_rng(0)
+        T, B, I, H, L = 7, 3, 5, 6, 2
+        for cell, gates, states in (("RNN", 1, 1), ("LSTM", 4, 2), ("GRU", 3, 1)):
+            shapes = []
+            for layer in range(L):
+                for _ in range(2):
+                    n = gates * H
+                    shapes += [(n, 2 * H if layer else I), (n, H), (n,), (n,)]
+            weights = [rng.normal(size=shape) for shape in shapes]
+            hx = tuple(rng.normal(size=(2 * L, B, H)) for _ in range(states))
+            x = rng.normal(size=(T, B, I))
+            steps = {"lengths": [4, 0, 7], "reset": rng.random((T, B)) < 0.3}
+            options = reference.Options(cell, num_layers=L, bidirectional=True)
+            expected = reference.forward(options, x, hx, weights, **steps)
+            output, hx_n, saved = getattr(functional, cell.lower())(
+                x, hx if states == 2 else hx[0], weights, num_layers=L, bidirectional=True,
+                return_saved=True, **steps
+            )
+            np.testing.assert_allclose(output.numpy(), expected.output, rtol=1e-12, atol=1e-12)
+            finals = hx_n if states == 2 else (hx_n,)
+            for got, want in zip(finals, expected.hx_n, strict=True):
+                np.testing.assert_allclose(np.asarray(got), want, rtol=1e-12, atol=1e-12)
+            backward = getattr(functional, cell.lower() + "_backward")
+            d_input, _, d_weights = backward(np.ones_like(expected.output), None, saved)
+            want_input, _, want = reference.backward(expected.saved, np.ones(output.shape), None)
+            np.testing.assert_allclose(d_input.numpy(), want_input, rtol=1e-10, atol=1e-10)
+            for d, w in zip(d_weights, want, strict=True):
+                np.testing.assert_allclose(d.numpy(), w, rtol=1e-10, atol=1e-10)
+        assert "torch" not in sys.modules
+    """)
+
+
+def test_training_lowers_the_loss() -> None:
+    printed = run("""
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(6, 8, 3)).astype(np.float32)
+        target = x.sum(axis=(0, 2))[:, None] / 6
+        weights = [rng.normal(size=s).astype(np.float32) / 4 for s in [(16, 3), (16, 4)]]
+        weights += [np.zeros(16, np.float32), np.zeros(16, np.float32)]
+        readout = rng.normal(size=(4, 1)).astype(np.float32)
+        losses = []
+        for _ in range(60):
+            output, (h_n, c_n), saved = fastrnn.functional.lstm(x, None, weights, return_saved=True)
+            h = np.asarray(h_n)[0]
+            d_y = 2 * (h @ readout - target) / len(target)
+            losses.append(float(((h @ readout - target) ** 2).mean()))
+            d_h_n = np.ascontiguousarray((d_y @ readout.T)[None], dtype=np.float32)
+            _, _, d_weights = fastrnn.functional.lstm_backward(None, (d_h_n, None), saved)
+            readout -= 0.3 * (h.T @ d_y)
+            for weight, d in zip(weights, d_weights, strict=True):
+                weight -= 0.3 * d.numpy()
+        print(losses[-1] / losses[0])
+    """)
+    assert float(printed) < 0.2
+
+
+def test_torch_is_named_where_it_is_needed() -> None:
+    printed = run("""
+        assert {"LSTM", "convert", "functional"} <= set(dir(fastrnn))
+        try:
+            fastrnn.LSTM
+        except ModuleNotFoundError as error:
+            print(error)
+        try:
+            fastrnn.nonsense
+        except AttributeError as error:
+            print(error)
+    """)
+    assert printed.splitlines() == [
+        "No module named 'torch'",
+        "module 'fastrnn' has no attribute 'nonsense'",
+    ]
+
+
+def test_torch_is_imported_when_a_torch_name_is_first_used() -> None:
+    code = """
+        import sys, numpy, fastrnn
+        one = numpy.ones((1, 1))
+        fastrnn.functional.rnn(numpy.ones((3, 1, 1)), None, [one, one], bias=False)
+        assert "torch" not in sys.modules
+        assert fastrnn.LSTM.__name__ == "LSTM"
+        assert "torch" in sys.modules
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
