@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
 from fastrnn._arguments import weight_names
 from fastrnn._options import Options
-from torch import Tensor
 
 T, B, I, H, P = 4, 3, 2, 3, 2
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
