@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from fastrnn._arguments import weight_names
-from fastrnn._options import Options
 from torch import Tensor
 
-T, B, I, H, P = 4, 3, 2, 3, 2
+from fastrnn._arguments import weight_names
+from fastrnn._options import Options
+
+SIZES = (4, 3, 2, 3)  # T, B, I, H
+P = 2
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
 STACKS = {
@@ -53,7 +55,7 @@ def make(
     dtype: torch.dtype = torch.float64,
     requires_grad: bool = True,
     seed: int = 0,
-    sizes: tuple[int, int, int, int] = (T, B, I, H),
+    sizes: tuple[int, int, int, int] = SIZES,
 ) -> Case:
     """A stack with random arguments; ``steps`` is one of `STEPS`."""
     generator = torch.Generator().manual_seed(seed)

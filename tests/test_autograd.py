@@ -10,13 +10,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
 from fastrnn import _composed, _ops, _recurrent
 from fastrnn._engine import scalars
 from fastrnn._options import Options
 from fastrnn._recurrent import recurrent
 from stacks import STACKS, STEPS, Case, make
-from torch.autograd import gradcheck, gradgradcheck
-from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -155,7 +156,9 @@ def test_unused_outputs_get_no_gradient(cell: str) -> None:
         ours = torch.autograd.grad(
             outputs(case, return_states=True)[k].sum(), case.leaves, materialize_grads=True
         )
-        plain = torch.autograd.grad(composed(case, return_states=True)[k].sum(), case.leaves, materialize_grads=True)
+        plain = torch.autograd.grad(
+            composed(case, return_states=True)[k].sum(), case.leaves, materialize_grads=True
+        )
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
 
 
@@ -270,9 +273,7 @@ def test_dropout_masks_are_those_of_torch(cell: str, training: bool) -> None:
     torch.testing.assert_close(hx_n, final, rtol=1e-12, atol=1e-12)
     assert states is not None
     torch.testing.assert_close(states.h[-1], expected, rtol=1e-12, atol=1e-12)
-    gradients = [
-        torch.autograd.grad(y.pow(2).sum(), theirs.parameters()) for y in (got, expected)
-    ]
+    gradients = [torch.autograd.grad(y.pow(2).sum(), theirs.parameters()) for y in (got, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
 
 

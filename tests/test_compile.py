@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim
+
 from fastrnn import _ops, functional
 from fastrnn._engine import scalars
 from fastrnn._options import Options
 from fastrnn._recurrent import recurrent
 from stacks import STACKS, STEPS, Case, make
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.export import Dim
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -1,14 +1,15 @@
-"""The functions of `fastrnn.functional`: equal to the reference, and clear about wrong arguments."""
+"""The functions of `fastrnn.functional`: equal to the reference, clear about wrong arguments."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-import fastrnn
 import numpy as np
 import pytest
 import torch
+
+import fastrnn
 from fastrnn import functional, reference
 from fastrnn._options import Options
 from stacks import STACKS, make
@@ -363,9 +364,7 @@ def test_errors_name_the_argument(wrong: str, arrays_of: str) -> None:
         if wrong in ("input: a list", "input: complex"):  # not torch; torch alone
             pytest.skip("of arrays without torch")
         message = message.replace("ndarray", "Tensor").replace("float16, got", "float16.*got")
-        changes = {
-            name: x if name == "lengths" else to_torch(x) for name, x in changes.items()
-        }
+        changes = {name: x if name == "lengths" else to_torch(x) for name, x in changes.items()}
     arrays = Arrays(Options("LSTM"))
     if arrays_of == "torch":
         arrays.input, arrays.hx, arrays.weights = to_torch(
@@ -389,7 +388,9 @@ def test_tensors_on_different_devices_are_refused() -> None:
     arrays = Arrays(Options("GRU"))
     weights = to_torch(arrays.weights)
     weights[2] = weights[2].to("meta")
-    with pytest.raises(ValueError, match="bias_ih_l0 must be on the device of input, cpu, got meta"):
+    with pytest.raises(
+        ValueError, match="bias_ih_l0 must be on the device of input, cpu, got meta"
+    ):
         functional.gru(torch.from_numpy(arrays.input), None, weights)
 
 
@@ -411,7 +412,7 @@ def test_backward_checks_its_arguments(arrays_of: str) -> None:
     output, _, saved = arrays.run(**changes, return_saved=True)
     with pytest.raises(ValueError, match=r"d_output must have shape \(4, 3, 3\), got \(3, 3\)"):
         functional.lstm_backward(output[0], None, saved)
-    with pytest.raises(TypeError, match="d_output must have the dtype of .*float64, got float32"):
+    with pytest.raises(TypeError, match=r"d_output must have the dtype of .*float64, got float32"):
         functional.lstm_backward(convert(np.ones((4, 3, 3), np.float32)), None, saved)
     with pytest.raises(TypeError, match=r"d_hx_n must be None or a pair, \(d_h_n, d_c_n\)"):
         functional.lstm_backward(output, convert(arrays.hx[0]), saved)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, SupportsIndex, TypedDict, final
 
-import numpy as np
 import numpy.typing as npt
 import torch
 

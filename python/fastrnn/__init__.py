@@ -16,8 +16,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .info import info  # not lazily: the module of this name would take the function's place
+
 if TYPE_CHECKING:
-    from . import functional, info, reference
+    from . import functional, reference
     from ._C import Tensor, from_dlpack
     from ._convert import convert, to_torch
     from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -41,7 +43,7 @@ __all__ = [
     "to_torch",
 ]
 
-_SUBMODULES = ("functional", "info", "nn", "reference")
+_SUBMODULES = ("functional", "nn", "reference")
 _HOMES = {  # name: the module it comes from, imported when the name is first used
     **dict.fromkeys(("Tensor", "from_dlpack"), "_C"),
     **dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"), "nn"),

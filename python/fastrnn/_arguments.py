@@ -97,10 +97,11 @@ def check(
     gates = _GATES[options.cell]
     directions = 2 if options.bidirectional else 1
     names = weight_names(options)
-    H = _hidden_size(gates, describe(names[1], given.weights[1]), names[1])
+    weights = list(map(describe, names, given.weights))
+    H = _hidden_size(gates, weights[1], names[1])
     out = options.proj_size or H
     per_group = len(names) // (options.num_layers * directions)
-    for index, (name, weight) in enumerate(zip(names, given.weights, strict=True)):
+    for index, (name, weight) in enumerate(zip(names, weights, strict=True)):
         first_layer = index < per_group * directions
         columns = {"weight_ih": I if first_layer else directions * out, "weight_hh": out}
         kind = name.rsplit("_l", 1)[0]
@@ -108,7 +109,7 @@ def check(
             expected: tuple[int, ...] = (options.proj_size, H)
         else:
             expected = (gates * H, *([columns[kind]] if kind in columns else []))
-        _check_like(name, describe(name, weight), expected, input)
+        _check_like(name, weight, expected, input)
     groups = options.num_layers * directions
     for name, state, units in zip(("h0", "c0"), given.hx or (), (out, H), strict=False):
         _check_like(name, describe(name, state), (groups, B, units), input)
