@@ -76,8 +76,8 @@ lint: $(INSTALLED) typecheck  ## ruff, clang-format and mypy; changes nothing
 test-numpy:  ## install into a .venv without torch and test what needs none there
 	rm -rf .venv-numpy
 	$(PYTHON) -m venv .venv-numpy
-	.venv-numpy/bin/python -m pip install --quiet . pytest
-	.venv-numpy/bin/python -m pytest tests/test_no_torch.py
+	.venv-numpy/bin/python -m pip install --quiet . pytest hypothesis ml_dtypes
+	.venv-numpy/bin/python -m pytest
 
 typecheck: $(INSTALLED)  ## mypy --strict over the package
 	$(BIN)/mypy --strict python/fastrnn
