@@ -76,8 +76,8 @@ lint: $(INSTALLED) typecheck  ## ruff, clang-format and mypy; changes nothing
 test-numpy:  ## install into a .venv without torch and test what needs none there
 	rm -rf .venv-numpy
 	$(PYTHON) -m venv .venv-numpy
-	.venv-numpy/bin/python -m pip install --quiet . pytest
-	.venv-numpy/bin/python -m pytest tests/test_no_torch.py
+	.venv-numpy/bin/python -m pip install --quiet . pytest hypothesis ml_dtypes
+	.venv-numpy/bin/python -m pytest
 
 typecheck: $(INSTALLED)  ## mypy --strict over the package
 	$(BIN)/mypy --strict python/fastrnn
@@ -106,7 +106,8 @@ docs: $(INSTALLED)  ## the documentation site, in docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going docs docs/_build/html
 
 wheel: $(INSTALLED)  ## a wheel of this machine's kind, in dist
-	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation \
+	    --config-settings=build-dir=$(BUILD) --wheel-dir dist .
 
 cuda: $(INSTALLED)  ## compile the CUDA sources, where there is a CUDA compiler
 	@command -v nvcc >/dev/null || { echo 'make cuda: no nvcc on PATH; install the CUDA toolkit'; exit 1; }

@@ -6,7 +6,9 @@ torch is not imported here unless it is installed: the tests of the NumPy half r
 from __future__ import annotations
 
 import os
+import re
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Read by OpenMP when it is loaded, so before torch and the engine are. Several workers share the
@@ -24,12 +26,23 @@ if TYPE_CHECKING:
 
 HAS_TORCH = find_spec("torch") is not None
 
+# Where torch is not installed, the files about torch are left out, and the header says which.
+collect_ignore = [
+    file.name
+    for file in sorted(Path(__file__).parent.glob("test_*.py"))
+    if not HAS_TORCH and re.search(r"^(import|from) torch\b", file.read_text("utf-8"), re.MULTILINE)
+]
+
 if find_spec("hypothesis") is not None:
     from hypothesis import settings
 
     # derandomize: the same examples in every run, so that a failure is a failure for everybody.
     settings.register_profile("fastrnn", deadline=None, derandomize=True, max_examples=40)
     settings.load_profile("fastrnn")
+
+
+def pytest_report_header() -> str | None:
+    return f"no torch, so without {', '.join(collect_ignore)}" if collect_ignore else None
 
 
 @pytest.fixture(autouse=True)
