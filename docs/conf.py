@@ -17,6 +17,9 @@ html_title = f"fastrnn {release}"
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
+# fastrnn.functional says once, under this heading, what its functions share.
+napoleon_custom_sections = [("Arguments of every function", "params_style")]
+
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"

@@ -6,7 +6,6 @@ torch is not imported here unless it is installed: the tests of the NumPy half r
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,8 @@ import numpy as np
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
 HAS_TORCH = find_spec("torch") is not None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from fastrnn import _C
 from fastrnn.reference import Options, States
@@ -27,8 +28,7 @@ def compute_dtype(dtype: str) -> str:
 def engine_array(x: npt.ArrayLike, dtype: str) -> Any:
     """A NumPy array of the dtype; torch's, for bfloat16, which NumPy lacks."""
     if dtype == "bfloat16":
-        import torch
-
+        torch = pytest.importorskip("torch", reason="bfloat16 arrays are torch's")
         return torch.from_numpy(np.array(x, dtype=np.float64)).to(torch.bfloat16)
     return np.array(x, dtype=dtype)
 

@@ -102,7 +102,7 @@ def random_weights(
 
 
 def random_rows(layout: str, T: int, B: int, rng: np.random.Generator) -> dict[str, Array]:
-    """Lengths include 0 and T, resets the first step of a row, where B has room for them."""
+    """Lengths include T and, from two rows on, 0; resets the first step of the first row."""
     rows: dict[str, Any] = {}
     if layout == "packed":
         lengths = np.sort(rng.integers(1, T + 1, B))
@@ -110,7 +110,7 @@ def random_rows(layout: str, T: int, B: int, rng: np.random.Generator) -> dict[s
         rows["batch_sizes"] = (lengths > np.arange(T)[:, None]).sum(axis=1)
     if layout.startswith("lengths"):
         rows["lengths"] = rng.integers(0, T + 1, B)
-        rows["lengths"][:2] = [0, T][:B]
+        rows["lengths"][:2] = [T, 0][:B]
     if layout.endswith("reset"):
         rows["reset"] = rng.random((T, B)) < 0.3
         rows["reset"][0, :1] = True

@@ -46,7 +46,7 @@ def test_a_row_alone_equals_the_row_in_a_batch(
         options, B=13, hidden_size=hidden_size, layout="lengths and reset", d_states=True
     )
     whole = run_engine(problem, dtype)
-    for b in (1, 2, 7, 12):
+    for b in (0, 2, 7, 12):
         length = problem.rows["lengths"][b]
         if length:
             alone = run_engine(only(problem, b), dtype)
@@ -101,15 +101,28 @@ def test_packed_equals_lengths(options: Options) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [(40, 24, 64), (1, 8, 200), (3, 100, 130), (13, 5, 33)])
+@pytest.mark.parametrize(
+    ("threads", "bidirectional", "batch", "hidden_size"),
+    [
+        pytest.param(2, False, 40, 100, id="rows"),
+        pytest.param(2, False, 3, 430, id="units"),
+        pytest.param(2, True, 5, 130, id="directions"),
+        pytest.param(4, True, 40, 100, id="directions and rows"),
+        pytest.param(4, True, 3, 430, id="directions and units"),
+    ],
+)
 @pytest.mark.parametrize("options", STACKS, ids=name)
-def test_one_thread_equals_two(options: Options, sizes: tuple[int, int, int], dtype: str) -> None:
-    B, input_size, hidden_size = sizes
-    problem = random_problem(
-        options, T=5, B=B, input_size=input_size, hidden_size=hidden_size, layout="lengths"
+def test_many_threads_equal_one(
+    options: Options, threads: int, bidirectional: bool, batch: int, hidden_size: int, dtype: str
+) -> None:
+    """Named by what there is enough of to be shared out."""
+    options = replace(
+        options, bidirectional=bidirectional, proj_size=hidden_size // 2 if options.proj_size else 0
     )
-    one, two = (run_engine(problem, dtype, threads=threads) for threads in (1, 2))
-    assert_solutions_bitwise(two, one)
+    layout = "lengths" if batch > 5 else "padded"
+    problem = random_problem(options, T=10, B=batch, hidden_size=hidden_size, layout=layout)
+    many, one = (run_engine(problem, dtype, threads=count) for count in (threads, 1))
+    assert_solutions_bitwise(many, one)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

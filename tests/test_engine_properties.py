@@ -14,14 +14,14 @@ from problems import LAYOUTS, Problem, random_problem
 
 
 @st.composite
-def stacks(draw: st.DrawFn) -> Options:
+def stacks(draw: st.DrawFn, hidden_size: int) -> Options:
     cell = draw(st.sampled_from(["RNN", "LSTM", "GRU"]))
     return Options(
         cell,  # type: ignore[arg-type]
         num_layers=draw(st.integers(1, 3)),
         bidirectional=draw(st.booleans()),
         bias=draw(st.booleans()),
-        proj_size=draw(st.integers(0, 20)) if cell == "LSTM" else 0,
+        proj_size=draw(st.integers(0, hidden_size)) if cell == "LSTM" else 0,
         activation=draw(st.sampled_from(list(reference.ACTIVATIONS))),
         gate_activation=draw(st.sampled_from(list(reference.GATE_ACTIVATIONS))),
         reset_after=draw(st.booleans()),
@@ -30,13 +30,14 @@ def stacks(draw: st.DrawFn) -> Options:
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    options = draw(stacks())
+    hidden_size = draw(st.integers(1, 70))
+    options = draw(stacks(hidden_size))
     return random_problem(
         options,
         T=draw(st.integers(1, 12)),
         B=draw(st.integers(1, 20)),
         input_size=draw(st.integers(1, 40)),
-        hidden_size=draw(st.integers(1, 70)),
+        hidden_size=hidden_size,
         layout=draw(st.sampled_from(LAYOUTS)),
         hx=draw(st.booleans()),
         d_states=draw(st.booleans()),

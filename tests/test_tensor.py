@@ -6,13 +6,15 @@ import gc
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from fastrnn import _C
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 NUMPY_DTYPES = [
     "float32", "float64", "float16", "complex64", "complex128", "bool",
@@ -87,7 +89,7 @@ def test_empty_refuses_what_cannot_be() -> None:
         _C.empty((2**60,), "uint8")
 
 
-# ---- from NumPy and back --------------------------------------------------------------------------
+# ---- from NumPy and back ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", NUMPY_DTYPES)
@@ -160,7 +162,7 @@ def test_no_array_is_a_type_error(thing: object) -> None:
         _C.from_dlpack(thing)
 
 
-# ---- bfloat16 ---------------------------------------------------------------------------------------
+# ---- bfloat16 -----------------------------------------------------------------------------------
 
 
 def test_bfloat16_and_numpy_by_ml_dtypes() -> None:
@@ -185,7 +187,7 @@ def test_bfloat16_without_ml_dtypes_says_what_to_do(monkeypatch: pytest.MonkeyPa
         memoryview(tensor)
 
 
-# ---- torch ------------------------------------------------------------------------------------------
+# ---- torch --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16", "int64", "bool"])
@@ -215,6 +217,12 @@ def test_torch_expanded_and_empty(fast_dlpack: bool) -> None:
     assert _C.from_dlpack(torch.ones(0, 3)).torch().shape == (0, 3)
 
 
+def test_torch_has_no_negative_strides() -> None:
+    pytest.importorskip("torch")
+    with pytest.raises(ValueError, match="no negative strides"):
+        _C.from_dlpack(np.arange(3.0)[::-1]).torch()
+
+
 @pytest.mark.parametrize("make", ["sparse", "meta"])
 def test_torch_tensors_without_memory_are_refused(fast_dlpack: bool, make: str) -> None:
     torch = pytest.importorskip("torch")
@@ -223,7 +231,7 @@ def test_torch_tensors_without_memory_are_refused(fast_dlpack: bool, make: str) 
         _C.from_dlpack(bad)
 
 
-# ---- jax --------------------------------------------------------------------------------------------
+# ---- jax ----------------------------------------------------------------------------------------
 
 
 def test_jax_arrays_come_in_read_only() -> None:
@@ -234,7 +242,7 @@ def test_jax_arrays_come_in_read_only() -> None:
     assert not tensor.numpy().flags.writeable
 
 
-# ---- the DLPack protocol, as the array API standard tells it --------------------------------------
+# ---- the DLPack protocol, as the array API standard tells it ------------------------------------
 
 
 def capsule_name(capsule: object) -> str:
@@ -300,7 +308,7 @@ def test_the_fast_way_does_not_ask_dlpack(monkeypatch: pytest.MonkeyPatch) -> No
         _C._set_fast_dlpack(before)
 
 
-# ---- views ------------------------------------------------------------------------------------------
+# ---- views --------------------------------------------------------------------------------------
 
 
 def test_transpose_and_index_are_views() -> None:
@@ -310,7 +318,7 @@ def test_transpose_and_index_are_views() -> None:
     np.testing.assert_array_equal(tensor.transpose(-1, 0).numpy(), source.transpose(2, 1, 0))
     np.testing.assert_array_equal(tensor[1].numpy(), source[1])
     np.testing.assert_array_equal(tensor[-2][2].numpy(), source[0, 2])
-    assert [len(row) for row in tensor] == [3, 3]
+    assert [len(tensor), len(tensor[0]), len(tensor[0][0])] == [2, 3, 4]
     tensor[1][2].numpy()[3] = -1
     assert source[1, 2, 3] == -1
 
@@ -344,7 +352,7 @@ def test_repr() -> None:
     assert repr(tensor) == "fastrnn.Tensor(shape=(2, 3), dtype='float32', device='cpu')"
 
 
-# ---- lifetime -----------------------------------------------------------------------------------------
+# ---- lifetime -----------------------------------------------------------------------------------
 
 
 class Watched(np.ndarray[Any, Any]):
@@ -363,11 +371,11 @@ def watched() -> tuple[Watched, weakref.ref[Watched]]:
         lambda t: t.transpose(0, 0),
         lambda t: t[3],
         lambda t: t.numpy(),
-        lambda t: memoryview(t),
-        lambda t: np.from_dlpack(t),
+        memoryview,
+        np.from_dlpack,
         lambda t: t.__dlpack__(),
         lambda t: t.__dlpack__(max_version=(1, 0)),
-        lambda t: _C.from_dlpack(t),
+        _C.from_dlpack,
     ],
     ids=["transpose", "index", "numpy", "memoryview", "from_dlpack", "legacy", "capsule", "again"],
 )

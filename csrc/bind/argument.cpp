@@ -100,14 +100,14 @@ void Array::complain(const std::string& expected, const std::string& got) const 
   throw py::value_error(name_.text() + ": expected " + expected + ", got " + got);
 }
 
-const Array& Array::expect(dlpack::DataType dtype) const {
+const Array& Array::expect_dtype(dlpack::DataType dtype) const {
   if (!same(dtype_, dtype))
     throw py::type_error(name_.text() + ": expected dtype " + type_name(dtype) + ", got " +
                          type_name(dtype_));
   return *this;
 }
 
-const Array& Array::expect(Shape shape) const {
+const Array& Array::expect_shape(Shape shape) const {
   const auto ndim = static_cast<std::int64_t>(shape.size());
   if (ndim_ != ndim || !std::equal(shape.begin(), shape.end(), shape_))
     complain("shape " + text_of(shape.begin(), ndim), shape_text());

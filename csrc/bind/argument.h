@@ -42,8 +42,8 @@ class Array {
   std::size_t bytes() const;
 
   // Each returns the array, so that they read as one sentence.
-  const Array& expect(dlpack::DataType dtype) const;  // TypeError
-  const Array& expect(Shape shape) const;             // ValueError, as all that follow
+  const Array& expect_dtype(dlpack::DataType dtype) const;  // TypeError
+  const Array& expect_shape(Shape shape) const;             // ValueError, as all that follow
   const Array& expect_axes(std::int64_t ndim, const char* meaning) const;
   const Array& expect_contiguous() const;
   const Array& expect_writable() const;

@@ -140,7 +140,7 @@ void Call::expect_absent(py::handle object, const char* name) const {
 
 void Call::set_batch_sizes(py::handle batch_sizes, std::int64_t rows) {
   const Array sizes = array(batch_sizes, {"batch_sizes"});
-  sizes.expect({dlpack::kInt, 64, 1}).expect_axes(1, "one axis (T,)").expect_contiguous();
+  sizes.expect_dtype({dlpack::kInt, 64, 1}).expect_axes(1, "one axis (T,)").expect_contiguous();
   const auto* values = static_cast<const std::int64_t*>(sizes.data());
   problem_.batch_sizes = values;
   problem_.T = sizes.shape(0);
@@ -190,7 +190,7 @@ Parameters Call::parameters(const List& list, const char* argument, std::int64_t
     const std::int64_t i = index++;
     if (written && list[i].is_none()) return {};
     const Array a = array(list[i], {argument, i, parameter, layer, group % D_ == 1});
-    a.expect(shape).expect(storage_);
+    a.expect_shape(shape).expect_dtype(storage_);
     if (written) a.expect_writable().expect_contiguous();
     return weight_of(a);
   };
@@ -233,7 +233,7 @@ void Call::set_rows(py::handle lengths, py::handle reset) {
   if (!lengths.is_none()) {
     if (packed()) throw py::value_error("lengths: expected None with batch_sizes");
     const Array a = array(lengths, {"lengths"});
-    a.expect({dlpack::kInt, 64, 1}).expect({problem_.B}).expect_contiguous();
+    a.expect_dtype({dlpack::kInt, 64, 1}).expect_shape({problem_.B}).expect_contiguous();
     problem_.lengths = static_cast<const std::int64_t*>(a.data());
     for (std::int64_t b = 0; b < problem_.B; ++b)
       if (problem_.lengths[b] < 0 || problem_.lengths[b] > problem_.T)
@@ -243,7 +243,7 @@ void Call::set_rows(py::handle lengths, py::handle reset) {
   if (!reset.is_none()) {
     if (packed()) throw py::value_error("reset: expected None with batch_sizes");
     const Array a = array(reset, {"reset"});
-    a.expect({dlpack::kBool, 8, 1}).expect({problem_.T, problem_.B});
+    a.expect_dtype({dlpack::kBool, 8, 1}).expect_shape({problem_.T, problem_.B});
     problem_.reset = static_cast<const bool*>(a.data());
     problem_.reset_step = a.stride(0);
     problem_.reset_row = a.stride(1);
@@ -252,7 +252,8 @@ void Call::set_rows(py::handle lengths, py::handle reset) {
 
 State Call::state(py::handle object, const char* name, std::int64_t units) {
   if (object.is_none()) return {};
-  return state_of(array(object, {name}).expect({L_ * D_, problem_.B, units}).expect(storage_));
+  return state_of(
+      array(object, {name}).expect_shape({L_ * D_, problem_.B, units}).expect_dtype(storage_));
 }
 
 void Call::set_states(py::handle h0, py::handle c0) {
@@ -264,7 +265,7 @@ void Call::set_states(py::handle h0, py::handle c0) {
 void* Call::result(py::handle object, const char* name, dlpack::DataType dtype, Shape shape,
                    bool written) {
   const Array a = array(object, {name});
-  a.expect(shape).expect(dtype).expect_contiguous();
+  a.expect_shape(shape).expect_dtype(dtype).expect_contiguous();
   if (written) a.expect_writable();
   return a.data();
 }
@@ -303,10 +304,10 @@ Sequence Call::layers_gradient(py::handle object, const char* name, dlpack::Data
   if (object.is_none()) return {};
   const Array a = array(object, {name});
   if (packed())
-    a.expect({L_, N_, units});
+    a.expect_shape({L_, N_, units});
   else
-    a.expect({L_, problem_.T, problem_.B, units});
-  a.expect(dtype);
+    a.expect_shape({L_, problem_.T, problem_.B, units});
+  a.expect_dtype(dtype);
   layer_stride = a.stride(0);
   return sequence_of(a, 1);
 }
@@ -317,10 +318,10 @@ void Call::set_gradients(py::handle d_output, py::handle d_hidden, py::handle d_
   if (!d_output.is_none()) {
     const Array a = array(d_output, {"d_output"});
     if (packed())
-      a.expect({N_, D_ * out});
+      a.expect_shape({N_, D_ * out});
     else
-      a.expect({problem_.T, problem_.B, D_ * out});
-    problem_.d_output = sequence_of(a.expect(storage_), 0);
+      a.expect_shape({problem_.T, problem_.B, D_ * out});
+    problem_.d_output = sequence_of(a.expect_dtype(storage_), 0);
   }
   problem_.d_hidden =
       layers_gradient(d_hidden, "d_hidden", storage_, D_ * out, problem_.d_hidden_layer);

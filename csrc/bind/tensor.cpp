@@ -249,6 +249,13 @@ py::object to_array(const Tensor& tensor, const py::object& dtype, const py::obj
                                                     py::arg("copy") = copy);
 }
 
+py::object to_torch(const py::object& self) {
+  for (const std::int64_t stride : py::cast<const Tensor&>(self).strides())
+    if (stride < 0)  // torch's own from_dlpack ends the process
+      throw py::value_error("torch has no negative strides: copy the array first");
+  return py::module_::import("torch").attr("from_dlpack")(self);
+}
+
 py::object item(const Tensor& tensor) {
   if (tensor.size() != 1)
     throw py::value_error("item: expected a tensor of one element, got " +
@@ -297,8 +304,7 @@ void register_tensor(py::module_& module) {
       .def_property_readonly("read_only", &Tensor::read_only)
       .def("transpose", &Tensor::transpose, py::arg("first"), py::arg("second"))
       .def("numpy", to_numpy)
-      .def("torch",
-           [](py::object self) { return py::module_::import("torch").attr("from_dlpack")(self); })
+      .def("torch", to_torch)
       .def("item", item)
       .def("__float__", [](const Tensor& t) { return py::float_(item(t)); })
       .def("__int__", [](const Tensor& t) { return py::int_(item(t)); })

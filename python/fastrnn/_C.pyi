@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, SupportsIndex, TypedDict, final
 
-import numpy as np
 import numpy.typing as npt
 import torch
+from typing_extensions import CapsuleType
 
 # NumPy, torch, fastrnn.Tensor, or any object with __dlpack__ or the buffer protocol.
 _Array = Any
@@ -56,7 +56,7 @@ class Tensor:
         max_version: tuple[int, int] | None = None,
         dl_device: tuple[int, int] | None = None,
         copy: bool | None = None,
-    ) -> object: ...
+    ) -> CapsuleType: ...
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
 def empty(shape: Sequence[int], dtype: str) -> Tensor:

@@ -86,7 +86,7 @@ class RecurrentCell(Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled cell, also one from before an own option existed."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         for name, default in self.own_options.items():
             if name not in self.__dict__:
                 setattr(self, name, default)

@@ -8,6 +8,7 @@ compiling.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,7 +162,7 @@ def lengths_tensor(lengths: Lengths, input: Tensor, unbatched: bool) -> Tensor:
             f"got {tuple(lengths.shape)}"
         )
     lengths = lengths.to(torch.int64)
-    if lengths.device.type == "cpu" and batch > 0 and not torch.compiler.is_compiling():
+    if batch > 0 and _has_values(lengths):
         low, high = (int(bound) for bound in lengths.aminmax())
         if low < 0 or high > steps:
             raise ValueError(
@@ -171,7 +172,17 @@ def lengths_tensor(lengths: Lengths, input: Tensor, unbatched: bool) -> Tensor:
     return lengths.to(input.device)
 
 
-def reset_tensor(reset: Tensor, input: Tensor, unbatched: bool, batch_first: bool) -> Tensor:
+def _has_values(tensor: Tensor) -> bool:
+    """Whether the tensor's values can be read at once: on the CPU, and not while tracing."""
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) is Tensor  # no FakeTensor
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.maybe_current_level() is None
+    )
+
+
+def reset_tensor(reset: Any, input: Tensor, unbatched: bool, batch_first: bool) -> Tensor:
     """``reset`` as bool (T, B) beside a time-major input (T, B, I).
 
     Raises:

@@ -198,7 +198,8 @@ class RecurrentLayer(Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled layer, also one from before ``proj_size`` or an own option existed."""
         derived = ("_flat_weights", "_flat_weight_refs", "all_weights")
-        super().__setstate__({k: v for k, v in state.items() if k not in derived})
+        own = {name: value for name, value in state.items() if name not in derived}
+        super().__setstate__(own)  # type: ignore[no-untyped-call]
         for name, default in {"proj_size": 0, **self.own_options}.items():
             if name not in self.__dict__:
                 setattr(self, name, default)

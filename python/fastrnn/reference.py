@@ -204,7 +204,7 @@ def gru_cell(x: Array, state: State, p: Parameters, options: Options) -> tuple[S
         _, _, weight_hn = np.split(p.weight_hh, 3)
         _, _, bias_hn = np.split(p.bias_hh, 3)
         n = act.value(a_n + linear(r * h_prev, weight_hn, bias_hn))
-    h = (1.0 - z) * n + z * h_prev
+    h = n + z * (h_prev - n)  # torch's way; where n is infinite the other gives another result
     return (h,), (x, h_prev, r, z, n, b_n)
 
 
