@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastrnn.bench.cases import Case
 from fastrnn.bench.report import ours
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 COLOURS = {"inference": "#2a6f97", "training": "#e07a3f"}
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastrnn.bench.cases import Case
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Record = dict[str, Any]
 
