@@ -274,15 +274,18 @@ class Backward : Shape<Cell, S> {
     }
   }
 
-  // The gradient of h at one tile: product + dy + what is carried or, at the last step, d_h_n.
+  // The gradient of h at one tile: what comes from the step after (or, at the last step, d_h_n),
+  // then dy. In this order a sequence cut in two, whose d_h_n is the next piece's d_h0, rounds
+  // alike.
   FASTRNN_NOINLINE V hidden_gradient(const Position& p, Index i, Index unit, V product, bool cut) {
     const Group& g = group_[p.d];
     const Index n = steps_.offset[p.t] + i;
-    V dh = product + V::load(d_out_ + (n * layer_.directions + p.d) * layer_.O + unit);
+    V dh = product;
     if (p.walk.last(p.t, i))
-      dh = dh + V::load(g.d_h_n + i * Op_ + unit);
+      dh = V::load(g.d_h_n + i * Op_ + unit);
     else if (!cut && !layer_.P)
       dh = dh + V::load(g.carried + i * Op_ + unit);
+    dh = dh + V::load(d_out_ + (n * layer_.directions + p.d) * layer_.O + unit);
     return dh;
   }
 

@@ -174,12 +174,12 @@ FASTRNN_INLINE Vec<T> exp_minus_one(Vec<T> x) {
   return fma(e.scale, e.remainder, e.scale - Vec<T>(1));
 }
 
-// e^-x, with the argument held where the result is a normal number.
+// e^-x. Held where it is a normal number below, and infinite above: the scale of the largest
+// argument is the exponent that stands for infinity, so that 1 / (1 + e^-x) ends in an exact zero.
 template <class T>
 FASTRNN_INLINE Vec<T> exp_minus(Vec<T> x) {
-  constexpr double limit = sizeof(T) == 4 ? 87.0 : 708.0;
-  const Vec<T> y = minimum(maximum(Vec<T>(0) - x, Vec<T>(-limit)), Vec<T>(limit));
-  const Exponent<T> e = split_exponent(y);
+  const Vec<T> low(sizeof(T) == 4 ? -87.0 : -708.0), high(sizeof(T) == 4 ? 88.5 : 709.5);
+  const Exponent<T> e = split_exponent(minimum(maximum(Vec<T>(0) - x, low), high));
   return fma(e.scale, e.remainder, e.scale);
 }
 

@@ -63,7 +63,7 @@ void limits() {
   check::that("tanh(-inf) = -1", first_lane(tanh(Vec<T>(-inf))) == -1);
   check::that("tanh(-0) = -0", std::signbit(first_lane(tanh(Vec<T>(T(-0.0))))));
   check::that("sigmoid(inf) = 1", first_lane(sigmoid(Vec<T>(inf))) == 1);
-  check::that("sigmoid(-inf) is next to 0", first_lane(sigmoid(Vec<T>(-inf))) < T(1e-37));
+  check::that("sigmoid(-inf) = 0", first_lane(sigmoid(Vec<T>(-inf))) == 0);
   check::that("hardsigmoid(±inf)", first_lane(hardsigmoid(Vec<T>(inf))) == 1 &&
                                        first_lane(hardsigmoid(Vec<T>(-inf))) == 0);
   for (const Activation f :
