@@ -16,7 +16,8 @@ import numpy as np
 def load(path: str) -> None:
     """The module at `path` as fastrnn._C."""
     spec = importlib.util.spec_from_file_location("fastrnn._C", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["fastrnn._C"] = module
     spec.loader.exec_module(module)

@@ -1,11 +1,12 @@
-// The minimal gated unit (Zhou, Wu, Zhang & Zhou 2016), with the gate after the product. Gates f, n.
-// A cell from outside the tree: the test beside it shows that this header is all it takes.
+// The minimal gated unit (Zhou, Wu, Zhang & Zhou 2016), with the gate after the product. Gates
+// f and n. A cell from outside the tree: the test beside it shows that this header is all it takes.
 //
 //   f = σ(x_f + h_f)    n = φ(x_n + f·h_n)    h' = (1 − f)·h + f·n
 //
 // Saved: f, n, h_n.
 // Gradient, given dh':
-//   dn = dh'·f·φ'(n)   dh_n = dn·f   df = (dh'·(n − h) + dn·h_n)·σ'(f)   to the step before: dh'·(1 − f)
+//   dn = dh'·f·φ'(n)   dh_n = dn·f   df = (dh'·(n − h) + dn·h_n)·σ'(f)
+//   to the step before: dh'·(1 − f)
 #pragma once
 
 #include "cells/activation.h"
