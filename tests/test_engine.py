@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -131,7 +132,8 @@ def test_every_instruction_set_matches_the_reference(isa: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "20 passed" in done.stdout
+    passed = 20 if find_spec("torch") else 15  # bfloat16 arrays are torch's
+    assert f"{passed} passed" in done.stdout
 
 
 # ---- What may be absent, empty, or laid out in another way ---------------------------------------
