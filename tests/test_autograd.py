@@ -117,13 +117,13 @@ def test_frozen_arguments_get_no_gradient_and_no_work(options: Options) -> None:
     case = make(options, requires_grad=False)
     trained = case.weights[1].requires_grad_()
     asked = []
-    original = _ops.backward_op
+    original = _ops._run_backward
 
     def spy(*arguments: Any) -> Any:
         asked.append(arguments[-1])
         return original(*arguments)
 
-    with patch.object(_ops, "backward_op", spy):
+    with patch.object(_ops, "_run_backward", spy):
         loss(outputs(case)).backward()
     assert trained.grad is not None
     assert all(x.grad is None for x in case.leaves if x is not trained)
@@ -145,7 +145,7 @@ def test_nothing_is_saved_where_no_gradient_is_wanted() -> None:
     case = make(Options("LSTM", num_layers=2), requires_grad=False)
     assert outputs(case)[0].grad_fn is None
     training = make(Options("LSTM", num_layers=2))
-    with torch.no_grad(), patch.object(_ops, "forward_op", wraps=_ops.forward_op) as op:
+    with torch.no_grad(), patch.object(_ops, "_run_forward", wraps=_ops._run_forward) as op:
         assert outputs(training)[0].grad_fn is None
     assert op.call_args.args[-2:] == (False, False)
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrnn import _ops, functional
 from fastrnn._engine import scalars
@@ -176,6 +178,50 @@ def test_export_with_dynamic_batch_and_steps(cell: str) -> None:
         x, lengths = inputs(b, t)
         with torch.no_grad():
             torch.testing.assert_close(exported(x, lengths), model(x, lengths), rtol=0, atol=0)
+
+
+class _Seen(TorchDispatchMode):
+    """The names of the operators that pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.append(func.name())
+        return func(*args, **kwargs or {})
+
+
+def test_whoever_listens_sees_the_operators(cell: str) -> None:
+    case = make(Options(cell))  # type: ignore[arg-type]
+    run = runner(case)
+    with _Seen() as seen:
+        gradients(case, flat(run(*case.leaves)))
+    assert {"fastrnn::forward", "fastrnn::backward"} <= set(seen.names)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        gradients(case, flat(run(*case.leaves)))
+    names = {event.key for event in profile.key_averages()}
+    assert {"fastrnn::forward", "fastrnn::backward"} <= names
+
+
+def test_fake_tensors_give_shapes(cell: str) -> None:
+    case = make(Options(cell, bidirectional=True), "lengths")  # type: ignore[arg-type]
+    expected = flat(runner(case)(*tensors_of(case)))
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in tensors_of(case)]
+        got = flat(runner(case)(*fake))
+    assert [(y.shape, y.stride()) for y in got] == [(y.shape, y.stride()) for y in expected]
+
+
+def test_negative_views_are_read_with_their_sign() -> None:
+    case = make(Options("GRU"), requires_grad=False)
+    numbers = torch.complex(case.input, -case.input)
+    assert numbers.conj().imag.is_neg()
+    run = runner(case)
+    (got, *_), (expected, *_) = run(numbers.conj().imag, *case.leaves[1:]), run(*case.leaves)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own

@@ -23,7 +23,7 @@ from engine import (
 )
 from fastrnn import _C, reference
 from fastrnn.reference import Options
-from problems import LAYOUTS, Gradients, only, random_problem
+from problems import LAYOUTS, Gradients, Problem, only, random_problem
 from tolerances import assert_close
 
 CELLS = (("RNN", 0), ("LSTM", 0), ("LSTM", 7), ("GRU", 0))
@@ -281,6 +281,25 @@ def test_nan_and_infinity_pass_through_as_in_the_reference(
     assert_close(
         actual.d_input[:, other_rows], expected.d_input[:, other_rows], "float64", "d_input"
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+def test_activations_saturate_at_large_arguments(activation: str, dtype: str) -> None:
+    """Through the whole range of exponents, over the edge of what e^x can hold and to the end."""
+    x = np.concatenate([np.linspace(80, 95, 301), np.linspace(700, 750, 301), [1e4, 1e30, np.inf]])
+    one = np.ones((1, 1))
+    problem = Problem(
+        Options("RNN", activation=activation, bias=False),
+        np.concatenate([x, -x]).reshape(1, -1, 1),
+        None,
+        [one, one],
+        Gradients(None, None),
+    )
+    call = Call(problem, dtype)
+    call.forward()
+    result = reference.forward(problem.options, problem.input, None, problem.weights)
+    assert_close(to_float64(call.hidden)[0], result.output, dtype, "output")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -5,19 +5,17 @@
 #include "gru.h"
 #include "lstm.h"
 
-#if defined(FASTRNN_EXTRA_CELL)  // one more cell from outside the tree, which tests/ uses
+#if defined(FASTRNN_EXTRA_CELL)  // a header from outside the tree that defines ExtraCell
 #include FASTRNN_EXTRA_CELL
 #endif
 
 namespace fastrnn {
 
 template <class... Cells>
-struct CellList {
-  static constexpr int size = sizeof...(Cells);
-};
+struct CellList {};
 
-#if defined(FASTRNN_EXTRA_CELL)
-using AllCells = CellList<Elman, Lstm, Gru, GruResetBefore, ExtraCell>;
+#if defined(FASTRNN_EXTRA_CELL)  // an engine of that cell alone
+using AllCells = CellList<ExtraCell>;
 #else
 using AllCells = CellList<Elman, Lstm, Gru, GruResetBefore>;
 #endif

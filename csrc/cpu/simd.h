@@ -174,13 +174,14 @@ FASTRNN_INLINE Vec<T> exp_minus_one(Vec<T> x) {
   return fma(e.scale, e.remainder, e.scale - Vec<T>(1));
 }
 
-// e^-x. Held where it is a normal number below, and infinite above: the scale of the largest
-// argument is the exponent that stands for infinity, so that 1 / (1 + e^-x) ends in an exact zero.
+// e^-x. Infinite where its inverse would no longer be a normal number, so that 1 / (1 + e^-x) ends
+// in zero; held at the other end, where it vanishes beside the one.
 template <class T>
 FASTRNN_INLINE Vec<T> exp_minus(Vec<T> x) {
-  const Vec<T> low(sizeof(T) == 4 ? -87.0 : -708.0), high(sizeof(T) == 4 ? 88.5 : 709.5);
-  const Exponent<T> e = split_exponent(minimum(maximum(Vec<T>(0) - x, low), high));
-  return fma(e.scale, e.remainder, e.scale);
+  const Vec<T> limit(sizeof(T) == 4 ? 87.0 : 708.0), y = Vec<T>(0) - x;
+  const Exponent<T> e = split_exponent(minimum(maximum(y, Vec<T>(0) - limit), limit));
+  const Vec<T> value = fma(e.scale, e.remainder, e.scale);
+  return Vec<T>(y.v > limit.v ? Vec<T>(__builtin_inf()).v : value.v);
 }
 
 // ---- storage types --------------------------------------------------------------------------

@@ -87,14 +87,15 @@ def _engine_route(
     if hx is not None:
         h0, c0 = hx if len(hx) == 2 else (hx[0], None)
     save = torch.is_grad_enabled() and _any_requires_grad((input, h0, c0, *weights))
-    hidden, h_n, c_n, cell, _ = _ops.forward_op(
+    hidden, h_n, c_n, cell, _ = _ops.forward(
         input, h0, c0, weights, *steps, *scalars(options), return_states, save
     )
     # Of one layer a view that gives the gradient back as a view, with no zeros to fill.
     output = hidden.squeeze(0) if hidden.shape[0] == 1 else hidden[-1]
-    two = options.cell == "LSTM"
-    states = States(hidden, cell if two else None) if return_states else None
-    return output, (h_n, c_n) if two else (h_n,), states
+    if options.cell != "LSTM":
+        c_n = cell = None
+    states = States(hidden, cell) if return_states else None
+    return output, (h_n,) if c_n is None else (h_n, c_n), states
 
 
 def _any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:

@@ -11,9 +11,11 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 T = TypeVar("T")
 
@@ -134,13 +136,18 @@ def _cpu_model() -> str | None:
 
 
 def _libraries() -> dict[str, str]:
-    """The shared libraries of interest that this process has loaded, by file name."""
-    paths = set()
+    """The shared libraries of interest that this process has loaded, by file name.
+
+    Several packages have a module `_C`, so that its name stands with its folder's.
+    """
+    loaded = {}
     for line in Path("/proc/self/maps").read_text().splitlines():
         fields = line.split(maxsplit=5)
-        if len(fields) == 6 and LIBRARIES.match(Path(fields[5]).name):
-            paths.add(fields[5])
-    return {Path(path).name: path for path in paths}
+        path = Path(fields[5] if len(fields) == 6 else "")
+        if LIBRARIES.match(path.name):
+            module = path.name.startswith("_C.")
+            loaded["/".join(path.parts[-2:]) if module else path.name] = str(path)
+    return loaded
 
 
 def _pairs(known: dict[str, Any] | None) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastrnn.bench.cases import Case
 from fastrnn.bench.report import Record, geometric_mean, key, milliseconds, ours, table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[Record, Record]]:

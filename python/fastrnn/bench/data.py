@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastrnn.bench.cases import Case
+if TYPE_CHECKING:
+    from fastrnn.bench.cases import Case
 
 # On a GPU one input after the other is used until this many bytes have gone by, so that none is
 # found in the cache (50 MB of L2 on the largest devices).

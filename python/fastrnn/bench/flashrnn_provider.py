@@ -6,16 +6,20 @@ Its gates stand in torch's order i,f,g,o; its recurrent weights are (G, heads, H
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
 from importlib import metadata
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from fastrnn.bench.cases import Case, Pass
-from fastrnn.bench.data import Data
 from fastrnn.bench.providers import Prepared, UnsupportedError, require_package
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fastrnn.bench.cases import Case, Pass
+    from fastrnn.bench.data import Data
 
 
 class FlashRnn:
@@ -27,7 +31,7 @@ class FlashRnn:
 
     def prepare(self, case: Case, data: Data, pass_: Pass) -> Prepared:
         _require_supported(case, data)
-        from flashrnn import flashrnn
+        flashrnn = importlib.import_module("flashrnn").flashrnn
 
         heads, units, gates = case.heads, case.H // case.heads, case.gates
         training = pass_ == "training"

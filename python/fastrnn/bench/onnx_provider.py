@@ -6,16 +6,18 @@ linear_before_reset=1, which is torch's GRU. Inputs and outputs are bound, so th
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastrnn.bench.cases import Case, Pass
-from fastrnn.bench.data import Data
 from fastrnn.bench.providers import Prepared, UnsupportedError, require_package
+
+if TYPE_CHECKING:
+    from fastrnn.bench.cases import Case, Pass
+    from fastrnn.bench.data import Data
 
 OPSET = 17
 IR_VERSION = 8

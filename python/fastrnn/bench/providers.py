@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
 from fastrnn import _C
-from fastrnn.bench.cases import Case, Pass
-from fastrnn.bench.data import Data
 from fastrnn.info import COMPOSED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from fastrnn.bench.cases import Case, Pass
+    from fastrnn.bench.data import Data
 
 
 class UnsupportedError(Exception):

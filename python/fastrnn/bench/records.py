@@ -13,11 +13,13 @@ import subprocess
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fastrnn
-from fastrnn.bench.runner import Results
 from fastrnn.info import info
+
+if TYPE_CHECKING:
+    from fastrnn.bench.runner import Results
 
 RECORD_FIELDS = (
     "suite", "case", "device", "threads", "pass", "provider", "provider_version", "median_ms",

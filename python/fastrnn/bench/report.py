@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastrnn.bench.cases import Case
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Record = dict[str, Any]
 
@@ -44,6 +46,10 @@ def milliseconds(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
+def threads(count: int) -> str:
+    return f"{count} thread{'s' * (count != 1)}"
+
+
 def geometric_mean(values: Sequence[float]) -> float:
     return statistics.geometric_mean(values)
 
@@ -60,9 +66,9 @@ def key(record: Record) -> tuple[Any, ...]:
 
 def _heading(header: dict[str, Any]) -> str:
     machine, versions = header["machine"], header["versions"]
-    threads = f"{header['threads']} thread{'s' * (header['threads'] != 1)}"
+    used = (machine["cpu"], machine["isa"], threads(header["threads"]), header["device"])
     lines = [
-        f"{machine['cpu']}, {machine['isa']}, {threads}, device {header['device']}",
+        ", ".join(map(str, used)),
         ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         f"commit {header['commit'] or 'not known'}, {header['date']}",
     ]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastrnn.bench.cases import Case, Pass
 from fastrnn.bench.data import Data, make_data
 from fastrnn.bench.providers import (
     Fastrnn,
@@ -21,6 +19,11 @@ from fastrnn.bench.providers import (
     make_provider,
 )
 from fastrnn.bench.timing import Roof, Timing, make_clock, measure, measure_roof
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from fastrnn.bench.cases import Case, Pass
 
 DEFAULT_PEERS = {"cpu": ("torch", "onnxruntime"), "cuda": ("torch",)}
 
@@ -99,14 +102,17 @@ def _threads(wanted: int | None) -> Iterator[int]:
 def _peers(request: Request, results: Results) -> list[Provider]:
     if request.peers is not None:
         return [make_provider(name) for name in dict.fromkeys(request.peers)]
-    peers = []
-    for name in DEFAULT_PEERS[request.device]:
-        try:
-            peers.append(make_provider(name))
-        except MissingPeerError as missing:
-            nowhere = {"suite": None, "case": None, "pass": None}
-            results.not_run.append({**nowhere, "provider": name, "reason": str(missing)})
-    return peers
+    found = (_installed(name, results) for name in DEFAULT_PEERS[request.device])
+    return [peer for peer in found if peer is not None]
+
+
+def _installed(name: str, results: Results) -> Provider | None:
+    try:
+        return make_provider(name)
+    except MissingPeerError as missing:
+        nowhere = {"suite": None, "case": None, "pass": None}
+        results.not_run.append({**nowhere, "provider": name, "reason": str(missing)})
+        return None
 
 
 def _run_case(
@@ -114,17 +120,17 @@ def _run_case(
 ) -> None:
     data = make_data(case, results.device)
     place = {"suite": suite, "case": case.as_record(), "pass": pass_}
-    providers: dict[str, Provider] = {}
+    providers: dict[str, Provider] = {"fastrnn": Fastrnn()}
+    providers |= {peer.name: peer for peer in peers}
     prepared: dict[str, Prepared] = {}
-    for provider in (Fastrnn(), *peers):
-        try:
-            prepared[provider.name] = provider.prepare(case, data, pass_)
-            providers[provider.name] = provider
-        except UnsupportedError as unsupported:
-            reason = str(unsupported)
-            results.not_run.append({**place, "provider": provider.name, "reason": reason})
-            if provider.name == "fastrnn":
-                return
+    for name, provider in providers.items():
+        outcome = _prepare(provider, case, data, pass_)
+        if isinstance(outcome, Prepared):
+            prepared[name] = outcome
+        else:
+            results.not_run.append({**place, "provider": name, "reason": outcome})
+        if "fastrnn" not in prepared:
+            return
     check(case, data, pass_, prepared)
     clock = make_clock(results.device)
     timings = measure(prepared, clock, len(data.inputs), results.seconds)
@@ -147,6 +153,14 @@ def _run_case(
                 "kernel": prepared[name].kernel,
             }
         )
+
+
+def _prepare(provider: Provider, case: Case, data: Data, pass_: Pass) -> Prepared | str:
+    """The case ready to run, or why the provider cannot run it."""
+    try:
+        return provider.prepare(case, data, pass_)
+    except UnsupportedError as unsupported:
+        return str(unsupported)
 
 
 def _milliseconds(timing: Timing) -> dict[str, float]:

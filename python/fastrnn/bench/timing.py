@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import gc
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
-from fastrnn.bench.providers import Prepared
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from fastrnn.bench.providers import Prepared
 
 ROUNDS = 5  # times that every provider has its turn
 FEWEST_ROUNDS = 3  # where the budget does not reach for ROUNDS
@@ -128,9 +129,10 @@ def measure_roof(dtype: str, device: str, threads: int, seconds: float = 0.3) ->
     """The best of torch's matrix products of `dtype`, with the same threads as the cases."""
     size = 1024 if device == "cpu" else 4096
     a, b = (torch.rand(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    clock, best, end = make_clock(device), math.inf, time.perf_counter() + seconds
+    clock = make_clock(device)
     with torch.inference_mode():
-        clock.time(lambda _: torch.mm(a, b), 1, 2)
+        best = min(clock.time(lambda _: torch.mm(a, b), 1, 3))
+        end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             best = min(best, *clock.time(lambda _: torch.mm(a, b), 1, 3))
     where = f"{threads} thread{'s' * (threads != 1)}" if device == "cpu" else device

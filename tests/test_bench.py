@@ -1,0 +1,231 @@
+"""The benchmark: peers run and are checked, records are what the API says, two runs compare."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from fastrnn import cli
+from fastrnn.bench import cases, compare, records, report, runner
+from fastrnn.bench.cases import Case
+from fastrnn.bench.data import Data, make_data
+from fastrnn.bench.providers import Fastrnn, Prepared, Torch, UnsupportedError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TINY = [Case("LSTM", 3, 2, 5, 4), Case("GRU", 3, 2, 5, 4), Case("RNN", 3, 2, 5, 4)]
+STACK = Case("LSTM", 3, 2, 5, 4, layers=2, bidirectional=True)
+
+
+def request(*chosen: Case, **options: Any) -> runner.Request:
+    return runner.Request([("tiny", case) for case in chosen], seconds=0.01, threads=1, **options)
+
+
+@pytest.fixture
+def tiny_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "load_suites", lambda: {"quick": TINY})
+
+
+def test_every_case_runs_against_both_peers() -> None:
+    pytest.importorskip("onnxruntime")
+    results = runner.run(request(*TINY, peers=("torch", "onnxruntime")))
+    found = {(r["case"]["cell"], r["pass"], r["provider"]) for r in results.records}
+    expected = {(c.cell, p, n) for c in TINY for p in cases.PASSES for n in ("fastrnn", "torch")}
+    expected |= {(c.cell, "inference", "onnxruntime") for c in TINY}
+    assert found == expected
+    reasons = {(e["provider"], e["pass"]): e["reason"] for e in results.not_run}
+    assert reasons == {("onnxruntime", "training"): "ONNX Runtime computes inference alone"}
+
+
+@pytest.mark.parametrize("cell", cases.CELLS)
+def test_stacks_in_both_directions_agree_with_both_peers(cell: str) -> None:
+    pytest.importorskip("onnxruntime")
+    case = replace(STACK, cell=cell)
+    results = runner.run(request(case, passes=("inference",), peers=("torch", "onnxruntime")))
+    assert [r["provider"] for r in results.records] == ["fastrnn", "torch", "onnxruntime"]
+
+
+def test_onnx_runtime_reads_a_relu_rnn() -> None:
+    pytest.importorskip("onnxruntime")
+    case = Case("RNN", 3, 2, 5, 4, nonlinearity="relu")
+    results = runner.run(request(case, passes=("inference",), peers=("onnxruntime",)))
+    assert len(results.records) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_other_dtypes_run_where_the_peer_has_them(dtype: str) -> None:
+    results = runner.run(request(replace(TINY[0], dtype=dtype), peers=("torch",)))
+    assert {r["case"]["dtype"] for r in results.records} == {dtype}
+    assert len(results.records) == 4
+
+
+def test_the_kernel_names_the_route_that_ran() -> None:
+    results = runner.run(request(TINY[0], peers=("torch",)))
+    kernels = {r["kernel"] for r in results.records if r["provider"] == "fastrnn"}
+    assert len(kernels) == 1
+    assert kernels.pop().startswith("engine ")
+
+
+class WrongByOneWeight(Torch):
+    """A peer whose result is not ours: one of its weights differs."""
+
+    def prepare(self, case: Case, data: Data, pass_: cases.Pass) -> Prepared:
+        weights = [data.weights[0] + 0.1, *data.weights[1:]]
+        return super().prepare(case, replace(data, weights=weights), pass_)
+
+
+@pytest.mark.parametrize("pass_", cases.PASSES)
+def test_a_wrong_result_is_caught_before_it_is_timed(
+    pass_: cases.Pass, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "make_provider", lambda name: WrongByOneWeight())
+    with pytest.raises(runner.MismatchError, match=rf"LSTM T3 .*, {pass_}: \w+ of torch differs"):
+        runner.run(request(TINY[0], passes=(pass_,), peers=("torch",)))
+
+
+def test_a_result_of_nan_is_wrong() -> None:
+    case, data = TINY[0], make_data(TINY[0], "cpu")
+    ours = Fastrnn().prepare(case, data, "inference")
+    theirs = replace(ours, results=lambda: {n: x * torch.nan for n, x in ours.results().items()})
+    with pytest.raises(runner.MismatchError):
+        runner.check(case, data, "inference", {"fastrnn": ours, "torch": theirs})
+
+
+def test_training_times_gradients_to_input_states_and_all_weights() -> None:
+    prepared = Fastrnn().prepare(STACK, make_data(STACK, "cpu"), "training")
+    weights = dict(torch.nn.LSTM(5, 4, num_layers=2, bidirectional=True).named_parameters())
+    assert set(prepared.results()) == {"d_input", "d_h0", "d_c0"} | {f"d_{n}" for n in weights}
+
+
+def test_what_the_installed_version_cannot_do_is_listed_with_the_reason() -> None:
+    results = runner.run(
+        request(replace(TINY[0], heads=2), passes=("inference",), peers=("torch",))
+    )
+    assert results.records == []
+    assert [(e["provider"], "heads" in e["reason"]) for e in results.not_run] == [("fastrnn", True)]
+
+
+def test_resets_run_and_peers_without_them_are_listed() -> None:
+    case = Case("GRU", 6, 2, 5, 4, reset_rate=0.3)
+    results = runner.run(request(case, peers=("torch", "onnxruntime")))
+    assert [(r["provider"], r["ratio_to_best_peer"]) for r in results.records] == [
+        ("fastrnn", None),
+        ("fastrnn", None),
+    ]
+    assert {e["provider"] for e in results.not_run} == {"torch", "onnxruntime"}
+
+
+def test_the_thread_count_holds_for_the_run_alone() -> None:
+    before = torch.get_num_threads()
+    results = runner.run(replace(request(TINY[0], peers=()), threads=2))
+    assert results.threads == 2
+    assert torch.get_num_threads() == before
+
+
+def test_ctrl_c_keeps_what_was_measured() -> None:
+    seen: list[str] = []
+
+    def on_case(label: str) -> None:
+        seen.append(label)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    results = runner.run(request(*TINY, passes=("inference",), peers=("torch",)), on_case)
+    assert results.interrupted
+    assert {r["case"]["cell"] for r in results.records} == {"LSTM"}
+    assert "Interrupted" in report.render(records.document(results))
+
+
+@pytest.mark.usefixtures("tiny_suite")
+def test_json_is_exactly_what_the_api_promises(tmp_path: Path) -> None:
+    path = tmp_path / "new.json"
+    assert cli.main(["bench", "--seconds", "0.01", "--threads", "1", "--json", str(path)]) == 0
+    document = json.loads(path.read_text())
+    assert {"machine", "versions", "commit", "date"} <= set(document["header"])
+    for record in document["records"]:
+        assert list(record) == list(records.RECORD_FIELDS)
+        assert set(record["case"]) == {
+            "cell", "T", "B", "I", "H", "layers", "bidirectional", "dtype",
+        }  # fmt: skip
+        assert 0 < record["p10_ms"] <= record["median_ms"] <= record["p90_ms"]
+        flops = Case(**record["case"]).flops(record["pass"])
+        assert record["gflops"] == pytest.approx(flops / record["median_ms"] / 1e6)
+    best = {
+        record["pass"]: record["ratio_to_best_peer"]
+        for record in document["records"]
+        if record["provider"] != "fastrnn" and record["case"]["cell"] == "LSTM"
+    }
+    assert best["training"] == 1.0  # torch is the only peer there
+
+
+@pytest.mark.usefixtures("tiny_suite")
+def test_a_run_compares_with_an_old_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "old.json"
+    options = ["bench", "--seconds", "0.01", "--threads", "1", "--against", "torch"]
+    assert cli.main([*options, "--json", str(path)]) == 0
+    capsys.readouterr()
+    assert cli.main([*options, "--cell", "gru", "--compare", str(path)]) == 0
+    output = capsys.readouterr().out
+    assert "geometric mean old / new" in output
+    assert "not compared: 0 only in this run, 4 only in the old one" in output
+
+
+def test_the_ratio_of_a_comparison_is_old_over_new() -> None:
+    new = records.document(runner.run(request(TINY[0], passes=("inference",), peers=("torch",))))
+    old = json.loads(json.dumps(new))
+    for record in old["records"]:
+        record["median_ms"] *= 2
+    assert [b["median_ms"] / n["median_ms"] for b, n in compare.compare(old, new)] == [2.0]
+    assert "geometric mean old / new: 2.00" in compare.render(old, new)
+
+
+def test_a_file_that_is_no_benchmark_cannot_be_compared(tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    path.write_text('{"header": {}, "records": [{"suite": "quick"}]}')
+    with pytest.raises(ValueError, match="a record lacks case, device"):
+        records.load(path)
+
+
+@pytest.mark.usefixtures("tiny_suite")
+def test_plot_writes_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "new.png"
+    options = ["bench", "--seconds", "0.01", "--pass", "inference", "--against", "torch"]
+    assert cli.main([*options, "--plot", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_ends_with_geometric_means_by_suite() -> None:
+    document = records.document(runner.run(request(*TINY, passes=("inference",), peers=("torch",))))
+    measured = document["records"]
+    ratios = [r["ratio_to_best_peer"] for r in measured if r["provider"] == "fastrnn"]
+    mean = report.geometric_mean(ratios)
+    last = report.render(document).splitlines()[-1].split()
+    assert last[:3] == ["tiny", "inference", "3"]
+    assert last[-2] == f"{mean:.2f}"
+
+
+def test_flops_of_a_stack_by_hand() -> None:
+    # Two directions: layer 0 reads 5 inputs, layer 1 the 8 of both; 4 gates of 4 units.
+    first, second = 2 * 16 * (5 + 4) * 2, 2 * 16 * (8 + 4) * 2
+    assert STACK.flops("inference") == (first + second) * 3 * 2
+    assert STACK.flops("training") == 3 * STACK.flops("inference")
+
+
+def test_every_case_of_every_suite_has_its_own_record() -> None:
+    for name, suite in cases.load_suites().items():
+        named = [json.dumps(case.as_record(), sort_keys=True) for case in suite]
+        assert len(named) == len(set(named)), name
+
+
+def test_flashrnn_is_refused_on_the_cpu() -> None:
+    from fastrnn.bench import flashrnn_provider
+
+    case = TINY[0]
+    with pytest.raises(UnsupportedError, match="CUDA alone"):
+        flashrnn_provider._require_supported(case, make_data(case, "cpu"))

@@ -1,0 +1,32 @@
+"""A new cell costs one header, its place in the list of cells and one NumPy function pair."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def toy_module() -> Path | None:
+    """The engine built for the toy cell, which a build with FASTRNN_TESTS makes."""
+    return next((ROOT / "build" / "python" / "toy_cell").glob("_C*"), None)
+
+
+def test_a_cell_is_one_header_and_one_reference_function() -> None:
+    module = toy_module()
+    if module is None:
+        pytest.skip("the engine for the toy cell is not built: `make setup` builds it")
+    program = ROOT / "tests" / "toy_cell" / "check.py"
+    done = subprocess.run(
+        [sys.executable, program, module],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "45 problems agree"
