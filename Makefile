@@ -69,7 +69,7 @@ test-python: $(INSTALLED)  ## the Python tests alone
 lint: $(INSTALLED) typecheck  ## ruff, clang-format and mypy; changes nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/clang-format --dry-run --Werror $(CPP) $(wildcard tests/*/*.h)
 
 # What NumPy users get: the wheel, built in isolation, where torch was never installed. The Python
 # is PYTHON, for example `make test-numpy PYTHON=python3.13`.
@@ -85,7 +85,7 @@ typecheck: $(INSTALLED)  ## mypy --strict over the package
 format: $(INSTALLED)  ## write Python and C++ in the house's format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/clang-format -i $(CPP) $(wildcard tests/*/*.h)
 
 # $(call sanitized,DIRECTORY,SANITIZERS,TARGET,TESTS): build the C++ tests with sanitizers, run TESTS.
 define sanitized
