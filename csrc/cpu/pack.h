@@ -7,6 +7,8 @@
 // Outputs beyond the last are zero.
 #pragma once
 
+#include <utility>
+
 #include "gemm.h"
 
 namespace fastrnn::FASTRNN_ISA {
@@ -39,29 +41,60 @@ class Arena {
   std::size_t used_ = 0;
 };
 
-// One block of gates first … first + gates − 1 of W, the hidden units from `unit` on.
+// Exchanges, between two rows of a square, the elements whose column has the bit `Stage` set or
+// clear.
+template <int Stage, class C, int... Column>
+FASTRNN_INLINE void exchange(Vec<C>& upper, Vec<C>& lower, std::integer_sequence<int, Column...>) {
+  constexpr int lanes = Vec<C>::lanes;
+  const typename Vec<C>::Native a = upper.v, b = lower.v;
+  upper.v = __builtin_shufflevector(a, b, (Column & Stage ? lanes + Column - Stage : Column)...);
+  lower.v = __builtin_shufflevector(a, b, (Column & Stage ? lanes + Column : Column + Stage)...);
+}
+
+// Transposes a square of vectors in place, in log2(lanes) rounds of exchanges (Eklundh 1972).
+template <class C, int Stage = Vec<C>::lanes / 2>
+FASTRNN_INLINE void transpose(Vec<C> (&square)[Vec<C>::lanes]) {
+  constexpr int lanes = Vec<C>::lanes;
+  if constexpr (Stage > 0) {
+#pragma GCC unroll 16
+    for (int row = 0; row < lanes; ++row)
+      if (!(row & Stage))
+        exchange<Stage>(square[row], square[row + Stage], std::make_integer_sequence<int, lanes>{});
+    transpose<C, Stage / 2>(square);
+  }
+}
+
+// A vector of row `row` of W from column k on; zeros beyond column K.
+template <class C, class S>
+FASTRNN_INLINE Vec<C> weight_row(const Weight& w, Index row, Index k, Index K) {
+  const S* from = static_cast<const S*>(w.data) + row * w.row + k * w.unit;
+  if (w.unit == 1) return load_units<C>(from, K - k);
+  C lane[Vec<C>::lanes] = {};
+  for (Index i = 0; i < least(Vec<C>::lanes, K - k); ++i) lane[i] = widen(from[i * w.unit]);
+  return Vec<C>::load(lane);
+}
+
+// One block of gates first … first + gates − 1 of W, the hidden units from `unit` on: squares of
+// lanes units by lanes columns are read along W's rows and turned.
 template <class C, class S>
 void pack_gates(C* to, const Weight& w, Index H, Index K, int first, int gates, int tiles,
                 Index unit) {
   constexpr int lanes = Vec<C>::lanes;
-  constexpr Index kRun = 16;  // steps of k at a time: reads stay in a line, writes in the cache
   const Index vectors = static_cast<Index>(tiles) * gates;
-  for (Index k0 = 0; k0 < K; k0 += kRun) {
-    const Index k1 = least(k0 + kRun, K);
+  for (Index k = 0; k < K; k += lanes)
     for (Index v = 0; v < vectors; ++v) {
-      const Index gate = first + v % gates;
-      for (int lane = 0; lane < lanes; ++lane) {
-        const Index u = unit + v / gates * lanes + lane;
-        C* out = to + v * lanes + lane;
-        if (u >= H) {
-          for (Index k = k0; k < k1; ++k) out[k * vectors * lanes] = C(0);
-          continue;
-        }
-        const S* row = static_cast<const S*>(w.data) + (gate * H + u) * w.row;
-        for (Index k = k0; k < k1; ++k) out[k * vectors * lanes] = widen(row[k * w.unit]);
-      }
+      const Index gate = first + v % gates, begin = unit + v / gates * lanes;
+      Vec<C> square[lanes];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < lanes; ++lane)
+        square[lane] =
+            begin + lane < H ? weight_row<C, S>(w, gate * H + begin + lane, k, K) : Vec<C>(0);
+      transpose<C>(square);
+      const Index count = least(lanes, K - k);
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i)
+        if (i < count) square[i].store(to + ((k + i) * vectors + v) * lanes);
     }
-  }
 }
 
 // One block of columns `first` … of the rows row … row + K − 1 of W [.., M].
