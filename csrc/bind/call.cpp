@@ -6,8 +6,10 @@
 
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "argument.h"
@@ -44,18 +46,46 @@ DType storage_of(const Array& input) {
                        type_name(input.dtype()));
 }
 
-// 64-byte aligned host memory for the length of a call.
+// 64-byte aligned host memory for the length of a call. A thread keeps its last for its next call,
+// up to kKept bytes: fresh pages cost more than the work of a small call.
 class Scratch {
  public:
-  explicit Scratch(std::size_t bytes) : data_(::operator new(bytes, std::align_val_t{64})) {}
+  explicit Scratch(std::size_t bytes) : memory_(std::exchange(kept_, Memory{})) {
+    if (memory_.bytes() >= bytes) return;
+    memory_ = Memory();  // given back before the larger piece is asked for
+    memory_ = Memory(bytes);
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
-  void* data() const { return data_; }
+  ~Scratch() {
+    if (memory_.bytes() <= kKept) kept_ = std::move(memory_);
+  }
+  void* data() const { return memory_.data(); }
 
  private:
-  void* data_;
+  static constexpr std::size_t kKept = std::size_t{64} << 20;
+
+  class Memory {
+   public:
+    Memory() = default;
+    explicit Memory(std::size_t bytes)
+        : data_(::operator new(bytes, std::align_val_t{64})), bytes_(bytes) {}
+    std::size_t bytes() const { return bytes_; }
+    void* data() const { return data_.get(); }
+
+   private:
+    struct Free {
+      void operator()(void* data) const { ::operator delete(data, std::align_val_t{64}); }
+    };
+    std::unique_ptr<void, Free> data_;
+    std::size_t bytes_ = 0;
+  };
+
+  static thread_local Memory kept_;
+  Memory memory_;
 };
+
+thread_local Scratch::Memory Scratch::kept_;
 
 // A flat list of parameters, each held: another thread may change the list while the engine runs.
 class List {
