@@ -166,11 +166,11 @@ class Backward : Shape<Cell, S> {
   void boundary_states(Index d, Index i) {
     const Group& g = group_[d];
     const Index row = steps_.order[i], O = layer_.O, H = layer_.H;
-    load_state(g.initial + i * Op_, layer_.h0, d, row, O);
-    load_state(g.d_h_n + i * Op_, layer_.d_h_n, d, row, O);
+    load_state<S>(g.initial + i * Op_, layer_.h0, d, row, O);
+    load_state<S>(g.d_h_n + i * Op_, layer_.d_h_n, d, row, O);
     if constexpr (Cell::states > 1) {
-      load_state(g.initial_c + i * Hp_, layer_.c0, d, row, H);
-      load_state(g.d_c + i * Hp_, layer_.d_c_n, d, row, H);
+      load_state<S>(g.initial_c + i * Hp_, layer_.c0, d, row, H);
+      load_state<S>(g.d_c + i * Hp_, layer_.d_c_n, d, row, H);
     }
     if (steps_.length[i] == 0) {  // the final state is the initial one
       if (layer_.d_h0)
@@ -179,14 +179,6 @@ class Backward : Shape<Cell, S> {
         if (layer_.d_c0)
           scatter(static_cast<S*>(layer_.d_c0) + (d * steps_.B + row) * H, g.d_c + i * Hp_, H);
     }
-  }
-
-  static void load_state(C* to, const State& state, Index d, Index row, Index count) {
-    const Index width = padded(count);
-    for (Index u = state.data ? count : 0; u < width; ++u) to[u] = C(0);
-    if (state.data)
-      gather(to, static_cast<const S*>(state.data) + d * state.group + row * state.row, state.unit,
-             count);
   }
 
   void clear_padding(Index i) {
@@ -270,7 +262,7 @@ class Backward : Shape<Cell, S> {
       const C* plane[R];
       for (int r = 0; r < R; ++r)
         plane[r] = (d_gates[r] ? d_gates[r] + Cell::hidden_gradient[gate] * Hp_ : zeros_);
-      accumulate<R, wide>(acc, plane, layer_.H, w + gate * layer_.H * block_units);
+      accumulate(acc, plane, layer_.H, w + gate * layer_.H * block_units);
     }
   }
 
@@ -289,22 +281,40 @@ class Backward : Shape<Cell, S> {
     return dh;
   }
 
-  void hidden_step(const Position& p, Index b, Index n, bool any) {
-    const C* w = group_[p.d].weight_hh + b * first * layer_.H * block_units;
+  // One block of outputs, those below `limit`, for the thread's n rows: sum(acc, j) adds the
+  // products of the rows from j on, done(j, unit, value) takes a tile of row j.
+  template <class Sum, class Done>
+  FASTRNN_INLINE void product_tiles(Index b, Index n, Index limit, Sum sum, Done done) {
     in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
       constexpr int R = decltype(count)::value;
       V acc[R][wide];
       clear(acc);
-      if (any) through_weights<R>(acc, next_rows_ + j, w);
+      sum(acc, j);
       const Sums<R, wide, C> sums(acc);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < wide; ++v) {
-          const Index unit = (b * wide + v) * lanes, i = p.deal.row(j + r);
-          if (unit >= layer_.H) continue;
-          const bool cut = !next_rows_[j + r];
-          cell_backward(p, i, unit, hidden_gradient(p, i, unit, sums.v[r][v], cut), cut);
+          const Index unit = (b * wide + v) * lanes;
+          if (unit < limit) done(j + r, unit, sums.v[r][v]);
         }
     });
+  }
+
+  const C* hidden_weights(Index d, Index b) const {
+    return group_[d].weight_hh + b * first * layer_.H * block_units;
+  }
+
+  void hidden_step(const Position& p, Index b, Index n, bool any) {
+    const C* w = hidden_weights(p.d, b);
+    product_tiles(
+        b, n, layer_.H,
+        [&](auto& acc, Index j) {
+          if (any) through_weights(acc, next_rows_ + j, w);
+        },
+        [&](Index j, Index unit, V product) {
+          const Index i = p.deal.row(j);
+          const bool cut = !next_rows_[j];
+          cell_backward(p, i, unit, hidden_gradient(p, i, unit, product, cut), cut);
+        });
   }
 
   // dh of the projected size first, then through W_hr to the hidden units.
@@ -318,38 +328,27 @@ class Backward : Shape<Cell, S> {
   }
 
   void projected_gradient(const Position& p, Index b, Index n, bool any) {
-    const Group& g = group_[p.d];
-    const C* w = g.weight_hh + b * first * layer_.H * block_units;
-    in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
-      constexpr int R = decltype(count)::value;
-      V acc[R][wide];
-      clear(acc);
-      if (any) through_weights<R>(acc, next_rows_ + j, w);
-      const Sums<R, wide, C> sums(acc);
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < wide; ++v) {
-          const Index unit = (b * wide + v) * lanes, i = p.deal.row(j + r);
-          if (unit < layer_.O)
-            hidden_gradient(p, i, unit, sums.v[r][v], !next_rows_[j + r])
-                .store(g.d_proj + (steps_.offset[p.t] + i) * Op_ + unit);
-        }
-    });
+    const C* w = hidden_weights(p.d, b);
+    product_tiles(
+        b, n, layer_.O,
+        [&](auto& acc, Index j) {
+          if (any) through_weights(acc, next_rows_ + j, w);
+        },
+        [&](Index j, Index unit, V product) {
+          const Index i = p.deal.row(j);
+          hidden_gradient(p, i, unit, product, !next_rows_[j])
+              .store(group_[p.d].d_proj + (steps_.offset[p.t] + i) * Op_ + unit);
+        });
   }
 
   void hidden_of_projected(const Position& p, Index b, Index n) {
     const C* w = group_[p.d].second + b * layer_.P * block_units;
-    in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
-      constexpr int R = decltype(count)::value;
-      V acc[R][wide];
-      clear(acc);
-      accumulate<R, wide>(acc, next_rows_ + j, layer_.P, w);
-      const Sums<R, wide, C> sums(acc);
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < wide; ++v) {
-          const Index unit = (b * wide + v) * lanes, i = p.deal.row(j + r);
-          if (unit < layer_.H) cell_backward(p, i, unit, sums.v[r][v], cut_after(p, i));
-        }
-    });
+    product_tiles(
+        b, n, layer_.H, [&](auto& acc, Index j) { accumulate(acc, next_rows_ + j, layer_.P, w); },
+        [&](Index j, Index unit, V dh) {
+          const Index i = p.deal.row(j);
+          cell_backward(p, i, unit, dh, cut_after(p, i));
+        });
   }
 
   // Nothing comes from the step after: it belongs to another episode, or there is none.
@@ -413,20 +412,12 @@ class Backward : Shape<Cell, S> {
 
   // Reset-before GRU: d(r∘h) = dn·W_hn, and what follows from it.
   void operand_step(const Position& p, Index b, Index n) {
-    const Group& g = group_[p.d];
-    const C* w = g.second + b * (gates - first) * layer_.H * block_units;
-    in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
-      constexpr int R = decltype(count)::value;
-      V acc[R][wide];
-      clear(acc);
-      accumulate<R, wide>(acc, next_rows_ + j, layer_.H, w);
-      const Sums<R, wide, C> sums(acc);
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < wide; ++v) {
-          const Index unit = (b * wide + v) * lanes, i = p.deal.row(j + r);
-          if (unit < layer_.H) finish_operand(p, i, unit, sums.v[r][v]);
-        }
-    });
+    const C* w = group_[p.d].second + b * (gates - first) * layer_.H * block_units;
+    product_tiles(
+        b, n, layer_.H, [&](auto& acc, Index j) { accumulate(acc, next_rows_ + j, layer_.H, w); },
+        [&](Index j, Index unit, V d_operand) {
+          finish_operand(p, p.deal.row(j), unit, d_operand);
+        });
   }
 
   FASTRNN_NOINLINE void finish_operand(const Position& p, Index i, Index unit, V d_operand) {
@@ -469,22 +460,16 @@ class Backward : Shape<Cell, S> {
 
   void initial_hidden(Index d, const Deal& deal, Index b, Index n) {
     const Group& g = group_[d];
-    in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
-      constexpr int R = decltype(count)::value;
-      V acc[R][wide];
-      clear(acc);
-      through_weights<R>(acc, next_rows_ + j, g.weight_hh + b * first * layer_.H * block_units);
-      const Sums<R, wide, C> sums(acc);
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < wide; ++v) {
-          const Index unit = (b * wide + v) * lanes, i = deal.row(j + r);
-          if (unit >= layer_.O) continue;
-          V dh = next_rows_[j + r] ? sums.v[r][v] : V(0);
-          if (next_rows_[j + r] && !layer_.P) dh = dh + V::load(g.carried + i * Op_ + unit);
+    const C* w = hidden_weights(d, b);
+    product_tiles(
+        b, n, layer_.O, [&](auto& acc, Index j) { through_weights(acc, next_rows_ + j, w); },
+        [&](Index j, Index unit, V product) {
+          const Index i = deal.row(j);
+          V dh = next_rows_[j] ? product : V(0);
+          if (next_rows_[j] && !layer_.P) dh = dh + V::load(g.carried + i * Op_ + unit);
           S* to = static_cast<S*>(layer_.d_h0) + (d * steps_.B + steps_.order[i]) * layer_.O;
           store_units(dh, to + unit, layer_.O - unit);
-        }
-    });
+        });
   }
 
   // ---- the input --------------------------------------------------------------------------------

@@ -89,6 +89,16 @@ FASTRNN_INLINE void scatter(S* to, const C* from, Index count) {
   for (Index u = 0; u < count; ++u) narrow(from[u], to + u);
 }
 
+// One row of a state in compute type, zeros where there is none and up to its padded size.
+template <class S, class C>
+void load_state(C* to, const State& state, Index d, Index row, Index count) {
+  const Index width = padded(count);
+  for (Index u = state.data ? count : 0; u < width; ++u) to[u] = C(0);
+  if (state.data)
+    gather(to, static_cast<const S*>(state.data) + d * state.group + row * state.row, state.unit,
+           count);
+}
+
 // The sizes that a cell and a storage type fix at compile time.
 template <class Cell_, class S_>
 struct Shape {
@@ -263,21 +273,13 @@ class Forward : Shape<Cell, S> {
   void initial_state(Index d, Index i) {
     const Group& g = group_[d];
     const Index row = steps_.order[i], O = layer_.O, H = layer_.H;
-    load_state(g.initial + i * Op_, layer_.h0, d, row, O);
-    if constexpr (Cell::states > 1) load_state(g.c + i * Hp_, layer_.c0, d, row, H);
+    load_state<S>(g.initial + i * Op_, layer_.h0, d, row, O);
+    if constexpr (Cell::states > 1) load_state<S>(g.c + i * Hp_, layer_.c0, d, row, H);
     if (steps_.length[i] == 0) {
       scatter(static_cast<S*>(layer_.h_n) + (d * steps_.B + row) * O, g.initial + i * Op_, O);
       if constexpr (Cell::states > 1)
         scatter(static_cast<S*>(layer_.c_n) + (d * steps_.B + row) * H, g.c + i * Hp_, H);
     }
-  }
-
-  static void load_state(C* to, const State& state, Index d, Index row, Index count) {
-    const Index width = padded(count);
-    for (Index u = state.data ? count : 0; u < width; ++u) to[u] = C(0);
-    if (state.data)
-      gather(to, static_cast<const S*>(state.data) + d * state.group + row * state.row, state.unit,
-             count);
   }
 
   void clear_padding(Index i) {
