@@ -1,4 +1,4 @@
-"""A process forked from one that has run the engine on several threads, as DataLoader workers are."""
+"""A process forked from one that has run the engine on several threads (a DataLoader worker)."""
 
 from __future__ import annotations
 
