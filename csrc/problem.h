@@ -64,7 +64,8 @@ struct State {
   std::int64_t group = 0, row = 0, unit = 1;
 };
 
-// A weight matrix or (with row = 0 columns) bias vector, strides in elements.
+// A weight matrix, element (m, k) at data[m·row + k·unit], or a bias vector, element m at
+// data[m·unit].
 struct Weight {
   void* data = nullptr;
   std::int64_t row = 0, unit = 1;

@@ -148,6 +148,15 @@ class Call {
   Sequence layers_gradient(py::handle object, const char* name, dlpack::DataType dtype,
                            std::int64_t units, std::int64_t& layer_stride);
 
+  // A copy of `count` values: what was checked is what the engine reads, whatever another thread
+  // does to the array meanwhile.
+  const std::int64_t* kept(const Array& a, std::int64_t count) {
+    const auto* values = static_cast<const std::int64_t*>(a.data());
+    row_counts_.assign(values, values + count);
+    row_counts_.push_back(0);  // an empty one is not "not given"
+    return row_counts_.data();
+  }
+
   bool packed() const { return problem_.batch_sizes != nullptr; }
   std::int64_t output_size() const {  // O
     return problem_.options.proj_size > 0 ? problem_.options.proj_size : problem_.H;
@@ -158,6 +167,7 @@ class Call {
   std::int64_t L_, D_, N_ = 0;
   std::int64_t per_group_ = 0;  // parameters of one layer and direction
   dlpack::DataType storage_{}, compute_{};
+  std::vector<std::int64_t> row_counts_;  // lengths or batch_sizes, of which there is one at most
   std::vector<Parameters> parameters_, d_parameters_;
   Owners owners_;
 };
@@ -171,9 +181,8 @@ void Call::expect_absent(py::handle object, const char* name) const {
 void Call::set_batch_sizes(py::handle batch_sizes, std::int64_t rows) {
   const Array sizes = array(batch_sizes, {"batch_sizes"});
   sizes.expect_dtype({dlpack::kInt, 64, 1}).expect_axes(1, "one axis (T,)").expect_contiguous();
-  const auto* values = static_cast<const std::int64_t*>(sizes.data());
-  problem_.batch_sizes = values;
   problem_.T = sizes.shape(0);
+  const std::int64_t* values = problem_.batch_sizes = kept(sizes, problem_.T);
   problem_.B = problem_.T > 0 ? values[0] : 0;
   std::int64_t before = std::numeric_limits<std::int64_t>::max();
   std::int64_t left = rows;
@@ -264,7 +273,7 @@ void Call::set_rows(py::handle lengths, py::handle reset) {
     if (packed()) throw py::value_error("lengths: expected None with batch_sizes");
     const Array a = array(lengths, {"lengths"});
     a.expect_dtype({dlpack::kInt, 64, 1}).expect_shape({problem_.B}).expect_contiguous();
-    problem_.lengths = static_cast<const std::int64_t*>(a.data());
+    problem_.lengths = kept(a, problem_.B);
     for (std::int64_t b = 0; b < problem_.B; ++b)
       if (problem_.lengths[b] < 0 || problem_.lengths[b] > problem_.T)
         a.complain("values from 0 to the number of steps, " + std::to_string(problem_.T),

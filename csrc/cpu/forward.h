@@ -171,7 +171,7 @@ class Forward : Shape<Cell, S> {
     const Share share = share_of(layer_, plan, thread);
     if (share.idle) return;
     take_thread(plan, thread);
-    for (Index d = share.first_direction; d < share.last_direction; ++d) recur(d, share, plan);
+    for (Index d = share.first_direction; d < share.last_direction; ++d) recur(d, share);
   }
 
  private:
@@ -302,7 +302,7 @@ class Forward : Shape<Cell, S> {
     bool reverse;
   };
 
-  void recur(Index d, const Share& share, const Plan&) {
+  void recur(Index d, const Share& share) {
     const Deal deal(steps_, share, rows);
     const Walk walk{steps_, d == 1};
     const Range blocks = split(blocks_, share.column, share.columns);
