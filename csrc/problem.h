@@ -110,6 +110,9 @@ struct Problem {
   // cells with a c, `cell` given. planes: saved_planes() in backend.h.
   void* gates = nullptr;
 
+  // Backward: `gates` is not needed afterwards, and the gates' gradients may take its place.
+  bool consume_gates = false;
+
   // ---- backward: read. Absent: zeros --------------------------------------------------------
   Sequence d_output;          // [T, B, D·O] or [N, D·O]: gradient of the last layer's output
   Sequence d_hidden, d_cell;  // gradients of every layer's h and c, storage and compute type, as

@@ -140,7 +140,9 @@ class Call:
             self.options, *self.read, *self.written, all_layers=all_layers, threads=self.threads
         )
 
-    def backward(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
+    def backward(
+        self, wanted: Callable[[str], bool] = lambda name: True, consume_gates: bool = False
+    ) -> None:
         """Leaves `d_input`, `d_h0`, `d_c0` and `d_weights`; None where `wanted(name)` is False."""
         d = self.problem.d
         d_h_n, d_c_n = (*(d.hx_n or ()), None, None)[:2]
@@ -156,7 +158,9 @@ class Call:
         _C.backward(
             self.options,
             *self.read,
-            *self.written,
+            self.hidden,
+            self.cell,
+            self.gates,
             self.storage(d.output),
             self.storage(d.states.h) if d.states else None,
             self.compute(d.states.c) if d.states else None,
@@ -166,6 +170,7 @@ class Call:
             self.d_h0,
             self.d_c0,
             self.d_weights,
+            consume_gates=consume_gates,
             threads=self.threads,
         )
 

@@ -119,9 +119,9 @@ def test_frozen_arguments_get_no_gradient_and_no_work(options: Options) -> None:
     asked = []
     original = _ops._run_backward
 
-    def spy(*arguments: Any) -> Any:
+    def spy(*arguments: Any, **more: Any) -> Any:
         asked.append(arguments[-1])
-        return original(*arguments)
+        return original(*arguments, **more)
 
     with patch.object(_ops, "_run_backward", spy):
         loss(outputs(case)).backward()

@@ -269,8 +269,7 @@ def test_opcheck_forward_without_gradient(cell: str, states: bool, dtype: torch.
 def test_opcheck_backward(options: Options, steps: str, which: str) -> None:
     case = make(options, steps, requires_grad=False)
     arguments = forward_arguments(case, states=True, save=True)
-    saved = _ops.forward_op(*arguments)
-    hidden, h_n, c_n, cell, _ = saved
+    hidden, h_n, c_n, cell, gates = _ops.forward_op(*arguments)
     two = options.cell == "LSTM"
     d_output, d_hidden = torch.randn_like(hidden[-1]), torch.randn_like(hidden)
     d_cell = torch.randn_like(cell) if two else None
@@ -283,7 +282,9 @@ def test_opcheck_backward(options: Options, steps: str, which: str) -> None:
         torch.ops.fastrnn.backward.default,
         (
             *arguments[:7],
-            *saved,
+            hidden,
+            cell,
+            gates,
             d_output,
             d_hidden,
             d_cell,

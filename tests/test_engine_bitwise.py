@@ -154,6 +154,21 @@ def test_chunks_equal_the_whole_sequence(options: Options, hidden_size: int, dty
         assert_bitwise(first, whole.d_hx[k], f"d_hx[{k}]")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("options", STACKS, ids=name)
+def test_gradients_in_the_place_of_the_gates(options: Options, dtype: str) -> None:
+    problem = random_problem(options, B=7, hidden_size=24, layout="lengths")
+    call = Call(problem, dtype)
+    call.forward()
+    call.backward()
+    kept, before = call.solution(), to_float64(call.gates)
+    call.backward()  # the gates are still forward's
+    assert_solutions_bitwise(call.solution(), kept)
+    call.backward(consume_gates=True)
+    assert_solutions_bitwise(call.solution(), kept)
+    assert np.any(to_float64(call.gates) != before)
+
+
 @pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
 def test_full_lengths_and_no_resets_equal_plain_padding(cell: Any) -> None:
     problem = random_problem(Options(cell, 2, True), B=7)

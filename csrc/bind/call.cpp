@@ -20,6 +20,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace fastrnn::bind {
 namespace {
@@ -46,6 +49,20 @@ DType storage_of(const Array& input) {
                        type_name(input.dtype()));
 }
 
+// Asks for large pages where there are whole ones in the memory: the first touch of fresh memory,
+// page by page of 4 KiB, costs as much as the arithmetic done in it.
+void prefer_large_pages(void* data, std::size_t bytes) {
+#if defined(__linux__)
+  constexpr std::uintptr_t kPage = std::uintptr_t{2} << 20;
+  const auto begin = (reinterpret_cast<std::uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const auto end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  static_cast<void>(data);
+  static_cast<void>(bytes);
+#endif
+}
+
 // 64-byte aligned host memory for the length of a call. A thread keeps its last for its next call,
 // up to kKept bytes: fresh pages cost more than the work of a small call.
 class Scratch {
@@ -69,7 +86,9 @@ class Scratch {
    public:
     Memory() = default;
     explicit Memory(std::size_t bytes)
-        : data_(::operator new(bytes, std::align_val_t{64})), bytes_(bytes) {}
+        : data_(::operator new(bytes, std::align_val_t{64})), bytes_(bytes) {
+      prefer_large_pages(data(), bytes);
+    }
     std::size_t bytes() const { return bytes_; }
     void* data() const { return data_.get(); }
 
@@ -124,13 +143,15 @@ class Call {
   void set_weights(py::handle weights);
   void set_rows(py::handle lengths, py::handle reset);
   void set_states(py::handle h0, py::handle c0);
-  void set_results(py::handle hidden, py::handle h_n, py::handle c_n, py::handle cell,
-                   py::handle gates, bool all_layers, bool written);
+  void set_finals(py::handle h_n, py::handle c_n);
+  void set_results(py::handle hidden, py::handle cell, py::handle gates, bool all_layers,
+                   bool written);
 
   void set_gradients(py::handle d_output, py::handle d_hidden, py::handle d_cell, py::handle d_h_n,
                      py::handle d_c_n);
   void set_wanted(py::handle d_input, py::handle d_h0, py::handle d_c0, py::handle d_weights);
 
+  void consume_gates(bool consume) { problem_.consume_gates = consume; }
   void run(Pass pass, py::handle workspace);
 
  private:
@@ -305,7 +326,10 @@ void* Call::result(py::handle object, const char* name, dlpack::DataType dtype, 
                    bool written) {
   const Array a = array(object, {name});
   a.expect_shape(shape).expect_dtype(dtype).expect_contiguous();
-  if (written) a.expect_writable();
+  if (written) {
+    a.expect_writable();
+    prefer_large_pages(a.data(), a.bytes());
+  }
   return a.data();
 }
 
@@ -315,24 +339,27 @@ void* Call::sequence_result(py::handle object, const char* name, dlpack::DataTyp
   return result(object, name, dtype, {leading, problem_.T, problem_.B, units}, written);
 }
 
-void Call::set_results(py::handle hidden, py::handle h_n, py::handle c_n, py::handle cell,
-                       py::handle gates, bool all_layers, bool written) {
-  const std::int64_t groups = L_ * D_, B = problem_.B, H = problem_.H, out = output_size();
+void Call::set_finals(py::handle h_n, py::handle c_n) {
+  const std::int64_t groups = L_ * D_, B = problem_.B;
+  problem_.h_n = result(h_n, "h_n", storage_, {groups, B, output_size()}, true);
+  if (traits_.states < 2) return expect_absent(c_n, "c_n");
+  problem_.c_n = result(c_n, "c_n", storage_, {groups, B, problem_.H}, true);
+}
+
+void Call::set_results(py::handle hidden, py::handle cell, py::handle gates, bool all_layers,
+                       bool written) {
+  const std::int64_t H = problem_.H, out = output_size();
   problem_.all_layers = all_layers;
   problem_.hidden =
       sequence_result(hidden, "hidden", storage_, all_layers ? L_ : 1, D_ * out, written);
-  problem_.h_n = result(h_n, "h_n", storage_, {groups, B, out}, written);
-  if (traits_.states < 2) {
-    expect_absent(c_n, "c_n");
+  if (traits_.states < 2)
     expect_absent(cell, "cell");
-  } else {
-    problem_.c_n = result(c_n, "c_n", storage_, {groups, B, H}, written);
-    if (!cell.is_none())
-      problem_.cell = sequence_result(cell, "cell", compute_, L_, D_ * H, written);
-  }
+  else if (!cell.is_none())
+    problem_.cell = sequence_result(cell, "cell", compute_, L_, D_ * H, written);
   if (gates.is_none()) return;
   const std::int64_t planes = traits_.saved_planes * padded(H);
-  problem_.gates = result(gates, "gates", compute_, {groups, N_, planes}, written);
+  problem_.gates =
+      result(gates, "gates", compute_, {L_ * D_, N_, planes}, written || problem_.consume_gates);
   if (!all_layers) throw py::value_error("all_layers: expected True with gates, got False");
   if (traits_.states >= 2 && problem_.cell == nullptr)
     throw py::value_error("cell: expected an array with gates, got None");
@@ -428,21 +455,23 @@ void forward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg weigh
   call.set_weights(weights);
   call.set_rows(lengths, reset);
   call.set_states(h0, c0);
-  call.set_results(hidden, h_n, c_n, cell, gates, all_layers, true);
+  call.set_finals(h_n, c_n);
+  call.set_results(hidden, cell, gates, all_layers, true);
   call.run(Pass::forward, workspace);
 }
 
 void backward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg weights,
-              Arg batch_sizes, Arg lengths, Arg reset, Arg hidden, Arg h_n, Arg c_n, Arg cell,
-              Arg gates, Arg d_output, Arg d_hidden, Arg d_cell, Arg d_h_n, Arg d_c_n, Arg d_input,
-              Arg d_h0, Arg d_c0, Arg d_weights, int threads, Arg workspace) {
+              Arg batch_sizes, Arg lengths, Arg reset, Arg hidden, Arg cell, Arg gates,
+              Arg d_output, Arg d_hidden, Arg d_cell, Arg d_h_n, Arg d_c_n, Arg d_input, Arg d_h0,
+              Arg d_c0, Arg d_weights, bool consume_gates, int threads, Arg workspace) {
   if (gates.is_none()) throw py::value_error("gates: expected those that forward saved, got None");
   Call call(options, threads);
   call.set_input(input, batch_sizes);
   call.set_weights(weights);
   call.set_rows(lengths, reset);
   call.set_states(h0, c0);
-  call.set_results(hidden, h_n, c_n, cell, gates, true, false);
+  call.consume_gates(consume_gates);
+  call.set_results(hidden, cell, gates, true, false);
   call.set_gradients(d_output, d_hidden, d_cell, d_h_n, d_c_n);
   call.set_wanted(d_input, d_h0, d_c0, d_weights);
   call.run(Pass::backward, workspace);
@@ -468,9 +497,9 @@ void register_call(py::module_& module) {
              arg("workspace") = py::none());
   module.def("backward", backward, arg("options"), arg("input"), arg("h0"), arg("c0"),
              arg("weights"), arg("batch_sizes"), arg("lengths"), arg("reset"), arg("hidden"),
-             arg("h_n"), arg("c_n"), arg("cell"), arg("gates"), arg("d_output"), arg("d_hidden"),
-             arg("d_cell"), arg("d_h_n"), arg("d_c_n"), arg("d_input"), arg("d_h0"), arg("d_c0"),
-             arg("d_weights"), arg("threads") = 0, arg("workspace") = py::none());
+             arg("cell"), arg("gates"), arg("d_output"), arg("d_hidden"), arg("d_cell"),
+             arg("d_h_n"), arg("d_c_n"), arg("d_input"), arg("d_h0"), arg("d_c0"), arg("d_weights"),
+             arg("consume_gates") = false, arg("threads") = 0, arg("workspace") = py::none());
 }
 
 }  // namespace fastrnn::bind

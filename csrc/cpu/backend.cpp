@@ -192,6 +192,7 @@ Layer describe(const Stack& s, std::int64_t l) {
   layer.cell = contiguous(s, shifted(p.cell, l * s.saved_pairs * D * p.H, s.compute), D * p.H);
   layer.gates_group = s.saved_pairs * s.cell.traits.saved_planes * padded(p.H);
   layer.gates = shifted(p.gates, g * layer.gates_group, s.compute);
+  layer.consume_gates = p.consume_gates;
   if (l == 0) {
     layer.input = normal(s, p.input);
   } else if (p.all_layers) {
@@ -227,6 +228,8 @@ std::size_t layer_scratch(const Stack& s) {
   for (std::int64_t l = 0; l < std::min<std::int64_t>(p.options.layers, 2); ++l) {
     Layer layer = describe(s, l);
     if (l || p.d_input) layer.d_below = &present;
+    layer.d_output = p.d_output;
+    layer.d_hidden = p.d_hidden;
     const std::size_t bytes = s.pass == Pass::forward ? s.kernels.forward_scratch(layer)
                                                       : s.kernels.backward_scratch(layer);
     most = std::max(most, bytes);

@@ -11,9 +11,11 @@
 // Two products  reset-before GRU: dn from dh, then d(r∘h) = dn·W_hn, then dr. Projection: dh of
 // size P
 //               first, then W_hrᵀ to the hidden units.
-// Layouts       d_gates  [D][pairs][gradients·Hp]: planes as the cell's input_gradient and
-//                        hidden_gradient say
-//               d_out    [pairs][D·O], dy in compute type; d_proj [D][pairs][Op], dh of a projected
+// Layouts       d_gates  [D][pairs][width]: planes of Hp as the cell's input_gradient and
+//                        hidden_gradient say; in the place of forward's saved values where the
+//                        caller gives these up
+//               d_out    [pairs][D·O], dy in compute type, where it is not read where it lies
+//               d_proj   [D][pairs][Op], dh of a projected
 //               carried  [B][Op], d_c [B][Hp]
 // Sums          long sums over the pairs run in blocks of kPairs, whose partial sums are added one
 // after
@@ -34,6 +36,7 @@ class Backward : Shape<Cell, S> {
   static constexpr int rows = K::wide_rows;
   static constexpr int block_units = wide * lanes;
   static constexpr Index kPairs = 256;
+  static_assert(Cell::gradients <= Cell::saved, "the gradients take the place of what was saved");
 
  public:
   Backward(const Layer& layer, void* base)
@@ -41,8 +44,8 @@ class Backward : Shape<Cell, S> {
         steps_(*layer.steps),
         Hp_(padded(layer.H)),
         Op_(padded(layer.O)),
-        width_(Cell::gradients * Hp_),
         saved_width_((Cell::saved + (layer.P ? 1 : 0)) * Hp_),
+        width_(layer.consume_gates ? saved_width_ : Cell::gradients * Hp_),
         blocks_(ceil_div(layer.H, block_units)),
         out_blocks_(ceil_div(layer.O, block_units)),
         in_blocks_(ceil_div(layer.I, block_units)) {
@@ -50,7 +53,7 @@ class Backward : Shape<Cell, S> {
     const Index B = steps_.B, D = layer.directions, N = steps_.pairs, H = layer.H;
     const Index slack = block_units;  // whole vectors are read at the end of a row
     zeros_ = arena.take<C>((Hp_ > Op_ ? Hp_ : Op_) + slack);
-    d_out_ = arena.take<C>(N * D * layer.O + slack);
+    d_out_ = reads_output_gradient() ? nullptr : arena.take<C>(N * D * layer.O + slack);
     for (Index d = 0; d < D; ++d) {
       Group& g = group_[d];
       g.weight_hh = arena.take<C>(out_blocks_ * first * H * block_units);
@@ -63,12 +66,18 @@ class Backward : Shape<Cell, S> {
       g.d_h_n = arena.take<C>(B * Op_);
       g.carried = arena.take<C>(B * Op_);
       g.d_c = Cell::states > 1 ? arena.take<C>(B * Hp_) : nullptr;
-      g.d_gates = arena.take<C>(N * width_);
+      g.d_gates = layer.consume_gates ? static_cast<C*>(layer.gates) + d * layer.gates_group
+                                      : arena.take<C>(N * width_);
       g.d_proj = layer.P ? arena.take<C>(N * Op_) : nullptr;
     }
-    const Index many = thread_bytes(layer.plan.threads) * layer.plan.threads;
-    const Index alone = thread_bytes(1);
-    threads_ = arena.take<char>(many > alone ? many : alone);
+    const Index row_groups =
+        Cell::gradients * ceil_div(H, rows) + (layer.P ? ceil_div(layer.P, rows) : 0);
+    packed_rows_ = arena.take<C>(row_groups * rows * kPairs);
+    const Index panels = in_blocks_ + out_blocks_ + (layer.P || K::two_products ? blocks_ : 0);
+    panels_ = arena.take<C>(panels * block_units * kPairs);
+    const Index products = gates * H * (layer.I + layer.O) + layer.P * H;
+    sums_ = sizeof(S) != sizeof(C) ? arena.take<C>(products) : nullptr;
+    next_rows_of_all_ = arena.take<const C*>(next_rows_count() * layer.plan.threads);
     used_ = arena.used();
   }
 
@@ -78,7 +87,7 @@ class Backward : Shape<Cell, S> {
     const FlushSubnormals guard;
     const Plan& plan = threads == layer_.plan.threads ? layer_.plan : layer_.single;
     Barrier& everybody = layer_.barriers[0];
-    take_thread(thread, threads);
+    take_thread(thread);
     prepare(thread, threads);
     everybody.wait(threads);
     const Share share = share_of(layer_, plan, thread);
@@ -100,29 +109,15 @@ class Backward : Shape<Cell, S> {
 
   bool wants_input() const { return layer_.d_below || layer_.d_input.data; }
 
-  static Index round_up(Index bytes) { return (bytes + 63) / 64 * 64; }
-  Index thread_rows() const { return steps_.B + rows; }
-  // The rows of the gates that a thread sums: whole groups of `rows` units.
-  Index groups_of(Index units) const { return ceil_div(units, rows); }
-  Index thread_groups(int threads) const {
-    const Index all = gates * groups_of(layer_.H) + groups_of(layer_.O);
-    return ceil_div(all, threads) + 1;
+  // Whether dy can be read where it lies, a vector at a time.
+  bool reads_output_gradient() const {
+    if (layer_.d_hidden.data) return false;
+    return layer_.d_above || !layer_.d_output.data ||
+           (sizeof(S) == sizeof(C) && layer_.d_output.unit == 1);
   }
-  Index thread_bytes(int threads) { return static_cast<Index>(lay_out(nullptr, threads)); }
-  void take_thread(int thread, int threads) {
-    lay_out(threads_ + thread * thread_bytes(threads), threads);
-  }
-  std::size_t lay_out(void* base, int threads) {
-    Arena arena(base);
-    const Index sum_rows = thread_groups(threads) * rows;
-    const Index widest = layer_.I > layer_.O ? (layer_.I > layer_.H ? layer_.I : layer_.H)
-                                             : (layer_.O > layer_.H ? layer_.O : layer_.H);
-    next_rows_ = arena.take<const C*>(thread_rows());
-    packed_rows_ = arena.take<C>(sum_rows * kPairs);
-    panel_ = arena.take<C>(kPairs * block_units);
-    sums_ = sizeof(S) != sizeof(C) ? arena.take<C>(sum_rows * widest) : nullptr;
-    return arena.used();
-  }
+
+  void take_thread(int thread) { next_rows_ = next_rows_of_all_ + thread * next_rows_count(); }
+  Index next_rows_count() const { return steps_.B + rows; }
 
   // ---- before the last step ---------------------------------------------------------------------
 
@@ -135,7 +130,7 @@ class Backward : Shape<Cell, S> {
       for (Index d = 0; d < layer_.directions; ++d) boundary_states(d, i);
       if (steps_.padding && layer_.d_input.data) clear_padding(i);
     }
-    const Range steps = split(steps_.T, thread, threads);
+    const Range steps = split(reads_output_gradient() ? 0 : steps_.T, thread, threads);
     for (Index t = steps.begin; t < steps.end; ++t)
       for (Index i = 0; i < steps_.active[t]; ++i) gather_output(t, i);
   }
@@ -146,8 +141,9 @@ class Backward : Shape<Cell, S> {
     const Index H = layer_.H;
     const Range outs = split(out_blocks_, thread, threads);
     for (Index b = outs.begin; b < outs.end; ++b)
-      pack_columns<wide, C, S>(g.weight_hh + b * first * H * block_units, p.weight_hh, 0, first * H,
-                               b * block_units, layer_.O);
+      if (!direct(p.weight_hh, steps_uses(), b, layer_.O))
+        pack_columns<wide, C, S>(g.weight_hh + b * first * H * block_units, p.weight_hh, 0,
+                                 first * H, b * block_units, layer_.O);
     const Range hidden = split(layer_.P || K::two_products ? blocks_ : 0, thread, threads);
     for (Index b = hidden.begin; b < hidden.end; ++b) {
       if (layer_.P)
@@ -159,8 +155,34 @@ class Backward : Shape<Cell, S> {
     }
     const Range ins = split(wants_input() ? in_blocks_ : 0, thread, threads);
     for (Index b = ins.begin; b < ins.end; ++b)
-      pack_columns<wide, C, S>(g.weight_ih + b * gates * H * block_units, p.weight_ih, 0, gates * H,
-                               b * block_units, layer_.I);
+      if (!direct(p.weight_ih, ceil_div(steps_.pairs, rows), b, layer_.I))
+        pack_columns<wide, C, S>(g.weight_ih + b * gates * H * block_units, p.weight_ih, 0,
+                                 gates * H, b * block_units, layer_.I);
+  }
+
+  // How often the recurrence goes through a block of W_hh.
+  Index steps_uses() const { return (steps_.T + 1) * ceil_div(steps_.B, rows); }
+
+  // Whether a block of columns is read where it lies in W: it is a row of whole vectors there, and
+  // it is used too seldom to repay packing.
+  static bool direct(const Weight& w, Index uses, Index b, Index columns) {
+    constexpr Index kFewUses = 4;
+    return sizeof(S) == sizeof(C) && w.unit == 1 && uses <= kFewUses &&
+           (b + 1) * block_units <= columns;
+  }
+
+  // A block of columns for k = 0 …, where it lies.
+  struct Columns {
+    const C* data;
+    Index stride;  // between k
+    FASTRNN_INLINE const C* at(Index k) const { return data + k * stride; }
+  };
+  FASTRNN_INLINE static Columns columns(const Weight& w, const C* packed, Index uses, Index b,
+                                        Index count) {
+    if constexpr (sizeof(S) == sizeof(C))
+      if (direct(w, uses, b, count))
+        return {static_cast<const C*>(w.data) + b * block_units, w.row};
+    return {packed, block_units};
   }
 
   void boundary_states(Index d, Index i) {
@@ -257,12 +279,13 @@ class Backward : Shape<Cell, S> {
 
   // acc = Σ over the gates of `first` and the hidden units: da of the following step times W_hh.
   template <int R>
-  FASTRNN_INLINE void through_weights(V (&acc)[R][wide], const C* const* d_gates, const C* w) {
+  FASTRNN_INLINE void through_weights(V (&acc)[R][wide], const C* const* d_gates,
+                                      const Columns& w) {
     for (int gate = 0; gate < first; ++gate) {
       const C* plane[R];
       for (int r = 0; r < R; ++r)
         plane[r] = (d_gates[r] ? d_gates[r] + Cell::hidden_gradient[gate] * Hp_ : zeros_);
-      accumulate(acc, plane, layer_.H, w + gate * layer_.H * block_units);
+      accumulate(acc, plane, layer_.H, w.at(gate * layer_.H), w.stride);
     }
   }
 
@@ -277,8 +300,22 @@ class Backward : Shape<Cell, S> {
       dh = V::load(g.d_h_n + i * Op_ + unit);
     else if (!cut && !layer_.P)
       dh = dh + V::load(g.carried + i * Op_ + unit);
-    dh = dh + V::load(d_out_ + (n * layer_.directions + p.d) * layer_.O + unit);
-    return dh;
+    return dh + output_gradient(p, i, n, unit);
+  }
+
+  FASTRNN_INLINE V output_gradient(const Position& p, Index i, Index n, Index unit) const {
+    const Index row = (n * layer_.directions + p.d) * layer_.O, left = layer_.O - unit;
+    if constexpr (sizeof(S) == sizeof(C)) {
+      if (!layer_.d_hidden.data && !layer_.d_above) {
+        if (!layer_.d_output.data) return V(0);
+        if (layer_.d_output.unit == 1)
+          return load_units<C>(at<const S>(layer_.d_output, steps_, p.t, i) + p.d * layer_.O + unit,
+                               left);
+      }
+    }
+    if (layer_.d_above && !layer_.d_hidden.data)
+      return load_units<C>(static_cast<const C*>(layer_.d_above) + row + unit, left);
+    return V::load(d_out_ + row + unit);
   }
 
   // One block of outputs, those below `limit`, for the thread's n rows: sum(acc, j) adds the
@@ -299,15 +336,17 @@ class Backward : Shape<Cell, S> {
     });
   }
 
-  const C* hidden_weights(Index d, Index b) const {
-    return group_[d].weight_hh + b * first * layer_.H * block_units;
+  Columns hidden_weights(Index d, Index b) const {
+    return columns(layer_.parameters[d].weight_hh,
+                   group_[d].weight_hh + b * first * layer_.H * block_units, steps_uses(), b,
+                   layer_.O);
   }
 
   void hidden_step(const Position& p, Index b, Index n, bool any) {
-    const C* w = hidden_weights(p.d, b);
+    const Columns w = hidden_weights(p.d, b);
     product_tiles(
         b, n, layer_.H,
-        [&](auto& acc, Index j) {
+        [&](auto& acc, Index j) FASTRNN_INLINE_LAMBDA {
           if (any) through_weights(acc, next_rows_ + j, w);
         },
         [&](Index j, Index unit, V product) {
@@ -328,10 +367,10 @@ class Backward : Shape<Cell, S> {
   }
 
   void projected_gradient(const Position& p, Index b, Index n, bool any) {
-    const C* w = hidden_weights(p.d, b);
+    const Columns w = hidden_weights(p.d, b);
     product_tiles(
         b, n, layer_.O,
-        [&](auto& acc, Index j) {
+        [&](auto& acc, Index j) FASTRNN_INLINE_LAMBDA {
           if (any) through_weights(acc, next_rows_ + j, w);
         },
         [&](Index j, Index unit, V product) {
@@ -344,7 +383,9 @@ class Backward : Shape<Cell, S> {
   void hidden_of_projected(const Position& p, Index b, Index n) {
     const C* w = group_[p.d].second + b * layer_.P * block_units;
     product_tiles(
-        b, n, layer_.H, [&](auto& acc, Index j) { accumulate(acc, next_rows_ + j, layer_.P, w); },
+        b, n, layer_.H,
+        [&](auto& acc, Index j)
+            FASTRNN_INLINE_LAMBDA { accumulate(acc, next_rows_ + j, layer_.P, w); },
         [&](Index j, Index unit, V dh) {
           const Index i = p.deal.row(j);
           cell_backward(p, i, unit, dh, cut_after(p, i));
@@ -414,7 +455,9 @@ class Backward : Shape<Cell, S> {
   void operand_step(const Position& p, Index b, Index n) {
     const C* w = group_[p.d].second + b * (gates - first) * layer_.H * block_units;
     product_tiles(
-        b, n, layer_.H, [&](auto& acc, Index j) { accumulate(acc, next_rows_ + j, layer_.H, w); },
+        b, n, layer_.H,
+        [&](auto& acc, Index j)
+            FASTRNN_INLINE_LAMBDA { accumulate(acc, next_rows_ + j, layer_.H, w); },
         [&](Index j, Index unit, V d_operand) {
           finish_operand(p, p.deal.row(j), unit, d_operand);
         });
@@ -460,9 +503,10 @@ class Backward : Shape<Cell, S> {
 
   void initial_hidden(Index d, const Deal& deal, Index b, Index n) {
     const Group& g = group_[d];
-    const C* w = hidden_weights(d, b);
+    const Columns w = hidden_weights(d, b);
     product_tiles(
-        b, n, layer_.O, [&](auto& acc, Index j) { through_weights(acc, next_rows_ + j, w); },
+        b, n, layer_.O,
+        [&](auto& acc, Index j) FASTRNN_INLINE_LAMBDA { through_weights(acc, next_rows_ + j, w); },
         [&](Index j, Index unit, V product) {
           const Index i = deal.row(j);
           V dh = next_rows_[j] ? product : V(0);
@@ -478,6 +522,11 @@ class Backward : Shape<Cell, S> {
   void input_gradient(int thread, int threads) {
     const Range mine = split(steps_.pairs, thread, threads);
     for (Index b = 0; b < in_blocks_; ++b) {
+      Columns weight[2];
+      for (Index d = 0; d < layer_.directions; ++d)
+        weight[d] = columns(layer_.parameters[d].weight_ih,
+                            group_[d].weight_ih + b * gates * layer_.H * block_units,
+                            ceil_div(steps_.pairs, rows), b, layer_.I);
       PairWalk pair(steps_, mine.begin);
       in_blocks_of_rows<rows>(mine.end - mine.begin, [&](auto count, Index m) {
         constexpr int R = decltype(count)::value;
@@ -488,8 +537,8 @@ class Backward : Shape<Cell, S> {
             const C* plane[R];
             for (int r = 0; r < R; ++r)
               plane[r] = gates_row(d, mine.begin + m + r) + Cell::input_gradient[gate] * Hp_;
-            accumulate<R, wide>(acc, plane, layer_.H,
-                                group_[d].weight_ih + (b * gates + gate) * layer_.H * block_units);
+            accumulate<R, wide>(acc, plane, layer_.H, weight[d].at(gate * layer_.H),
+                                weight[d].stride);
           }
         const Sums<R, wide, C> sums(acc);
         for (int r = 0; r < R; ++r, pair.advance())
@@ -534,53 +583,201 @@ class Backward : Shape<Cell, S> {
   }
 
   // ---- the weights ------------------------------------------------------------------------------
+  //
+  // Each gradient is a product over the pairs of gate gradients (its rows) and of the operand of
+  // the matrix (its columns). The pairs run in blocks of kPairs: the threads pack the block's rows
+  // and columns together, meet, and then share the blocks of the results.
 
-  // What a weight's gradient is the product of: rows of gate gradients and rows of operands.
+  // One matrix of one direction.
   struct Product {
     const C* d_rows;  // [pairs][width], the plane of gate g at planes[g]·stride
     Index width, stride;
     const int* planes;
-    int first_gate, last_gate;
-    Index units;    // outputs of a gate
-    Index columns;  // of the weight
-    S* to;          // [gates·units, columns]
+    int first_gate, gates;  // of the matrix
+    Index units;            // rows of a gate
+    Index columns;
+    S* to;            // [.., columns]
+    Index rows_at;    // of packed_rows_, in groups; of a gate g at (planes[g]·groups)
+    Index panels_at;  // of panels_
+    C* sums;          // where storage is narrower than the sums: [gates·units, columns]
+
+    Index groups() const { return ceil_div(units, rows); }
+    Index panels() const { return ceil_div(columns, block_units); }
+    Index blocks() const { return to ? panels() * gates * groups() : 0; }
   };
+  enum { kInput, kHidden, kSecond, kProjection, kProducts };
 
   void parameter_gradients(Index d, int thread, int threads) {
     const Parameters& to = layer_.d_parameters[d];
-    const Group& g = group_[d];
-    const Index H = layer_.H;
-    Product p{g.d_gates, width_, Hp_, Cell::input_gradient, 0, gates, H, layer_.I, nullptr};
-    if ((p.to = static_cast<S*>(to.weight_ih.data)))
-      weight_gradient(p, thread, threads, [&](const PairWalk& pair, Index, Index column) {
-        return input_tile(pair, column);
+    Product products[kProducts];
+    describe_products(d, products);
+    Index all = 0;
+    for (const Product& p : products) all += p.blocks();
+    const Range mine = split(all, thread, threads);
+    for (Index n0 = 0; n0 < steps_.pairs && all > 0; n0 += kPairs) {
+      const Index count = least(kPairs, steps_.pairs - n0);
+      if (n0 > 0) layer_.barriers[0].wait(threads);  // the block before is done with
+      pack_rows(d, n0, count, thread, threads);
+      for (int which = 0; which < kProducts; ++which)
+        if (products[which].to) pack_panels(d, which, products[which], n0, count, thread, threads);
+      layer_.barriers[0].wait(threads);
+      each_block(products, mine, [&](const Product& p, Index panel, Index gate, Index group) {
+        add_block(p, panel, gate, group, count, n0 == 0);
       });
-    p.planes = Cell::hidden_gradient;
-    p.columns = layer_.O;
-    if ((p.to = static_cast<S*>(to.weight_hh.data))) {
-      p.last_gate = first;
-      weight_gradient(p, thread, threads, [&](const PairWalk& pair, Index, Index column) {
-        return hidden_tile(d, pair, column);
-      });
-      if constexpr (K::two_products) {
-        p.first_gate = first;
-        p.last_gate = gates;
-        weight_gradient(p, thread, threads, [&](const PairWalk&, Index n, Index column) {
-          return V::load(saved_plane(d, n, Cell::operand) + column);
-        });
-      }
     }
+    if (steps_.pairs == 0)
+      each_block(products, mine, [&](const Product& p, Index panel, Index gate, Index group) {
+        clear_block(p, panel, gate, group);
+      });
+    if constexpr (sizeof(S) != sizeof(C))
+      each_block(products, mine, [&](const Product& p, Index panel, Index gate, Index group) {
+        narrow_block(p, panel, gate, group);
+      });
     if (to.bias_ih.data) bias_gradient(d, Cell::input_gradient, to.bias_ih, thread, threads);
     if (to.bias_hh.data) bias_gradient(d, Cell::hidden_gradient, to.bias_hh, thread, threads);
-    if constexpr (Cell::projects) {
-      if (!to.weight_hr.data) return;
-      static constexpr int only[] = {0};
-      const Product projection{
-          g.d_proj, Op_, 0, only, 0, 1, layer_.O, H, static_cast<S*>(to.weight_hr.data)};
-      weight_gradient(projection, thread, threads, [&](const PairWalk&, Index n, Index column) {
-        return V::load(saved_plane(d, n, Cell::saved) + column);
-      });
+    if (d + 1 < layer_.directions) layer_.barriers[0].wait(threads);
+  }
+
+  void describe_products(Index d, Product (&products)[kProducts]) const {
+    const Parameters& to = layer_.d_parameters[d];
+    const Group& g = group_[d];
+    const Index H = layer_.H, I = layer_.I, O = layer_.O;
+    static constexpr int only[] = {0};
+    const Index gate_groups = Cell::gradients * ceil_div(H, rows);
+    const auto data = [](const Weight& w) { return static_cast<S*>(w.data); };
+    S* hidden = data(to.weight_hh);
+    S* second = K::two_products && hidden ? hidden + first * H * O : nullptr;
+    products[kInput] = {g.d_gates, width_, Hp_, Cell::input_gradient, 0,
+                        gates,     H,      I,   data(to.weight_ih),   0,
+                        0,         nullptr};
+    products[kHidden] = {g.d_gates, width_, Hp_,    Cell::hidden_gradient, 0, first, H, O, hidden,
+                         0,         0,      nullptr};
+    products[kSecond] = {g.d_gates, width_,
+                         Hp_,       Cell::hidden_gradient,
+                         first,     gates - first,
+                         H,         K::two_products ? H : 0,
+                         second,    0,
+                         0,         nullptr};
+    products[kProjection] = {g.d_proj,
+                             Op_,
+                             0,
+                             only,
+                             0,
+                             1,
+                             O,
+                             layer_.P ? H : 0,
+                             layer_.P ? data(to.weight_hr) : nullptr,
+                             gate_groups,
+                             0,
+                             nullptr};
+    Index panels = 0, sums = 0;
+    for (Product& p : products) {
+      p.panels_at = panels;
+      panels += p.panels();
+      p.sums = sums_ + sums;
+      sums += p.gates * p.units * p.columns;
     }
+  }
+
+  // body(product, panel, gate, group) for the blocks that lie in `mine`, panel after panel.
+  template <class Body>
+  FASTRNN_INLINE void each_block(const Product (&products)[kProducts], const Range& mine,
+                                 Body body) const {
+    Index at = 0;
+    for (const Product& p : products) {
+      const Index blocks = p.blocks(), per_panel = p.gates * p.groups();
+      const Index begin = mine.begin > at ? mine.begin - at : 0;
+      const Index end = least(mine.end - at, blocks);
+      for (Index block = begin; block < end; ++block)
+        body(p, block / per_panel, block % per_panel / p.groups(), block % p.groups());
+      at += blocks;
+    }
+  }
+
+  C* packed_group(const Product& p, Index gate, Index group) const {
+    const Index plane = p.planes[p.first_gate + gate];
+    return packed_rows_ + (p.rows_at + plane * p.groups() + group) * rows * kPairs;
+  }
+  C* panel(const Product& p, Index panel) const {
+    return panels_ + (p.panels_at + panel) * block_units * kPairs;
+  }
+
+  // The gates' gradients of `count` pairs, in groups of `rows` units, for each pair in a row.
+  void pack_rows(Index d, Index n0, Index count, int thread, int threads) {
+    const Group& g = group_[d];
+    const Index H = layer_.H, groups = ceil_div(H, rows);
+    const Range mine = split(groups, thread, threads);
+    for (int plane = 0; plane < Cell::gradients; ++plane)
+      pack_groups(packed_rows_ + plane * groups * rows * kPairs,
+                  g.d_gates + n0 * width_ + plane * Hp_, width_, H, mine, count);
+    if (layer_.P)
+      pack_groups(packed_rows_ + Cell::gradients * groups * rows * kPairs, g.d_proj + n0 * Op_, Op_,
+                  layer_.O, split(ceil_div(layer_.O, rows), thread, threads), count);
+  }
+
+  static void pack_groups(C* to, const C* from, Index width, Index units, const Range& groups,
+                          Index count) {
+    constexpr Index kRun = 16;  // pairs whose gradients stay in the cache for the next group
+    for (Index k0 = 0; k0 < count; k0 += kRun)
+      for (Index m = groups.begin; m < groups.end; ++m) {
+        const C* source = from + k0 * width + m * rows;
+        C* packed = to + (m * kPairs + k0) * rows;
+        const Index have = least(rows, units - m * rows), end = least(k0 + kRun, count);
+        for (Index k = k0; k < end; ++k, source += width, packed += rows) {
+          if (have == rows)
+            __builtin_memcpy(packed, source, rows * sizeof(C));
+          else
+            for (Index r = 0; r < rows; ++r) packed[r] = r < have ? source[r] : C(0);
+        }
+      }
+  }
+
+  // The operand's columns of `count` pairs, in blocks of columns, for each pair in a row.
+  void pack_panels(Index d, int which, const Product& p, Index n0, Index count, int thread,
+                   int threads) {
+    const Range mine = split(p.panels(), thread, threads);
+    if (mine.begin == mine.end) return;
+    PairWalk pair(steps_, n0);
+    for (Index k = 0; k < count; ++k, pair.advance()) {
+      const Operand row = operand(d, which, pair, n0 + k);
+      for (Index b = mine.begin; b < mine.end; ++b) {
+        C* to = panel(p, b) + k * block_units;
+        const Index column = b * block_units;
+        for (int v = 0; v < wide; ++v)
+          operand_tile(row, column + v * lanes, p.columns).store(to + v * lanes);
+      }
+    }
+  }
+
+  // A row of the operand: in storage with its stride, or in compute type; neither: zeros.
+  struct Operand {
+    const S* storage;
+    Index unit;
+    const C* compute;
+  };
+
+  Operand operand(Index d, int which, const PairWalk& pair, Index n) const {
+    if (which == kInput)
+      return {at<const S>(layer_.input, steps_, pair.t, pair.i), layer_.input.unit, nullptr};
+    if constexpr (K::two_products)
+      if (which == kSecond) return {nullptr, 1, saved_plane(d, n, Cell::operand)};
+    if (which == kProjection) return {nullptr, 1, saved_plane(d, n, Cell::saved)};
+    const Walk walk{steps_, d == 1};
+    if (walk.starts_fresh(pair.t, pair.i)) return {nullptr, 1, nullptr};
+    if (walk.first(pair.t, pair.i)) return {nullptr, 1, group_[d].initial + pair.i * Op_};
+    const S* h = at<const S>(layer_.output, steps_, walk.previous(pair.t), pair.i) + d * layer_.O;
+    return {h, 1, nullptr};
+  }
+
+  FASTRNN_INLINE static V operand_tile(const Operand& row, Index column, Index columns) {
+    const Index left = columns - column;
+    if (left <= 0 || (!row.storage && !row.compute)) return V(0);
+    if (row.compute) return load_units<C>(row.compute + column, left);
+    if (row.unit == 1) return load_units<C>(row.storage + column, left);
+    C lane[lanes] = {};
+    for (Index u = 0; u < least(lanes, left); ++u)
+      lane[u] = widen(row.storage[(column + u) * row.unit]);
+    return V::load(lane);
   }
 
   const C* saved_plane(Index d, Index n, int plane) const {
@@ -588,104 +785,51 @@ class Backward : Shape<Cell, S> {
            plane * Hp_;
   }
 
-  V input_tile(const PairWalk& pair, Index column) const {
-    const S* x = at<const S>(layer_.input, steps_, pair.t, pair.i);
-    if (layer_.input.unit == 1) return load_units<C>(x + column, layer_.I - column);
-    C lane[lanes] = {};
-    for (Index u = 0; u < least(lanes, layer_.I - column); ++u)
-      lane[u] = widen(x[(column + u) * layer_.input.unit]);
-    return V::load(lane);
+  // The rows of a block that the matrix has.
+  static Index rows_of(const Product& p, Index group) {
+    return least(rows, p.units - group * rows);
   }
 
-  V hidden_tile(Index d, const PairWalk& pair, Index column) const {
-    const Walk walk{steps_, d == 1};
-    if (walk.starts_fresh(pair.t, pair.i)) return V(0);
-    if (walk.first(pair.t, pair.i)) return V::load(group_[d].initial + pair.i * Op_ + column);
-    const S* h = at<const S>(layer_.output, steps_, walk.previous(pair.t), pair.i) + d * layer_.O;
-    return load_units<C>(h + column, layer_.O - column);
-  }
-
-  // dW[gate·units + u][column] = Σ_n d_rows[n][gate, u] · tile(n)[column] for the thread's rows.
-  template <class Tile>
-  void weight_gradient(const Product& p, int thread, int threads, Tile tile) {
-    const Index groups = groups_of(p.units);
-    const Range mine = split((p.last_gate - p.first_gate) * groups, thread, threads);
-    if (mine.begin == mine.end) return;
-    if (steps_.pairs == 0)
-      for (Index m = mine.begin; m < mine.end; ++m) clear_rows(p, m, groups, mine.begin);
-    for (Index n0 = 0; n0 < steps_.pairs; n0 += kPairs) {
-      const Index count = least(kPairs, steps_.pairs - n0);
-      for (Index m = mine.begin; m < mine.end; ++m) pack_rows(p, m, groups, n0, count, mine.begin);
-      for (Index column = 0; column < p.columns; column += block_units) {
-        pack_panel(p, n0, count, column, tile);
-        for (Index m = mine.begin; m < mine.end; ++m)
-          add_block(p, m, groups, mine.begin, count, column, n0 == 0);
-      }
-    }
-    if constexpr (sizeof(S) != sizeof(C))
-      for (Index m = mine.begin; m < mine.end; ++m)
-        for (Index r = 0; r < group_rows(p, m, groups); ++r) {
-          S* to = p.to + (weight_row(p, m, groups) + r) * p.columns;
-          scatter(to, sums(p, m, groups, mine.begin) + r * p.columns, p.columns);
-        }
-  }
-
-  // Where the sums of a group of rows grow: in the gradient itself, or in the thread's scratch
-  // where storage is narrower.
-  C* sums(const Product& p, Index m, Index groups, Index begin) const {
+  // Where the sums of a block's row grow: in the gradient itself, or in scratch where storage is
+  // narrower.
+  C* sums_row(const Product& p, Index gate, Index group, Index r) const {
+    const Index row = gate * p.units + group * rows + r;
     if constexpr (sizeof(S) == sizeof(C))
-      return p.to + weight_row(p, m, groups) * p.columns;
+      return p.to + row * p.columns;
     else
-      return sums_ + (m - begin) * rows * p.columns;
+      return p.sums + row * p.columns;
   }
 
-  Index weight_row(const Product& p, Index m, Index groups) const {
-    return (p.first_gate + m / groups) * p.units + m % groups * rows;
-  }
-  Index group_rows(const Product& p, Index m, Index groups) const {
-    return least(rows, p.units - m % groups * rows);
-  }
-
-  void clear_rows(const Product& p, Index m, Index groups, Index begin) {
-    C* to = sums(p, m, groups, begin);
-    for (Index e = 0; e < group_rows(p, m, groups) * p.columns; ++e) to[e] = C(0);
-  }
-
-  void pack_rows(const Product& p, Index m, Index groups, Index n0, Index count, Index begin) {
-    const int gate = p.first_gate + static_cast<int>(m / groups);
-    const C* from = p.d_rows + n0 * p.width + p.planes[gate] * p.stride + m % groups * rows;
-    C* to = packed_rows_ + (m - begin) * rows * kPairs;
-    const Index have = group_rows(p, m, groups);
-    for (Index k = 0; k < count; ++k, from += p.width)
-      for (Index r = 0; r < rows; ++r) *to++ = r < have ? from[r] : C(0);
-  }
-
-  template <class Tile>
-  void pack_panel(const Product& p, Index n0, Index count, Index column, Tile& tile) {
-    PairWalk pair(steps_, n0);
-    C* to = panel_;
-    for (Index k = 0; k < count; ++k, pair.advance())
-      for (int v = 0; v < wide; ++v, to += lanes) {
-        const Index c = column + v * lanes;
-        (c < p.columns ? tile(pair, n0 + k, c) : V(0)).store(to);
-      }
-  }
-
-  void add_block(const Product& p, Index m, Index groups, Index begin, Index count, Index column,
-                 bool start) {
+  void add_block(const Product& p, Index b, Index gate, Index group, Index count, bool start) {
     V acc[rows][wide];
     clear(acc);
-    accumulate_packed<rows, wide>(acc, packed_rows_ + (m - begin) * rows * kPairs, count, panel_);
+    accumulate_packed<rows, wide>(acc, packed_group(p, gate, group), count, panel(p, b));
+    const Index have = rows_of(p, group), column = b * block_units;
+    const bool whole = p.columns - column >= block_units;
     const Sums<rows, wide, C> block(acc);
-    const Index have = group_rows(p, m, groups);
     for (Index r = 0; r < rows && r < have; ++r) {
-      C* to = sums(p, m, groups, begin) + r * p.columns;
-      for (int v = 0; v < wide; ++v) {
-        const Index c = column + v * lanes;
-        if (c >= p.columns) break;
-        const V sum = start ? block.v[r][v] : load_units<C>(to + c, p.columns - c) + block.v[r][v];
-        store_units(sum, to + c, p.columns - c);
+      C* to = sums_row(p, gate, group, r) + column;
+      for (int v = 0; v < wide; ++v, to += lanes) {
+        const Index left = whole ? Index{lanes} : p.columns - column - v * lanes;
+        if (left <= 0) break;
+        store_units(start ? block.v[r][v] : load_units<C>(to, left) + block.v[r][v], to, left);
       }
+    }
+  }
+
+  void clear_block(const Product& p, Index b, Index gate, Index group) {
+    const Index column = b * block_units, count = least(block_units, p.columns - column);
+    for (Index r = 0; r < rows_of(p, group); ++r) {
+      C* to = sums_row(p, gate, group, r) + column;
+      for (Index u = 0; u < count; ++u) to[u] = C(0);
+    }
+  }
+
+  void narrow_block(const Product& p, Index b, Index gate, Index group) {
+    const Index column = b * block_units, count = least(block_units, p.columns - column);
+    for (Index r = 0; r < rows_of(p, group); ++r) {
+      const Index row = gate * p.units + group * rows + r;
+      scatter(p.to + row * p.columns + column, sums_row(p, gate, group, r) + column, count);
     }
   }
 
@@ -708,16 +852,13 @@ class Backward : Shape<Cell, S> {
 
   const Layer& layer_;
   const Steps& steps_;
-  const Index Hp_, Op_, width_, saved_width_, blocks_, out_blocks_, in_blocks_;
+  const Index Hp_, Op_, saved_width_, width_, blocks_, out_blocks_, in_blocks_;
   Group group_[2] = {};
   C *zeros_ = nullptr, *d_out_ = nullptr;
-  char* threads_ = nullptr;
+  C *packed_rows_ = nullptr, *panels_ = nullptr, *sums_ = nullptr;  // of the weights' gradients
+  const C** next_rows_of_all_ = nullptr;
   std::size_t used_ = 0;
-  // The thread's own.
-  const C** next_rows_ = nullptr;
-  C* packed_rows_ = nullptr;
-  C* panel_ = nullptr;
-  C* sums_ = nullptr;
+  const C** next_rows_ = nullptr;  // the thread's own
 };
 
 }  // namespace fastrnn::FASTRNN_ISA

@@ -4,7 +4,8 @@
 //
 // It is vectorised over outputs and sequential over k, so a result's bits depend on neither the
 // number of rows beside it nor the number of threads. Row counts below R run the same code with
-// fewer rows. The weights come packed, N vectors for each k, so that they stream.
+// fewer rows. The weights of one k are N vectors in a row; those of the next lie `stride` further:
+// packed, so that they stream, or where they are, where they serve too few rows to repay packing.
 #pragma once
 
 #include "simd.h"
@@ -25,21 +26,28 @@ constexpr int rows_per_block(int vectors) {
   return FASTRNN_REGISTERS == 32 ? 24 / vectors : 12 / vectors;
 }
 
-// body(Int<R>{}, first) over `rows` rows in blocks of MaxRows and one smaller block.
+// body(Int<R>{}, first) over `rows` rows in as few blocks as there can be of at most MaxRows, all
+// of them about as large: a block of one or two rows would wait for the weights alone.
 template <int MaxRows, class Body>
-FASTRNN_INLINE void tail_of_rows(Index rows, Index first, Body& body) {
+FASTRNN_INLINE void block_of_rows(Index rows, Index first, Body& body) {
   if constexpr (MaxRows > 0) {
     if (rows == MaxRows)
       body(Int<MaxRows>{}, first);
     else
-      tail_of_rows<MaxRows - 1>(rows, first, body);
+      block_of_rows<MaxRows - 1>(rows, first, body);
   }
 }
 template <int MaxRows, class Body>
 FASTRNN_INLINE void in_blocks_of_rows(Index rows, Body body) {
   Index first = 0;
-  for (; first + MaxRows <= rows; first += MaxRows) body(Int<MaxRows>{}, first);
-  tail_of_rows<MaxRows - 1>(rows - first, first, body);
+  for (; rows - first >= 2 * MaxRows || rows - first == MaxRows; first += MaxRows)
+    body(Int<MaxRows>{}, first);
+  if (rows - first > MaxRows) {
+    const Index half = (rows - first + 1) / 2;
+    block_of_rows<MaxRows>(half, first, body);
+    first += half;
+  }
+  block_of_rows<MaxRows>(rows - first, first, body);
 }
 
 template <int R, int N, class C>
@@ -65,12 +73,13 @@ struct Sums {
 
 // a(r, k) = rows[r][k].
 template <int R, int N, class C>
-FASTRNN_INLINE void accumulate(Vec<C> (&acc)[R][N], const C* const* rows, Index K, const C* w) {
+FASTRNN_INLINE void accumulate(Vec<C> (&acc)[R][N], const C* const* rows, Index K, const C* w,
+                               Index stride = N * Vec<C>::lanes) {
   using V = Vec<C>;
   const C* a[R];
 #pragma GCC unroll 24
   for (int r = 0; r < R; ++r) a[r] = rows[r];
-  for (Index k = 0; k < K; ++k, w += N * V::lanes) {
+  for (Index k = 0; k < K; ++k, w += stride) {
     V weight[N];
 #pragma GCC unroll 24
     for (int n = 0; n < N; ++n) weight[n] = V::load(w + n * V::lanes);

@@ -36,6 +36,7 @@ struct Layer {
   void* c_n = nullptr;                     // [D, B, H], storage
   void* gates = nullptr;                   // [D, pairs, planes·Hp], compute type; null: not kept
   std::int64_t gates_group = 0;            // elements between directions of `gates`
+  bool consume_gates = false;              // the gradients of the gates take their place
 
   Sequence d_output;                   // storage; absent for a layer below the last
   Sequence d_hidden;                   // storage; absent: zeros

@@ -20,6 +20,8 @@
 
 // What a kernel does once per tile is one function, not a copy in each of its variants.
 #define FASTRNN_NOINLINE __attribute__((noinline))
+// What a lambda does with accumulators must be inlined, or these go through memory.
+#define FASTRNN_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace fastrnn::FASTRNN_ISA {
 

@@ -146,8 +146,6 @@ def backward(
     lengths: _Array | None,
     reset: _Array | None,
     hidden: _Array,
-    h_n: _Array,
-    c_n: _Array | None,
     cell: _Array | None,
     gates: _Array,
     d_output: _Array | None,
@@ -159,10 +157,13 @@ def backward(
     d_h0: _Array | None,
     d_c0: _Array | None,
     d_weights: Sequence[_Array | None] | None,
+    consume_gates: bool = False,
     threads: int = 0,
     workspace: _Array | None = None,
 ) -> None:
     """Gradients of what `forward` computed, written where an array is given for them.
+
+    With `consume_gates` they take the place of `gates`, which is then of no further use.
 
     Raises TypeError or ValueError, naming the argument, for what does not fit.
     """

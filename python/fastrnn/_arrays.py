@@ -128,8 +128,6 @@ def backward(
         given.lengths,
         given.reset,
         hidden,
-        h_n,
-        c_n,
         cell,
         gates,
         d_output,

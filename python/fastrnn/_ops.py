@@ -49,8 +49,8 @@ _library.define(
 )
 _library.define(
     f"backward(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, {_STEPS}, Tensor hidden, "
-    "Tensor h_n, Tensor c_n, Tensor cell_state, Tensor gates, Tensor? d_output, Tensor? d_hidden, "
-    f"Tensor? d_cell, Tensor? d_h_n, Tensor? d_c_n, {_OPTIONS}, bool[] needs) -> Tensor[]"
+    "Tensor cell_state, Tensor gates, Tensor? d_output, Tensor? d_hidden, Tensor? d_cell, "
+    f"Tensor? d_h_n, Tensor? d_c_n, {_OPTIONS}, bool[] needs) -> Tensor[]"
 )
 
 
@@ -142,8 +142,8 @@ def _run_forward(
         c_n,
         cell,
         gates,
-        all_layers=states or save,
-        threads=torch.get_num_threads(),
+        states or save,
+        torch.get_num_threads(),
     )
     return hidden, h_n, c_n, cell, gates
 
@@ -203,8 +203,6 @@ def _run_backward(
     lengths: Tensor | None,
     reset: Tensor | None,
     hidden: Tensor,
-    h_n: Tensor,
-    c_n: Tensor | None,
     cell: Tensor | None,
     gates: Tensor,
     d_output: Tensor | None,
@@ -213,6 +211,7 @@ def _run_backward(
     d_h_n: Tensor | None,
     d_c_n: Tensor | None,
     *rest: Any,
+    consume_gates: bool = False,
 ) -> list[Tensor | None]:
     """Allocate the gradients that are wanted, None for the others, and call the engine."""
     *options, needs = rest
@@ -222,7 +221,6 @@ def _run_backward(
     ]
     d_input, d_h0, d_c0, *d_weights = gradients
     engine = engine_options(*options)
-    two = engine.states == 2
     _C.backward(
         engine,
         input,
@@ -233,9 +231,7 @@ def _run_backward(
         lengths,
         reset,
         hidden,
-        h_n,
-        c_n if two else None,
-        cell if two else None,
+        cell if engine.states == 2 else None,
         gates,
         d_output,
         d_hidden,
@@ -246,7 +242,8 @@ def _run_backward(
         d_h0,
         d_c0,
         d_weights if any(needs[3:]) else None,
-        threads=torch.get_num_threads(),
+        consume_gates,
+        torch.get_num_threads(),
     )
     return gradients
 
@@ -277,7 +274,7 @@ def forward(*arguments: Any) -> ForwardOutputs:
         outputs = forward_op(*arguments)
     else:
         save = arguments[-1]
-        outputs = _apply(*arguments) if save else _run_forward(*arguments)
+        outputs = _apply(*arguments, keep_gates=False) if save else _run_forward(*arguments)
     return outputs
 
 
@@ -309,6 +306,7 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        keep_gates: bool,  # backward leaves the output `gates` as it is
         options: Scalars,
         states: bool,
         save: bool,
@@ -332,39 +330,49 @@ class _Recurrence(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         empty = [x for x in (c_n, cell) if x is not None and x.dim() == 1]
         ctx.mark_non_differentiable(*empty, *(() if gates is None else (gates,)))
-        saved: tuple[Tensor | None, ...] = (None,) * 5
-        if save:
-            # The user may change a final state in place, say to start some rows anew; backward
-            # keeps its own.
-            saved = (hidden, h_n.clone(), c_n if c_n is None else c_n.clone(), cell, gates)
+        saved = (hidden, cell, gates) if save else (None,) * 3
+        ctx.keep_gates = keep_gates
+        ctx.fresh = save  # `gates` is as forward left it
         ctx.save_for_backward(batch_sizes, lengths, reset, input, h0, c0, *saved, *weights)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         batch_sizes, lengths, reset, input, h0, c0, *rest = ctx.saved_tensors
-        saved, weights = rest[:5], rest[5:]
-        needs = ctx.needs_input_grad[6:]
+        saved, weights = rest[:3], rest[3:]
+        needs = ctx.needs_input_grad[7:]
         if all(d is None for d in gradients):
-            return (None,) * (6 + len(needs))
+            return (None,) * (7 + len(needs))
         arguments = (input, h0, c0, weights, batch_sizes, lengths, reset)
         found: Sequence[Tensor | None]
         if torch.is_grad_enabled():  # create_graph=True
             found = _composed_gradients(arguments, ctx.options, gradients, needs)
         else:
-            if saved[0] is None:
-                saved = forward(*arguments, *ctx.options, False, True)
+            # The gradients of the gates take the place of the gates, where nobody else has these.
+            # A second backward (retain_graph=True) runs forward again; `pop` gives them away once.
+            fresh = ctx.fresh if ctx.keep_gates else ctx.__dict__.pop("fresh", False)
+            if not fresh:
+                hidden, _, _, cell, gates = forward(*arguments, *ctx.options, False, True)
+                saved = (hidden, cell, gates)
             d_hidden, d_h_n, d_c_n, d_cell, _ = gradients
             d_output = None
             if d_hidden is not None and d_hidden.shape[0] == 1:  # the last layer's alone
                 d_output, d_hidden = d_hidden[0], None
             d_states = (d_output, d_hidden, d_cell, d_h_n, d_c_n)
             if _nothing_listens((*arguments[:3], *weights, *d_states)):
-                run: Any = _run_backward
+                found = _run_backward(
+                    *arguments,
+                    *saved,
+                    *d_states,
+                    *ctx.options,
+                    needs,
+                    consume_gates=not (fresh and ctx.keep_gates),
+                )
             else:
-                run, saved = backward_op, _whole(saved, input)
-            found = run(*arguments, *saved, *d_states, *ctx.options, needs)
-        return (*(None,) * 6, *(d if need else None for d, need in zip(found, needs, strict=True)))
+                hidden, cell, gates = saved
+                cell = input.new_empty(0) if cell is None else cell
+                found = backward_op(*arguments, hidden, cell, gates, *d_states, *ctx.options, needs)
+        return (*(None,) * 7, *(d if need else None for d, need in zip(found, needs, strict=True)))
 
 
 def _apply(
@@ -376,14 +384,15 @@ def _apply(
     lengths: Tensor | None,
     reset: Tensor | None,
     *rest: Any,
+    keep_gates: bool,
 ) -> Any:
     return _Recurrence.apply(  # type: ignore[no-untyped-call]
-        rest[:-2], *rest[-2:], batch_sizes, lengths, reset, input, h0, c0, *weights
+        keep_gates, rest[:-2], *rest[-2:], batch_sizes, lengths, reset, input, h0, c0, *weights
     )
 
 
 def _forward_autograd(input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _whole(_apply(input, *rest), input)
+    return _whole(_apply(input, *rest, keep_gates=True), input)
 
 
 def _composed_gradients(
