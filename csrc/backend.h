@@ -1,4 +1,4 @@
-// What a device provides: three functions over one Problem. csrc/bind/ picks the table by the
+// What a device provides: functions over one Problem. csrc/bind/ picks the table by the
 // device of the arrays; csrc/cpu/ and cuda/ each define one and never see each other.
 #pragma once
 
@@ -13,6 +13,11 @@ enum class Pass { forward, backward };
 struct Backend {
   // Bytes of scratch the pass needs. Reads sizes, options, pointers for presence only.
   std::size_t (*workspace_size)(const Problem&, Pass);
+  // Bytes that the stack's parameters take in the order in which the device's kernels read them,
+  // and their packing, which forward then need not do (`Problem::packed`). Both read options,
+  // dtype, I, H and, for pack, parameters and threads; the result serves any T and B.
+  std::size_t (*packed_size)(const Problem&);
+  void (*pack)(const Problem&, void* to);  // 64-byte aligned
   void (*forward)(const Problem&);
   void (*backward)(const Problem&);
 };

@@ -97,6 +97,8 @@ struct Problem {
   Sequence input;                          // [T, B, I] or packed [N, I]
   State h0, c0;                            // [L·D, B, O], [L·D, B, H]; absent: zeros
   const Parameters* parameters = nullptr;  // [L·D]
+  // Forward: the parameters as Backend::pack left them. Null: this call packs them for itself.
+  const void* packed = nullptr;
 
   // ---- forward: written; backward: read. All contiguous -------------------------------------
   bool all_layers = false;  // hidden holds every layer, else the last alone

@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
-#include <new>
 #include <string>
 #include <utility>
 #include <vector>
@@ -15,13 +14,12 @@
 #include "argument.h"
 #include "backend.h"
 #include "dtype.h"
+#include "memory.h"
 #include "options.h"
+#include "pack_cache.h"
 
 #ifdef _OPENMP
 #include <omp.h>
-#endif
-#if defined(__linux__)
-#include <sys/mman.h>
 #endif
 
 namespace fastrnn::bind {
@@ -48,63 +46,6 @@ DType storage_of(const Array& input) {
   throw py::type_error("input: expected dtype float32, float64, bfloat16 or float16, got " +
                        type_name(input.dtype()));
 }
-
-// Asks for large pages where there are whole ones in the memory: the first touch of fresh memory,
-// page by page of 4 KiB, costs as much as the arithmetic done in it.
-void prefer_large_pages(void* data, std::size_t bytes) {
-#if defined(__linux__)
-  constexpr std::uintptr_t kPage = std::uintptr_t{2} << 20;
-  const auto begin = (reinterpret_cast<std::uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const auto end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  static_cast<void>(data);
-  static_cast<void>(bytes);
-#endif
-}
-
-// 64-byte aligned host memory for the length of a call. A thread keeps its last for its next call,
-// up to kKept bytes: fresh pages cost more than the work of a small call.
-class Scratch {
- public:
-  explicit Scratch(std::size_t bytes) : memory_(std::exchange(kept_, Memory{})) {
-    if (memory_.bytes() >= bytes) return;
-    memory_ = Memory();  // given back before the larger piece is asked for
-    memory_ = Memory(bytes);
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() {
-    if (memory_.bytes() <= kKept) kept_ = std::move(memory_);
-  }
-  void* data() const { return memory_.data(); }
-
- private:
-  static constexpr std::size_t kKept = std::size_t{64} << 20;
-
-  class Memory {
-   public:
-    Memory() = default;
-    explicit Memory(std::size_t bytes)
-        : data_(::operator new(bytes, std::align_val_t{64})), bytes_(bytes) {
-      prefer_large_pages(data(), bytes);
-    }
-    std::size_t bytes() const { return bytes_; }
-    void* data() const { return data_.get(); }
-
-   private:
-    struct Free {
-      void operator()(void* data) const { ::operator delete(data, std::align_val_t{64}); }
-    };
-    std::unique_ptr<void, Free> data_;
-    std::size_t bytes_ = 0;
-  };
-
-  static thread_local Memory kept_;
-  Memory memory_;
-};
-
-thread_local Scratch::Memory Scratch::kept_;
 
 // A flat list of parameters, each held: another thread may change the list while the engine runs.
 class List {
@@ -141,6 +82,8 @@ class Call {
   // In this order: each sets sizes that the next one checks against.
   void set_input(py::handle input, py::handle batch_sizes);
   void set_weights(py::handle weights);
+  // The weights packed, where the cache has or makes them.
+  void use_cache(py::handle weights, PackCache& cache);
   void set_rows(py::handle lengths, py::handle reset);
   void set_states(py::handle h0, py::handle c0);
   void set_finals(py::handle h_n, py::handle c_n);
@@ -190,6 +133,8 @@ class Call {
   dlpack::DataType storage_{}, compute_{};
   std::vector<std::int64_t> row_counts_;  // lengths or batch_sizes, of which there is one at most
   std::vector<Parameters> parameters_, d_parameters_;
+  std::vector<Array> weights_;
+  std::shared_ptr<const Memory> packed_;
   Owners owners_;
 };
 
@@ -251,7 +196,10 @@ Parameters Call::parameters(const List& list, const char* argument, std::int64_t
     if (written && list[i].is_none()) return {};
     const Array a = array(list[i], {argument, i, parameter, layer, group % D_ == 1});
     a.expect_shape(shape).expect_dtype(storage_);
-    if (written) a.expect_writable().expect_contiguous();
+    if (written)
+      a.expect_writable().expect_contiguous();
+    else
+      weights_.push_back(a);
     return weight_of(a);
   };
   Parameters group_parameters;
@@ -287,6 +235,14 @@ void Call::set_weights(py::handle weights) {
   for (std::int64_t group = 0; group < groups; ++group)
     parameters_.push_back(parameters(list, "weights", group, false));
   problem_.parameters = parameters_.data();
+}
+
+void Call::use_cache(py::handle weights, PackCache& cache) {
+  const List list(weights, "weights");
+  std::vector<py::handle> objects;
+  for (std::int64_t i = 0; i < list.size(); ++i) objects.push_back(list[i]);
+  packed_ = cache.find(problem_, objects.data(), weights_);
+  if (packed_) problem_.packed = packed_->data();
 }
 
 void Call::set_rows(py::handle lengths, py::handle reset) {
@@ -449,7 +405,7 @@ using Arg = py::handle;
 
 void forward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg weights, Arg batch_sizes,
              Arg lengths, Arg reset, Arg hidden, Arg h_n, Arg c_n, Arg cell, Arg gates,
-             bool all_layers, int threads, Arg workspace) {
+             bool all_layers, int threads, Arg workspace, PackCache* cache) {
   Call call(options, threads);
   call.set_input(input, batch_sizes);
   call.set_weights(weights);
@@ -457,6 +413,7 @@ void forward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg weigh
   call.set_states(h0, c0);
   call.set_finals(h_n, c_n);
   call.set_results(hidden, cell, gates, all_layers, true);
+  if (cache != nullptr) call.use_cache(weights, *cache);
   call.run(Pass::forward, workspace);
 }
 
@@ -494,7 +451,7 @@ void register_call(py::module_& module) {
   module.def("forward", forward, arg("options"), arg("input"), arg("h0"), arg("c0"), arg("weights"),
              arg("batch_sizes"), arg("lengths"), arg("reset"), arg("hidden"), arg("h_n"),
              arg("c_n"), arg("cell"), arg("gates"), arg("all_layers"), arg("threads") = 0,
-             arg("workspace") = py::none());
+             arg("workspace") = py::none(), arg("cache") = py::none());
   module.def("backward", backward, arg("options"), arg("input"), arg("h0"), arg("c0"),
              arg("weights"), arg("batch_sizes"), arg("lengths"), arg("reset"), arg("hidden"),
              arg("cell"), arg("gates"), arg("d_output"), arg("d_hidden"), arg("d_cell"),

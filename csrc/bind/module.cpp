@@ -2,14 +2,18 @@
 #include <pybind11/pybind11.h>
 
 #include "call.h"
+#include "infer.h"
 #include "info.h"
 #include "options.h"
+#include "pack_cache.h"
 #include "tensor.h"
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "The engine, low level: arrays in and out, nothing allocated, everything checked.";
   fastrnn::bind::register_tensor(module);
   fastrnn::bind::register_options(module);
+  fastrnn::bind::register_pack_cache(module);
   fastrnn::bind::register_call(module);
+  fastrnn::bind::register_infer(module);
   fastrnn::bind::register_info(module);
 }

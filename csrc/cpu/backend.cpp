@@ -2,6 +2,7 @@
 // layer, each one parallel region.
 #include "../backend.h"
 
+#include <cmath>
 #include <cstdlib>
 #include <new>
 #include <stdexcept>
@@ -130,33 +131,61 @@ struct Stack {
   std::int64_t inputs(std::int64_t layer) const { return layer ? p.options.directions * O : p.I; }
 };
 
-// How a team divides a layer: see Plan. One thread where the work would not repay waking the
-// others.
+// ---- how a team divides a layer -----------------------------------------------------------------
+//
+// By estimate, in nanoseconds of a core that adds two vectors of products a clock: good for
+// choosing between ways whose times differ by much.
+
+constexpr double kClock = 3.5;           // clocks a nanosecond
+constexpr double kInner = 150;           // bytes a nanosecond that a core reads from its own cache
+constexpr double kOuter = 80;            // and from the one it shares
+constexpr double kInnerBytes = 1 << 20;  // size of a core's own cache
+constexpr double kCell = 1.5;            // nanoseconds of a hidden unit's cell
+constexpr double kBarrier = 500;         // a meeting of the team
+constexpr double kRegion = 3000;         // waking it
+
+// The product of `rows` rows and `weights` weights, block of rows after block of rows. The first
+// brings the weights from where they are, the others find them near.
+double product_time(const Stack& s, double rows, double weights) {
+  const double rate = 2 * kClock * s.kernels.lanes;  // products a nanosecond
+  const double bytes = weights * static_cast<double>(s.compute);
+  const double blocks = std::ceil(rows / s.kernels.rows_per_block);
+  const double block = weights * rows / blocks / rate;
+  const double home = bytes / (bytes <= kInnerBytes ? kInner : kOuter);
+  return std::max(block, home) + (blocks - 1) * std::max(block, bytes / kInner);
+}
+
+// A whole layer in one direction: `rows` and `columns` threads share its rows and its hidden units.
+double layer_time(const Stack& s, int rows, int columns) {
+  const Problem& p = s.p;
+  const double T = static_cast<double>(p.T), G = s.cell.traits.gates;
+  const double H = static_cast<double>(p.H), O = static_cast<double>(s.O);
+  const double mine = std::ceil(static_cast<double>(p.B) / rows), threads = rows * columns;
+  const double project = product_time(s, std::ceil(static_cast<double>(s.pairs) / rows),
+                                   G * H * static_cast<double>(p.I) / columns);
+  const double cells = static_cast<double>(s.pairs) * H * kCell / threads;
+  double step = product_time(s, mine, G * H * O / columns);
+  if (columns > 1) step += kBarrier;
+  return project + cells + T * step + (threads > 1 ? kRegion : 0);
+}
+
 Plan make_plan(const Stack& s) {
   const Problem& p = s.p;
-  Plan plan;
-  constexpr double kRegionWork = 1 << 21;   // products worth a parallel region
-  constexpr double kBarrierWork = 1 << 19;  // products of a step worth its barrier
-  const double step = static_cast<double>(s.cell.traits.gates) * p.H * s.O;
-  const double all =
-      static_cast<double>(s.pairs) * s.cell.traits.gates * p.H * (p.I + s.O) * p.options.directions;
-  int left = all < kRegionWork ? 1 : p.threads;
-  if (left <= 1) return plan;
-  plan.threads = left;
-  if (p.options.directions == 2) {
-    plan.direction_threads = 2;
-    left /= 2;
-  }
-  const std::int64_t row_hands = p.B / s.kernels.rows_per_block;
-  if (row_hands >= left) {
-    plan.row_threads = left;
-    return plan;
-  }
-  const std::int64_t blocks = (p.H + s.kernels.units_per_block - 1) / s.kernels.units_per_block;
-  if (step * static_cast<double>(p.B) >= kBarrierWork)
-    plan.column_threads = static_cast<int>(std::min<std::int64_t>(left, blocks));
-  if (plan.direction_threads * plan.column_threads == 1) plan.threads = 1;
-  return plan;
+  Plan best;
+  const int directions = static_cast<int>(p.options.directions);
+  const auto blocks =
+      static_cast<int>((p.H + s.kernels.units_per_block - 1) / s.kernels.units_per_block);
+  double least = directions * layer_time(s, 1, 1);
+  for (int apart = 1; apart <= std::min(directions, p.threads); ++apart)
+    for (int rows = 1; rows <= std::min<std::int64_t>(p.threads / apart, p.B); ++rows) {
+      const int columns = std::min(p.threads / apart / rows, blocks);
+      const double time = layer_time(s, rows, columns) * (directions / apart) +
+                          (apart > 1 && rows * columns == 1 ? kRegion : 0);
+      if (time >= least) continue;
+      least = time;
+      best = {apart * rows * columns, apart, rows, columns};
+    }
+  return best;
 }
 
 Sequence normal(const Stack& s, Sequence a) {
@@ -169,20 +198,36 @@ Sequence contiguous(const Stack& s, void* data, std::int64_t width) {
   return normal(s, Sequence{data, s.p.B * width, width, 1});
 }
 
-Layer describe(const Stack& s, std::int64_t l) {
+// What a layer's packing depends on: sizes and parameters, no data.
+Layer describe_weights(const Stack& s, std::int64_t l) {
   const Problem& p = s.p;
-  const std::int64_t D = p.options.directions, g = l * D;
   Layer layer;
-  layer.maths = p.options.maths;
   layer.steps = &s.steps;
-  layer.directions = D;
+  layer.directions = p.options.directions;
   layer.I = s.inputs(l);
   layer.H = p.H;
   layer.P = p.options.proj_size;
   layer.O = s.O;
+  layer.parameters = p.parameters ? p.parameters + l * p.options.directions : nullptr;
+  return layer;
+}
+
+// Bytes of the packed weights of the layers before `l`; those from the second on are of one size.
+std::int64_t packed_before(const Stack& s, std::int64_t l) {
+  if (l == 0) return 0;
+  const std::size_t first = s.kernels.packed_size(describe_weights(s, 0));
+  if (l == 1) return static_cast<std::int64_t>(first);
+  const std::size_t later = s.kernels.packed_size(describe_weights(s, 1));
+  return static_cast<std::int64_t>(first) + (l - 1) * static_cast<std::int64_t>(later);
+}
+
+Layer describe(const Stack& s, std::int64_t l) {
+  const Problem& p = s.p;
+  const std::int64_t D = p.options.directions, g = l * D;
+  Layer layer = describe_weights(s, l);
+  layer.maths = p.options.maths;
   layer.plan = s.plan;
   layer.single = s.single;
-  layer.parameters = p.parameters ? p.parameters + g : nullptr;
   layer.h0 = p.h0;
   layer.h0.data = shifted(p.h0.data, g * p.h0.group, s.storage);
   layer.c0 = p.c0;
@@ -199,6 +244,8 @@ Layer describe(const Stack& s, std::int64_t l) {
     layer.input =
         contiguous(s, shifted(p.hidden, (l - 1) * s.saved_pairs * D * s.O, s.storage), D * s.O);
   }
+  layer.packed = const_cast<void*>(p.packed);  // only read by forward
+  if (layer.packed && l > 0) layer.packed = shifted(layer.packed, packed_before(s, l), 1);
   layer.output = contiguous(
       s, shifted(p.hidden, p.all_layers ? l * s.saved_pairs * D * s.O : 0, s.storage), D * s.O);
   return layer;
@@ -316,6 +363,23 @@ void run_layer(const Layer& layer, void (*run)(const Layer&, int, int)) {
       &task);
 }
 
+std::size_t packed_size(const Problem& p) {
+  const Stack s(p, Pass::forward);
+  return static_cast<std::size_t>(packed_before(s, p.options.layers));
+}
+
+void pack(const Problem& p, void* to) {
+  const Stack s(p, Pass::forward);
+  constexpr std::int64_t kRegionWeights = 1 << 18;  // weights worth a parallel region
+  const std::int64_t weights = s.cell.traits.gates * p.H * (p.I + s.O);
+  for (std::int64_t l = 0; l < p.options.layers; ++l) {
+    Layer layer = describe_weights(s, l);
+    layer.packed = shifted(to, packed_before(s, l), 1);
+    layer.plan.threads = weights < kRegionWeights ? 1 : p.threads;
+    run_layer(layer, s.kernels.pack);
+  }
+}
+
 void forward(const Problem& p) {
   Stack s = prepare(p, Pass::forward);
   const Workspace w = lay_out(s, p.workspace);
@@ -371,7 +435,7 @@ void backward(const Problem& p) {
 }  // namespace
 
 const Backend& cpu_backend() {
-  static constexpr Backend backend{workspace_size, forward, backward};
+  static constexpr Backend backend{workspace_size, packed_size, pack, forward, backward};
   return backend;
 }
 

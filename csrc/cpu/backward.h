@@ -305,17 +305,14 @@ class Backward : Shape<Cell, S> {
 
   FASTRNN_INLINE V output_gradient(const Position& p, Index i, Index n, Index unit) const {
     const Index row = (n * layer_.directions + p.d) * layer_.O, left = layer_.O - unit;
-    if constexpr (sizeof(S) == sizeof(C)) {
-      if (!layer_.d_hidden.data && !layer_.d_above) {
-        if (!layer_.d_output.data) return V(0);
-        if (layer_.d_output.unit == 1)
-          return load_units<C>(at<const S>(layer_.d_output, steps_, p.t, i) + p.d * layer_.O + unit,
-                               left);
-      }
-    }
-    if (layer_.d_above && !layer_.d_hidden.data)
+    if (d_out_) return V::load(d_out_ + row + unit);
+    if (layer_.d_above)
       return load_units<C>(static_cast<const C*>(layer_.d_above) + row + unit, left);
-    return V::load(d_out_ + row + unit);
+    if constexpr (sizeof(S) == sizeof(C))
+      if (layer_.d_output.data)
+        return load_units<C>(at<const S>(layer_.d_output, steps_, p.t, i) + p.d * layer_.O + unit,
+                             left);
+    return V(0);
   }
 
   // One block of outputs, those below `limit`, for the thread's n rows: sum(acc, j) adds the

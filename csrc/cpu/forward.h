@@ -118,6 +118,91 @@ struct Shape {
   static constexpr int wide_rows = rows_per_block(wide);
 };
 
+// The weights of a layer in the order in which forward reads them, and their packing.
+template <class Cell, class S>
+class Packing : Shape<Cell, S> {
+  using K = Shape<Cell, S>;
+  using K::lanes, K::gates, K::tiles, K::vectors, K::units, K::first, K::wide;
+  using typename K::C;
+
+ public:
+  struct Group {
+    C *weight_ih, *weight_hh;
+    C* second;  // of a second product of a step: W_hn, or W_hr
+    C *bias_x, *bias_h;
+  };
+
+  // Lays the weights out from `base`; from nothing, only measures them.
+  Packing(const Layer& layer, void* base)
+      : layer_(layer),
+        blocks_(ceil_div(layer.H, units)),
+        out_blocks_(ceil_div(layer.O, wide * lanes)) {
+    Arena arena(base);
+    for (Index d = 0; d < layer.directions; ++d) {
+      Group& g = group_[d];
+      g.weight_ih = arena.take<C>(blocks_ * layer.I * vectors * lanes);
+      g.weight_hh = arena.take<C>(blocks_ * layer.O * first * tiles * lanes);
+      g.second = layer.P ? arena.take<C>(out_blocks_ * layer.H * wide * lanes)
+                 : K::two_products
+                     ? arena.take<C>(blocks_ * layer.H * (gates - first) * tiles * lanes)
+                     : nullptr;
+      g.bias_x = arena.take<C>(blocks_ * vectors * lanes);
+      g.bias_h = arena.take<C>(blocks_ * vectors * lanes);
+    }
+    used_ = arena.used();
+  }
+
+  std::size_t used() const { return used_; }
+  const Group& group(Index d) const { return group_[d]; }
+
+  void run(int thread, int threads) const {
+    for (Index d = 0; d < layer_.directions; ++d) {
+      const Range blocks = split(blocks_, thread, threads);
+      for (Index b = blocks.begin; b < blocks.end; ++b) pack_block(d, b);
+      const Range outs = split(layer_.P ? out_blocks_ : 0, thread, threads);
+      for (Index b = outs.begin; b < outs.end; ++b) pack_projection(d, b);
+    }
+  }
+
+ private:
+  void pack_block(Index d, Index b) const {
+    const Parameters& p = layer_.parameters[d];
+    const Group& g = group_[d];
+    const Index H = layer_.H, I = layer_.I, O = layer_.O, unit = b * units;
+    pack_gates<C, S>(g.weight_ih + b * I * vectors * lanes, p.weight_ih, H, I, 0, gates, tiles,
+                     unit);
+    pack_gates<C, S>(g.weight_hh + b * O * first * tiles * lanes, p.weight_hh, H, O, 0, first,
+                     tiles, unit);
+    if constexpr (K::two_products)
+      pack_gates<C, S>(g.second + b * H * (gates - first) * tiles * lanes, p.weight_hh, H, H, first,
+                       gates - first, tiles, unit);
+    for (Index v = 0; v < vectors; ++v)
+      for (Index lane = 0; lane < lanes; ++lane) {
+        const Index gate = v % gates, u = unit + v / gates * lanes + lane;
+        const Index to = (b * vectors + v) * lanes + lane;
+        const C input = bias(p.bias_ih, gate, u), hidden = bias(p.bias_hh, gate, u);
+        g.bias_x[to] = Cell::separate[gate] ? input : input + hidden;
+        g.bias_h[to] = hidden;
+      }
+  }
+
+  C bias(const Weight& w, Index gate, Index u) const {
+    if (!w.data || u >= layer_.H) return C(0);
+    return widen(static_cast<const S*>(w.data)[(gate * layer_.H + u) * w.unit]);
+  }
+
+  // W_hr [P, H] as outputs P over k = H: its rows are the units, so it packs as one gate.
+  void pack_projection(Index d, Index b) const {
+    pack_gates<C, S>(group_[d].second + b * layer_.H * wide * lanes, layer_.parameters[d].weight_hr,
+                     layer_.O, layer_.H, 0, 1, wide, b * wide * lanes);
+  }
+
+  const Layer& layer_;
+  const Index blocks_, out_blocks_;
+  Group group_[2] = {};
+  std::size_t used_ = 0;
+};
+
 template <class Cell, class S>
 class Forward : Shape<Cell, S> {
   using K = Shape<Cell, S>;
@@ -135,20 +220,15 @@ class Forward : Shape<Cell, S> {
         blocks_(ceil_div(layer.H, units)),
         out_blocks_(ceil_div(layer.O, wide * lanes)),
         saved_width_((Cell::saved + (layer.P ? 1 : 0)) * Hp_),
-        convert_(sizeof(S) != sizeof(C) || layer.input.unit != 1) {
+        convert_(sizeof(S) != sizeof(C) || layer.input.unit != 1),
+        packing_(layer, layer.packed ? layer.packed : base) {
     Arena arena(base);
     const Index B = steps_.B;
+    if (!layer.packed) arena.take<char>(static_cast<Index>(packing_.used()));
     zeros_ = arena.take<C>(Hp_ > Op_ ? Hp_ : Op_);
     for (Index d = 0; d < layer.directions; ++d) {
       Group& g = group_[d];
-      g.weight_ih = arena.take<C>(blocks_ * layer.I * vectors * lanes);
-      g.weight_hh = arena.take<C>(blocks_ * layer.O * first * tiles * lanes);
-      g.second = layer.P ? arena.take<C>(out_blocks_ * layer.H * wide * lanes)
-                 : K::two_products
-                     ? arena.take<C>(blocks_ * layer.H * (gates - first) * tiles * lanes)
-                     : nullptr;
-      g.bias_x = arena.take<C>(blocks_ * vectors * lanes);
-      g.bias_h = arena.take<C>(blocks_ * vectors * lanes);
+      static_cast<typename Packing<Cell, S>::Group&>(g) = packing_.group(d);
       g.initial = arena.take<C>(B * Op_);
       g.h = arena.take<C>(2 * B * Op_);
       g.c = Cell::states > 1 ? arena.take<C>(B * Hp_) : nullptr;
@@ -175,8 +255,7 @@ class Forward : Shape<Cell, S> {
   }
 
  private:
-  struct Group {
-    C *weight_ih, *weight_hh, *second, *bias_x, *bias_h;
+  struct Group : Packing<Cell, S>::Group {
     C* initial;  // [B][Op] h0
     C *h, *c;
     C* saved;  // [B][saved_width]: one step's, where none are kept but a second product needs them
@@ -224,11 +303,8 @@ class Forward : Shape<Cell, S> {
     const Index wide_row = Hp_ > Op_ ? Hp_ : Op_;
     if (thread == 0)
       for (Index u = 0; u < wide_row; ++u) zeros_[u] = C(0);
+    if (!layer_.packed) packing_.run(thread, threads);
     for (Index d = 0; d < layer_.directions; ++d) {
-      const Range blocks = split(blocks_, thread, threads);
-      for (Index b = blocks.begin; b < blocks.end; ++b) pack_block(d, b);
-      const Range outs = split(layer_.P ? out_blocks_ : 0, thread, threads);
-      for (Index b = outs.begin; b < outs.end; ++b) pack_projection(d, b);
       const Range mine = split(steps_.B, thread, threads);
       for (Index i = mine.begin; i < mine.end; ++i) initial_state(d, i);
     }
@@ -236,38 +312,6 @@ class Forward : Shape<Cell, S> {
       const Range mine = split(steps_.B, thread, threads);
       for (Index i = mine.begin; i < mine.end; ++i) clear_padding(i);
     }
-  }
-
-  void pack_block(Index d, Index b) {
-    const Parameters& p = layer_.parameters[d];
-    const Group& g = group_[d];
-    const Index H = layer_.H, I = layer_.I, O = layer_.O, unit = b * units;
-    pack_gates<C, S>(g.weight_ih + b * I * vectors * lanes, p.weight_ih, H, I, 0, gates, tiles,
-                     unit);
-    pack_gates<C, S>(g.weight_hh + b * O * first * tiles * lanes, p.weight_hh, H, O, 0, first,
-                     tiles, unit);
-    if constexpr (K::two_products)
-      pack_gates<C, S>(g.second + b * H * (gates - first) * tiles * lanes, p.weight_hh, H, H, first,
-                       gates - first, tiles, unit);
-    for (Index v = 0; v < vectors; ++v)
-      for (Index lane = 0; lane < lanes; ++lane) {
-        const Index gate = v % gates, u = unit + v / gates * lanes + lane;
-        const Index to = (b * vectors + v) * lanes + lane;
-        const C input = bias(p.bias_ih, gate, u), hidden = bias(p.bias_hh, gate, u);
-        g.bias_x[to] = Cell::separate[gate] ? input : input + hidden;
-        g.bias_h[to] = hidden;
-      }
-  }
-
-  C bias(const Weight& w, Index gate, Index u) const {
-    if (!w.data || u >= layer_.H) return C(0);
-    return widen(static_cast<const S*>(w.data)[(gate * layer_.H + u) * w.unit]);
-  }
-
-  // W_hr [P, H] as outputs P over k = H: its rows are the units, so it packs as one gate.
-  void pack_projection(Index d, Index b) {
-    pack_gates<C, S>(group_[d].second + b * layer_.H * wide * lanes, layer_.parameters[d].weight_hr,
-                     layer_.O, layer_.H, 0, 1, wide, b * wide * lanes);
   }
 
   void initial_state(Index d, Index i) {
@@ -530,6 +574,7 @@ class Forward : Shape<Cell, S> {
   const Steps& steps_;
   const Index Hp_, Op_, blocks_, out_blocks_, saved_width_;
   const bool convert_;
+  const Packing<Cell, S> packing_;
   Group group_[2] = {};
   C* zeros_ = nullptr;
   char* threads_ = nullptr;

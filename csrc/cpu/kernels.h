@@ -12,6 +12,16 @@ std::size_t scratch_of(const Layer& layer) {
   return Pass(layer, nullptr).used();
 }
 
+template <class Packing>
+std::size_t packed_size(const Layer& layer) {
+  return Packing(layer, nullptr).used();
+}
+
+template <class Packing>
+void pack(const Layer& layer, int thread, int threads) {
+  Packing(layer, layer.packed).run(thread, threads);
+}
+
 template <class Pass>
 void run_pass(const Layer& layer, int thread, int threads) {
   Pass(layer, layer.scratch).run(thread, threads);
@@ -19,8 +29,10 @@ void run_pass(const Layer& layer, int thread, int threads) {
 
 template <class Cell, class S>
 constexpr LayerKernels kernels_of() {
-  return {Shape<Cell, S>::rows,          Shape<Cell, S>::units,      scratch_of<Forward<Cell, S>>,
-          scratch_of<Backward<Cell, S>>, run_pass<Forward<Cell, S>>, run_pass<Backward<Cell, S>>};
+  return {
+      Shape<Cell, S>::lanes,         Shape<Cell, S>::rows,         Shape<Cell, S>::units,
+      packed_size<Packing<Cell, S>>, scratch_of<Forward<Cell, S>>, scratch_of<Backward<Cell, S>>,
+      pack<Packing<Cell, S>>,        run_pass<Forward<Cell, S>>,   run_pass<Backward<Cell, S>>};
 }
 
 template <class List>

@@ -49,15 +49,20 @@ struct Layer {
   void* d_c0 = nullptr;                // [D, B, H], storage
   Parameters* d_parameters = nullptr;  // [D]
 
+  void* packed =
+      nullptr;  // the weights as the kernels read them; forward's null: packed in scratch
   void* scratch = nullptr;
 };
 
 // The kernels of one cell and storage type on one instruction set.
 struct LayerKernels {
+  int lanes;            // of a vector
   int rows_per_block;   // rows that one micro-kernel works on
   int units_per_block;  // hidden units of one block of packed weights
+  std::size_t (*packed_size)(const Layer&);
   std::size_t (*forward_scratch)(const Layer&);
   std::size_t (*backward_scratch)(const Layer&);
+  void (*pack)(const Layer&, int thread, int threads);
   void (*forward)(const Layer&, int thread, int threads);
   void (*backward)(const Layer&, int thread, int threads);
 };

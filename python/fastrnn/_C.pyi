@@ -112,6 +112,38 @@ class Options:
     def saved_planes(self) -> int:
         """Planes of `gates` that backward needs."""
 
+class PackCache:
+    """A layer's weights as the engine reads them, kept from call to call while they stay the same.
+
+    csrc/bind/pack_cache.h says when they count as the same.
+    """
+
+    def __init__(self) -> None: ...
+    def clear(self) -> None: ...
+    @property
+    def packed(self) -> bool:
+        """Whether the weights of the last call are kept."""
+
+def set_torch(tensor: type, parameter: type) -> None:
+    """Tells `infer` torch's own types, whose memory is what it says."""
+
+def infer(
+    options: Options,
+    cache: PackCache,
+    weights: list[Any],
+    input: Any,
+    h0: Any,
+    c0: Any,
+    batch_first: bool,
+    cell: bool,
+    threads: int,
+) -> Any:
+    """Runs a layer, or a cell, on torch tensors without a gradient.
+
+    Gives (output, h_n) or (output, h_n, c_n), of a cell without the output; None for what does not
+    fit or is unusual, which the long way then takes or refuses.
+    """
+
 # Shapes stand in csrc/problem.h. Arguments by position are passed about 2 µs faster than by name.
 def forward(
     options: Options,
@@ -130,6 +162,7 @@ def forward(
     all_layers: bool,
     threads: int = 0,
     workspace: _Array | None = None,
+    cache: PackCache | None = None,
 ) -> None:
     """Runs the stack; writes `hidden`, `h_n` and, where given, `c_n`, `cell`, `gates`.
 

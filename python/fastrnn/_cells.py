@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from . import _autocast, _checks
+from . import _autocast, _checks, _inference
 from ._layer import GATES, Device
 from ._options import Activation, Cell, Options
 from .functional import recurrent
@@ -84,6 +84,13 @@ class RecurrentCell(Module):
                 shown.append(f"{name}={value}")
         return ", ".join(shown)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        _inference.forget(self)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _inference.state_without(self)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled cell, also one from before an own option existed."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -94,6 +101,11 @@ class RecurrentCell(Module):
 
     def _run(self, input: Tensor, hx: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """One step: the new states, each (B, H) or, for an unbatched input, (H,)."""
+        if self._options is not None and _inference.allowed():
+            names = _NAMES if self.bias else _NAMES[:2]
+            found = _inference.run(self, names, input, hx, False, True)
+            if found is not None:
+                return found
         _checks.check_cell_input(type(self).__name__, input, hx or ())
         unbatched = input.dim() == 1
         if unbatched:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _autocast, _checks
+from . import _autocast, _checks, _inference
 from ._options import Cell, Options
 from .functional import States, recurrent
 
@@ -166,7 +166,19 @@ class RecurrentLayer(Module):
             torch.nn.init.uniform_(parameter, -bound, bound)
 
     def flatten_parameters(self) -> None:
-        """Do nothing: the engine takes the weights wherever they lie."""
+        """Forget the weights that inference keeps packed; the next call takes them as they are.
+
+        Of use where a few values were written without torch's knowledge, through ``.data`` or a
+        NumPy view. All else that changes a weight is noticed by itself.
+        """
+        _inference.forget(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        _inference.forget(self)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _inference.state_without(self)
 
     @property
     def all_weights(self) -> list[list[Tensor]]:
@@ -216,6 +228,10 @@ class RecurrentLayer(Module):
         return_states: bool,
     ) -> Result:
         """Bring the arguments into the engine's layout, call it, and bring the result back."""
+        if lengths is None and reset is None and not return_states:
+            found = self._infer(input, hx)
+            if found is not None:
+                return found[0], found[1:], None
         if isinstance(input, PackedSequence):
             _checks.refuse_with_packed(lengths=lengths, reset=reset)
             return self._run_packed(input, hx, return_states)
@@ -252,6 +268,12 @@ class RecurrentLayer(Module):
         elif self.batch_first:
             output = output.transpose(0, 1)
         return output, hx_n, states
+
+    def _infer(self, input: Any, hx: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+        """Output and final states by the short way, None where it does not lead there."""
+        if not _inference.allowed() or (self.dropout and self.training and self.num_layers > 1):
+            return None
+        return _inference.run(self, self._flat_weights_names, input, hx, self.batch_first, False)
 
     def _run_packed(
         self, input: PackedSequence, hx: tuple[Tensor, ...] | None, return_states: bool

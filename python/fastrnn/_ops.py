@@ -325,7 +325,7 @@ class _Recurrence(torch.autograd.Function):
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 outputs = forward_op(*arguments)
-        hidden, h_n, c_n, cell, gates = outputs
+        hidden, _, c_n, cell, gates = outputs
         ctx.options = options
         ctx.set_materialize_grads(False)
         empty = [x for x in (c_n, cell) if x is not None and x.dim() == 1]

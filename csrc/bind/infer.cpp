@@ -1,0 +1,234 @@
+// Every check is one of _C.forward's; where one fails the answer is None, and the caller goes the
+// way that says what is wrong.
+#include "infer.h"
+
+#include <initializer_list>
+#include <memory>
+#include <vector>
+
+#include "argument.h"
+#include "backend.h"
+#include "dtype.h"
+#include "memory.h"
+#include "options.h"
+#include "pack_cache.h"
+
+namespace fastrnn::bind {
+namespace {
+
+struct Refused {};
+
+void expect(bool fits) {
+  if (!fits) throw Refused{};
+}
+
+PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+
+// Types whose memory is what it says: not subclasses, which may mean something else by a call.
+PyObject* tensor_type = nullptr;
+PyObject* parameter_type = nullptr;
+
+void expect_plain(py::handle object) {
+  auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
+  expect(type == tensor_type || type == parameter_type);
+}
+
+// An input or a state: negation may be pending on it, unlike on a parameter.
+void expect_settled(py::handle object) {
+  static PyObject* const is_neg = interned("is_neg");
+  expect_plain(object);
+  const auto pending =
+      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), is_neg));
+  if (!pending) throw py::error_already_set();
+  expect(pending.is(py::handle(Py_False)));
+}
+
+bool has_shape(const Array& a, std::initializer_list<std::int64_t> shape) {
+  if (a.ndim() != static_cast<std::int64_t>(shape.size())) return false;
+  int axis = 0;
+  for (const std::int64_t size : shape)
+    if (a.shape(axis++) != size) return false;
+  return true;
+}
+
+py::object new_empty(py::handle like, std::initializer_list<std::int64_t> shape) {
+  static PyObject* const name = interned("new_empty");
+  py::tuple sizes(shape.size());
+  std::size_t i = 0;
+  for (const std::int64_t size : shape) sizes[i++] = py::int_(size);
+  PyObject* made = PyObject_CallMethodOneArg(like.ptr(), name, sizes.ptr());
+  if (made == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(made);
+}
+
+class Inference {
+ public:
+  Inference(const CheckedOptions& checked, int threads) : traits_(checked.traits) {
+    problem_.options = checked.options;
+    problem_.threads = threads;
+  }
+
+  // (T, B, I); with batch_first (B, T, I); a cell's (B, I).
+  void set_input(py::handle input, bool batch_first, bool cell) {
+    expect_settled(input);
+    const Array x(input, {"input"}, owners_);
+    expect(x.ndim() == (cell ? 2 : 3));
+    dtype_ = x.dtype();
+    expect(find_dtype(dtype_));
+    const int row = cell || batch_first ? 0 : 1;
+    problem_.T = cell ? 1 : x.shape(batch_first ? 1 : 0);
+    problem_.B = x.shape(row);
+    problem_.I = x.shape(cell ? 1 : 2);
+    expect(problem_.T > 0);
+    problem_.input = {x.data(), cell ? 0 : x.stride(batch_first ? 1 : 0), x.stride(row),
+                      x.stride(cell ? 1 : 2)};
+  }
+
+  void set_weights(const py::list& weights, PackCache& cache) {
+    const std::int64_t L = problem_.options.layers, D = problem_.options.directions;
+    const std::int64_t P = problem_.options.proj_size, groups = L * D;
+    const auto count = static_cast<std::int64_t>(weights.size());
+    const std::int64_t each = count / groups;
+    expect(count % groups == 0 && (each == 2 + (P > 0) || each == 4 + (P > 0)));
+    objects_.reserve(weights.size());
+    arrays_.reserve(weights.size());
+    for (const py::handle weight : weights) {
+      expect_plain(weight);
+      objects_.push_back(weight);
+      arrays_.emplace_back(weight, Name{"weights"}, owners_);
+      expect(same(arrays_.back().dtype(), dtype_));
+    }
+    expect(arrays_[1].ndim() == 2);
+    problem_.H = arrays_[1].shape(0) / traits_.gates;
+    expect(problem_.H > 0);
+    const std::int64_t rows = traits_.gates * problem_.H, O = output_size();
+    for (std::int64_t g = 0; g < groups; ++g) {
+      const Array* a = arrays_.data() + g * each;
+      Parameters p;
+      expect(has_shape(a[0], {rows, g < D ? problem_.I : D * O}) && has_shape(a[1], {rows, O}));
+      p.weight_ih = {a[0].data(), a[0].stride(0), a[0].stride(1)};
+      p.weight_hh = {a[1].data(), a[1].stride(0), a[1].stride(1)};
+      if (each >= 4) {
+        expect(has_shape(a[2], {rows}) && has_shape(a[3], {rows}));
+        p.bias_ih = {a[2].data(), 0, a[2].stride(0)};
+        p.bias_hh = {a[3].data(), 0, a[3].stride(0)};
+      }
+      if (P > 0) {
+        const Array& w = a[each - 1];
+        expect(has_shape(w, {P, problem_.H}));
+        p.weight_hr = {w.data(), w.stride(0), w.stride(1)};
+      }
+      parameters_.push_back(p);
+    }
+    problem_.parameters = parameters_.data();
+    packed_ = cache.find(problem_, objects_.data(), arrays_);
+    if (packed_) problem_.packed = packed_->data();
+  }
+
+  void set_states(py::handle h0, py::handle c0, bool cell) {
+    if (h0.is_none()) return expect(c0.is_none());
+    expect(c0.is_none() == (traits_.states < 2));
+    problem_.h0 = state(h0, output_size(), cell);
+    if (traits_.states > 1) problem_.c0 = state(c0, problem_.H, cell);
+  }
+
+  py::object run(py::handle input, bool batch_first, bool cell) {
+    const std::int64_t groups = problem_.options.layers * problem_.options.directions;
+    const std::int64_t B = problem_.B, O = output_size();
+    const bool two = traits_.states > 1;
+    py::object output, c_n;
+    py::object h_n = cell ? new_empty(input, {B, O}) : new_empty(input, {groups, B, O});
+    problem_.h_n = problem_.hidden = data(h_n);  // of a cell the same, so let it lie there once
+    if (two) {
+      c_n = cell ? new_empty(input, {B, problem_.H}) : new_empty(input, {groups, B, problem_.H});
+      problem_.c_n = data(c_n);
+    }
+    if (!cell) {
+      output = new_empty(input, {problem_.T, B, problem_.options.directions * O});
+      problem_.hidden = data(output);
+    }
+    const Backend& backend = cpu_backend();
+    {
+      py::gil_scoped_release no_gil;
+      const Scratch scratch(backend.workspace_size(problem_, Pass::forward));
+      problem_.workspace = scratch.data();
+      backend.forward(problem_);
+    }
+    if (batch_first) output = output.attr("transpose")(0, 1);
+    if (cell && two) return py::make_tuple(h_n, c_n);
+    if (cell) return py::make_tuple(h_n);
+    if (two) return py::make_tuple(output, h_n, c_n);
+    return py::make_tuple(output, h_n);
+  }
+
+ private:
+  bool find_dtype(dlpack::DataType dtype) {
+    for (const DType known : {DType::f32, DType::f64, DType::bf16, DType::f16})
+      if (same(dtype, data_type(known))) {
+        problem_.dtype = known;
+        return true;
+      }
+    return false;
+  }
+
+  std::int64_t output_size() const {
+    return problem_.options.proj_size > 0 ? problem_.options.proj_size : problem_.H;
+  }
+
+  State state(py::handle object, std::int64_t units, bool cell) {
+    const std::int64_t groups = problem_.options.layers * problem_.options.directions;
+    expect_settled(object);
+    const Array a(object, {"hx"}, owners_);
+    expect(same(a.dtype(), dtype_));
+    if (cell) {
+      expect(has_shape(a, {problem_.B, units}));
+      return {a.data(), 0, a.stride(0), a.stride(1)};
+    }
+    expect(has_shape(a, {groups, problem_.B, units}));
+    return {a.data(), a.stride(0), a.stride(1), a.stride(2)};
+  }
+
+  void* data(py::handle made) {
+    const Array a(made, {"output"}, owners_);
+    prefer_large_pages(a.data(), a.bytes());
+    return a.data();
+  }
+
+  Problem problem_;
+  CellTraits traits_;
+  dlpack::DataType dtype_{};
+  std::vector<py::handle> objects_;
+  std::vector<Array> arrays_;
+  std::vector<Parameters> parameters_;
+  std::shared_ptr<const Memory> packed_;
+  Owners owners_;
+};
+
+py::object infer(const CheckedOptions& options, PackCache& cache, const py::list& weights,
+                 py::handle input, py::handle h0, py::handle c0, bool batch_first, bool cell,
+                 int threads) {
+  try {
+    Inference call(options, threads);
+    call.set_input(input, batch_first, cell);
+    call.set_weights(weights, cache);
+    call.set_states(h0, c0, cell);
+    return call.run(input, batch_first, cell);
+  } catch (const Refused&) {
+  } catch (const py::builtin_exception&) {  // memory that the engine cannot read
+  }
+  return py::none();
+}
+
+void set_torch(const py::type& tensor, const py::type& parameter) {
+  tensor_type = tensor.inc_ref().ptr();
+  parameter_type = parameter.inc_ref().ptr();
+}
+
+}  // namespace
+
+void register_infer(py::module_& module) {
+  module.def("infer", infer);
+  module.def("set_torch", set_torch);
+}
+
+}  // namespace fastrnn::bind

@@ -1,0 +1,45 @@
+// 64-byte aligned host memory.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+namespace fastrnn::bind {
+
+// Asks for large pages where there are whole ones in the memory: the first touch of fresh memory in
+// pages of 4 KiB costs as much as the arithmetic done in it.
+void prefer_large_pages(void* data, std::size_t bytes);
+
+class Memory {
+ public:
+  Memory() = default;
+  explicit Memory(std::size_t bytes);
+  std::size_t bytes() const { return bytes_; }
+  void* data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(void* data) const;
+  };
+  std::unique_ptr<void, Free> data_;
+  std::size_t bytes_ = 0;
+};
+
+// Memory for the length of a call. A thread keeps its last for its next call, up to kKept bytes:
+// fresh pages cost more than the work of a small call.
+class Scratch {
+ public:
+  explicit Scratch(std::size_t bytes);
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch();
+  void* data() const { return memory_.data(); }
+
+ private:
+  static constexpr std::size_t kKept = std::size_t{64} << 20;
+
+  static thread_local Memory kept_;
+  Memory memory_;
+};
+
+}  // namespace fastrnn::bind
