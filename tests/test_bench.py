@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastrnn import cli
-from fastrnn.bench import cases, compare, records, report, runner
+from fastrnn.bench import cases, compare, records, report, roof, runner, timing
 from fastrnn.bench.cases import Case
 from fastrnn.bench.data import Data, make_data
 from fastrnn.bench.providers import Fastrnn, Prepared, Torch, UnsupportedError
@@ -155,6 +155,8 @@ def test_json_is_exactly_what_the_api_promises(tmp_path: Path) -> None:
         assert 0 < record["p10_ms"] <= record["median_ms"] <= record["p90_ms"]
         flops = Case(**record["case"]).flops(record["pass"])
         assert record["gflops"] == pytest.approx(flops / record["median_ms"] / 1e6)
+        assert record["peak_fraction"] == pytest.approx(record["gflops"] / record["peak_gflops"])
+        assert 0 < record["peak_fraction"] <= record["roof_fraction"]
     best = {
         record["pass"]: record["ratio_to_best_peer"]
         for record in document["records"]
@@ -182,6 +184,30 @@ def test_the_ratio_of_a_comparison_is_old_over_new() -> None:
         record["median_ms"] *= 2
     assert [b["median_ms"] / n["median_ms"] for b, n in compare.compare(old, new)] == [2.0]
     assert "geometric mean old / new: 2.00" in compare.render(old, new)
+
+
+def test_a_file_of_the_first_version_is_read(tmp_path: Path) -> None:
+    """It has one roof for all cases, torch's product, and no bandwidths."""
+    document = records.document(runner.run(request(TINY[0], peers=("torch",))))
+    document["header"]["roof"] = {"float32": {"gflops": 8.0, "method": "torch's product"}}
+    del document["header"]["bandwidth"]
+    for record in document["records"]:
+        del record["peak_gflops"], record["peak_fraction"]
+    path = tmp_path / "old.json"
+    records.save(document, path)
+    old = records.load(path)
+    assert {r["peak_gflops"] for r in old["records"]} == {8.0}
+    assert "peak: 8 GFLOP/s, torch's product" in report.render(old)
+    assert len(compare.compare(old, old)) == 2
+
+
+def test_the_peak_is_measured_beside_every_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = iter([5.0, 1.0, 3.0, 9.0, 4.0])
+    monkeypatch.setattr(timing, "ROUNDS", 5)
+    monkeypatch.setattr(timing, "FEWEST_ROUNDS", 5)
+    monkeypatch.setattr(roof.CpuRoof, "sample_peak", lambda self, dtype: next(peaks))
+    results = runner.run(request(TINY[0], passes=("inference",), peers=("torch",)))
+    assert [r["peak_gflops"] for r in results.records] == [4.0, 4.0]
 
 
 def test_a_file_that_is_no_benchmark_cannot_be_compared(tmp_path: Path) -> None:

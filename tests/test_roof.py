@@ -1,14 +1,19 @@
-"""What the machine can do at most: the engine's own loops, whose arguments are checked."""
+"""What the machine can do at most: the engine's loops, and the roof of a case made from them."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from fastrnn import _C
+from fastrnn.bench.cases import Case
+
+if TYPE_CHECKING:
+    from fastrnn.bench.cases import Pass
 
 WRONG_PEAK = {
     "dtype": (("int8", 1, 0.001), "dtype: expected 'float32' or 'float64', got 'int8'"),
@@ -62,3 +67,79 @@ def test_no_core_multiplies_or_reads_more_than_hardware_can() -> None:
     """4096 flops and bytes a clock at 6 GHz: what is above that never ran."""
     assert _C.fma_peak("float32", 1, 0.002) < 4096 * 6
     assert _C.read_bandwidth(1 << 14, 1, 0.002) < 4096 * 6
+
+
+# ---- the roof of a case -------------------------------------------------------------------------
+
+PEAK = 100.0  # GFLOP/s
+LSTM = Case("LSTM", T=10, B=2, I=8, H=4)
+FLOPS_IH, FLOPS_HH = 2 * 16 * 8 * 20, 2 * 16 * 4 * 20
+BYTES_IH, BYTES_HH = 4 * 16 * 8, 4 * 16 * 4
+
+
+def roof_seconds(case: Case, pass_: Pass, peak: float, reading: dict[int, float]) -> float:
+    roof = pytest.importorskip("fastrnn.bench.roof", reason="the benchmark needs torch")
+    seconds: float = roof.roof_seconds(case, pass_, peak, reading.__getitem__)
+    return seconds
+
+
+def test_where_reading_is_fast_the_roof_is_the_peak() -> None:
+    seconds = roof_seconds(LSTM, "inference", PEAK, {BYTES_HH: 1e9})
+    assert seconds == pytest.approx(LSTM.flops("inference") / PEAK / 1e9)
+    training = roof_seconds(LSTM, "training", PEAK, {BYTES_HH: 1e9})
+    assert training == pytest.approx(3 * seconds)
+
+
+def test_a_recurrence_waits_for_its_weights() -> None:
+    """Two rows: 2·2 operations for the 4 bytes of a weight, hence as many GFLOP/s as GB/s."""
+    forward = FLOPS_IH / PEAK + FLOPS_HH / 5.0
+    assert roof_seconds(LSTM, "inference", PEAK, {BYTES_HH: 5.0}) == pytest.approx(forward / 1e9)
+    weights = (FLOPS_IH + FLOPS_HH) / PEAK
+    both = 2 * forward + weights
+    assert roof_seconds(LSTM, "training", PEAK, {BYTES_HH: 5.0}) == pytest.approx(both / 1e9)
+
+
+def test_each_direction_streams_its_own_weights() -> None:
+    both = replace(LSTM, bidirectional=True)
+    one = roof_seconds(LSTM, "inference", PEAK, {BYTES_HH: 5.0})
+    assert roof_seconds(both, "inference", PEAK, {BYTES_HH: 5.0}) == pytest.approx(2 * one)
+
+
+def test_a_single_step_streams_all_the_weights_of_the_stack() -> None:
+    case = replace(LSTM, T=1, layers=2)
+    weights = BYTES_IH + BYTES_HH + 2 * BYTES_HH  # the second layer reads 4 units
+    seconds = roof_seconds(case, "inference", PEAK, {weights: 5.0})
+    assert seconds == pytest.approx(case.flops("inference") / 5.0 / 1e9)
+
+
+def test_the_half_types_stream_half_the_bytes() -> None:
+    half = replace(LSTM, dtype="bfloat16")
+    seconds = roof_seconds(half, "inference", PEAK, {BYTES_HH // 2: 5.0})
+    assert seconds == pytest.approx((FLOPS_IH / PEAK + FLOPS_HH / 10.0) / 1e9)
+
+
+def test_intensity_counts_the_weights_of_every_step() -> None:
+    streamed = BYTES_IH + 10 * BYTES_HH
+    assert LSTM.intensity("inference") == pytest.approx((FLOPS_IH + FLOPS_HH) / streamed)
+    assert LSTM.intensity("training") == pytest.approx(1.5 * (FLOPS_IH + FLOPS_HH) / streamed)
+
+
+def test_a_bandwidth_is_measured_once_for_each_power_of_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    roof = pytest.importorskip("fastrnn.bench.roof", reason="the benchmark needs torch")
+    asked: list[tuple[int, int]] = []
+
+    def read(size: int, threads: int, seconds: float) -> float:
+        asked.append((size, threads))
+        return 7.0
+
+    monkeypatch.setattr(_C, "read_bandwidth", read)
+    machine = roof.CpuRoof(threads=2)
+    always = set(machine.bandwidth)
+    asked.clear()
+    large = Case("LSTM", T=10, B=1, I=8, H=300)  # 1440000 bytes: 720000 for each of two threads
+    for _ in range(2):
+        machine.seconds(large, "inference", PEAK)
+    assert asked == [(1 << 19, 2)] * roof.READ_SAMPLES
+    assert set(machine.bandwidth) == always | {1 << 19}

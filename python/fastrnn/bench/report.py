@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
+MEANINGS = """\
+ratio: the best peer's time over ours; above 1 is faster
+peak, roof: the share of the machine's peak, and of what it can do for such products"""
+
 
 def render(document: dict[str, Any]) -> str:
     """The report of a document (see records.py) as plain text."""
@@ -46,6 +50,12 @@ def milliseconds(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
+def size(count: int) -> str:
+    """Bytes in the unit that leaves the fewest digits: 16 KiB, 4 MiB."""
+    power = min(3, max(0, (count.bit_length() - 1) // 10))
+    return f"{count / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
+
+
 def threads(count: int) -> str:
     return f"{count} thread{'s' * (count != 1)}"
 
@@ -73,9 +83,11 @@ def _heading(header: dict[str, Any]) -> str:
         f"commit {header['commit'] or 'not known'}, {header['date']}",
     ]
     lines += [
-        f"measured roof: {roof['gflops']:.0f} GFLOP/s, the {roof['method']}"
-        for roof in header["roof"].values()
+        f"peak: {roof['gflops']:.0f} GFLOP/s, {roof['method']}" for roof in header["roof"].values()
     ]
+    if header["bandwidth"]:
+        reads = (f"{size(b['bytes'])} {b['gbs']:.0f}" for b in header["bandwidth"])
+        lines.append(f"reading, GB/s by the size of each thread's array: {', '.join(reads)}")
     return "\n".join(lines)
 
 
@@ -83,7 +95,10 @@ def _case_table(records: Sequence[Record]) -> str:
     peers = list(dict.fromkeys(r["provider"] for r in records if r["provider"] != "fastrnn"))
     suites = list(dict.fromkeys(r["suite"] for r in records))
     times = {(key(r), r["provider"]): milliseconds(r["median_ms"]) for r in records}
-    columns = ["case", "pass", "kernel", "fastrnn ms", "p10-p90", "GFLOP/s", "roof"]
+    shares = {"peak": "peak_fraction", "roof": "roof_fraction"}
+    if all(r["peak_fraction"] == r["roof_fraction"] for r in ours(records)):
+        del shares["peak"]
+    columns = ["case", "pass", "kernel", "fastrnn ms", "p10-p90", "GFLOP/s", *shares]
     columns += [f"{peer} ms" for peer in peers] + ["ratio"]
     rows = []
     for record in ours(records):
@@ -97,12 +112,12 @@ def _case_table(records: Sequence[Record]) -> str:
                 milliseconds(record["median_ms"]),
                 f"{milliseconds(record['p10_ms'])}-{milliseconds(record['p90_ms'])}",
                 f"{record['gflops']:.1f}",
-                f"{record['roof_fraction']:.2f}",
+                *(f"{record[share]:.2f}" for share in shares.values()),
                 *(times.get((key(record), peer), "-") for peer in peers),
                 "-" if ratio is None else f"{ratio:.2f}",
             ]
         )
-    return table(columns, rows, 3) + "\nratio: the best peer's time over ours; above 1 is faster"
+    return table(columns, rows, 3) + "\n" + MEANINGS
 
 
 def _means(records: Sequence[Record]) -> str:
