@@ -35,6 +35,8 @@ def plot(document: dict[str, Any], path: Path) -> None:
     ratio.barh(places, beyond, left=1.0, color=colours)
     ratio.axvline(1.0, color="black", linewidth=0.8)
     ratio.set_xscale("log")
+    ratio.xaxis.set_major_formatter("{x:g}")
+    ratio.set_ylim(-1, len(records))
     ratio.set_yticks(places, [f"{Case(**r['case']).label()}, {r['pass']}" for r in records])
     ratio.invert_yaxis()
     ratio.set_xlabel("best peer's time / fastrnn's (right of the line: fastrnn is faster)")
@@ -44,7 +46,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
     roof.legend(shown.values(), shown.keys(), loc="lower right")
     roof.set_xlabel("share of the measured roof")
     figure.suptitle(_title(header), fontsize="medium")
-    figure.savefig(path, dpi=130)
+    _save(figure, path)
 
 
 def roofline(document: dict[str, Any], path: Path) -> None:
@@ -59,6 +61,8 @@ def roofline(document: dict[str, Any], path: Path) -> None:
     axes = figure.subplots()
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
     intensities = [Case(**r["case"]).intensity(r["pass"]) for r in records]
     reached = [r["gflops"] for r in records]
     peaks = {dtype: roof["gflops"] for dtype, roof in header["roof"].items()}
@@ -82,7 +86,16 @@ def roofline(document: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("multiplications and additions for each byte of weights that streams by")
     axes.set_ylabel("GFLOP/s")
     axes.set_title(_title(header), fontsize="medium")
-    figure.savefig(path, dpi=130)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """An SVG of the same run is the same file: without the date, and with names that stay."""
+    from matplotlib import rc_context
+
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    with rc_context({"svg.hashsalt": "fastrnn"}):
+        figure.savefig(path, dpi=130, metadata=metadata)
 
 
 def _draw_roofs(axes: Any, peaks: dict[str, float], bandwidths: dict[str, float]) -> None:
