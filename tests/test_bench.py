@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +17,6 @@ from fastrnn.bench import cases, compare, records, report, roof, runner, timing
 from fastrnn.bench.cases import Case
 from fastrnn.bench.data import Data, make_data
 from fastrnn.bench.providers import Fastrnn, Prepared, Torch, UnsupportedError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 TINY = [Case("LSTM", 3, 2, 5, 4), Case("GRU", 3, 2, 5, 4), Case("RNN", 3, 2, 5, 4)]
 STACK = Case("LSTM", 3, 2, 5, 4, layers=2, bidirectional=True)
@@ -256,3 +256,31 @@ def test_flashrnn_is_refused_on_the_cpu() -> None:
     case = TINY[0]
     with pytest.raises(UnsupportedError, match="CUDA alone"):
         flashrnn_provider._require_supported(case, make_data(case, "cpu"))
+
+
+@pytest.mark.parametrize("part", "memory contention lengths step bfloat16 scaling".split())
+def test_every_part_of_the_goals_is_measured(
+    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if part == "memory" and sys.platform != "linux":
+        pytest.skip("reads /proc")
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
+    goals = importlib.import_module("goals")
+    path = tmp_path / "goals.json"
+    options = ["--tiny", "--seconds", "0.01", "--threads", "1", "--json", str(path)]
+    assert goals.main([part, *options]) == 0
+    rows = json.loads(path.read_text())["parts"][part]
+    assert rows
+    assert all({"case", "what"} & set(row) for row in rows)
+    printed = capsys.readouterr().out
+    for column in rows[0]:
+        assert column in printed
+
+
+def test_the_goals_name_a_part_that_is_not_known(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
+    with pytest.raises(SystemExit):
+        importlib.import_module("goals").main(["everything"])
+    assert "part 'everything' is not known; there are: memory" in capsys.readouterr().err

@@ -37,7 +37,8 @@ def document(results: Results) -> dict[str, Any]:
     return {"header": header(results), "records": results.records, "not_run": results.not_run}
 
 
-def header(results: Results) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """The machine, the versions, the commit and the date."""
     known = info()
     machine = {
         "platform": known["platform"],
@@ -48,12 +49,19 @@ def header(results: Results) -> dict[str, Any]:
     }
     versions = {name: known[name] for name in ("fastrnn", "python", "numpy")}
     versions["torch"] = known["torch"] and known["torch"]["version"]
-    versions |= {r["provider"]: r["provider_version"] for r in results.records}
     return {
         "machine": machine,
         "versions": versions,
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def header(results: Results) -> dict[str, Any]:
+    found = environment()
+    found["versions"] |= {r["provider"]: r["provider_version"] for r in results.records}
+    return {
+        **found,
         "device": results.device,
         "threads": results.threads,
         "seconds_per_case": results.seconds,
