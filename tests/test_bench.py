@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastrnn import cli
+from fastrnn import _C, cli
 from fastrnn.bench import cases, compare, records, report, roof, runner, timing
 from fastrnn.bench.cases import Case
 from fastrnn.bench.data import Data, make_data
@@ -208,6 +208,22 @@ def test_the_peak_is_measured_beside_every_case(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(roof.CpuRoof, "sample_peak", lambda self, dtype: next(peaks))
     results = runner.run(request(TINY[0], passes=("inference",), peers=("torch",)))
     assert [r["peak_gflops"] for r in results.records] == [4.0, 4.0]
+
+
+def test_the_table_shows_the_peak_where_it_is_not_the_roof(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On CUDA the two are the same."""
+    small = request(TINY[0], passes=("inference",), peers=())
+    monkeypatch.setattr(_C, "read_bandwidth", lambda size, threads, seconds: 1.0)
+    columns = report.cases(runner.run(small).records).columns
+    assert {"peak", "roof"} < set(columns)
+    monkeypatch.setattr(roof, "_best_product", lambda dtype: 7.0)
+    monkeypatch.setattr(runner, "make_roof", lambda device, threads: roof.CudaRoof())
+    results = runner.run(small)
+    assert {r["peak_gflops"] for r in results.records} == {7.0}
+    assert [c for c in columns if c != "peak"] == report.cases(results.records).columns
+    assert "reading" not in report.render(records.document(results))
 
 
 def test_a_file_that_is_no_benchmark_cannot_be_compared(tmp_path: Path) -> None:

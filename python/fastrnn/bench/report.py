@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ def cases(records: Sequence[Record]) -> Table:
     suites = list(dict.fromkeys(r["suite"] for r in records))
     times = {(key(r), r["provider"]): milliseconds(r["median_ms"]) for r in records}
     shares = {"peak": "peak_fraction", "roof": "roof_fraction"}
-    if all(r["peak_fraction"] == r["roof_fraction"] for r in ours(records)):
+    if all(math.isclose(r["peak_fraction"], r["roof_fraction"]) for r in ours(records)):
         del shares["peak"]
     columns = ["case", "pass", "kernel", "fastrnn ms", "p10-p90", "GFLOP/s", *shares]
     columns += [f"{peer} ms" for peer in peers] + ["ratio"]
