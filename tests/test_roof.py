@@ -143,3 +143,14 @@ def test_a_bandwidth_is_measured_once_for_each_power_of_two(
         machine.seconds(large, "inference", PEAK)
     assert asked == [(1 << 19, 2)] * roof.READ_SAMPLES
     assert set(machine.bandwidth) == always | {1 << 19}
+
+
+def test_a_small_array_is_read_no_slower_than_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measurement that was disturbed must not lower the roof."""
+    roof = pytest.importorskip("fastrnn.bench.roof", reason="the benchmark needs torch")
+    disturbed = {1 << 18: 1.0}
+    monkeypatch.setattr(_C, "read_bandwidth", lambda size, *_: disturbed.get(size, 7.0))
+    machine = roof.CpuRoof(threads=1)
+    case = Case("LSTM", T=10, B=1, I=8, H=128)  # 256 KiB
+    expected = roof_seconds(case, "inference", PEAK, {1 << 18: 7.0})
+    assert machine.seconds(case, "inference", PEAK) == pytest.approx(expected)

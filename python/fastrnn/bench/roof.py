@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PEAK_SECONDS = 0.0025  # of every sample of the peak
 READ_SECONDS = 0.005
-READ_SAMPLES = 3
+READ_SAMPLES = 5  # the best counts: a disturbed one would flatter us
 FEWEST_BYTES = 1 << 14  # a thread's array: nothing is faster than the first cache
 CACHED_BYTES = (FEWEST_BYTES, 1 << 18, 1 << 22)  # always measured: first, second and third cache
 MEMORY_BYTES = 1 << 27  # and the memory: of all threads' arrays, but no less than a quarter each
@@ -63,7 +63,7 @@ class CpuRoof:
         self.bandwidth: dict[int, float] = {}
         memory = max(MEMORY_BYTES // threads, MEMORY_BYTES // 4)
         for size in (*CACHED_BYTES, memory):
-            self._read(_power_of_two(size))
+            self._measure(_power_of_two(size))
 
     def sample_peak(self, dtype: str) -> float:
         return _C.fma_peak(PEAK_DTYPE[dtype], self._threads, PEAK_SECONDS)
@@ -79,17 +79,18 @@ class CpuRoof:
     def _bandwidth_of(self, weights: int) -> float:
         """Of reading weights of so many bytes, each thread its share.
 
-        Measured once for each power of two, the one below: a smaller array is never slower.
+        Measured once for each power of two, the one below: a smaller array is never slower, nor
+        than any larger one that was measured.
         """
-        return self._read(max(FEWEST_BYTES, _power_of_two(weights // self._threads)))
-
-    def _read(self, size: int) -> float:
+        size = max(FEWEST_BYTES, _power_of_two(weights // self._threads))
         if size not in self.bandwidth:
-            samples = (
-                _C.read_bandwidth(size, self._threads, READ_SECONDS) for _ in range(READ_SAMPLES)
-            )
-            self.bandwidth[size] = max(samples)
-        return self.bandwidth[size]
+            self._measure(size)
+        return max(rate for measured, rate in self.bandwidth.items() if measured >= size)
+
+    def _measure(self, size: int) -> None:
+        self.bandwidth[size] = max(
+            _C.read_bandwidth(size, self._threads, READ_SECONDS) for _ in range(READ_SAMPLES)
+        )
 
 
 def _power_of_two(size: int) -> int:
