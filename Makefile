@@ -21,10 +21,10 @@ CPP := $(shell find csrc cuda tests -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 INSTALLED := $(VENV)/.installed
 
 .PHONY: help setup demo bench test test-cpp test-python test-numpy lint typecheck format sanitize \
-        docs wheel cuda clean
+        docs benchmark-docs wheel cuda clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # ---- set-up -----------------------------------------------------------------------------------
 # torch comes first and pinned, so that nothing after it pulls another. The package is installed
@@ -104,6 +104,9 @@ sanitize: $(INSTALLED)  ## the C++ tests under ASan and UBSan, the barrier's und
 
 docs: $(INSTALLED)  ## the documentation site, in docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going docs docs/_build/html
+
+benchmark-docs: $(INSTALLED)  ## the pages of docs/benchmarks, from benchmarks/results
+	$(BIN)/python benchmarks/pages.py
 
 wheel: $(INSTALLED)  ## a wheel of this machine's kind, in dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation \

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from fastrnn import cli
-from fastrnn.bench import cases, compare, records, report, runner
+from fastrnn import _C, cli
+from fastrnn.bench import cases, compare, records, report, roof, runner, timing
 from fastrnn.bench.cases import Case
 from fastrnn.bench.data import Data, make_data
 from fastrnn.bench.providers import Fastrnn, Prepared, Torch, UnsupportedError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 TINY = [Case("LSTM", 3, 2, 5, 4), Case("GRU", 3, 2, 5, 4), Case("RNN", 3, 2, 5, 4)]
 STACK = Case("LSTM", 3, 2, 5, 4, layers=2, bidirectional=True)
@@ -155,6 +155,8 @@ def test_json_is_exactly_what_the_api_promises(tmp_path: Path) -> None:
         assert 0 < record["p10_ms"] <= record["median_ms"] <= record["p90_ms"]
         flops = Case(**record["case"]).flops(record["pass"])
         assert record["gflops"] == pytest.approx(flops / record["median_ms"] / 1e6)
+        assert record["peak_fraction"] == pytest.approx(record["gflops"] / record["peak_gflops"])
+        assert 0 < record["peak_fraction"] <= record["roof_fraction"] * (1 + 1e-9)
     best = {
         record["pass"]: record["ratio_to_best_peer"]
         for record in document["records"]
@@ -184,6 +186,46 @@ def test_the_ratio_of_a_comparison_is_old_over_new() -> None:
     assert "geometric mean old / new: 2.00" in compare.render(old, new)
 
 
+def test_a_file_of_the_first_version_is_read(tmp_path: Path) -> None:
+    """It has one roof for all cases, torch's product, and no bandwidths."""
+    document = records.document(runner.run(request(TINY[0], peers=("torch",))))
+    document["header"]["roof"] = {"float32": {"gflops": 8.0, "method": "torch's product"}}
+    del document["header"]["bandwidth"]
+    for record in document["records"]:
+        del record["peak_gflops"], record["peak_fraction"]
+    path = tmp_path / "old.json"
+    records.save(document, path)
+    old = records.load(path)
+    assert {r["peak_gflops"] for r in old["records"]} == {8.0}
+    assert "peak: 8 GFLOP/s, torch's product" in report.render(old)
+    assert len(compare.compare(old, old)) == 2
+
+
+def test_the_peak_is_measured_beside_every_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = iter([5.0, 1.0, 3.0, 9.0, 4.0])
+    monkeypatch.setattr(timing, "ROUNDS", 5)
+    monkeypatch.setattr(timing, "FEWEST_ROUNDS", 5)
+    monkeypatch.setattr(roof.CpuRoof, "sample_peak", lambda self, dtype: next(peaks))
+    results = runner.run(request(TINY[0], passes=("inference",), peers=("torch",)))
+    assert [r["peak_gflops"] for r in results.records] == [4.0, 4.0]
+
+
+def test_the_table_shows_the_peak_where_it_is_not_the_roof(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On CUDA the two are the same."""
+    small = request(TINY[0], passes=("inference",), peers=())
+    monkeypatch.setattr(_C, "read_bandwidth", lambda size, threads, seconds: 1.0)
+    columns = report.cases(runner.run(small).records).columns
+    assert {"peak", "roof"} < set(columns)
+    monkeypatch.setattr(roof, "_best_product", lambda dtype: 7.0)
+    monkeypatch.setattr(runner, "make_roof", lambda device, threads: roof.CudaRoof())
+    results = runner.run(small)
+    assert {r["peak_gflops"] for r in results.records} == {7.0}
+    assert [c for c in columns if c != "peak"] == report.cases(results.records).columns
+    assert "reading" not in report.render(records.document(results))
+
+
 def test_a_file_that_is_no_benchmark_cannot_be_compared(tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text('{"header": {}, "records": [{"suite": "quick"}]}')
@@ -192,11 +234,12 @@ def test_a_file_that_is_no_benchmark_cannot_be_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny_suite")
-def test_plot_writes_a_picture(tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["--plot", "--roofline"])
+def test_a_plot_is_a_picture(option: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "new.png"
     options = ["bench", "--seconds", "0.01", "--pass", "inference", "--against", "torch"]
-    assert cli.main([*options, "--plot", str(path)]) == 0
+    assert cli.main([*options, option, str(path)]) == 0
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -229,3 +272,31 @@ def test_flashrnn_is_refused_on_the_cpu() -> None:
     case = TINY[0]
     with pytest.raises(UnsupportedError, match="CUDA alone"):
         flashrnn_provider._require_supported(case, make_data(case, "cpu"))
+
+
+@pytest.mark.parametrize("part", "memory contention lengths step bfloat16 scaling".split())
+def test_every_part_of_the_goals_is_measured(
+    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if part == "memory" and sys.platform != "linux":
+        pytest.skip("reads /proc")
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
+    goals = importlib.import_module("goals")
+    path = tmp_path / "goals.json"
+    options = ["--tiny", "--seconds", "0.01", "--threads", "1", "--json", str(path)]
+    assert goals.main([part, *options]) == 0
+    rows = json.loads(path.read_text())["parts"][part]
+    assert rows
+    assert all({"case", "what"} & set(row) for row in rows)
+    printed = capsys.readouterr().out
+    for column in rows[0]:
+        assert column in printed
+
+
+def test_the_goals_name_a_part_that_is_not_known(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
+    with pytest.raises(SystemExit):
+        importlib.import_module("goals").main(["everything"])
+    assert "part 'everything' is not known; there are: memory" in capsys.readouterr().err

@@ -124,3 +124,14 @@ def test_a_docstring_example_runs(
 @pytest.mark.parametrize("name", sorted(set(fastrnn.__all__) - {"__version__"}))
 def test_a_public_name_is_documented(name: str) -> None:
     assert (getattr(fastrnn, name).__doc__ or "").strip()
+
+
+def test_the_pages_of_results_are_what_the_results_give() -> None:
+    """`make benchmark-docs` would change nothing; of pictures, that they are there."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "pages.py", "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

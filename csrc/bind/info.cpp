@@ -2,6 +2,8 @@
 
 #include <pybind11/stl.h>
 
+#include <cmath>
+#include <cstdint>
 #include <string>
 
 #include "call.h"
@@ -45,6 +47,31 @@ py::object cuda() {
 py::object cuda() { return py::none(); }
 #endif
 
+void check_measurement(int threads, double seconds) {
+  if (threads < 1)
+    throw py::value_error("threads: expected 1 or more, got " + std::to_string(threads));
+  if (!(seconds > 0) || std::isinf(seconds))
+    throw py::value_error("seconds: expected a number above 0, got " + std::to_string(seconds));
+}
+
+double peak(const std::string& dtype, int threads, double seconds) {
+  if (dtype != "float32" && dtype != "float64")
+    throw py::value_error("dtype: expected 'float32' or 'float64', got '" + dtype + "'");
+  check_measurement(threads, seconds);
+  const py::gil_scoped_release unlocked;
+  return fma_peak(dtype == "float32" ? DType::f32 : DType::f64, threads, seconds);
+}
+
+double bandwidth(std::int64_t bytes, int threads, double seconds) {
+  constexpr std::int64_t fewest = 4096;  // a few blocks of the widest vectors
+  if (bytes < fewest)
+    throw py::value_error("bytes: expected " + std::to_string(fewest) + " or more, got " +
+                          std::to_string(bytes));
+  check_measurement(threads, seconds);
+  const py::gil_scoped_release unlocked;
+  return read_bandwidth(bytes, threads, seconds);
+}
+
 }  // namespace
 
 void register_info(py::module_& module) {
@@ -52,6 +79,8 @@ void register_info(py::module_& module) {
   module.def("isas", cpu_isas);
   module.def("max_threads", max_threads);
   module.def("cuda_info", cuda);
+  module.def("fma_peak", peak, py::arg("dtype"), py::arg("threads"), py::arg("seconds"));
+  module.def("read_bandwidth", bandwidth, py::arg("bytes"), py::arg("threads"), py::arg("seconds"));
 }
 
 }  // namespace fastrnn::bind

@@ -1,8 +1,11 @@
 // The instruction sets of the CPU engine.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
+
+#include "../problem.h"
 
 namespace fastrnn {
 
@@ -12,5 +15,16 @@ const char* cpu_isa();
 
 // Every set that was built and that this CPU runs, widest first.
 std::vector<std::string> cpu_isas();
+
+// What this machine can do at most with the set in use, all threads together (roof.h): each runs
+// its loop for `seconds`, a fifth of that untimed before. On one thread where `threads` cannot be
+// had (threads.h).
+
+// GFLOP/s of multiply-adds on registers, f32 or f64.
+double fma_peak(DType dtype, int threads, double seconds);
+
+// GB/s of each thread reading an array of its own of `bytes`, again and again.
+// Throws std::bad_alloc where there is no memory for the arrays.
+double read_bandwidth(std::int64_t bytes, int threads, double seconds);
 
 }  // namespace fastrnn

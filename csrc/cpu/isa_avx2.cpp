@@ -4,5 +4,5 @@
 #include "kernels.h"
 
 namespace fastrnn {
-const InstructionSet avx2_set = {"avx2", avx2::Table<AllCells>::kernels};
+const InstructionSet avx2_set = {"avx2", avx2::Table<AllCells>::kernels, avx2::roof_loops};
 }

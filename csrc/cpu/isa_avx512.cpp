@@ -4,5 +4,5 @@
 #include "kernels.h"
 
 namespace fastrnn {
-const InstructionSet avx512_set = {"avx512", avx512::Table<AllCells>::kernels};
+const InstructionSet avx512_set = {"avx512", avx512::Table<AllCells>::kernels, avx512::roof_loops};
 }

@@ -4,5 +4,5 @@
 #include "kernels.h"
 
 namespace fastrnn {
-const InstructionSet neon_set = {"neon", neon::Table<AllCells>::kernels};
+const InstructionSet neon_set = {"neon", neon::Table<AllCells>::kernels, neon::roof_loops};
 }

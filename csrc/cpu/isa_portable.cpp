@@ -4,5 +4,6 @@
 #include "kernels.h"
 
 namespace fastrnn {
-const InstructionSet portable_set = {"portable", portable::Table<AllCells>::kernels};
+const InstructionSet portable_set = {"portable", portable::Table<AllCells>::kernels,
+                                     portable::roof_loops};
 }

@@ -4,6 +4,7 @@
 #include "../cells/list.h"
 #include "backward.h"
 #include "forward.h"
+#include "roof.h"
 
 namespace fastrnn::FASTRNN_ISA {
 

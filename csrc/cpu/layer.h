@@ -67,11 +67,23 @@ struct LayerKernels {
   void (*backward)(const Layer&, int thread, int threads);
 };
 
+// Loops that show what one thread can do at most (roof.h). What they return must be kept, or a
+// compiler may leave the work out.
+struct MultiplyAdd {
+  int flops;  // of one round
+  double (*run)(std::int64_t rounds);
+};
+struct RoofLoops {
+  MultiplyAdd multiply_add[2];  // f32, f64
+  double (*read)(const float* x, std::int64_t count, std::int64_t passes);
+};
+
 // Every cell and storage type on one instruction set: kernels[cell][dtype], cells in the order of
 // AllCells, dtypes in the order of DType.
 struct InstructionSet {
   const char* name;
   const LayerKernels (*kernels)[4];
+  RoofLoops roof;
 };
 
 // One for each isa_*.cpp.

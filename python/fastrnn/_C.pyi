@@ -210,6 +210,20 @@ def isas() -> list[str]:
 def max_threads() -> int:
     """Threads the engine uses by default: OpenMP's."""
 
+def fma_peak(dtype: str, threads: int, seconds: float) -> float:
+    """GFLOP/s of multiply-adds on registers alone, all threads together, timed for `seconds`.
+
+    With the vectors of `isa()`. `dtype` is `"float32"` or `"float64"`. Raises ValueError, naming
+    the argument, for what does not fit.
+    """
+
+def read_bandwidth(bytes: int, threads: int, seconds: float) -> float:
+    """GB/s of every thread reading an array of its own, of `bytes`, again and again.
+
+    What fits into a cache is read from there. Raises ValueError, naming the argument, for what does
+    not fit, MemoryError where the arrays find no room.
+    """
+
 class _CudaDevice(TypedDict):
     name: str
     capability: tuple[int, int]

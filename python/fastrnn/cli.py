@@ -19,6 +19,7 @@ BENCH_EXAMPLES = """\
 examples:
   fastrnn bench                                     the quick suite, against every peer installed
   fastrnn bench --suite cpu --threads 2 --json new.json --plot new.png
+  fastrnn bench --suite cpu --roofline roofline.png
   fastrnn bench --suite cpu --cell LSTM,GRU --pass inference --compare old.json
   fastrnn bench --suite stacks --suite fastrnns --against torch --seconds 3
   fastrnn bench --device cuda --suite deepbench-training --dtype float16
@@ -103,6 +104,8 @@ def _add_bench(commands: Any) -> None:
         help="time for each case and pass, all providers together (default 1)")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write the records")
     add("--plot", type=Path, metavar="FILE", help="draw ratios and shares of the roof (matplotlib)")
+    add("--roofline", type=Path, metavar="FILE",
+        help="draw GFLOP/s against operations per byte of weights (matplotlib)")  # fmt: skip
     add("--compare", type=Path, metavar="OLD.json", help="show old / new for every case")
     parser.set_defaults(command=_bench)
 
@@ -133,9 +136,9 @@ def _bench(parsed: argparse.Namespace) -> int:
     if parsed.list:
         return _list_suites()
     _require("torch", "pip install 'fastrnn[torch]'")
-    if parsed.plot:
+    if parsed.plot or parsed.roofline:
         _require("matplotlib", "pip install 'fastrnn[bench]'")
-    for path in (parsed.json, parsed.plot):
+    for path in (parsed.json, parsed.plot, parsed.roofline):
         if path and not path.absolute().parent.is_dir():
             raise CommandError(f"{path}: there is no folder {path.absolute().parent}")
 
@@ -159,6 +162,8 @@ def _bench(parsed: argparse.Namespace) -> int:
         records.save(document, parsed.json)
     if parsed.plot and document["records"]:
         plot.plot(document, parsed.plot)
+    if parsed.roofline and document["records"]:
+        plot.roofline(document, parsed.roofline)
     return INTERRUPTED if results.interrupted else 0
 
 

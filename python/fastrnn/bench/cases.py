@@ -15,6 +15,17 @@ PASSES: tuple[Pass, ...] = ("inference", "training")
 CELLS = ("LSTM", "GRU", "RNN")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+ELEMENT_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Products:
+    """One layer's matrix products in one forward pass, all its directions together."""
+
+    projection: float  # multiplications and additions of x·W_ihᵀ
+    recurrence: float  # and of h·W_hhᵀ
+    weight_ih: int  # bytes of W_ih
+    weight_hh: int  # and of W_hh
 
 
 @dataclass(frozen=True)
@@ -69,12 +80,38 @@ class Case:
         Forward: 2·G·H·(I + H/heads) per step, row and direction, I being D·H above the first layer.
         Training is three times as much: forward, gradients of data, gradients of weights.
         """
-        total = 0.0
+        forward = sum(p.projection + p.recurrence for p in self.products())
+        return forward * (3.0 if pass_ == "training" else 1.0)
+
+    def products(self) -> list[Products]:
+        """What each layer multiplies, forward."""
+        layers = []
         for layer in range(self.layers):
             inputs = self.I if layer == 0 else self.directions * self.H
-            per_row = 2.0 * self.gates * self.H * (inputs + self.H / self.heads)
-            total += per_row * self.directions * self.T * self.B
-        return total * (3.0 if pass_ == "training" else 1.0)
+            rows = self.directions * self.gates * self.H
+            weight_ih, weight_hh = rows * inputs, rows * self.H // self.heads
+            pairs = 2.0 * self.T * self.B
+            size = ELEMENT_BYTES[self.dtype]
+            layers.append(
+                Products(
+                    projection=pairs * weight_ih,
+                    recurrence=pairs * weight_hh,
+                    weight_ih=size * weight_ih,
+                    weight_hh=size * weight_hh,
+                )
+            )
+        return layers
+
+    def intensity(self, pass_: Pass) -> float:
+        """Multiplications and additions for each byte of weights that streams by.
+
+        W_hh streams by once a step, since a step needs the one before; W_ih once, for all steps.
+        Training has that twice, forward and for the gradients of data; the products for the
+        gradients of weights stream no weights. For long sequences and I = H this is B flop a byte
+        in float32 inference, of which the recurrence alone has 2·B / 4.
+        """
+        streamed = sum(p.weight_ih + self.T * p.weight_hh for p in self.products())
+        return self.flops(pass_) / (streamed * (2.0 if pass_ == "training" else 1.0))
 
 
 def load_suites() -> dict[str, list[Case]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastrnn.bench.cases import Case
-from fastrnn.bench.report import Record, geometric_mean, key, milliseconds, ours, table
+from fastrnn.bench.report import Record, Table, geometric_mean, key, milliseconds, ours
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,4 +49,5 @@ def _table(pairs: Sequence[tuple[Record, Record]]) -> str:
         ]
         for before, now in pairs
     ]
-    return table(["case", "pass", "old kernel", "kernel", "old ms", "ms", "old / new"], rows, 4)
+    columns = ["case", "pass", "old kernel", "kernel", "old ms", "ms", "old / new"]
+    return Table(columns, rows, 4).text()

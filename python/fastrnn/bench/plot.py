@@ -1,16 +1,23 @@
-"""A picture of a run: per case the ratio to the best peer, and the share of the measured roof."""
+"""Pictures of a run: the ratios to the best peer, case by case, and the roofline."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import TYPE_CHECKING, Any
 
 from fastrnn.bench.cases import Case
-from fastrnn.bench.report import ours, threads
+from fastrnn.bench.report import Record, ours, size, threads
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 COLOURS = {"inference": "#2a6f97", "training": "#e07a3f"}
+PROVIDERS = {"fastrnn": "#d1495b", "torch": "#2a6f97", "onnxruntime": "#66a182"}
+MORE_PROVIDERS = ("#8d6a9f", "#edae49", "#5c5c5c")
+MARKERS = {"inference": "o", "training": "^"}
+APART = 1.4  # bandwidths closer than this share a line
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
@@ -28,6 +35,8 @@ def plot(document: dict[str, Any], path: Path) -> None:
     ratio.barh(places, beyond, left=1.0, color=colours)
     ratio.axvline(1.0, color="black", linewidth=0.8)
     ratio.set_xscale("log")
+    ratio.xaxis.set_major_formatter("{x:g}")
+    ratio.set_ylim(-1, len(records))
     ratio.set_yticks(places, [f"{Case(**r['case']).label()}, {r['pass']}" for r in records])
     ratio.invert_yaxis()
     ratio.set_xlabel("best peer's time / fastrnn's (right of the line: fastrnn is faster)")
@@ -36,9 +45,93 @@ def plot(document: dict[str, Any], path: Path) -> None:
     shown = dict(zip((r["pass"] for r in records), drawn, strict=True))
     roof.legend(shown.values(), shown.keys(), loc="lower right")
     roof.set_xlabel("share of the measured roof")
+    figure.suptitle(_title(header), fontsize="medium")
+    _save(figure, path)
+
+
+def roofline(document: dict[str, Any], path: Path) -> None:
+    """Writes GFLOP/s against operations for each byte of weights (`Case.intensity`).
+
+    One point for each case, pass and provider, under the peak and the bandwidths of the run.
+    """
+    from matplotlib.figure import Figure
+
+    header, records = document["header"], document["records"]
+    figure = Figure(figsize=(10, 6.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    intensities = [Case(**r["case"]).intensity(r["pass"]) for r in records]
+    reached = [r["gflops"] for r in records]
+    peaks = {dtype: roof["gflops"] for dtype, roof in header["roof"].items()}
+    axes.set_xlim(min(intensities) / 3, max(intensities) * 2)
+    axes.set_ylim(min(reached) / 2, max(*peaks.values(), *reached) * 1.6)
+    _draw_roofs(axes, peaks, _apart(header["bandwidth"]))
+    colours = _provider_colours(records)
+    for provider, colour in reversed(colours.items()):  # ours last, on top
+        for pass_, marker in MARKERS.items():
+            chosen = [
+                i for i, r in enumerate(records) if (r["provider"], r["pass"]) == (provider, pass_)
+            ]
+            if chosen:
+                axes.scatter(
+                    [intensities[i] for i in chosen], [reached[i] for i in chosen], s=34,
+                    color=colour, marker=marker, alpha=0.8, edgecolor="white", linewidth=0.5,
+                    label=f"{provider}, {pass_}", zorder=3,
+                )  # fmt: skip
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], loc="lower right")
+    axes.set_xlabel("multiplications and additions for each byte of weights that streams by")
+    axes.set_ylabel("GFLOP/s")
+    axes.set_title(_title(header), fontsize="medium")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """An SVG of the same run is the same file: without the date, and with names that stay."""
+    from matplotlib import rc_context
+
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    with rc_context({"svg.hashsalt": "fastrnn"}):
+        figure.savefig(path, dpi=130, metadata=metadata)
+
+
+def _draw_roofs(axes: Any, peaks: dict[str, float], bandwidths: dict[str, float]) -> None:
+    """The peaks, level, and each bandwidth as a line that ends where it meets the highest."""
+    left, right = axes.get_xlim()
+    for dtype, peak in peaks.items():
+        axes.hlines(peak, left, right, color="black", linewidth=1)
+        axes.annotate(
+            f"{dtype} peak, {peak:.0f} GFLOP/s", (right, peak), (-4, 4),
+            textcoords="offset points", ha="right", fontsize="small",
+        )  # fmt: skip
+    for name, rate in bandwidths.items():
+        meets = max(peaks.values()) / rate
+        axes.plot([left, meets], [left * rate, meets * rate], color="grey", linewidth=0.9)
+        axes.text(
+            meets * 0.93, meets * 0.93 * rate, f"{name}, {rate:.0f} GB/s ", color="dimgrey",
+            ha="right", va="bottom", rotation=math.degrees(math.atan(rate)), clip_on=True,
+            rotation_mode="anchor", transform_rotates_text=True, fontsize="small",
+        )  # fmt: skip
+
+
+def _apart(bandwidths: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Those that a reader can tell apart, from the smallest array to the largest, by its size."""
+    told: dict[str, float] = {}
+    for entry in bandwidths:
+        if all(rate > APART * entry["gbs"] for rate in told.values()):
+            told[size(int(entry["bytes"]))] = entry["gbs"]
+    return told
+
+
+def _provider_colours(records: Sequence[Record]) -> dict[str, str]:
+    names = dict.fromkeys(r["provider"] for r in records)
+    more = itertools.cycle(MORE_PROVIDERS)
+    return {name: PROVIDERS.get(name) or next(more) for name in names}
+
+
+def _title(header: dict[str, Any]) -> str:
     where = threads(header["threads"]) if header["device"] == "cpu" else header["device"]
-    figure.suptitle(
-        f"fastrnn {header['versions']['fastrnn']}, {header['machine']['cpu']}, {where}",
-        fontsize="medium",
-    )
-    figure.savefig(path, dpi=130)
+    return f"fastrnn {header['versions']['fastrnn']}, {header['machine']['cpu']}, {where}"

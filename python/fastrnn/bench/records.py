@@ -2,20 +2,24 @@
 
 Top level: ``header``, ``records``, ``not_run``. A record's ``case`` names the cell, the sizes and
 the dtype, and besides them only options that differ from the default (nonlinearity, heads,
-reset_rate). Times are milliseconds per call; ``roof_fraction`` is a share of ``header["roof"]``;
-``ratio_to_best_peer`` is the fastest peer's median over this provider's: above 1 it is faster.
+reset_rate). Times are milliseconds per call. ``peak_gflops`` is the machine's peak beside the case
+and ``peak_fraction`` the share of it; ``roof_fraction`` is the time of the roof (see roof.py) over
+the provider's. ``header["roof"]`` has the median peak of each dtype, ``header["bandwidth"]`` the
+GB/s of all threads by the bytes that each reads. ``ratio_to_best_peer`` is the fastest peer's
+median over this provider's: above 1 it is faster.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fastrnn
+from fastrnn.bench.report import ours
 from fastrnn.info import info
 
 if TYPE_CHECKING:
@@ -23,7 +27,8 @@ if TYPE_CHECKING:
 
 RECORD_FIELDS = (
     "suite", "case", "device", "threads", "pass", "provider", "provider_version", "median_ms",
-    "p10_ms", "p90_ms", "gflops", "roof_fraction", "ratio_to_best_peer", "kernel",
+    "p10_ms", "p90_ms", "gflops", "peak_gflops", "peak_fraction", "roof_fraction",
+    "ratio_to_best_peer", "kernel",
 )  # fmt: skip
 
 
@@ -32,7 +37,8 @@ def document(results: Results) -> dict[str, Any]:
     return {"header": header(results), "records": results.records, "not_run": results.not_run}
 
 
-def header(results: Results) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """The machine, the versions, the commit and the date."""
     known = info()
     machine = {
         "platform": known["platform"],
@@ -43,17 +49,39 @@ def header(results: Results) -> dict[str, Any]:
     }
     versions = {name: known[name] for name in ("fastrnn", "python", "numpy")}
     versions["torch"] = known["torch"] and known["torch"]["version"]
-    versions |= {r["provider"]: r["provider_version"] for r in results.records}
     return {
         "machine": machine,
         "versions": versions,
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def header(results: Results) -> dict[str, Any]:
+    found = environment()
+    found["versions"] |= {r["provider"]: r["provider_version"] for r in results.records}
+    return {
+        **found,
         "device": results.device,
         "threads": results.threads,
         "seconds_per_case": results.seconds,
-        "roof": {dtype: asdict(roof) for dtype, roof in results.roofs.items()},
+        "roof": _peaks(results),
+        "bandwidth": [
+            {"bytes": size, "gbs": results.roof.bandwidth[size]}
+            for size in sorted(results.roof.bandwidth)
+        ],
         "complete": not results.interrupted,
+    }
+
+
+def _peaks(results: Results) -> dict[str, dict[str, Any]]:
+    """By dtype: the median of what was measured beside each case, and how."""
+    found: dict[str, list[float]] = {}
+    for record in ours(results.records):
+        found.setdefault(record["case"]["dtype"], []).append(record["peak_gflops"])
+    return {
+        dtype: {"gflops": statistics.median(peaks), "method": results.roof.method(dtype)}
+        for dtype, peaks in found.items()
     }
 
 
@@ -92,11 +120,21 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(loaded, dict) or not {"header", "records"} <= set(loaded):
         raise ValueError(f"{path}: not written by fastrnn bench --json (no header and records)")
+    header = loaded["header"]
+    header.setdefault("bandwidth", [])
     for record in loaded["records"]:
+        _fill_in(record, header)
         missing = [field for field in RECORD_FIELDS if field not in record]
         if missing:
             raise ValueError(f"{path}: a record lacks {', '.join(missing)}")
     return loaded
+
+
+def _fill_in(record: dict[str, Any], header: dict[str, Any]) -> None:
+    """Version 0.1.0 had torch's best product for a roof, one for all cases of a dtype."""
+    if "peak_gflops" not in record and "roof" in header and "case" in record:
+        record["peak_gflops"] = header["roof"][record["case"]["dtype"]]["gflops"]
+        record["peak_fraction"] = record["roof_fraction"]
 
 
 def save(document: dict[str, Any], path: Path) -> None:

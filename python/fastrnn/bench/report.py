@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastrnn.bench.cases import Case
@@ -13,37 +15,61 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
+MEANINGS = """\
+ratio: the best peer's time over ours; above 1 is faster
+peak, roof: the share of the machine's peak, and of what it can do for such products"""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells: the first `text_columns` columns are words, the others numbers."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    text_columns: int
+
+    def text(self) -> str:
+        """Aligned: words to the left, numbers to the right."""
+        widths = [max(map(len, cells)) for cells in zip(self.columns, *self.rows, strict=True)]
+
+        def line(cells: Sequence[str]) -> str:
+            aligned = (
+                cell.ljust(width) if i < self.text_columns else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            )
+            return "  ".join(aligned).rstrip()
+
+        return "\n".join(map(line, [self.columns, ["-" * width for width in widths], *self.rows]))
+
+    def markdown(self) -> str:
+        numbers = len(self.columns) - self.text_columns
+        rule = [":---"] * self.text_columns + ["---:"] * numbers
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in [self.columns, rule, *self.rows])
+
 
 def render(document: dict[str, Any]) -> str:
     """The report of a document (see records.py) as plain text."""
-    parts = [_heading(document["header"])]
+    parts = ["\n".join(heading(document["header"]))]
     if document["records"]:
-        parts += [_case_table(document["records"]), _means(document["records"])]
+        parts.append(cases(document["records"]).text() + "\n" + MEANINGS)
+        parts.append("Geometric means\n" + means(document["records"]).text())
     if document["not_run"]:
-        parts.append(_not_run(document["not_run"]))
+        parts.append("\n".join(["Not run", *(f"  {line}" for line in not_run(document))]))
     if not document["header"]["complete"]:
         parts.append("Interrupted: these are the cases measured until then.")
     return "\n\n".join(parts)
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> str:
-    """Aligned columns: the first `text_columns` to the left, numbers to the right."""
-    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        aligned = (
-            cell.ljust(width) if i < text_columns else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "  ".join(aligned).rstrip()
-
-    return "\n".join([line(columns), line(["-" * width for width in widths]), *map(line, rows)])
 
 
 def milliseconds(value: float) -> str:
     """Three digits that mean something: 0.0391, 2.27, 16.9, 241."""
     digits = 4 if value < 0.1 else 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
     return f"{value:.{digits}f}"
+
+
+def size(count: int) -> str:
+    """Bytes in the unit that leaves the fewest digits: 16 KiB, 4 MiB."""
+    power = min(3, max(0, (count.bit_length() - 1) // 10))
+    return f"{count / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def threads(count: int) -> str:
@@ -64,7 +90,8 @@ def key(record: Record) -> tuple[Any, ...]:
     return (record["suite"], case, record["device"], record["threads"], record["pass"])
 
 
-def _heading(header: dict[str, Any]) -> str:
+def heading(header: dict[str, Any]) -> list[str]:
+    """What ran where, when, and what the machine can do: a line for each."""
     machine, versions = header["machine"], header["versions"]
     used = (machine["cpu"], machine["isa"], threads(header["threads"]), header["device"])
     lines = [
@@ -73,17 +100,23 @@ def _heading(header: dict[str, Any]) -> str:
         f"commit {header['commit'] or 'not known'}, {header['date']}",
     ]
     lines += [
-        f"measured roof: {roof['gflops']:.0f} GFLOP/s, the {roof['method']}"
-        for roof in header["roof"].values()
+        f"peak: {roof['gflops']:.0f} GFLOP/s, {roof['method']}" for roof in header["roof"].values()
     ]
-    return "\n".join(lines)
+    if header["bandwidth"]:
+        reads = (f"{size(b['bytes'])} {b['gbs']:.0f}" for b in header["bandwidth"])
+        lines.append(f"reading, GB/s by the size of each thread's array: {', '.join(reads)}")
+    return lines
 
 
-def _case_table(records: Sequence[Record]) -> str:
+def cases(records: Sequence[Record]) -> Table:
+    """A row for each of our records, the peers' times beside it."""
     peers = list(dict.fromkeys(r["provider"] for r in records if r["provider"] != "fastrnn"))
     suites = list(dict.fromkeys(r["suite"] for r in records))
     times = {(key(r), r["provider"]): milliseconds(r["median_ms"]) for r in records}
-    columns = ["case", "pass", "kernel", "fastrnn ms", "p10-p90", "GFLOP/s", "roof"]
+    shares = {"peak": "peak_fraction", "roof": "roof_fraction"}
+    if all(math.isclose(r["peak_fraction"], r["roof_fraction"]) for r in ours(records)):
+        del shares["peak"]
+    columns = ["case", "pass", "kernel", "fastrnn ms", "p10-p90", "GFLOP/s", *shares]
     columns += [f"{peer} ms" for peer in peers] + ["ratio"]
     rows = []
     for record in ours(records):
@@ -97,15 +130,15 @@ def _case_table(records: Sequence[Record]) -> str:
                 milliseconds(record["median_ms"]),
                 f"{milliseconds(record['p10_ms'])}-{milliseconds(record['p90_ms'])}",
                 f"{record['gflops']:.1f}",
-                f"{record['roof_fraction']:.2f}",
+                *(f"{record[share]:.2f}" for share in shares.values()),
                 *(times.get((key(record), peer), "-") for peer in peers),
                 "-" if ratio is None else f"{ratio:.2f}",
             ]
         )
-    return table(columns, rows, 3) + "\nratio: the best peer's time over ours; above 1 is faster"
+    return Table(columns, rows, 3)
 
 
-def _means(records: Sequence[Record]) -> str:
+def means(records: Sequence[Record]) -> Table:
     """Per suite and pass: geometric means of the ratio to each peer and to the best one."""
     peers = list(dict.fromkeys(r["provider"] for r in records if r["provider"] != "fastrnn"))
     mine = {key(r): r for r in ours(records)}
@@ -118,10 +151,10 @@ def _means(records: Sequence[Record]) -> str:
                 ratios[r["provider"]].append(r["median_ms"] / group[key(r)]["median_ms"])
         best = [r["ratio_to_best_peer"] for r in group.values()]
         roof = [r["roof_fraction"] for r in group.values()]
-        means = [_mean(values) for values in (*ratios.values(), best, roof)]
-        rows.append([suite, pass_, str(len(group)), *means])
+        shown = [_mean(values) for values in (*ratios.values(), best, roof)]
+        rows.append([suite, pass_, str(len(group)), *shown])
     columns = ["suite", "pass", "cases", *(f"{p} / ours" for p in peers), "best / ours", "roof"]
-    return "Geometric means\n" + table(columns, rows, 2)
+    return Table(columns, rows, 2)
 
 
 def _mean(values: Sequence[float | None]) -> str:
@@ -129,10 +162,12 @@ def _mean(values: Sequence[float | None]) -> str:
     return f"{geometric_mean(known):.2f}" if known else "-"
 
 
-def _not_run(entries: Sequence[dict[str, Any]]) -> str:
+def not_run(document: dict[str, Any]) -> list[str]:
+    """What was not run and why, a line for each reason."""
+    entries = document["not_run"]
     counted = Counter((e["suite"], e["provider"], e["pass"], e["reason"]) for e in entries)
-    lines = ["Not run"]
+    lines = []
     for (suite, provider, pass_, reason), count in counted.items():
         where = "" if suite is None else f", {suite} {pass_}, {count} case{'s' * (count != 1)}"
-        lines.append(f"  {provider}{where}: {reason}")
-    return "\n".join(lines)
+        lines.append(f"{provider}{where}: {reason}")
+    return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,8 @@ from fastrnn.bench.providers import (
     UnsupportedError,
     make_provider,
 )
-from fastrnn.bench.timing import Roof, Timing, make_clock, measure, measure_roof
+from fastrnn.bench.roof import Roof, make_roof
+from fastrnn.bench.timing import Timing, make_clock, measure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -56,7 +58,7 @@ class Results:
     device: str
     threads: int
     seconds: float
-    roofs: dict[str, Roof] = field(default_factory=dict)
+    roof: Roof
     records: list[dict[str, Any]] = field(default_factory=list)
     not_run: list[dict[str, Any]] = field(default_factory=list)
     interrupted: bool = False
@@ -75,11 +77,10 @@ def run(request: Request, on_case: Callable[[str], None] = lambda label: None) -
     if request.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device on this machine")
     with _threads(request.threads) as threads:
-        results = Results(request.device, threads, request.seconds)
+        roof = make_roof(request.device, threads)
+        results = Results(request.device, threads, request.seconds, roof)
         peers = _peers(request, results)
         try:
-            for dtype in dict.fromkeys(case.dtype for _, case in request.cases):
-                results.roofs[dtype] = measure_roof(dtype, request.device, threads)
             for suite, case in request.cases:
                 for pass_ in request.passes:
                     on_case(f"{case.label()} {pass_}")
@@ -133,7 +134,14 @@ def _run_case(
             return
     check(case, data, pass_, prepared)
     clock = make_clock(results.device)
-    timings = measure(prepared, clock, len(data.inputs), results.seconds)
+    peaks: list[float] = []
+
+    def sample_peak() -> None:
+        peaks.append(results.roof.sample_peak(case.dtype))
+
+    timings = measure(prepared, clock, len(data.inputs), results.seconds, sample_peak)
+    peak = statistics.median(peaks)
+    roof_ms = results.roof.seconds(case, pass_, peak) * 1e3
     peer_times = [t.median for name, t in timings.items() if name != "fastrnn"]
     for name, timing in timings.items():
         gflops = case.flops(pass_) / timing.median / 1e6
@@ -148,7 +156,9 @@ def _run_case(
                 "provider_version": providers[name].version,
                 **_milliseconds(timing),
                 "gflops": gflops,
-                "roof_fraction": gflops / results.roofs[case.dtype].gflops,
+                "peak_gflops": peak,
+                "peak_fraction": gflops / peak,
+                "roof_fraction": roof_ms / timing.median,
                 "ratio_to_best_peer": min(peer_times) / timing.median if peer_times else None,
                 "kernel": prepared[name].kernel,
             }

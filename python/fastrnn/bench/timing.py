@@ -1,4 +1,4 @@
-"""Clocks, interleaved measuring, percentiles, and the measured roof."""
+"""Clocks, interleaved measuring, percentiles."""
 
 from __future__ import annotations
 
@@ -71,12 +71,18 @@ class Timing:
 
 
 def measure(
-    prepared: Mapping[str, Prepared], clock: Clock, inputs: int, seconds: float
+    prepared: Mapping[str, Prepared],
+    clock: Clock,
+    inputs: int,
+    seconds: float,
+    each_round: Callable[[], Any] = lambda: None,
 ) -> dict[str, Timing]:
     """Times every provider in turns, about `seconds` in all, but never fewer than three turns.
 
     A turn opens with a pause, so that the threads of the provider before go to sleep, and with
-    untimed calls that bring the caches back; the order turns with every round.
+    untimed calls that bring the caches back; the order turns with every round. Each round begins
+    with `each_round`, after a pause of its own: what it measures of the machine is of the same
+    moments.
     """
     estimates = {name: _warm_up(p, clock, inputs) for name, p in prepared.items()}
     rounds = ROUNDS if ROUNDS * sum(estimates.values()) <= seconds else FEWEST_ROUNDS
@@ -85,6 +91,8 @@ def measure(
     order = list(prepared)
     with _no_collection():
         for _ in range(rounds):
+            time.sleep(SETTLE_SECONDS)
+            each_round()
             for name in order:
                 estimate = estimates[name]
                 calls = min(MOST_CALLS, max(1, int(budget / estimate)))
@@ -115,26 +123,3 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-@dataclass(frozen=True)
-class Roof:
-    """What the machine reached at its best kind of work, in the same process."""
-
-    gflops: float
-    method: str
-
-
-def measure_roof(dtype: str, device: str, threads: int, seconds: float = 0.3) -> Roof:
-    """The best of torch's matrix products of `dtype`, with the same threads as the cases."""
-    size = 1024 if device == "cpu" else 4096
-    a, b = (torch.rand(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    clock = make_clock(device)
-    with torch.inference_mode():
-        best = min(clock.time(lambda _: torch.mm(a, b), 1, 3))
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            best = min(best, *clock.time(lambda _: torch.mm(a, b), 1, 3))
-    where = f"{threads} thread{'s' * (threads != 1)}" if device == "cpu" else device
-    method = f"best {dtype} matrix product of torch {torch.__version__}, {size}^3, {where}"
-    return Roof(2.0 * size**3 / best / 1e9, method)
