@@ -676,17 +676,23 @@ class Backward : Shape<Cell, S> {
     }
   }
 
-  // body(product, panel, gate, group) for the blocks that lie in `mine`, panel after panel.
+  // body(product, panel, gate, group) for the blocks that lie in `mine`: panel after panel, so that
+  // a panel stays in the cache; of few pairs row after row, as results are written far more than
+  // read.
   template <class Body>
   FASTRNN_INLINE void each_block(const Product (&products)[kProducts], const Range& mine,
                                  Body body) const {
+    constexpr Index kFewPairs = 16;
+    const bool by_rows = steps_.pairs <= kFewPairs;
     Index at = 0;
     for (const Product& p : products) {
-      const Index blocks = p.blocks(), per_panel = p.gates * p.groups();
+      const Index blocks = p.blocks(), groups = p.groups(), panels = p.panels();
       const Index begin = mine.begin > at ? mine.begin - at : 0;
       const Index end = least(mine.end - at, blocks);
-      for (Index block = begin; block < end; ++block)
-        body(p, block / per_panel, block % per_panel / p.groups(), block % p.groups());
+      for (Index block = begin; block < end; ++block) {
+        const Index row = by_rows ? block / panels : block % (p.gates * groups);
+        body(p, by_rows ? block % panels : block / (p.gates * groups), row / groups, row % groups);
+      }
       at += blocks;
     }
   }

@@ -81,8 +81,8 @@ void pack_gates(C* to, const Weight& w, Index H, Index K, int first, int gates, 
                 Index unit) {
   constexpr int lanes = Vec<C>::lanes;
   const Index vectors = static_cast<Index>(tiles) * gates;
-  for (Index k = 0; k < K; k += lanes)
-    for (Index v = 0; v < vectors; ++v) {
+  for (Index v = 0; v < vectors; ++v)  // the rows of one square at a time: as many streams
+    for (Index k = 0; k < K; k += lanes) {
       const Index gate = first + v % gates, begin = unit + v / gates * lanes;
       Vec<C> square[lanes];
 #pragma GCC unroll 16

@@ -125,7 +125,10 @@ class RecurrentCell(Module):
         _checks.check_cell_companions(input, hx or (), weights, _NAMES)
         if hx is not None:
             hx = tuple(state.unsqueeze(0) for state in hx)
-        hx_n = recurrent(options, input.unsqueeze(0), hx, weights)[1]
+        cache = None  # of weights that autocast has just made there is nothing to keep
+        if half is None and not torch.compiler.is_compiling():
+            cache = _inference.prepared(self)[1]
+        hx_n = recurrent(options, input.unsqueeze(0), hx, weights, cache=cache)[1]
         hx_n = tuple(state.squeeze(0) for state in hx_n)
         if wide is not None:
             hx_n = tuple(state.to(wide) for state in hx_n)

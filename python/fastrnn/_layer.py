@@ -328,8 +328,11 @@ class RecurrentLayer(Module):
             hx = None if hx is None else tuple(_autocast.cast(state, half) for state in hx)
             weights = [_autocast.cast(weight, half) for weight in weights]
         _checks.check_companions(input, hx or (), weights)
+        cache = None  # of weights that autocast has just made there is nothing to keep
+        if half is None and not torch.compiler.is_compiling():
+            cache = _inference.prepared(self)[1]
         output, hx_n, states = recurrent(
-            self._options, input, hx, weights, dropout=dropout, **steps
+            self._options, input, hx, weights, dropout=dropout, cache=cache, **steps
         )
         if wide is not None:
             output, hx_n = output.to(wide), tuple(state.to(wide) for state in hx_n)

@@ -110,6 +110,7 @@ def _run_forward(
     lengths: Tensor | None,
     reset: Tensor | None,
     *rest: Any,
+    cache: _C.PackCache | None = None,
 ) -> ForwardOutputs:
     """Allocate the outputs and call the engine; None for what is not wanted."""
     *options, states, save = rest
@@ -144,6 +145,8 @@ def _run_forward(
         gates,
         states or save,
         torch.get_num_threads(),
+        None,
+        cache,
     )
     return hidden, h_n, c_n, cell, gates
 
@@ -264,17 +267,20 @@ def _backward_fake(
 # ---- Autograd ------------------------------------------------------------------------------------
 
 
-def forward(*arguments: Any) -> ForwardOutputs:
+def forward(*arguments: Any, cache: _C.PackCache | None = None) -> ForwardOutputs:
     """``fastrnn::forward``, by the shorter way where that is the same; for its arguments see there.
 
-    What is not wanted may come back as None.
+    What is not wanted may come back as None. The operator itself knows no ``cache``.
     """
     outputs: ForwardOutputs
     if torch.compiler.is_compiling() or not _nothing_listens((*arguments[:3], *arguments[3])):
         outputs = forward_op(*arguments)
     else:
         save = arguments[-1]
-        outputs = _apply(*arguments, keep_gates=False) if save else _run_forward(*arguments)
+        if save:
+            outputs = _apply(*arguments, keep_gates=False, cache=cache)
+        else:
+            outputs = _run_forward(*arguments, cache=cache)
     return outputs
 
 
@@ -307,6 +313,7 @@ class _Recurrence(torch.autograd.Function):
     def forward(
         ctx: Any,
         keep_gates: bool,  # backward leaves the output `gates` as it is
+        cache: _C.PackCache | None,
         options: Scalars,
         states: bool,
         save: bool,
@@ -321,7 +328,7 @@ class _Recurrence(torch.autograd.Function):
         arguments = (input, h0, c0, weights, batch_sizes, lengths, reset, *options, states, save)
         outputs: ForwardOutputs
         if _nothing_listens((input, h0, c0, *weights)):
-            outputs = _run_forward(*arguments)
+            outputs = _run_forward(*arguments, cache=cache)
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 outputs = forward_op(*arguments)
@@ -340,9 +347,9 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         batch_sizes, lengths, reset, input, h0, c0, *rest = ctx.saved_tensors
         saved, weights = rest[:3], rest[3:]
-        needs = ctx.needs_input_grad[7:]
+        needs = ctx.needs_input_grad[8:]
         if all(d is None for d in gradients):
-            return (None,) * (7 + len(needs))
+            return (None,) * (8 + len(needs))
         arguments = (input, h0, c0, weights, batch_sizes, lengths, reset)
         found: Sequence[Tensor | None]
         if torch.is_grad_enabled():  # create_graph=True
@@ -372,7 +379,7 @@ class _Recurrence(torch.autograd.Function):
                 hidden, cell, gates = saved
                 cell = input.new_empty(0) if cell is None else cell
                 found = backward_op(*arguments, hidden, cell, gates, *d_states, *ctx.options, needs)
-        return (*(None,) * 7, *(d if need else None for d, need in zip(found, needs, strict=True)))
+        return (*(None,) * 8, *(d if need else None for d, need in zip(found, needs, strict=True)))
 
 
 def _apply(
@@ -385,9 +392,11 @@ def _apply(
     reset: Tensor | None,
     *rest: Any,
     keep_gates: bool,
+    cache: _C.PackCache | None = None,
 ) -> Any:
+    steps = (batch_sizes, lengths, reset)
     return _Recurrence.apply(  # type: ignore[no-untyped-call]
-        keep_gates, rest[:-2], *rest[-2:], batch_sizes, lengths, reset, input, h0, c0, *weights
+        keep_gates, cache, rest[:-2], *rest[-2:], *steps, input, h0, c0, *weights
     )
 
 

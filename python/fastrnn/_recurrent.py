@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _composed, _ops
+from ._C import PackCache
 from ._engine import States, scalars
 from ._options import Options
 
@@ -35,6 +36,7 @@ def recurrent(
     reset: Tensor | None = None,
     return_states: bool = False,
     dropout: float = 0.0,
+    cache: PackCache | None = None,
 ) -> Result:
     """Run a stack of recurrent layers over checked arguments.
 
@@ -48,6 +50,7 @@ def recurrent(
         reset: bool (T, B), True where an episode starts.
         return_states: whether to return the states of every layer at every step.
         dropout: probability of a zero in what one layer passes to the next.
+        cache: where the engine may keep the weights packed for the next call.
 
     Returns:
         ``output`` (T, B, D·O) or packed (N, D·O); ``(h_n,)`` or ``(h_n, c_n)``, shaped as ``hx``;
@@ -57,12 +60,13 @@ def recurrent(
     steps = (batch_sizes, lengths, reset)
     if dropout > 0 and options.num_layers > 1:
         return _layer_by_layer(run, options, input, hx, weights, steps, return_states, dropout)
-    return run(options, input, hx, weights, steps, return_states)
+    return run(options, input, hx, weights, steps, return_states, cache)
 
 
 _Steps = tuple[Tensor | None, Tensor | None, Tensor | None]  # batch_sizes, lengths, reset
 _Route = Callable[
-    [Options, Tensor, tuple[Tensor, ...] | None, Sequence[Tensor], _Steps, bool], Result
+    [Options, Tensor, tuple[Tensor, ...] | None, Sequence[Tensor], _Steps, bool, PackCache | None],
+    Result,
 ]
 _ENGINE_DEVICES = frozenset({"cpu", "meta"})  # on meta the operator only works out shapes
 
@@ -82,13 +86,14 @@ def _engine_route(
     weights: Sequence[Tensor],
     steps: _Steps,
     return_states: bool,
+    cache: PackCache | None,
 ) -> Result:
     h0 = c0 = None
     if hx is not None:
         h0, c0 = hx if len(hx) == 2 else (hx[0], None)
     save = torch.is_grad_enabled() and _any_requires_grad((input, h0, c0, *weights))
     hidden, h_n, c_n, cell, _ = _ops.forward(
-        input, h0, c0, weights, *steps, *scalars(options), return_states, save
+        input, h0, c0, weights, *steps, *scalars(options), return_states, save, cache=cache
     )
     # Of one layer a view that gives the gradient back as a view, with no zeros to fill.
     output = hidden.squeeze(0) if hidden.shape[0] == 1 else hidden[-1]
@@ -109,6 +114,7 @@ def _composed_route(
     weights: Sequence[Tensor],
     steps: _Steps,
     return_states: bool,
+    cache: PackCache | None,
 ) -> Result:
     batch_sizes, lengths, reset = steps
     stack = _composed.forward(
@@ -143,7 +149,7 @@ def _layer_by_layer(
             x = F.dropout(x, dropout, training=True)
         initial = hx and tuple(s[k * directions : (k + 1) * directions] for s in hx)
         mine = weights[k * size : (k + 1) * size]
-        x, last, every = run(one_layer, x, initial, mine, steps, return_states)
+        x, last, every = run(one_layer, x, initial, mine, steps, return_states, None)
         hx_n.append(last)
         if every is not None:
             states.append(every)
