@@ -31,15 +31,27 @@ def flat(result: Any) -> list[Tensor]:
 
 
 def long_way(module: torch.nn.Module, *arguments: Any) -> list[Tensor]:
-    with patch.object(_inference, "allowed", return_value=False), torch.no_grad():
+    with patch.object(_inference, "run", return_value=None), torch.no_grad():
         return flat(module(*arguments))
 
 
 def short_way(module: torch.nn.Module, *arguments: Any) -> list[Tensor]:
-    with patch.object(_inference, "run", wraps=_inference.run) as run, torch.no_grad():
-        found = flat(module(*arguments))
-        assert run.called
-    return found
+    """As users call it; whether the short way is then taken, `takes_the_short_way` says."""
+    with torch.no_grad():
+        return flat(module(*arguments))
+
+
+def takes_the_short_way(module: torch.nn.Module, *arguments: Any) -> bool:
+    answers = []
+
+    def spy(*given: Any) -> Any:
+        answers.append(original(*given))
+        return answers[-1]
+
+    original = _inference.run
+    with patch.object(_inference, "run", spy):
+        module(*arguments)
+    return answers == [answers[-1]] and answers[-1] is not None
 
 
 def assert_same(got: list[Tensor], expected: list[Tensor]) -> None:
@@ -52,7 +64,7 @@ def assert_same(got: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def cache_of(module: torch.nn.Module) -> Any:
-    return _inference.prepared(module)[1]
+    return _inference.prepared(module).cache
 
 
 # ---- the same as the long way -------------------------------------------------------------------
@@ -85,6 +97,8 @@ def test_layer_equals_the_long_way(name: str, dtype: torch.dtype, options: dict[
         expected = long_way(layer, *arguments)
         for _ in range(3):  # to be packed, packed now, packed before
             assert_same(short_way(layer, *arguments), expected)
+        with torch.no_grad():
+            assert takes_the_short_way(layer, *arguments)
     assert cache_of(layer).packed
 
 
@@ -137,6 +151,24 @@ def test_subclasses_go_the_long_way() -> None:
     input = torch.randn(T, B, I).as_subclass(Loud)
     output, _ = layer(input)
     assert type(output) is Loud
+
+
+def test_what_is_around_a_call_sends_it_the_long_way() -> None:
+    layer, input = fastrnn.LSTM(I, H), torch.randn(T, B, I)
+    assert not takes_the_short_way(layer, input)  # a gradient is recorded
+    with torch.no_grad():
+        assert takes_the_short_way(layer, input)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not takes_the_short_way(layer, input)
+        with torch.profiler.profile() as profile:
+            assert not takes_the_short_way(layer, input)
+        assert any("fastrnn::forward" in event.key for event in profile.key_averages())
+        with torch.autograd.forward_ad.dual_level():
+            assert not takes_the_short_way(layer, input)
+        batched = torch.vmap(lambda x: layer(x)[0], in_dims=1, out_dims=1)(input.unsqueeze(2))
+        torch.testing.assert_close(batched.squeeze(2), layer(input)[0])
+    with torch.inference_mode():
+        assert takes_the_short_way(layer, input)
 
 
 def test_training_dropout_is_not_skipped() -> None:

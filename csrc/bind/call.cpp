@@ -239,8 +239,9 @@ void Call::set_weights(py::handle weights) {
 
 void Call::use_cache(py::handle weights, PackCache& cache) {
   const List list(weights, "weights");
-  std::vector<py::handle> objects;
-  for (std::int64_t i = 0; i < list.size(); ++i) objects.push_back(list[i]);
+  std::vector<py::object> objects;
+  for (std::int64_t i = 0; i < list.size(); ++i)
+    objects.push_back(py::reinterpret_borrow<py::object>(list[i]));
   packed_ = cache.find(problem_, objects.data(), weights_);
   if (packed_) problem_.packed = packed_->data();
 }

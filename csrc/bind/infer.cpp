@@ -4,6 +4,7 @@
 
 #include <initializer_list>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "argument.h"
@@ -24,13 +25,43 @@ void expect(bool fits) {
 
 PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
 
-// Types whose memory is what it says: not subclasses, which may mean something else by a call.
-PyObject* tensor_type = nullptr;
-PyObject* parameter_type = nullptr;
+// What torch is asked before a call, and made of once by set_torch().
+struct Torch {
+  // Types whose memory is what it says: not subclasses, which may mean something else by a call.
+  PyObject *tensor, *parameter;
+  PyObject* get_num_threads;
+  // Where nothing is recorded, traced, transformed or cast around a call, the first give false,
+  // None or zero, and the others, a module's dictionary and a name, are false or negative.
+  std::vector<PyObject*> questions;
+  std::vector<std::pair<PyObject*, PyObject*>> variables;
+};
+Torch torch;
+
+py::object called(PyObject* function) {
+  PyObject* answer = PyObject_CallNoArgs(function);
+  if (answer == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(answer);
+}
+
+// Whether the call is by itself: then nobody can tell the short way from the long one.
+bool alone() {
+  for (PyObject* question : torch.questions) {
+    const py::object answer = called(question);
+    if (!answer.is(py::handle(Py_False)) && !answer.is_none() &&
+        !(PyLong_CheckExact(answer.ptr()) && PyLong_AsLong(answer.ptr()) == 0))
+      return false;
+  }
+  for (const auto& [dictionary, name] : torch.variables) {
+    PyObject* value = PyDict_GetItemWithError(dictionary, name);
+    if (value == nullptr) return false;
+    if (value != Py_False && !(PyLong_CheckExact(value) && PyLong_AsLong(value) < 0)) return false;
+  }
+  return true;
+}
 
 void expect_plain(py::handle object) {
   auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
-  expect(type == tensor_type || type == parameter_type);
+  expect(type == torch.tensor || type == torch.parameter);
 }
 
 // An input or a state: negation may be pending on it, unlike on a parameter.
@@ -84,17 +115,22 @@ class Inference {
                       x.stride(cell ? 1 : 2)};
   }
 
-  void set_weights(const py::list& weights, PackCache& cache) {
+  // Those of `names` in a module's dictionary of parameters.
+  void set_weights(const py::dict& parameters, const py::tuple& names, PackCache& cache) {
     const std::int64_t L = problem_.options.layers, D = problem_.options.directions;
     const std::int64_t P = problem_.options.proj_size, groups = L * D;
-    const auto count = static_cast<std::int64_t>(weights.size());
+    const auto count = static_cast<std::int64_t>(names.size());
     const std::int64_t each = count / groups;
     expect(count % groups == 0 && (each == 2 + (P > 0) || each == 4 + (P > 0)));
-    objects_.reserve(weights.size());
-    arrays_.reserve(weights.size());
-    for (const py::handle weight : weights) {
+    objects_.reserve(names.size());
+    arrays_.reserve(names.size());
+    for (std::size_t i = 0; i < names.size(); ++i) {
+      // Null where it is parametrized, under weight norm, in a replica: no registered parameter.
+      PyObject* weight =
+          PyDict_GetItemWithError(parameters.ptr(), PyTuple_GET_ITEM(names.ptr(), i));
+      expect(weight != nullptr);
       expect_plain(weight);
-      objects_.push_back(weight);
+      objects_.push_back(py::reinterpret_borrow<py::object>(weight));
       arrays_.emplace_back(weight, Name{"weights"}, owners_);
       expect(same(arrays_.back().dtype(), dtype_));
     }
@@ -125,11 +161,11 @@ class Inference {
     if (packed_) problem_.packed = packed_->data();
   }
 
-  void set_states(py::handle h0, py::handle c0, bool cell) {
-    if (h0.is_none()) return expect(c0.is_none());
-    expect(c0.is_none() == (traits_.states < 2));
-    problem_.h0 = state(h0, output_size(), cell);
-    if (traits_.states > 1) problem_.c0 = state(c0, problem_.H, cell);
+  void set_states(py::handle hx, bool cell) {
+    if (hx.is_none()) return;
+    expect(PyTuple_CheckExact(hx.ptr()) && PyTuple_GET_SIZE(hx.ptr()) == traits_.states);
+    problem_.h0 = state(PyTuple_GET_ITEM(hx.ptr(), 0), output_size(), cell);
+    if (traits_.states > 1) problem_.c0 = state(PyTuple_GET_ITEM(hx.ptr(), 1), problem_.H, cell);
   }
 
   py::object run(py::handle input, bool batch_first, bool cell) {
@@ -197,21 +233,22 @@ class Inference {
   Problem problem_;
   CellTraits traits_;
   dlpack::DataType dtype_{};
-  std::vector<py::handle> objects_;
+  std::vector<py::object> objects_;  // held: another thread may put others in their place
   std::vector<Array> arrays_;
   std::vector<Parameters> parameters_;
   std::shared_ptr<const Memory> packed_;
   Owners owners_;
 };
 
-py::object infer(const CheckedOptions& options, PackCache& cache, const py::list& weights,
-                 py::handle input, py::handle h0, py::handle c0, bool batch_first, bool cell,
-                 int threads) {
+py::object infer(const CheckedOptions& options, PackCache& cache, const py::dict& parameters,
+                 const py::tuple& names, py::handle input, py::handle hx, bool batch_first,
+                 bool cell) {
+  if (!alone()) return py::none();
   try {
-    Inference call(options, threads);
+    Inference call(options, PyLong_AsLong(called(torch.get_num_threads).ptr()));
     call.set_input(input, batch_first, cell);
-    call.set_weights(weights, cache);
-    call.set_states(h0, c0, cell);
+    call.set_weights(parameters, names, cache);
+    call.set_states(hx, cell);
     return call.run(input, batch_first, cell);
   } catch (const Refused&) {
   } catch (const py::builtin_exception&) {  // memory that the engine cannot read
@@ -219,9 +256,15 @@ py::object infer(const CheckedOptions& options, PackCache& cache, const py::list
   return py::none();
 }
 
-void set_torch(const py::type& tensor, const py::type& parameter) {
-  tensor_type = tensor.inc_ref().ptr();
-  parameter_type = parameter.inc_ref().ptr();
+void set_torch(const py::type& tensor, const py::type& parameter, const py::object& get_num_threads,
+               const py::list& questions, const py::list& variables) {
+  torch = {
+      tensor.inc_ref().ptr(), parameter.inc_ref().ptr(), get_num_threads.inc_ref().ptr(), {}, {}};
+  for (const py::handle question : questions) torch.questions.push_back(question.inc_ref().ptr());
+  for (const py::handle variable : variables) {
+    const auto pair = py::cast<std::pair<py::dict, py::str>>(variable);
+    torch.variables.emplace_back(pair.first.inc_ref().ptr(), pair.second.inc_ref().ptr());
+  }
 }
 
 }  // namespace

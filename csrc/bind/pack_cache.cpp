@@ -70,7 +70,7 @@ bool PackCache::unchanged(const std::vector<Array>& arrays) const {
   return equal;
 }
 
-std::shared_ptr<const Memory> PackCache::find(const Problem& problem, const py::handle* objects,
+std::shared_ptr<const Memory> PackCache::find(const Problem& problem, const py::object* objects,
                                               const std::vector<Array>& arrays) {
   if (problem.T * problem.B > kMostPairs) return nullptr;
   const std::size_t count = arrays.size();

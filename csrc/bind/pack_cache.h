@@ -29,7 +29,7 @@ class PackCache {
  public:
   // The problem's parameters packed, or null: to be packed by the call itself. `objects` are the
   // tensors that `arrays` were read from, in the order of the flat list.
-  std::shared_ptr<const Memory> find(const Problem& problem, const py::handle* objects,
+  std::shared_ptr<const Memory> find(const Problem& problem, const py::object* objects,
                                      const std::vector<Array>& arrays);
   void clear();
   bool packed() const { return packed_ != nullptr; }

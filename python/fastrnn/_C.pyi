@@ -1,6 +1,6 @@
 """The engine, low level (csrc/bind): arrays in and out, nothing allocated, everything checked."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, SupportsIndex, TypedDict, final
 
 import numpy.typing as npt
@@ -124,19 +124,25 @@ class PackCache:
     def packed(self) -> bool:
         """Whether the weights of the last call are kept."""
 
-def set_torch(tensor: type, parameter: type) -> None:
-    """Tells `infer` torch's own types, whose memory is what it says."""
+def set_torch(
+    tensor: type,
+    parameter: type,
+    get_num_threads: Callable[[], int],
+    questions: list[Callable[[], Any]],
+    variables: list[tuple[dict[str, Any], str]],
+) -> None:
+    """What `infer` asks torch: its own types, whose memory is what it says, and whether a call is
+    by itself: then the questions give False, None or 0, the variables are False or negative."""
 
 def infer(
     options: Options,
     cache: PackCache,
-    weights: list[Any],
+    parameters: dict[str, Any],
+    names: tuple[str, ...],
     input: Any,
-    h0: Any,
-    c0: Any,
+    hx: tuple[Any, ...] | None,
     batch_first: bool,
     cell: bool,
-    threads: int,
 ) -> Any:
     """Runs a layer, or a cell, on torch tensors without a gradient.
 

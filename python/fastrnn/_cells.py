@@ -84,6 +84,10 @@ class RecurrentCell(Module):
                 shown.append(f"{name}={value}")
         return ", ".join(shown)
 
+    @property
+    def _flat_weights_names(self) -> tuple[str, ...]:
+        return _NAMES if self.bias else _NAMES[:2]
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         _inference.forget(self)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -101,9 +105,8 @@ class RecurrentCell(Module):
 
     def _run(self, input: Tensor, hx: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """One step: the new states, each (B, H) or, for an unbatched input, (H,)."""
-        if self._options is not None and _inference.allowed():
-            names = _NAMES if self.bias else _NAMES[:2]
-            found = _inference.run(self, names, input, hx, False, True)
+        if self._options is not None:
+            found = _inference.run(self, input, hx, False, True)
             if found is not None:
                 return found
         _checks.check_cell_input(type(self).__name__, input, hx or ())
@@ -127,7 +130,7 @@ class RecurrentCell(Module):
             hx = tuple(state.unsqueeze(0) for state in hx)
         cache = None  # of weights that autocast has just made there is nothing to keep
         if half is None and not torch.compiler.is_compiling():
-            cache = _inference.prepared(self)[1]
+            cache = _inference.prepared(self).cache
         hx_n = recurrent(options, input.unsqueeze(0), hx, weights, cache=cache)[1]
         hx_n = tuple(state.squeeze(0) for state in hx_n)
         if wide is not None:

@@ -17,62 +17,69 @@ from . import _C
 from ._engine import engine_options, scalars
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from ._options import Options
 
-_C.set_torch(Tensor, torch.nn.Parameter)
+# What says that a call is not by itself: a gradient recorded, a mode, a trace, a cast, a transform.
+_C.set_torch(
+    Tensor,
+    torch.nn.Parameter,
+    torch.get_num_threads,
+    [
+        torch.is_grad_enabled,
+        torch._C._len_torch_dispatch_stack,
+        torch._C._is_any_autocast_enabled,
+        torch._C._get_tracing_state,
+        torch._C._functorch.maybe_current_level,
+    ],
+    [
+        (vars(torch.autograd.profiler), "_is_profiler_enabled"),
+        (vars(forward_ad), "_current_level"),
+    ],
+)
 _ATTRIBUTE = "_prepared"
 
 
-def allowed() -> bool:
-    """Whether nothing is recorded, traced, transformed or cast around a call made now."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd.profiler._is_profiler_enabled
-        or forward_ad._current_level >= 0
-        or torch._C._functorch.maybe_current_level() is not None
-    )
+class Prepared:
+    """What a module keeps for the engine from call to call: no part of its state, never copied."""
+
+    __slots__ = ("cache", "engine", "names", "options")
+
+    def __init__(self, options: Options, names: tuple[str, ...]) -> None:
+        self.options = options
+        self.names = names
+        self.engine = engine_options(*scalars(options))
+        self.cache = _C.PackCache()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Prepared:
+        return Prepared(self.options, self.names)
+
+
+def prepared(module: Any) -> Prepared:
+    """The module's own, made where it has none or its options are others by now."""
+    kept: Prepared | None = module.__dict__.get(_ATTRIBUTE)
+    if kept is None or kept.options is not module._options:
+        kept = Prepared(module._options, tuple(module._flat_weights_names))
+        module.__dict__[_ATTRIBUTE] = kept
+    return kept
 
 
 def run(
-    module: Any,
-    names: Sequence[str],
-    input: Any,
-    hx: tuple[Any, ...] | None,
-    batch_first: bool,
-    cell: bool,
+    module: Any, input: Any, hx: tuple[Any, ...] | None, batch_first: bool, cell: bool
 ) -> tuple[Tensor, ...] | None:
     """Output (not of a cell), h_n and, of an LSTM, c_n; None where it takes the long way.
 
     Arguments:
-        module: a layer or a cell, whose parameters have the ``names``.
+        module: a layer or a cell.
         input: (T, B, I), with ``batch_first`` (B, T, I); of a cell (B, I).
         hx: the states in torch's shapes, or None.
     """
-    options, cache = prepared(module)
-    parameters = module._parameters
-    try:
-        weights = [parameters[name] for name in names]
-    except KeyError:  # parametrized, weight norm, a replica: not a registered parameter
+    if torch.compiler.is_compiling():
         return None
-    h0, c0 = (None, None) if hx is None else (*hx, None)[:2]
+    own = prepared(module)
     found: tuple[Tensor, ...] | None = _C.infer(
-        options, cache, weights, input, h0, c0, batch_first, cell, torch.get_num_threads()
+        own.engine, own.cache, module._parameters, own.names, input, hx, batch_first, cell
     )
     return found
-
-
-def prepared(module: Any) -> tuple[_C.Options, _C.PackCache]:
-    """What a module keeps for the engine from call to call; not part of its state."""
-    kept: tuple[Any, _C.Options, _C.PackCache] | None = module.__dict__.get(_ATTRIBUTE)
-    if kept is None or kept[0] is not module._options:
-        options = module._options
-        kept = (options, engine_options(*scalars(options)), _C.PackCache())
-        module.__dict__[_ATTRIBUTE] = kept
-    return kept[1:]
 
 
 def forget(module: Any) -> None:

@@ -228,8 +228,8 @@ class RecurrentLayer(Module):
         return_states: bool,
     ) -> Result:
         """Bring the arguments into the engine's layout, call it, and bring the result back."""
-        if lengths is None and reset is None and not return_states:
-            found = self._infer(input, hx)
+        if lengths is None and reset is None and not return_states and not self._drops():
+            found = _inference.run(self, input, hx, self.batch_first, False)
             if found is not None:
                 return found[0], found[1:], None
         if isinstance(input, PackedSequence):
@@ -269,11 +269,9 @@ class RecurrentLayer(Module):
             output = output.transpose(0, 1)
         return output, hx_n, states
 
-    def _infer(self, input: Any, hx: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
-        """Output and final states by the short way, None where it does not lead there."""
-        if not _inference.allowed() or (self.dropout and self.training and self.num_layers > 1):
-            return None
-        return _inference.run(self, self._flat_weights_names, input, hx, self.batch_first, False)
+    def _drops(self) -> bool:
+        """Whether values are dropped between layers now."""
+        return self.training and self.dropout > 0 and self.num_layers > 1
 
     def _run_packed(
         self, input: PackedSequence, hx: tuple[Tensor, ...] | None, return_states: bool
@@ -318,7 +316,7 @@ class RecurrentLayer(Module):
         **steps: Any,
     ) -> tuple[Tensor, tuple[Tensor, ...], States | None]:
         """Call the engine, under autocast in the dtype that autocast asks for."""
-        dropout = self.dropout if self.training and self.num_layers > 1 else 0.0
+        dropout = self.dropout if self._drops() else 0.0
         half = _autocast.requested(input)
         wide = None
         if half is not None:
@@ -330,7 +328,7 @@ class RecurrentLayer(Module):
         _checks.check_companions(input, hx or (), weights)
         cache = None  # of weights that autocast has just made there is nothing to keep
         if half is None and not torch.compiler.is_compiling():
-            cache = _inference.prepared(self)[1]
+            cache = _inference.prepared(self).cache
         output, hx_n, states = recurrent(
             self._options, input, hx, weights, dropout=dropout, cache=cache, **steps
         )
