@@ -106,7 +106,8 @@ class Call {
   Parameters parameters(const List& list, const char* argument, std::int64_t group, bool written);
   void set_batch_sizes(py::handle batch_sizes, std::int64_t rows);
   void expect_absent(py::handle object, const char* name) const;
-  // (steps, rows, units) of padded data, (rows, units) of packed data, after a leading axis.
+  // (steps, rows, units) of padded data, (rows, units) of packed data, after a leading axis, which
+  // may be left out where it is 1.
   void* sequence_result(py::handle object, const char* name, dlpack::DataType dtype,
                         std::int64_t leading, std::int64_t units, bool written);
   Sequence layers_gradient(py::handle object, const char* name, dlpack::DataType dtype,
@@ -292,6 +293,9 @@ void* Call::result(py::handle object, const char* name, dlpack::DataType dtype, 
 
 void* Call::sequence_result(py::handle object, const char* name, dlpack::DataType dtype,
                             std::int64_t leading, std::int64_t units, bool written) {
+  if (leading == 1 && array(object, {name}).ndim() == (packed() ? 2 : 3))  // of one layer
+    return packed() ? result(object, name, dtype, {N_, units}, written)
+                    : result(object, name, dtype, {problem_.T, problem_.B, units}, written);
   if (packed()) return result(object, name, dtype, {leading, N_, units}, written);
   return result(object, name, dtype, {leading, problem_.T, problem_.B, units}, written);
 }

@@ -2,6 +2,8 @@
 // way that says what is wrong.
 #include "infer.h"
 
+#include <pybind11/stl.h>
+
 #include <initializer_list>
 #include <memory>
 #include <utility>
@@ -30,10 +32,14 @@ struct Torch {
   // Types whose memory is what it says: not subclasses, which may mean something else by a call.
   PyObject *tensor, *parameter;
   PyObject* get_num_threads;
-  // Where nothing is recorded, traced, transformed or cast around a call, the first give false,
-  // None or zero, and the others, a module's dictionary and a name, are false or negative.
-  std::vector<PyObject*> questions;
-  std::vector<std::pair<PyObject*, PyObject*>> variables;
+  // Functions that give False, None or 0 and variables (a module's dictionary, a name) that are
+  // False or negative, where nothing traces or profiles, and where nothing records, casts or
+  // transforms.
+  struct Questions {
+    std::vector<PyObject*> functions;
+    std::vector<std::pair<PyObject*, PyObject*>> variables;
+  };
+  Questions listening, changing;
 };
 Torch torch;
 
@@ -43,15 +49,14 @@ py::object called(PyObject* function) {
   return py::reinterpret_steal<py::object>(answer);
 }
 
-// Whether the call is by itself: then nobody can tell the short way from the long one.
-bool alone() {
-  for (PyObject* question : torch.questions) {
-    const py::object answer = called(question);
+bool all_quiet(const Torch::Questions& questions) {
+  for (PyObject* function : questions.functions) {
+    const py::object answer = called(function);
     if (!answer.is(py::handle(Py_False)) && !answer.is_none() &&
         !(PyLong_CheckExact(answer.ptr()) && PyLong_AsLong(answer.ptr()) == 0))
       return false;
   }
-  for (const auto& [dictionary, name] : torch.variables) {
+  for (const auto& [dictionary, name] : questions.variables) {
     PyObject* value = PyDict_GetItemWithError(dictionary, name);
     if (value == nullptr) return false;
     if (value != Py_False && !(PyLong_CheckExact(value) && PyLong_AsLong(value) < 0)) return false;
@@ -59,20 +64,40 @@ bool alone() {
   return true;
 }
 
-void expect_plain(py::handle object) {
+bool is_plain(py::handle object) {
   auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
-  expect(type == torch.tensor || type == torch.parameter);
+  return type == torch.tensor || type == torch.parameter;
+}
+
+// The answer of a tensor's attribute or method without arguments.
+bool holds(py::handle tensor, PyObject* name, bool method) {
+  PyObject* answer =
+      method ? PyObject_CallMethodNoArgs(tensor.ptr(), name) : PyObject_GetAttr(tensor.ptr(), name);
+  if (answer == nullptr) throw py::error_already_set();
+  Py_DECREF(answer);
+  return answer == Py_True;
+}
+
+bool negation_pending(py::handle tensor) {
+  static PyObject* const is_neg = interned("is_neg");
+  return holds(tensor, is_neg, true);
+}
+
+// Whether calling the engine itself cannot be told from going through torch's dispatcher: the
+// tensors (or None) are plain ones in this machine's memory, and nothing traces, fakes or profiles.
+bool nothing_listens(const py::tuple& tensors) {
+  static PyObject* const is_cpu = interned("is_cpu");
+  if (!all_quiet(torch.listening)) return false;
+  for (const py::handle tensor : tensors) {
+    if (tensor.is_none()) continue;
+    if (!is_plain(tensor) || !holds(tensor, is_cpu, false) || negation_pending(tensor))
+      return false;
+  }
+  return true;
 }
 
 // An input or a state: negation may be pending on it, unlike on a parameter.
-void expect_settled(py::handle object) {
-  static PyObject* const is_neg = interned("is_neg");
-  expect_plain(object);
-  const auto pending =
-      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), is_neg));
-  if (!pending) throw py::error_already_set();
-  expect(pending.is(py::handle(Py_False)));
-}
+void expect_settled(py::handle object) { expect(is_plain(object) && !negation_pending(object)); }
 
 bool has_shape(const Array& a, std::initializer_list<std::int64_t> shape) {
   if (a.ndim() != static_cast<std::int64_t>(shape.size())) return false;
@@ -129,7 +154,7 @@ class Inference {
       PyObject* weight =
           PyDict_GetItemWithError(parameters.ptr(), PyTuple_GET_ITEM(names.ptr(), i));
       expect(weight != nullptr);
-      expect_plain(weight);
+      expect(is_plain(weight));
       objects_.push_back(py::reinterpret_borrow<py::object>(weight));
       arrays_.emplace_back(weight, Name{"weights"}, owners_);
       expect(same(arrays_.back().dtype(), dtype_));
@@ -243,7 +268,7 @@ class Inference {
 py::object infer(const CheckedOptions& options, PackCache& cache, const py::dict& parameters,
                  const py::tuple& names, py::handle input, py::handle hx, bool batch_first,
                  bool cell) {
-  if (!alone()) return py::none();
+  if (!all_quiet(torch.listening) || !all_quiet(torch.changing)) return py::none();
   try {
     Inference call(options, PyLong_AsLong(called(torch.get_num_threads).ptr()));
     call.set_input(input, batch_first, cell);
@@ -256,21 +281,28 @@ py::object infer(const CheckedOptions& options, PackCache& cache, const py::dict
   return py::none();
 }
 
+using Variable = std::pair<py::dict, py::str>;
+
+Torch::Questions questions(const py::list& functions, const std::vector<Variable>& variables) {
+  Torch::Questions all;
+  for (const py::handle function : functions) all.functions.push_back(function.inc_ref().ptr());
+  for (const Variable& v : variables)
+    all.variables.emplace_back(v.first.inc_ref().ptr(), v.second.inc_ref().ptr());
+  return all;
+}
+
 void set_torch(const py::type& tensor, const py::type& parameter, const py::object& get_num_threads,
-               const py::list& questions, const py::list& variables) {
-  torch = {
-      tensor.inc_ref().ptr(), parameter.inc_ref().ptr(), get_num_threads.inc_ref().ptr(), {}, {}};
-  for (const py::handle question : questions) torch.questions.push_back(question.inc_ref().ptr());
-  for (const py::handle variable : variables) {
-    const auto pair = py::cast<std::pair<py::dict, py::str>>(variable);
-    torch.variables.emplace_back(pair.first.inc_ref().ptr(), pair.second.inc_ref().ptr());
-  }
+               const py::list& listening, const std::vector<Variable>& listening_variables,
+               const py::list& changing, const std::vector<Variable>& changing_variables) {
+  torch = {tensor.inc_ref().ptr(), parameter.inc_ref().ptr(), get_num_threads.inc_ref().ptr(),
+           questions(listening, listening_variables), questions(changing, changing_variables)};
 }
 
 }  // namespace
 
 void register_infer(py::module_& module) {
   module.def("infer", infer);
+  module.def("nothing_listens", nothing_listens);
   module.def("set_torch", set_torch);
 }
 

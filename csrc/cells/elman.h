@@ -17,6 +17,7 @@ struct Elman {
   static constexpr int input_gradient[] = {0}, hidden_gradient[] = {0};
   static constexpr bool separate[] = {false};
   static constexpr int first_gates = 1;
+  static constexpr bool carries = false;
   static constexpr bool projects = false;
   static bool accepts(const CellOptions&) { return true; }
 

@@ -25,6 +25,7 @@ struct Gru {
   static constexpr int input_gradient[] = {1, 2, 0}, hidden_gradient[] = {1, 2, 3};
   static constexpr bool separate[] = {false, false, true};
   static constexpr int first_gates = 3;
+  static constexpr bool carries = true;
   static constexpr bool projects = false;
   static bool accepts(const CellOptions& o) { return o.reset_after; }
 
@@ -58,6 +59,7 @@ struct GruResetBefore {
   static constexpr int input_gradient[] = {0, 1, 2}, hidden_gradient[] = {0, 1, 2};
   static constexpr bool separate[] = {false, false, false};
   static constexpr int first_gates = 2;  // r and z; the rest are of the second product
+  static constexpr bool carries = true;
   static constexpr bool projects = false;
   static constexpr int operand = 3;  // the saved value that the second product reads
   static bool accepts(const CellOptions& o) { return !o.reset_after; }

@@ -24,6 +24,7 @@ struct Lstm {
   static constexpr int input_gradient[] = {0, 1, 2, 3}, hidden_gradient[] = {0, 1, 2, 3};
   static constexpr bool separate[] = {false, false, false, false};
   static constexpr int first_gates = 4;
+  static constexpr bool carries = false;
   static constexpr bool projects = true;
   static bool accepts(const CellOptions&) { return true; }
 

@@ -51,9 +51,8 @@ class Backward : Shape<Cell, S> {
         in_blocks_(ceil_div(layer.I, block_units)) {
     Arena arena(base);
     const Index B = steps_.B, D = layer.directions, N = steps_.pairs, H = layer.H;
-    const Index slack = block_units;  // whole vectors are read at the end of a row
-    zeros_ = arena.take<C>((Hp_ > Op_ ? Hp_ : Op_) + slack);
-    d_out_ = reads_output_gradient() ? nullptr : arena.take<C>(N * D * layer.O + slack);
+    zeros_ = arena.take<C>(Hp_ > Op_ ? Hp_ : Op_);
+    d_out_ = reads_output_gradient() ? nullptr : arena.take<C>(N * D * layer.O);
     for (Index d = 0; d < D; ++d) {
       Group& g = group_[d];
       g.weight_hh = arena.take<C>(out_blocks_ * first * H * block_units);
@@ -64,7 +63,7 @@ class Backward : Shape<Cell, S> {
       g.initial = arena.take<C>(B * Op_);
       g.initial_c = Cell::states > 1 ? arena.take<C>(B * Hp_) : nullptr;
       g.d_h_n = arena.take<C>(B * Op_);
-      g.carried = arena.take<C>(B * Op_);
+      g.carried = Cell::carries ? arena.take<C>(B * Op_) : nullptr;
       g.d_c = Cell::states > 1 ? arena.take<C>(B * Hp_) : nullptr;
       g.d_gates = layer.consume_gates ? static_cast<C*>(layer.gates) + d * layer.gates_group
                                       : arena.take<C>(N * width_);
@@ -107,6 +106,13 @@ class Backward : Shape<Cell, S> {
     C *d_gates, *d_proj;
   };
 
+  // A row of values: in storage with its stride, or in compute type; neither: zeros.
+  struct Operand {
+    const S* storage = nullptr;
+    Index unit = 1;
+    const C* compute = nullptr;
+  };
+
   bool wants_input() const { return layer_.d_below || layer_.d_input.data; }
 
   // Whether dy can be read where it lies, a vector at a time.
@@ -123,7 +129,7 @@ class Backward : Shape<Cell, S> {
 
   void prepare(int thread, int threads) {
     if (thread == 0)
-      for (Index u = 0; u < (Hp_ > Op_ ? Hp_ : Op_) + block_units; ++u) zeros_[u] = C(0);
+      for (Index u = 0; u < (Hp_ > Op_ ? Hp_ : Op_); ++u) zeros_[u] = C(0);
     for (Index d = 0; d < layer_.directions; ++d) pack_weights(d, thread, threads);
     const Range mine = split(steps_.B, thread, threads);
     for (Index i = mine.begin; i < mine.end; ++i) {
@@ -289,47 +295,48 @@ class Backward : Shape<Cell, S> {
     }
   }
 
-  // The gradient of h at one tile: what comes from the step after (or, at the last step, d_h_n),
-  // then dy. In this order a sequence cut in two, whose d_h_n is the next piece's d_h0, rounds
-  // alike.
-  FASTRNN_NOINLINE V hidden_gradient(const Position& p, Index i, Index unit, V product, bool cut) {
-    const Group& g = group_[p.d];
-    const Index n = steps_.offset[p.t] + i;
+  // The gradient of h at tiles of a row: what comes from the step after (or, at the last step,
+  // d_h_n), then dy. In this order a sequence cut in two, whose d_h_n is the next piece's d_h0,
+  // rounds alike.
+  FASTRNN_INLINE V hidden_gradient(const Group& g, const Operand& dy, Index i, Index unit,
+                                   V product, bool last, bool cut) const {
     V dh = product;
-    if (p.walk.last(p.t, i))
+    if (last)
       dh = V::load(g.d_h_n + i * Op_ + unit);
-    else if (!cut && !layer_.P)
+    else if (Cell::carries && !cut && !layer_.P)
       dh = dh + V::load(g.carried + i * Op_ + unit);
-    return dh + output_gradient(p, i, n, unit);
+    return dh + operand_tile(dy, unit, layer_.O);
   }
 
-  FASTRNN_INLINE V output_gradient(const Position& p, Index i, Index n, Index unit) const {
-    const Index row = (n * layer_.directions + p.d) * layer_.O, left = layer_.O - unit;
-    if (d_out_) return V::load(d_out_ + row + unit);
-    if (layer_.d_above)
-      return load_units<C>(static_cast<const C*>(layer_.d_above) + row + unit, left);
-    if constexpr (sizeof(S) == sizeof(C))
-      if (layer_.d_output.data)
-        return load_units<C>(at<const S>(layer_.d_output, steps_, p.t, i) + p.d * layer_.O + unit,
-                             left);
-    return V(0);
+  // dy of a pair.
+  FASTRNN_INLINE Operand output_gradient(const Position& p, Index i) const {
+    const Index row = ((steps_.offset[p.t] + i) * layer_.directions + p.d) * layer_.O;
+    if (d_out_) return {nullptr, 1, d_out_ + row};
+    if (layer_.d_above) return {nullptr, 1, static_cast<const C*>(layer_.d_above) + row};
+    if (!layer_.d_output.data) return {nullptr, 1, nullptr};
+    return {at<const S>(layer_.d_output, steps_, p.t, i) + p.d * layer_.O, 1, nullptr};
+  }
+
+  // h before a pair's step.
+  FASTRNN_INLINE Operand previous_hidden(Index d, Index t, Index i) const {
+    const Walk walk{steps_, d == 1};
+    if (walk.starts_fresh(t, i)) return {nullptr, 1, nullptr};
+    if (walk.first(t, i)) return {nullptr, 1, group_[d].initial + i * Op_};
+    return {at<const S>(layer_.output, steps_, walk.previous(t), i) + d * layer_.O, 1, nullptr};
   }
 
   // One block of outputs, those below `limit`, for the thread's n rows: sum(acc, j) adds the
-  // products of the rows from j on, done(j, unit, value) takes a tile of row j.
+  // products of the rows from j on, done(j, unit, values, count) takes the tiles of row j.
   template <class Sum, class Done>
   FASTRNN_INLINE void product_tiles(Index b, Index n, Index limit, Sum sum, Done done) {
-    in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
-      constexpr int R = decltype(count)::value;
+    const Index unit = b * block_units, count = least(wide, ceil_div(limit - unit, lanes));
+    in_blocks_of_rows<rows>(n, [&](auto row_count, Index j) {
+      constexpr int R = decltype(row_count)::value;
       V acc[R][wide];
       clear(acc);
       sum(acc, j);
       const Sums<R, wide, C> sums(acc);
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < wide; ++v) {
-          const Index unit = (b * wide + v) * lanes;
-          if (unit < limit) done(j + r, unit, sums.v[r][v]);
-        }
+      for (int r = 0; r < R; ++r) done(j + r, unit, sums.v[r], count);
     });
   }
 
@@ -346,10 +353,8 @@ class Backward : Shape<Cell, S> {
         [&](auto& acc, Index j) FASTRNN_INLINE_LAMBDA {
           if (any) through_weights(acc, next_rows_ + j, w);
         },
-        [&](Index j, Index unit, V product) {
-          const Index i = p.deal.row(j);
-          const bool cut = !next_rows_[j];
-          cell_backward(p, i, unit, hidden_gradient(p, i, unit, product, cut), cut);
+        [&](Index j, Index unit, const V* products, Index count) {
+          cell_backward(p, p.deal.row(j), unit, products, count, !next_rows_[j], true);
         });
   }
 
@@ -370,11 +375,19 @@ class Backward : Shape<Cell, S> {
         [&](auto& acc, Index j) FASTRNN_INLINE_LAMBDA {
           if (any) through_weights(acc, next_rows_ + j, w);
         },
-        [&](Index j, Index unit, V product) {
-          const Index i = p.deal.row(j);
-          hidden_gradient(p, i, unit, product, !next_rows_[j])
-              .store(group_[p.d].d_proj + (steps_.offset[p.t] + i) * Op_ + unit);
+        [&](Index j, Index unit, const V* products, Index count) {
+          projected_row(p, p.deal.row(j), unit, products, count, !next_rows_[j]);
         });
+  }
+
+  FASTRNN_NOINLINE void projected_row(const Position& p, Index i, Index unit, const V* products,
+                                      Index count, bool cut) {
+    const Group& g = group_[p.d];
+    const Operand dy = output_gradient(p, i);
+    const bool last = p.walk.last(p.t, i);
+    C* to = g.d_proj + (steps_.offset[p.t] + i) * Op_;
+    for (Index v = 0; v < count; ++v, unit += lanes)
+      hidden_gradient(g, dy, i, unit, products[v], last, cut).store(to + unit);
   }
 
   void hidden_of_projected(const Position& p, Index b, Index n) {
@@ -383,9 +396,9 @@ class Backward : Shape<Cell, S> {
         b, n, layer_.H,
         [&](auto& acc, Index j)
             FASTRNN_INLINE_LAMBDA { accumulate(acc, next_rows_ + j, layer_.P, w); },
-        [&](Index j, Index unit, V dh) {
+        [&](Index j, Index unit, const V* dh, Index count) {
           const Index i = p.deal.row(j);
-          cell_backward(p, i, unit, dh, cut_after(p, i));
+          cell_backward(p, i, unit, dh, count, cut_after(p, i), false);
         });
   }
 
@@ -394,49 +407,49 @@ class Backward : Shape<Cell, S> {
     return p.walk.last(p.t, i) || p.walk.starts_fresh(p.walk.following(p.t), i);
   }
 
-  // h_prev (unprojected layers) or c_prev of one tile.
-  FASTRNN_INLINE V previous_hidden(const Position& p, Index i, Index unit) const {
-    if (p.walk.starts_fresh(p.t, i)) return V(0);
-    if (p.walk.first(p.t, i)) return V::load(group_[p.d].initial + i * Op_ + unit);
-    const S* h = at<const S>(layer_.output, steps_, p.walk.previous(p.t), i) + p.d * layer_.O;
-    return load_units<C>(h + unit, layer_.O - unit);
-  }
-  FASTRNN_INLINE V previous_cell(const Position& p, Index i, Index unit) const {
-    if (p.walk.starts_fresh(p.t, i)) return V(0);
-    if (p.walk.first(p.t, i)) return V::load(group_[p.d].initial_c + i * Hp_ + unit);
-    const C* c = at<const C>(layer_.cell, steps_, p.walk.previous(p.t), i) + p.d * layer_.H;
-    return load_units<C>(c + unit, layer_.H - unit);
-  }
-
-  // The cell (or its half that follows dh) on one tile of one row.
-  FASTRNN_NOINLINE void cell_backward(const Position& p, Index i, Index unit, V dh, bool cut) {
+  // The cell (or its half that follows dh) on tiles of one row. `incoming`: of dh, still without
+  // what else it is made of, or all of it.
+  FASTRNN_NOINLINE void cell_backward(const Position& p, Index i, Index unit, const V* incoming,
+                                      Index count, bool cut, bool adds) {
     const Group& g = group_[p.d];
-    const Index n = steps_.offset[p.t] + i;
-    const C* keep = saved_row(p, i) + unit;
-    V saved[Cell::saved], previous[2], next[2], d_next[2], d_previous[2], d_a[Cell::gradients];
-    for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(keep + s * Hp_);
-    previous[0] = layer_.P ? V(0) : previous_hidden(p, i, unit);
-    d_next[0] = dh;
-    C* d_c = nullptr;
+    const Index n = steps_.offset[p.t] + i, left = layer_.H;
+    const bool last = p.walk.last(p.t, i), fresh = p.walk.starts_fresh(p.t, i);
+    const Operand dy = adds ? output_gradient(p, i) : Operand{};
+    const Operand h = Cell::carries ? previous_hidden(p.d, p.t, i) : Operand{};
+    const C* keep = saved_row(p, i);
+    C* to = gates_row(p.d, n);
+    const C *c_before = nullptr, *c = nullptr;
     if constexpr (Cell::states > 1) {
-      previous[1] = previous_cell(p, i, unit);
-      next[1] = load_units<C>(at<const C>(layer_.cell, steps_, p.t, i) + p.d * layer_.H + unit,
-                              layer_.H - unit);
-      d_c = g.d_c + i * Hp_ + unit;
-      d_next[1] = cut && !p.walk.last(p.t, i) ? V(0) : V::load(d_c);
-      if (layer_.d_cell.data) d_next[1] = d_next[1] + cell_gradient(p, i, unit);
+      c = at<const C>(layer_.cell, steps_, p.t, i) + p.d * layer_.H;
+      if (!fresh)
+        c_before = p.walk.first(p.t, i)
+                       ? g.initial_c + i * Hp_
+                       : at<const C>(layer_.cell, steps_, p.walk.previous(p.t), i) + p.d * layer_.H;
     }
-    C* to = gates_row(p.d, n) + unit;
-    if constexpr (K::two_products) {
-      Cell::backward_second(layer_.maths, saved, previous, d_next, d_previous, d_a);
-      for (int gate = 1; gate < gates; ++gate)
-        d_a[Cell::hidden_gradient[gate]].store(to + Cell::hidden_gradient[gate] * Hp_);
-    } else {
-      Cell::backward(layer_.maths, saved, previous, next, d_next, d_previous, d_a);
-      for (int a = 0; a < Cell::gradients; ++a) d_a[a].store(to + a * Hp_);
+    for (Index v = 0; v < count; ++v, unit += lanes) {
+      V saved[Cell::saved], previous[2], next[2], d_next[2], d_previous[2], d_a[Cell::gradients];
+      for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(keep + s * Hp_ + unit);
+      if constexpr (Cell::carries) previous[0] = operand_tile(h, unit, layer_.O);
+      d_next[0] = adds ? hidden_gradient(g, dy, i, unit, incoming[v], last, cut) : incoming[v];
+      C* d_c = nullptr;
+      if constexpr (Cell::states > 1) {
+        previous[1] = c_before ? load_units<C>(c_before + unit, left - unit) : V(0);
+        next[1] = load_units<C>(c + unit, left - unit);
+        d_c = g.d_c + i * Hp_ + unit;
+        d_next[1] = cut && !last ? V(0) : V::load(d_c);
+        if (layer_.d_cell.data) d_next[1] = d_next[1] + cell_gradient(p, i, unit);
+      }
+      if constexpr (K::two_products) {
+        Cell::backward_second(layer_.maths, saved, previous, d_next, d_previous, d_a);
+        for (int gate = 1; gate < gates; ++gate)
+          d_a[Cell::hidden_gradient[gate]].store(to + Cell::hidden_gradient[gate] * Hp_ + unit);
+      } else {
+        Cell::backward(layer_.maths, saved, previous, next, d_next, d_previous, d_a);
+        for (int a = 0; a < Cell::gradients; ++a) d_a[a].store(to + a * Hp_ + unit);
+      }
+      if constexpr (Cell::carries) d_previous[0].store(g.carried + i * Op_ + unit);
+      if constexpr (Cell::states > 1) d_previous[1].store(d_c);
     }
-    if (!layer_.P) d_previous[0].store(g.carried + i * Op_ + unit);
-    if constexpr (Cell::states > 1) d_previous[1].store(d_c);
   }
 
   V cell_gradient(const Position& p, Index i, Index unit) const {
@@ -455,22 +468,27 @@ class Backward : Shape<Cell, S> {
         b, n, layer_.H,
         [&](auto& acc, Index j)
             FASTRNN_INLINE_LAMBDA { accumulate(acc, next_rows_ + j, layer_.H, w); },
-        [&](Index j, Index unit, V d_operand) {
-          finish_operand(p, p.deal.row(j), unit, d_operand);
+        [&](Index j, Index unit, const V* d_operands, Index count) {
+          finish_operand(p, p.deal.row(j), unit, d_operands, count);
         });
   }
 
-  FASTRNN_NOINLINE void finish_operand(const Position& p, Index i, Index unit, V d_operand) {
+  FASTRNN_NOINLINE void finish_operand(const Position& p, Index i, Index unit, const V* d_operands,
+                                       Index count) {
     if constexpr (K::two_products) {
-      const C* keep = saved_row(p, i) + unit;
-      V saved[Cell::saved], d_a[Cell::gradients];
-      for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(keep + s * Hp_);
-      C* carried = group_[p.d].carried + i * Op_ + unit;
-      const V previous[1] = {previous_hidden(p, i, unit)};
-      V d_previous[1] = {V::load(carried)};
-      Cell::backward_first(layer_.maths, saved, previous, &d_operand, d_previous, d_a);
-      d_previous[0].store(carried);
-      d_a[0].store(gates_row(p.d, steps_.offset[p.t] + i) + Cell::hidden_gradient[0] * Hp_ + unit);
+      const Operand h = previous_hidden(p.d, p.t, i);
+      const C* keep = saved_row(p, i);
+      C* to = gates_row(p.d, steps_.offset[p.t] + i) + Cell::hidden_gradient[0] * Hp_;
+      C* carried = group_[p.d].carried + i * Op_;
+      for (Index v = 0; v < count; ++v, unit += lanes) {
+        V saved[Cell::saved], d_a[Cell::gradients];
+        for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(keep + s * Hp_ + unit);
+        const V previous[1] = {operand_tile(h, unit, layer_.O)};
+        V d_previous[1] = {V::load(carried + unit)};
+        Cell::backward_first(layer_.maths, saved, previous, d_operands + v, d_previous, d_a);
+        d_previous[0].store(carried + unit);
+        d_a[0].store(to + unit);
+      }
     }
   }
 
@@ -504,12 +522,15 @@ class Backward : Shape<Cell, S> {
     product_tiles(
         b, n, layer_.O,
         [&](auto& acc, Index j) FASTRNN_INLINE_LAMBDA { through_weights(acc, next_rows_ + j, w); },
-        [&](Index j, Index unit, V product) {
+        [&](Index j, Index unit, const V* products, Index count) {
           const Index i = deal.row(j);
-          V dh = next_rows_[j] ? product : V(0);
-          if (next_rows_[j] && !layer_.P) dh = dh + V::load(g.carried + i * Op_ + unit);
           S* to = static_cast<S*>(layer_.d_h0) + (d * steps_.B + steps_.order[i]) * layer_.O;
-          store_units(dh, to + unit, layer_.O - unit);
+          for (Index v = 0; v < count; ++v, unit += lanes) {
+            V dh = next_rows_[j] ? products[v] : V(0);
+            if (Cell::carries && next_rows_[j] && !layer_.P)
+              dh = dh + V::load(g.carried + i * Op_ + unit);
+            store_units(dh, to + unit, layer_.O - unit);
+          }
         });
   }
 
@@ -524,25 +545,32 @@ class Backward : Shape<Cell, S> {
         weight[d] = columns(layer_.parameters[d].weight_ih,
                             group_[d].weight_ih + b * gates * layer_.H * block_units,
                             ceil_div(steps_.pairs, rows), b, layer_.I);
-      PairWalk pair(steps_, mine.begin);
-      in_blocks_of_rows<rows>(mine.end - mine.begin, [&](auto count, Index m) {
-        constexpr int R = decltype(count)::value;
-        V acc[R][wide];
-        clear(acc);
-        for (Index d = 0; d < layer_.directions; ++d)
-          for (int gate = 0; gate < gates; ++gate) {
-            const C* plane[R];
-            for (int r = 0; r < R; ++r)
-              plane[r] = gates_row(d, mine.begin + m + r) + Cell::input_gradient[gate] * Hp_;
-            accumulate<R, wide>(acc, plane, layer_.H, weight[d].at(gate * layer_.H),
-                                weight[d].stride);
-          }
-        const Sums<R, wide, C> sums(acc);
-        for (int r = 0; r < R; ++r, pair.advance())
-          for (int v = 0; v < wide; ++v)
-            store_input(pair, mine.begin + m + r, (b * wide + v) * lanes, sums.v[r][v]);
-      });
+      if (half_block(layer_.I, b))
+        input_block<wide / 2>(mine, b, weight);
+      else
+        input_block<wide>(mine, b, weight);
     }
+  }
+
+  template <int N>
+  FASTRNN_INLINE void input_block(const Range& mine, Index b, const Columns (&weight)[2]) {
+    PairWalk pair(steps_, mine.begin);
+    in_blocks_of_rows<rows>(mine.end - mine.begin, [&](auto count, Index m) {
+      constexpr int R = decltype(count)::value;
+      V acc[R][N];
+      clear(acc);
+      for (Index d = 0; d < layer_.directions; ++d)
+        for (int gate = 0; gate < gates; ++gate) {
+          const C* plane[R];
+          for (int r = 0; r < R; ++r)
+            plane[r] = gates_row(d, mine.begin + m + r) + Cell::input_gradient[gate] * Hp_;
+          accumulate<R, N>(acc, plane, layer_.H, weight[d].at(gate * layer_.H), weight[d].stride);
+        }
+      const Sums<R, N, C> sums(acc);
+      for (int r = 0; r < R; ++r, pair.advance())
+        for (int v = 0; v < N; ++v)
+          store_input(pair, mine.begin + m + r, b * block_units + v * lanes, sums.v[r][v]);
+    });
   }
 
   // Runs through the pairs in their order.
@@ -752,24 +780,13 @@ class Backward : Shape<Cell, S> {
     }
   }
 
-  // A row of the operand: in storage with its stride, or in compute type; neither: zeros.
-  struct Operand {
-    const S* storage;
-    Index unit;
-    const C* compute;
-  };
-
   Operand operand(Index d, int which, const PairWalk& pair, Index n) const {
     if (which == kInput)
       return {at<const S>(layer_.input, steps_, pair.t, pair.i), layer_.input.unit, nullptr};
     if constexpr (K::two_products)
       if (which == kSecond) return {nullptr, 1, saved_plane(d, n, Cell::operand)};
     if (which == kProjection) return {nullptr, 1, saved_plane(d, n, Cell::saved)};
-    const Walk walk{steps_, d == 1};
-    if (walk.starts_fresh(pair.t, pair.i)) return {nullptr, 1, nullptr};
-    if (walk.first(pair.t, pair.i)) return {nullptr, 1, group_[d].initial + pair.i * Op_};
-    const S* h = at<const S>(layer_.output, steps_, walk.previous(pair.t), pair.i) + d * layer_.O;
-    return {h, 1, nullptr};
+    return previous_hidden(d, pair.t, pair.i);
   }
 
   FASTRNN_INLINE static V operand_tile(const Operand& row, Index column, Index columns) {
@@ -804,15 +821,29 @@ class Backward : Shape<Cell, S> {
   }
 
   void add_block(const Product& p, Index b, Index gate, Index group, Index count, bool start) {
-    V acc[rows][wide];
+    if (half_block(p.columns, b))
+      add_vectors<wide / 2>(p, b, gate, group, count, start);
+    else
+      add_vectors<wide>(p, b, gate, group, count, start);
+  }
+
+  // A last block of columns that fills no more than half of its vectors.
+  static bool half_block(Index columns, Index b) {
+    return columns - b * block_units <= block_units / 2;
+  }
+
+  template <int N>
+  FASTRNN_INLINE void add_vectors(const Product& p, Index b, Index gate, Index group, Index count,
+                                  bool start) {
+    V acc[rows][N];
     clear(acc);
-    accumulate_packed<rows, wide>(acc, packed_group(p, gate, group), count, panel(p, b));
+    accumulate_packed<rows, N>(acc, packed_group(p, gate, group), count, panel(p, b), block_units);
     const Index have = rows_of(p, group), column = b * block_units;
-    const bool whole = p.columns - column >= block_units;
-    const Sums<rows, wide, C> block(acc);
+    const bool whole = p.columns - column >= N * lanes;
+    const Sums<rows, N, C> block(acc);
     for (Index r = 0; r < rows && r < have; ++r) {
       C* to = sums_row(p, gate, group, r) + column;
-      for (int v = 0; v < wide; ++v, to += lanes) {
+      for (int v = 0; v < N; ++v, to += lanes) {
         const Index left = whole ? Index{lanes} : p.columns - column - v * lanes;
         if (left <= 0) break;
         store_units(start ? block.v[r][v] : load_units<C>(to, left) + block.v[r][v], to, left);

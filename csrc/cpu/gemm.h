@@ -94,9 +94,10 @@ FASTRNN_INLINE void accumulate(Vec<C> (&acc)[R][N], const C* const* rows, Index 
 
 // a(r, k) = packed[k·R + r].
 template <int R, int N, class C>
-FASTRNN_INLINE void accumulate_packed(Vec<C> (&acc)[R][N], const C* packed, Index K, const C* w) {
+FASTRNN_INLINE void accumulate_packed(Vec<C> (&acc)[R][N], const C* packed, Index K, const C* w,
+                                      Index stride) {
   using V = Vec<C>;
-  for (Index k = 0; k < K; ++k, w += N * V::lanes, packed += R) {
+  for (Index k = 0; k < K; ++k, w += stride, packed += R) {
     V weight[N];
 #pragma GCC unroll 24
     for (int n = 0; n < N; ++n) weight[n] = V::load(w + n * V::lanes);

@@ -10,32 +10,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import _C
 from ._engine import engine_options, scalars
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ._options import Options
 
-# What says that a call is not by itself: a gradient recorded, a mode, a trace, a cast, a transform.
-_C.set_torch(
-    Tensor,
-    torch.nn.Parameter,
-    torch.get_num_threads,
-    [
-        torch.is_grad_enabled,
-        torch._C._len_torch_dispatch_stack,
-        torch._C._is_any_autocast_enabled,
-        torch._C._get_tracing_state,
-        torch._C._functorch.maybe_current_level,
-    ],
-    [
-        (vars(torch.autograd.profiler), "_is_profiler_enabled"),
-        (vars(forward_ad), "_current_level"),
-    ],
-)
 _ATTRIBUTE = "_prepared"
 
 

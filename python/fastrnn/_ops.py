@@ -25,13 +25,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _C, _composed
 from ._engine import Scalars, engine_options, saved_size
 from ._options import Options
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
 # hidden, h_n, c_n, cell, gates; a kernel called by itself gives None for what is not wanted.
 ForwardOutputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -112,13 +113,18 @@ def _run_forward(
     *rest: Any,
     cache: _C.PackCache | None = None,
 ) -> ForwardOutputs:
-    """Allocate the outputs and call the engine; None for what is not wanted."""
+    """Allocate the outputs and call the engine; None for what is not wanted.
+
+    Of one layer without ``states``, hidden comes without its first axis.
+    """
     *options, states, save = rest
     engine = engine_options(*options)
     rows = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
     sizes = _sizes(engine, input, rows, weights, options, states, save)
     compute = _compute_dtype(input.dtype)
-    hidden, h_n = input.new_empty(sizes.hidden), input.new_empty(sizes.h_n)
+    one = sizes.hidden[0] == 1 and not states
+    hidden = input.new_empty(sizes.hidden[1:] if one else sizes.hidden)
+    h_n = input.new_empty(sizes.h_n)
     c_n = cell = gates = None
     if sizes.c_n is not None:
         c_n = input.new_empty(sizes.c_n)
@@ -156,7 +162,7 @@ def _whole(outputs: ForwardOutputs, input: Tensor) -> tuple[Tensor, ...]:
     hidden, h_n, c_n, cell, gates = outputs
     compute = _compute_dtype(input.dtype)
     return (
-        hidden,
+        hidden if hidden.dim() > input.dim() else hidden.unsqueeze(0),
         h_n,
         input.new_empty(0) if c_n is None else c_n,
         input.new_empty(0, dtype=compute) if cell is None else cell,
@@ -270,10 +276,11 @@ def _backward_fake(
 def forward(*arguments: Any, cache: _C.PackCache | None = None) -> ForwardOutputs:
     """``fastrnn::forward``, by the shorter way where that is the same; for its arguments see there.
 
-    What is not wanted may come back as None. The operator itself knows no ``cache``.
+    What is not wanted may come back as None, hidden of one layer without its first axis. The
+    operator itself knows no ``cache``.
     """
     outputs: ForwardOutputs
-    if torch.compiler.is_compiling() or not _nothing_listens((*arguments[:3], *arguments[3])):
+    if torch.compiler.is_compiling() or not _C.nothing_listens((*arguments[:3], *arguments[3])):
         outputs = forward_op(*arguments)
     else:
         save = arguments[-1]
@@ -284,22 +291,21 @@ def forward(*arguments: Any, cache: _C.PackCache | None = None) -> ForwardOutput
     return outputs
 
 
-def _nothing_listens(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether calling a kernel itself cannot be told from going through torch's dispatcher.
-
-    So it is where the tensors are plain ones in this machine's memory and nothing traces, fakes or
-    profiles. Measured on torch 2.13, an LSTM of one step and 16 units: 34 µs of processor time a
-    call in place of 80, of which the engine itself takes 5; torch.nn.LSTM takes 136.
-    """
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-        and not torch.autograd.profiler._is_profiler_enabled
-        and all(x is None or (type(x) in _PLAIN and x.is_cpu and not x.is_neg()) for x in tensors)
-    )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+# What says that a call is not by itself: a mode, a trace, a profile; a gradient recorded, a cast, a
+# transform.
+_C.set_torch(
+    Tensor,
+    torch.nn.Parameter,
+    torch.get_num_threads,
+    [torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state],
+    [(vars(torch.autograd.profiler), "_is_profiler_enabled")],
+    [
+        torch.is_grad_enabled,
+        torch._C._is_any_autocast_enabled,
+        torch._C._functorch.maybe_current_level,
+    ],
+    [(vars(forward_ad), "_current_level")],
+)
 
 
 class _Recurrence(torch.autograd.Function):
@@ -327,17 +333,21 @@ class _Recurrence(torch.autograd.Function):
     ) -> ForwardOutputs:
         arguments = (input, h0, c0, weights, batch_sizes, lengths, reset, *options, states, save)
         outputs: ForwardOutputs
-        if _nothing_listens((input, h0, c0, *weights)):
+        if _C.nothing_listens((input, h0, c0, *weights)):
             outputs = _run_forward(*arguments, cache=cache)
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 outputs = forward_op(*arguments)
-        hidden, _, c_n, cell, gates = outputs
+        hidden, h_n, c_n, cell, gates = outputs
         ctx.options = options
         ctx.set_materialize_grads(False)
-        empty = [x for x in (c_n, cell) if x is not None and x.dim() == 1]
-        ctx.mark_non_differentiable(*empty, *(() if gates is None else (gates,)))
         saved = (hidden, cell, gates) if save else (None,) * 3
+        if keep_gates:
+            outputs = _whole(outputs, input)  # type: ignore[assignment]
+            empty = [x for x in outputs[2:4] if x is not None and x.dim() == 1]
+            ctx.mark_non_differentiable(*empty, outputs[4])
+        else:
+            outputs = (hidden, h_n, c_n, cell if states else None, None)
         ctx.keep_gates = keep_gates
         ctx.fresh = save  # `gates` is as forward left it
         ctx.save_for_backward(batch_sizes, lengths, reset, input, h0, c0, *saved, *weights)
@@ -359,14 +369,19 @@ class _Recurrence(torch.autograd.Function):
             # A second backward (retain_graph=True) runs forward again; `pop` gives them away once.
             fresh = ctx.fresh if ctx.keep_gates else ctx.__dict__.pop("fresh", False)
             if not fresh:
-                hidden, _, _, cell, gates = forward(*arguments, *ctx.options, False, True)
+                again = (*arguments, *ctx.options, False, True)
+                by_itself = _C.nothing_listens((*arguments[:3], *weights))
+                outputs = _run_forward(*again) if by_itself else forward_op(*again)
+                hidden, _, _, cell, gates = outputs
                 saved = (hidden, cell, gates)
             d_hidden, d_h_n, d_c_n, d_cell, _ = gradients
             d_output = None
-            if d_hidden is not None and d_hidden.shape[0] == 1:  # the last layer's alone
+            if d_hidden is not None and d_hidden.dim() == input.dim():
+                d_output, d_hidden = d_hidden, None
+            elif d_hidden is not None and d_hidden.shape[0] == 1:  # the last layer's alone
                 d_output, d_hidden = d_hidden[0], None
             d_states = (d_output, d_hidden, d_cell, d_h_n, d_c_n)
-            if _nothing_listens((*arguments[:3], *weights, *d_states)):
+            if _C.nothing_listens((*arguments[:3], *weights, *d_states)):
                 found = _run_backward(
                     *arguments,
                     *saved,
@@ -377,6 +392,7 @@ class _Recurrence(torch.autograd.Function):
                 )
             else:
                 hidden, cell, gates = saved
+                hidden = hidden if hidden.dim() > input.dim() else hidden.unsqueeze(0)
                 cell = input.new_empty(0) if cell is None else cell
                 found = backward_op(*arguments, hidden, cell, gates, *d_states, *ctx.options, needs)
         return (*(None,) * 8, *(d if need else None for d, need in zip(found, needs, strict=True)))
@@ -401,7 +417,8 @@ def _apply(
 
 
 def _forward_autograd(input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _whole(_apply(input, *rest, keep_gates=True), input)
+    outputs: tuple[Tensor, ...] = _apply(input, *rest, keep_gates=True)
+    return outputs
 
 
 def _composed_gradients(
@@ -427,6 +444,8 @@ def _composed_gradients(
         )
         pairs: list[tuple[Any, Any]] = [(stack.h_n, d_h_n), (stack.c_n, d_c_n)]
         if d_hidden is not None:
+            if d_hidden.dim() == input.dim():  # of one layer, without the first axis
+                d_hidden = d_hidden.unsqueeze(0)
             layers = d_hidden.shape[0]  # every layer, or the last alone
             pairs += zip(stack.hidden[-layers:], d_hidden, strict=True)
         if d_cell is not None:

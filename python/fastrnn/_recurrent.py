@@ -95,8 +95,10 @@ def _engine_route(
     hidden, h_n, c_n, cell, _ = _ops.forward(
         input, h0, c0, weights, *steps, *scalars(options), return_states, save, cache=cache
     )
-    # Of one layer a view that gives the gradient back as a view, with no zeros to fill.
-    output = hidden.squeeze(0) if hidden.shape[0] == 1 else hidden[-1]
+    output = hidden
+    if hidden.dim() > input.dim():
+        # Of one layer a view that gives the gradient back as a view, with no zeros to fill.
+        output = hidden.squeeze(0) if hidden.shape[0] == 1 else hidden[-1]
     if options.cell != "LSTM":
         c_n = cell = None
     states = States(hidden, cell) if return_states else None

@@ -21,6 +21,7 @@ struct ExtraCell {
   static constexpr int input_gradient[] = {1, 0}, hidden_gradient[] = {1, 2};
   static constexpr bool separate[] = {false, true};
   static constexpr int first_gates = 2;
+  static constexpr bool carries = true;
   static constexpr bool projects = false;
   static bool accepts(const CellOptions&) { return true; }
 
