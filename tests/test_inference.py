@@ -244,6 +244,14 @@ def bias_written(layer: Any) -> None:
     layer.bias_ih_l0.data[2:5].fill_(1.0)  # unseen, a few values
 
 
+def row_written(layer: Any) -> None:
+    layer.weight_hh_l0.data[7] = 0.0  # unseen
+
+
+def column_written(layer: Any) -> None:
+    layer.weight_ih_l0.data[:, I - 1].add_(0.1)  # unseen
+
+
 def numpy_written(layer: Any) -> None:
     layer.weight_hh_l0.detach().numpy()[...] *= 0.9  # unseen
 
@@ -287,7 +295,8 @@ def swapped_biases(layer: Any) -> None:
 
 CHANGES: list[Callable[[Any], None]] = [
     in_place_step, fused_step, copy_without_gradient, one_value, data_replaced,
-    data_replaced_again_and_again, data_written, bias_written, numpy_written, state_dict_loaded,
+    data_replaced_again_and_again, data_written, bias_written, row_written, column_written,
+    numpy_written, state_dict_loaded,
     state_dict_assigned, parameter_replaced, storage_resized, drawn_anew, transposed_view,
     swapped_biases,
 ]  # fmt: skip

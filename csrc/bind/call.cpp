@@ -284,10 +284,7 @@ void* Call::result(py::handle object, const char* name, dlpack::DataType dtype, 
                    bool written) {
   const Array a = array(object, {name});
   a.expect_shape(shape).expect_dtype(dtype).expect_contiguous();
-  if (written) {
-    a.expect_writable();
-    prefer_large_pages(a.data(), a.bytes());
-  }
+  if (written) a.expect_writable();
   return a.data();
 }
 

@@ -249,11 +249,7 @@ class Inference {
     return {a.data(), a.stride(0), a.stride(1), a.stride(2)};
   }
 
-  void* data(py::handle made) {
-    const Array a(made, {"output"}, owners_);
-    prefer_large_pages(a.data(), a.bytes());
-    return a.data();
-  }
+  void* data(py::handle made) { return Array(made, {"output"}, owners_).data(); }
 
   Problem problem_;
   CellTraits traits_;

@@ -6,10 +6,6 @@
 
 namespace fastrnn::bind {
 
-// Asks for large pages where there are whole ones in the memory: the first touch of fresh memory in
-// pages of 4 KiB costs as much as the arithmetic done in it.
-void prefer_large_pages(void* data, std::size_t bytes);
-
 class Memory {
  public:
   Memory() = default;

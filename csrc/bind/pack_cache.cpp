@@ -27,6 +27,46 @@ bool same_options(const Options& a, const Options& b) {
          a.directions == b.directions && a.proj_size == b.proj_size;
 }
 
+// visit(value) of what is compared: all of a bias; of a matrix its diagonals, as often
+// round as it takes to touch every row and every column.
+template <class T, class Visit>
+void visit_samples(const Array& array, Visit visit) {
+  const T* data = static_cast<const T*>(array.data());
+  if (array.ndim() == 1) {
+    for (std::int64_t i = 0; i < array.shape(0); ++i) visit(data[i * array.stride(0)]);
+    return;
+  }
+  const std::int64_t rows = array.shape(0), columns = array.shape(1);
+  const std::int64_t count = rows > 0 && columns > 0 ? std::max(rows, columns) : 0;
+  const std::int64_t row = array.stride(0), unit = array.stride(1);
+  std::int64_t at_row = 0, at_column = 0;  // of the sample, as offsets
+  for (std::int64_t i = 0; i < count; ++i) {
+    visit(data[at_row + at_column]);
+    if ((at_row += row) == rows * row) at_row = 0;
+    if ((at_column += unit) == columns * unit) at_column = 0;
+  }
+}
+
+template <class T>
+bool equal_samples(const Array& array, const char*& kept) {
+  bool equal = true;
+  visit_samples<T>(array, [&](T value) {
+    T before;
+    std::memcpy(&before, kept, sizeof(T));
+    kept += sizeof(T);
+    equal &= value == before;
+  });
+  return equal;
+}
+
+template <class T>
+void keep_samples(const Array& array, std::vector<char>& kept) {
+  visit_samples<T>(array, [&](T value) {
+    const char* bytes = reinterpret_cast<const char*>(&value);
+    kept.insert(kept.end(), bytes, bytes + sizeof(T));
+  });
+}
+
 }  // namespace
 
 bool PackCache::matches(const Entry& entry, const Array& array, std::int64_t version) {
@@ -37,37 +77,27 @@ bool PackCache::matches(const Entry& entry, const Array& array, std::int64_t ver
   return true;
 }
 
-// visit(data, bytes) of what is compared: all of a bias, values along the diagonals of a matrix.
-template <class Visit>
-void PackCache::samples_of(const Array& array, Visit visit) {
-  const std::int64_t bytes = array.dtype().bits / 8;
-  const char* data = static_cast<const char*>(array.data());
-  if (array.ndim() == 1 && array.stride(0) == 1) return visit(data, array.shape(0) * bytes);
-  const std::int64_t rows = array.shape(0), columns = array.ndim() == 2 ? array.shape(1) : 1;
-  if (rows * columns == 0) return;
-  const std::int64_t count = array.ndim() == 2 ? kSamples : rows;
-  const std::int64_t row_step = std::max<std::int64_t>(rows / count, 1);
-  const std::int64_t column_step = columns > 7 ? columns / 7 * 2 + 1 : 1;
-  const std::int64_t unit = array.ndim() == 2 ? array.stride(1) : 0;
-  std::int64_t row = 0, column = 0;
-  for (std::int64_t i = 0; i < count; ++i) {
-    visit(data + (row * array.stride(0) + column * unit) * bytes, bytes);
-    row += row_step;
-    if (row >= rows) row -= rows;
-    column += column_step;
-    if (column >= columns) column -= columns;
-  }
-}
-
+// As bits, so that a NaN equals itself.
 bool PackCache::unchanged(const std::vector<Array>& arrays) const {
   const char* kept = samples_.data();
-  bool equal = true;
-  for (const Array& array : arrays)
-    samples_of(array, [&](const char* data, std::int64_t bytes) {
-      equal = equal && std::memcmp(data, kept, static_cast<std::size_t>(bytes)) == 0;
-      kept += bytes;
-    });
-  return equal;
+  for (const Array& array : arrays) {
+    const int bits = array.dtype().bits;
+    const bool equal = bits == 16   ? equal_samples<std::uint16_t>(array, kept)
+                       : bits == 32 ? equal_samples<std::uint32_t>(array, kept)
+                                    : equal_samples<std::uint64_t>(array, kept);
+    if (!equal) return false;
+  }
+  return true;
+}
+
+void PackCache::keep(const Array& array) {
+  const int bits = array.dtype().bits;
+  if (bits == 16)
+    keep_samples<std::uint16_t>(array, samples_);
+  else if (bits == 32)
+    keep_samples<std::uint32_t>(array, samples_);
+  else
+    keep_samples<std::uint64_t>(array, samples_);
 }
 
 std::shared_ptr<const Memory> PackCache::find(const Problem& problem, const py::object* objects,
@@ -105,9 +135,7 @@ std::shared_ptr<const Memory> PackCache::find(const Problem& problem, const py::
       entry.strides[axis] = a.stride(axis);
     }
     entries_.push_back(std::move(entry));
-    samples_of(a, [&](const char* data, std::int64_t bytes) {
-      samples_.insert(samples_.end(), data, data + bytes);
-    });
+    keep(a);
   }
   return nullptr;
 }

@@ -6,7 +6,7 @@
 //                holds a view of each, so that no other memory comes to lie at its address.
 // Unseen writes  torch's counter does not see what is written through `.data`, a NumPy view or a
 //                library that keeps it still on purpose (FSDP does). So biases are compared whole,
-//                and of each matrix kSamples values that lie evenly in it.
+//                and of each matrix a value in every row and in every column.
 // When           at the second call in a row with the same weights: a training loop, whose weights
 //                change at every step, packs nothing twice. And only for calls of few pairs of step
 //                and row; where there are many, packing anew costs next to nothing.
@@ -36,7 +36,6 @@ class PackCache {
 
  private:
   static constexpr std::int64_t kMostPairs = 1024;
-  static constexpr std::int64_t kSamples = 64;
 
   struct Entry {
     void* data;
@@ -46,8 +45,7 @@ class PackCache {
   };
 
   static bool matches(const Entry& entry, const Array& array, std::int64_t version);
-  template <class Visit>
-  static void samples_of(const Array& array, Visit visit);
+  void keep(const Array& array);
   bool unchanged(const std::vector<Array>& arrays) const;
 
   std::vector<Entry> entries_;

@@ -142,7 +142,7 @@ constexpr double kOuter = 80;            // and from the one it shares
 constexpr double kInnerBytes = 1 << 20;  // size of a core's own cache
 constexpr double kCell = 1.5;            // nanoseconds of a hidden unit's cell
 constexpr double kBarrier = 500;         // a meeting of the team
-constexpr double kRegion = 3000;         // waking it
+constexpr double kRegion = 10000;        // waking it
 
 // The product of `rows` rows and `weights` weights, block of rows after block of rows. The first
 // brings the weights from where they are, the others find them near.
@@ -162,7 +162,7 @@ double layer_time(const Stack& s, int rows, int columns) {
   const double H = static_cast<double>(p.H), O = static_cast<double>(s.O);
   const double mine = std::ceil(static_cast<double>(p.B) / rows), threads = rows * columns;
   const double project = product_time(s, std::ceil(static_cast<double>(s.pairs) / rows),
-                                   G * H * static_cast<double>(p.I) / columns);
+                                      G * H * static_cast<double>(p.I) / columns);
   const double cells = static_cast<double>(s.pairs) * H * kCell / threads;
   double step = product_time(s, mine, G * H * O / columns);
   if (columns > 1) step += kBarrier;
@@ -175,7 +175,9 @@ Plan make_plan(const Stack& s) {
   const int directions = static_cast<int>(p.options.directions);
   const auto blocks =
       static_cast<int>((p.H + s.kernels.units_per_block - 1) / s.kernels.units_per_block);
-  double least = directions * layer_time(s, 1, 1);
+  // More threads must be worth it: they are another's as well, and a busy one holds up the others.
+  constexpr double kGain = 0.8;
+  double least = kGain * directions * layer_time(s, 1, 1);
   for (int apart = 1; apart <= std::min(directions, p.threads); ++apart)
     for (int rows = 1; rows <= std::min<std::int64_t>(p.threads / apart, p.B); ++rows) {
       const int columns = std::min(p.threads / apart / rows, blocks);
