@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,8 +103,7 @@ def test_packed_equals_lengths(options: Options) -> None:
         assert_bitwise(got.d_hx[k], want.d_hx[k], f"d_hx[{k}]")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
+SHARED = pytest.mark.parametrize(
     ("threads", "bidirectional", "batch", "hidden_size"),
     [
         pytest.param(2, False, 40, 100, id="rows"),
@@ -111,6 +113,10 @@ def test_packed_equals_lengths(options: Options) -> None:
         pytest.param(4, True, 3, 430, id="directions and units"),
     ],
 )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@SHARED
 @pytest.mark.parametrize("options", STACKS, ids=name)
 def test_many_threads_equal_one(
     options: Options, threads: int, bidirectional: bool, batch: int, hidden_size: int, dtype: str
@@ -123,6 +129,31 @@ def test_many_threads_equal_one(
     problem = random_problem(options, T=10, B=batch, hidden_size=hidden_size, layout=layout)
     many, one = (run_engine(problem, dtype, threads=count) for count in (threads, 1))
     assert_solutions_bitwise(many, one)
+
+
+TASKS = Path("/proc/self/task")
+
+
+@pytest.mark.skipif(not TASKS.exists(), reason="no list of this process's threads here")
+@SHARED
+def test_threads_are_used(threads: int, bidirectional: bool, batch: int, hidden_size: int) -> None:
+    """That what the test above compares did run on so many, even for the cell of the least work."""
+    script = f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from engine import run_engine
+from fastrnn.reference import Options
+from problems import random_problem
+options = Options("RNN", 1, {bidirectional})
+problem = random_problem(options, T=10, B={batch}, hidden_size={hidden_size})
+before = len(os.listdir({str(TASKS)!r}))
+run_engine(problem, "float32", threads={threads})
+print(len(os.listdir({str(TASKS)!r})) - before + 1)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert int(done.stdout) == threads
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
