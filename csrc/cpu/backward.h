@@ -112,8 +112,7 @@ class Backward : Shape<Cell, S> {
   // Whether dy can be read where it lies, a vector at a time.
   bool reads_output_gradient() const {
     if (layer_.d_hidden.data) return false;
-    return layer_.d_above || !layer_.d_output.data ||
-           (sizeof(S) == sizeof(C) && layer_.d_output.unit == 1);
+    return layer_.d_above || !layer_.d_output.data || layer_.d_output.unit == 1;
   }
 
   void take_thread(int thread) { next_rows_ = next_rows_of_all_ + thread * next_rows_count(); }
@@ -308,10 +307,9 @@ class Backward : Shape<Cell, S> {
     if (d_out_) return V::load(d_out_ + row + unit);
     if (layer_.d_above)
       return load_units<C>(static_cast<const C*>(layer_.d_above) + row + unit, left);
-    if constexpr (sizeof(S) == sizeof(C))
-      if (layer_.d_output.data)
-        return load_units<C>(at<const S>(layer_.d_output, steps_, p.t, i) + p.d * layer_.O + unit,
-                             left);
+    if (layer_.d_output.data)
+      return load_units<C>(at<const S>(layer_.d_output, steps_, p.t, i) + p.d * layer_.O + unit,
+                           left);
     return V(0);
   }
 

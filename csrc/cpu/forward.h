@@ -79,16 +79,6 @@ FASTRNN_INLINE S* at(const Sequence& a, const Steps& steps, Index t, Index i) {
   return static_cast<S*>(a.data) + steps.position[t] * a.step + steps.order[i] * a.row;
 }
 
-template <class C, class S>
-FASTRNN_INLINE void gather(C* to, const S* from, Index unit, Index count) {
-  for (Index u = 0; u < count; ++u) to[u] = widen(from[u * unit]);
-}
-
-template <class C, class S>
-FASTRNN_INLINE void scatter(S* to, const C* from, Index count) {
-  for (Index u = 0; u < count; ++u) narrow(from[u], to + u);
-}
-
 // One row of a state in compute type, zeros where there is none and up to its padded size.
 template <class S, class C>
 void load_state(C* to, const State& state, Index d, Index row, Index count) {
