@@ -336,6 +336,16 @@ FASTRNN_INLINE void store_units(Vec<C> x, S* p, Index count) {
   for (Index i = 0; i < count; ++i) narrow(lane[i], p + i);
 }
 
+// A row of what it already is.
+template <class T>
+FASTRNN_INLINE void gather(T* to, const T* from, Index unit, Index count) {
+  for (Index u = 0; u < count; ++u) to[u] = from[u * unit];
+}
+template <class T>
+FASTRNN_INLINE void scatter(T* to, const T* from, Index count) {
+  gather(to, from, 1, count);
+}
+
 // The value as storage keeps it.
 template <class S, class C>
 FASTRNN_INLINE Vec<C> rounded(Vec<C> x) {
