@@ -29,6 +29,7 @@ bool has_avx512() {
 std::vector<const InstructionSet*> runnable_sets() {
   std::vector<const InstructionSet*> sets;
 #if defined(__x86_64__)
+  if (has_avx512() && __builtin_cpu_supports("avx512bf16")) sets.push_back(&avx512bf16_set);
   if (has_avx512()) sets.push_back(&avx512_set);
   if (has_avx2()) sets.push_back(&avx2_set);
 #elif defined(__aarch64__)
@@ -85,7 +86,11 @@ CellEntry cell_entry(const Options& o) {
 }
 
 const LayerKernels& kernels(const Problem& p) {
-  return chosen_set().kernels[cell_entry(p.options).index][static_cast<int>(p.dtype)];
+  const auto of = [&](const InstructionSet& set) -> const LayerKernels& {
+    return set.kernels[cell_entry(p.options).index].of[static_cast<int>(p.dtype)];
+  };
+  const InstructionSet& set = chosen_set();
+  return of(set).forward ? of(set) : of(*set.base);
 }
 
 // ---- sizes ------------------------------------------------------------------------------------
@@ -147,8 +152,9 @@ constexpr double kRegion = 10000;        // waking it
 // The product of `rows` rows and `weights` weights, block of rows after block of rows. The first
 // brings the weights from where they are, the others find them near.
 double product_time(const Stack& s, double rows, double weights) {
-  const double rate = 2 * kClock * s.kernels.lanes;  // products a nanosecond
-  const double bytes = weights * static_cast<double>(s.compute);
+  const int depth = s.pass == Pass::forward ? s.kernels.depth : 1;
+  const double rate = 2 * kClock * s.kernels.lanes * depth;  // products a nanosecond
+  const double bytes = weights * static_cast<double>(s.compute) / depth;
   const double blocks = std::ceil(rows / s.kernels.rows_per_block);
   const double block = weights * rows / blocks / rate;
   const double home = bytes / (bytes <= kInnerBytes ? kInner : kOuter);

@@ -118,8 +118,7 @@ class Backward : Shape<Cell, S> {
   // Whether dy can be read where it lies, a vector at a time.
   bool reads_output_gradient() const {
     if (layer_.d_hidden.data) return false;
-    return layer_.d_above || !layer_.d_output.data ||
-           (sizeof(S) == sizeof(C) && layer_.d_output.unit == 1);
+    return layer_.d_above || !layer_.d_output.data || layer_.d_output.unit == 1;
   }
 
   void take_thread(int thread) { next_rows_ = next_rows_of_all_ + thread * next_rows_count(); }

@@ -9,7 +9,8 @@
 // hidden
 //               units first, then W_hr. Both run as a second pass over the step.
 // Layouts       x_gates   [block of units][row of the block of steps][tile][gate][lane]
-//               h         [2][B][padded(O)], written at t mod 2, read from the other
+//               h         [2][B][padded(O)], the kernel's operands, written at t mod 2, read
+//                         from the other
 //               c         [B][Hp]
 //               saved     a row of planes·Hp for each pair: the cell's saved values, then, with
 //                         projection, the hidden units before it
@@ -79,21 +80,11 @@ FASTRNN_INLINE S* at(const Sequence& a, const Steps& steps, Index t, Index i) {
   return static_cast<S*>(a.data) + steps.position[t] * a.step + steps.order[i] * a.row;
 }
 
-template <class C, class S>
-FASTRNN_INLINE void gather(C* to, const S* from, Index unit, Index count) {
-  for (Index u = 0; u < count; ++u) to[u] = widen(from[u * unit]);
-}
-
-template <class C, class S>
-FASTRNN_INLINE void scatter(S* to, const C* from, Index count) {
-  for (Index u = 0; u < count; ++u) narrow(from[u], to + u);
-}
-
-// One row of a state in compute type, zeros where there is none and up to its padded size.
-template <class S, class C>
-void load_state(C* to, const State& state, Index d, Index row, Index count) {
+// One row of a state, zeros where there is none and up to its padded size.
+template <class S, class T>
+void load_state(T* to, const State& state, Index d, Index row, Index count) {
   const Index width = padded(count);
-  for (Index u = state.data ? count : 0; u < width; ++u) to[u] = C(0);
+  for (Index u = state.data ? count : 0; u < width; ++u) to[u] = T{};
   if (state.data)
     gather(to, static_cast<const S*>(state.data) + d * state.group + row * state.row, state.unit,
            count);
@@ -105,6 +96,7 @@ struct Shape {
   using Cell = Cell_;
   using S = S_;
   using C = typename ComputeOf<S>::type;
+  using E = typename FactorOf<S>::type;  // of forward's products of input and h
   using V = Vec<C>;
   static constexpr int lanes = V::lanes;
   static constexpr int gates = Cell::gates;
@@ -123,11 +115,11 @@ template <class Cell, class S>
 class Packing : Shape<Cell, S> {
   using K = Shape<Cell, S>;
   using K::lanes, K::gates, K::tiles, K::vectors, K::units, K::first, K::wide;
-  using typename K::C;
+  using typename K::C, typename K::E;
 
  public:
   struct Group {
-    C *weight_ih, *weight_hh;
+    E *weight_ih, *weight_hh;
     C* second;  // of a second product of a step: W_hn, or W_hr
     C *bias_x, *bias_h;
   };
@@ -136,12 +128,14 @@ class Packing : Shape<Cell, S> {
   Packing(const Layer& layer, void* base)
       : layer_(layer),
         blocks_(ceil_div(layer.H, units)),
-        out_blocks_(ceil_div(layer.O, wide * lanes)) {
+        out_blocks_(ceil_div(layer.O, wide * lanes)),
+        block_ih_(whole_steps<E>(layer.I) * vectors * lanes),
+        block_hh_(whole_steps<E>(layer.O) * first * tiles * lanes) {
     Arena arena(base);
     for (Index d = 0; d < layer.directions; ++d) {
       Group& g = group_[d];
-      g.weight_ih = arena.take<C>(blocks_ * layer.I * vectors * lanes);
-      g.weight_hh = arena.take<C>(blocks_ * layer.O * first * tiles * lanes);
+      g.weight_ih = arena.take<E>(blocks_ * block_ih_);
+      g.weight_hh = arena.take<E>(blocks_ * block_hh_);
       g.second = layer.P ? arena.take<C>(out_blocks_ * layer.H * wide * lanes)
                  : K::two_products
                      ? arena.take<C>(blocks_ * layer.H * (gates - first) * tiles * lanes)
@@ -154,6 +148,9 @@ class Packing : Shape<Cell, S> {
 
   std::size_t used() const { return used_; }
   const Group& group(Index d) const { return group_[d]; }
+  // Block b of a direction's W_ih and W_hh.
+  const E* weight_ih(Index d, Index b) const { return group_[d].weight_ih + b * block_ih_; }
+  const E* weight_hh(Index d, Index b) const { return group_[d].weight_hh + b * block_hh_; }
 
   void run(int thread, int threads) const {
     for (Index d = 0; d < layer_.directions; ++d) {
@@ -169,10 +166,8 @@ class Packing : Shape<Cell, S> {
     const Parameters& p = layer_.parameters[d];
     const Group& g = group_[d];
     const Index H = layer_.H, I = layer_.I, O = layer_.O, unit = b * units;
-    pack_gates<C, S>(g.weight_ih + b * I * vectors * lanes, p.weight_ih, H, I, 0, gates, tiles,
-                     unit);
-    pack_gates<C, S>(g.weight_hh + b * O * first * tiles * lanes, p.weight_hh, H, O, 0, first,
-                     tiles, unit);
+    pack_gates<E, S>(g.weight_ih + b * block_ih_, p.weight_ih, H, I, 0, gates, tiles, unit);
+    pack_gates<E, S>(g.weight_hh + b * block_hh_, p.weight_hh, H, O, 0, first, tiles, unit);
     if constexpr (K::two_products)
       pack_gates<C, S>(g.second + b * H * (gates - first) * tiles * lanes, p.weight_hh, H, H, first,
                        gates - first, tiles, unit);
@@ -199,6 +194,7 @@ class Packing : Shape<Cell, S> {
 
   const Layer& layer_;
   const Index blocks_, out_blocks_;
+  const Index block_ih_, block_hh_;  // elements of one block
   Group group_[2] = {};
   std::size_t used_ = 0;
 };
@@ -207,7 +203,7 @@ template <class Cell, class S>
 class Forward : Shape<Cell, S> {
   using K = Shape<Cell, S>;
   using K::lanes, K::gates, K::tiles, K::vectors, K::rows, K::units, K::first, K::wide;
-  using typename K::C;
+  using typename K::C, typename K::E;
   using typename K::V;
 
  public:
@@ -220,17 +216,17 @@ class Forward : Shape<Cell, S> {
         blocks_(ceil_div(layer.H, units)),
         out_blocks_(ceil_div(layer.O, wide * lanes)),
         saved_width_((Cell::saved + (layer.P ? 1 : 0)) * Hp_),
-        convert_(sizeof(S) != sizeof(C) || layer.input.unit != 1),
+        copies_(sizeof(S) != sizeof(E) || layer.input.unit != 1),
         packing_(layer, layer.packed ? layer.packed : base) {
     Arena arena(base);
     const Index B = steps_.B;
     if (!layer.packed) arena.take<char>(static_cast<Index>(packing_.used()));
-    zeros_ = arena.take<C>(Hp_ > Op_ ? Hp_ : Op_);
+    zeros_ = arena.take<E>(Hp_ > Op_ ? Hp_ : Op_);
     for (Index d = 0; d < layer.directions; ++d) {
       Group& g = group_[d];
       static_cast<typename Packing<Cell, S>::Group&>(g) = packing_.group(d);
-      g.initial = arena.take<C>(B * Op_);
-      g.h = arena.take<C>(2 * B * Op_);
+      g.initial = arena.take<E>(B * Op_);
+      g.h = arena.take<E>(2 * B * Op_);
       g.c = Cell::states > 1 ? arena.take<C>(B * Hp_) : nullptr;
       const bool keeps = (layer.P || K::two_products) && !layer.gates;
       g.saved = keeps ? arena.take<C>(B * saved_width_) : nullptr;
@@ -256,8 +252,9 @@ class Forward : Shape<Cell, S> {
 
  private:
   struct Group : Packing<Cell, S>::Group {
-    C* initial;  // [B][Op] h0
-    C *h, *c;
+    E* initial;  // [B][Op] h0
+    E* h;
+    C* c;
     C* saved;  // [B][saved_width]: one step's, where none are kept but a second product needs them
   };
 
@@ -278,7 +275,7 @@ class Forward : Shape<Cell, S> {
     if (p.cap < 4 * rows) p.cap = 4 * rows;
     if (p.cap < rows_mine) p.cap = rows_mine;
     p.x_gates = p.cap * row_bytes;
-    p.x_rows = convert_ ? round_up(p.cap * layer_.I * static_cast<Index>(sizeof(C))) : 0;
+    p.x_rows = copies_ ? round_up(p.cap * layer_.I * static_cast<Index>(sizeof(E))) : 0;
     p.pointers = round_up(p.cap * static_cast<Index>(sizeof(void*)));
     p.h_rows = round_up(rows_mine * static_cast<Index>(sizeof(void*)));
     p.total = round_up(p.x_gates) + p.x_rows + p.pointers + 2 * p.h_rows;
@@ -291,9 +288,9 @@ class Forward : Shape<Cell, S> {
     char* base = threads_ + thread * p.total;
     cap_ = p.cap;
     x_gates_ = reinterpret_cast<C*>(base);
-    x_converted_ = reinterpret_cast<C*>(base + round_up(p.x_gates));
-    x_rows_ = reinterpret_cast<const C**>(base + round_up(p.x_gates) + p.x_rows);
-    h_rows_ = reinterpret_cast<const C**>(base + round_up(p.x_gates) + p.x_rows + p.pointers);
+    x_copied_ = reinterpret_cast<E*>(base + round_up(p.x_gates));
+    x_rows_ = reinterpret_cast<const E**>(base + round_up(p.x_gates) + p.x_rows);
+    h_rows_ = reinterpret_cast<const E**>(base + round_up(p.x_gates) + p.x_rows + p.pointers);
     second_rows_ = reinterpret_cast<const C**>(reinterpret_cast<char*>(h_rows_) + p.h_rows);
   }
 
@@ -302,7 +299,7 @@ class Forward : Shape<Cell, S> {
   void prepare(int thread, int threads) {
     const Index wide_row = Hp_ > Op_ ? Hp_ : Op_;
     if (thread == 0)
-      for (Index u = 0; u < wide_row; ++u) zeros_[u] = C(0);
+      for (Index u = 0; u < wide_row; ++u) zeros_[u] = E{};
     if (!layer_.packed) packing_.run(thread, threads);
     for (Index d = 0; d < layer_.directions; ++d) {
       const Range mine = split(steps_.B, thread, threads);
@@ -366,12 +363,12 @@ class Forward : Shape<Cell, S> {
     }
   }
 
-  const C* input_row(Index t, Index i, Index pair) {
+  const E* input_row(Index t, Index i, Index pair) {
     const S* x = at<const S>(layer_.input, steps_, t, i);
-    if constexpr (sizeof(S) == sizeof(C)) {
-      if (!convert_) return x;
+    if constexpr (sizeof(S) == sizeof(E)) {
+      if (!copies_) return x;
     }
-    C* row = x_converted_ + pair * layer_.I;
+    E* row = x_copied_ + pair * layer_.I;
     gather(row, x, layer_.input.unit, layer_.I);
     return row;
   }
@@ -383,7 +380,7 @@ class Forward : Shape<Cell, S> {
   void project(Index d, const Range& blocks, Index pairs) {
     const Group& g = group_[d];
     for (Index b = blocks.begin; b < blocks.end; ++b) {
-      const C* w = g.weight_ih + b * layer_.I * vectors * lanes;
+      const E* w = packing_.weight_ih(d, b);
       const C* bias = g.bias_x + b * vectors * lanes;
       in_blocks_of_rows<rows>(pairs, [&](auto count, Index m) {
         constexpr int R = decltype(count)::value;
@@ -441,7 +438,7 @@ class Forward : Shape<Cell, S> {
   void first_product(const Position& p, const Range& blocks, Index b, Index n, Index m) {
     const Group& g = group_[p.d];
     constexpr int N = first * tiles;
-    const C* w = g.weight_hh + b * layer_.O * N * lanes;
+    const E* w = packing_.weight_hh(p.d, b);
     const C* bias_h = g.bias_h + b * vectors * lanes;
     in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
       constexpr int R = decltype(count)::value;
@@ -469,10 +466,10 @@ class Forward : Shape<Cell, S> {
 
   // The cell, or its first half, on one tile of one row. a: the gates' sums; x_tile: the
   // projection.
-  FASTRNN_NOINLINE void finish_first(const Position& p, Index i, const C* h, Index unit, const V* a,
+  FASTRNN_NOINLINE void finish_first(const Position& p, Index i, const E* h, Index unit, const V* a,
                                      const C* x_tile) {
     V saved[Cell::saved], previous[2], next[2];
-    previous[0] = layer_.P ? V(0) : V::load(h + unit);
+    previous[0] = layer_.P ? V(0) : load_units<C>(h + unit, lanes);
     C* keep = saved_row(p, i);
     if constexpr (K::two_products) {
       Cell::forward_first(layer_.maths, a, previous, saved);
@@ -512,7 +509,7 @@ class Forward : Shape<Cell, S> {
   // h of one tile to the state, to the output and, at the row's last step, to h_n.
   FASTRNN_INLINE void finish_hidden(const Position& p, Index i, Index unit, V h) {
     const Index O = layer_.O;
-    rounded<S>(h).store(group_[p.d].h + ((p.t & 1) * steps_.B + i) * Op_ + unit);
+    store_units(rounded<S>(h), group_[p.d].h + ((p.t & 1) * steps_.B + i) * Op_ + unit, lanes);
     store_units(h, at<S>(layer_.output, steps_, p.t, i) + p.d * O + unit, O - unit);
     if (Walk{steps_, p.reverse}.last(p.t, i))
       store_units(h, static_cast<S*>(layer_.h_n) + (p.d * steps_.B + steps_.order[i]) * O + unit,
@@ -543,9 +540,9 @@ class Forward : Shape<Cell, S> {
     });
   }
 
-  FASTRNN_NOINLINE void finish_second(const Position& p, Index i, const C* h, Index unit,
+  FASTRNN_NOINLINE void finish_second(const Position& p, Index i, const E* h, Index unit,
                                       const V* a) {
-    V saved[Cell::saved], previous[1] = {V::load(h + unit)}, next[1];
+    V saved[Cell::saved], previous[1] = {load_units<C>(h + unit, lanes)}, next[1];
     C* keep = saved_row(p, i);
     for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(keep + s * Hp_ + unit);
     Cell::forward_second(layer_.maths, a, previous, next, saved);
@@ -573,18 +570,18 @@ class Forward : Shape<Cell, S> {
   const Layer& layer_;
   const Steps& steps_;
   const Index Hp_, Op_, blocks_, out_blocks_, saved_width_;
-  const bool convert_;
+  const bool copies_;  // rows of input that the kernel cannot read where they lie
   const Packing<Cell, S> packing_;
   Group group_[2] = {};
-  C* zeros_ = nullptr;
+  E* zeros_ = nullptr;
   char* threads_ = nullptr;
   std::size_t used_ = 0;
   // The thread's own.
   Index cap_ = 0;
   C* x_gates_ = nullptr;
-  C* x_converted_ = nullptr;
-  const C** x_rows_ = nullptr;
-  const C** h_rows_ = nullptr;
+  E* x_copied_ = nullptr;
+  const E** x_rows_ = nullptr;
+  const E** h_rows_ = nullptr;
   const C** second_rows_ = nullptr;
 };
 

@@ -2,6 +2,9 @@
 //
 //   acc[r][n] += Σ_k a(r, k) · w[k][n]           k = 0 … K−1, one after the other
 //
+// Operands are of compute type, or bfloat16 where the set multiplies pairs of them: then a step
+// takes two neighbouring k, and a lane of weights holds both (Factor).
+//
 // It is vectorised over outputs and sequential over k, so a result's bits depend on neither the
 // number of rows beside it nor the number of threads. Row counts below R run the same code with
 // fewer rows. The weights of one k are N vectors in a row; those of the next lie `stride` further:
@@ -71,43 +74,91 @@ struct Sums {
   }
 };
 
+// What one step of the kernel multiplies: `depth` neighbouring k of a row, in every lane, by as
+// many of each output's weights.
+template <class E>
+struct Factor {
+  using V = Vec<E>;
+  static constexpr int depth = 1;
+  static FASTRNN_INLINE V weight(const E* p) { return V::load(p); }
+  static FASTRNN_INLINE V broadcast(const E* p) { return V(*p); }
+  static FASTRNN_INLINE V multiply_add(V x, V weight, V sum) { return fma(x, weight, sum); }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Factor<Bf16> {
+  using V = Vec<float>;
+  using Pairs = __m512bh;  // loaded as such: GCC loads another type's vector anew at each use
+  typedef __m512bh UnalignedPairs __attribute__((aligned(2), may_alias));
+  static constexpr int depth = 2;
+  static FASTRNN_INLINE Pairs weight(const Bf16* p) {
+    return *reinterpret_cast<const UnalignedPairs*>(p);
+  }
+  static FASTRNN_INLINE Pairs broadcast(const Bf16* p) {
+    int pair;
+    __builtin_memcpy(&pair, p, sizeof(pair));
+    return (Pairs)_mm512_set1_epi32(pair);
+  }
+  // The k that has no neighbour, beside a zero.
+  static FASTRNN_INLINE Pairs broadcast_last(const Bf16* p) {
+    return (Pairs)_mm512_set1_epi32(p->bits);
+  }
+  static FASTRNN_INLINE V multiply_add(Pairs x, Pairs weight, V sum) {
+    return V(_mm512_dpbf16_ps(sum.v, x, weight));
+  }
+};
+#endif
+
+// The factors of a product whose rows and weights are in storage S.
+template <class S>
+struct FactorOf {
+  using type = typename ComputeOf<S>::type;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct FactorOf<Bf16> {
+  using type = Bf16;
+};
+#endif
+
+// One step: row r's x(r) by the N vectors of weights at w.
+template <int R, int N, class E, class C, class Row>
+FASTRNN_INLINE void add_step(Vec<C> (&acc)[R][N], const E* w, Row row) {
+  using F = Factor<E>;
+  decltype(F::weight(w)) weight[N];
+#pragma GCC unroll 24
+  for (int n = 0; n < N; ++n) weight[n] = F::weight(w + n * Vec<C>::lanes * F::depth);
+#pragma GCC unroll 24
+  for (int r = 0; r < R; ++r) {
+    const auto x = row(r);
+#pragma GCC unroll 24
+    for (int n = 0; n < N; ++n) acc[r][n] = F::multiply_add(x, weight[n], acc[r][n]);
+  }
+}
+
 // a(r, k) = rows[r][k].
-template <int R, int N, class C>
-FASTRNN_INLINE void accumulate(Vec<C> (&acc)[R][N], const C* const* rows, Index K, const C* w,
-                               Index stride = N * Vec<C>::lanes) {
-  using V = Vec<C>;
-  const C* a[R];
+template <int R, int N, class E, class C>
+FASTRNN_INLINE void accumulate(Vec<C> (&acc)[R][N], const E* const* rows, Index K, const E* w,
+                               Index stride = N * Vec<C>::lanes * Factor<E>::depth) {
+  using F = Factor<E>;
+  const E* a[R];
 #pragma GCC unroll 24
   for (int r = 0; r < R; ++r) a[r] = rows[r];
-  for (Index k = 0; k < K; ++k, w += stride) {
-    V weight[N];
-#pragma GCC unroll 24
-    for (int n = 0; n < N; ++n) weight[n] = V::load(w + n * V::lanes);
-#pragma GCC unroll 24
-    for (int r = 0; r < R; ++r) {
-      const V x(a[r][k]);
-#pragma GCC unroll 24
-      for (int n = 0; n < N; ++n) acc[r][n] = fma(x, weight[n], acc[r][n]);
-    }
-  }
+  Index k = 0;
+  for (; k + F::depth <= K; k += F::depth, w += stride)
+    add_step(acc, w, [&](int r) FASTRNN_INLINE_LAMBDA { return F::broadcast(a[r] + k); });
+  if constexpr (F::depth > 1)
+    if (k < K)
+      add_step(acc, w, [&](int r) FASTRNN_INLINE_LAMBDA { return F::broadcast_last(a[r] + k); });
 }
 
 // a(r, k) = packed[k·R + r].
 template <int R, int N, class C>
 FASTRNN_INLINE void accumulate_packed(Vec<C> (&acc)[R][N], const C* packed, Index K, const C* w,
                                       Index stride) {
-  using V = Vec<C>;
-  for (Index k = 0; k < K; ++k, w += stride, packed += R) {
-    V weight[N];
-#pragma GCC unroll 24
-    for (int n = 0; n < N; ++n) weight[n] = V::load(w + n * V::lanes);
-#pragma GCC unroll 24
-    for (int r = 0; r < R; ++r) {
-      const V x(packed[r]);
-#pragma GCC unroll 24
-      for (int n = 0; n < N; ++n) acc[r][n] = fma(x, weight[n], acc[r][n]);
-    }
-  }
+  for (Index k = 0; k < K; ++k, w += stride, packed += R)
+    add_step(acc, w, [&](int r) FASTRNN_INLINE_LAMBDA { return Vec<C>(packed[r]); });
 }
 
 }  // namespace fastrnn::FASTRNN_ISA

@@ -1,4 +1,5 @@
-// The table of one instruction set: every cell and storage type. Included last by each isa_*.cpp.
+// The table of one instruction set: every cell and storage type that it serves. Included last by
+// each isa_*.cpp.
 #pragma once
 
 #include "../cells/list.h"
@@ -29,20 +30,39 @@ void run_pass(const Layer& layer, int thread, int threads) {
 }
 
 template <class Cell, class S>
-constexpr LayerKernels kernels_of() {
-  return {
-      Shape<Cell, S>::lanes,         Shape<Cell, S>::rows,         Shape<Cell, S>::units,
-      packed_size<Packing<Cell, S>>, scratch_of<Forward<Cell, S>>, scratch_of<Backward<Cell, S>>,
-      pack<Packing<Cell, S>>,        run_pass<Forward<Cell, S>>,   run_pass<Backward<Cell, S>>};
+struct KernelsOf {
+  using K = Shape<Cell, S>;
+  static constexpr LayerKernels value = {K::lanes,
+                                         Factor<typename K::E>::depth,
+                                         K::rows,
+                                         K::units,
+                                         packed_size<Packing<Cell, S>>,
+                                         scratch_of<Forward<Cell, S>>,
+                                         scratch_of<Backward<Cell, S>>,
+                                         pack<Packing<Cell, S>>,
+                                         run_pass<Forward<Cell, S>>,
+                                         run_pass<Backward<Cell, S>>};
+};
+template <class Cell>
+struct KernelsOf<Cell, void> {
+  static constexpr LayerKernels value = {};
+};
+
+// Storage types in the order of DType; void for one that another set serves.
+template <class... Storages>
+struct StorageList {};
+using AllStorages = StorageList<float, double, Bf16, F16>;
+
+template <class Cell, class... Storages>
+constexpr CellKernels cell_kernels(StorageList<Storages...>) {
+  return {{KernelsOf<Cell, Storages>::value...}};
 }
 
-template <class List>
+template <class Cells, class Storages = AllStorages>
 struct Table;
-template <class... Cells>
-struct Table<CellList<Cells...>> {
-  static constexpr LayerKernels kernels[][4] = {
-      {kernels_of<Cells, float>(), kernels_of<Cells, double>(), kernels_of<Cells, Bf16>(),
-       kernels_of<Cells, F16>()}...};
+template <class... Cells, class Storages>
+struct Table<CellList<Cells...>, Storages> {
+  static constexpr CellKernels kernels[] = {cell_kernels<Cells>(Storages{})...};
 };
 
 }  // namespace fastrnn::FASTRNN_ISA

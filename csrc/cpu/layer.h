@@ -56,7 +56,8 @@ struct Layer {
 
 // The kernels of one cell and storage type on one instruction set.
 struct LayerKernels {
-  int lanes;            // of a vector
+  int lanes;            // of a vector of compute type
+  int depth;            // products that a lane of forward's micro-kernel adds at once
   int rows_per_block;   // rows that one micro-kernel works on
   int units_per_block;  // hidden units of one block of packed weights
   std::size_t (*packed_size)(const Layer&);
@@ -65,6 +66,11 @@ struct LayerKernels {
   void (*pack)(const Layer&, int thread, int threads);
   void (*forward)(const Layer&, int thread, int threads);
   void (*backward)(const Layer&, int thread, int threads);
+};
+
+// One cell's, in the order of DType.
+struct CellKernels {
+  LayerKernels of[4];
 };
 
 // Loops that show what one thread can do at most (roof.h). What they return must be kept, or a
@@ -78,18 +84,21 @@ struct RoofLoops {
   double (*read)(const float* x, std::int64_t count, std::int64_t passes);
 };
 
-// Every cell and storage type on one instruction set: kernels[cell][dtype], cells in the order of
-// AllCells, dtypes in the order of DType.
+// The cells on one instruction set, in the order of AllCells.
 struct InstructionSet {
   const char* name;
-  const LayerKernels (*kernels)[4];
+  const CellKernels* kernels;
   RoofLoops roof;
+  // A set that adds to another holds only the storage types for which it differs: those for which
+  // it has no kernels are the other's. Null: it has them all.
+  const InstructionSet* base = nullptr;
 };
 
 // One for each isa_*.cpp.
 extern const InstructionSet portable_set;
 extern const InstructionSet avx2_set;
 extern const InstructionSet avx512_set;
+extern const InstructionSet avx512bf16_set;
 extern const InstructionSet neon_set;
 
 }  // namespace fastrnn

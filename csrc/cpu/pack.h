@@ -4,7 +4,8 @@
 //   gates     [block][k][tile][gate][lane]   from W [G·H, K]: outputs are hidden units
 //   columns   [block][k][vector][lane]       from W [K, M]:   outputs are columns of W
 //
-// Outputs beyond the last are zero.
+// Where a step of the kernel takes pairs of k, gates are [block][k / 2][tile][gate][lane][2].
+// Outputs beyond the last are zero, and so is the k that an odd K lacks.
 #pragma once
 
 #include <utility>
@@ -64,36 +65,55 @@ FASTRNN_INLINE void transpose(Vec<C> (&square)[Vec<C>::lanes]) {
   }
 }
 
-// A vector of row `row` of W from column k on; zeros beyond column K.
-template <class C, class S>
-FASTRNN_INLINE Vec<C> weight_row(const Weight& w, Index row, Index k, Index K) {
+// `K` columns, up to whole steps of the kernel.
+template <class E>
+FASTRNN_INLINE Index whole_steps(Index K) {
+  return ceil_div(K, Factor<E>::depth) * Factor<E>::depth;
+}
+
+// A vector of row `row` of W from column k on, each lane the columns of one step of the kernel;
+// zeros beyond column K.
+template <class E, class S>
+FASTRNN_INLINE typename Factor<E>::V weight_row(const Weight& w, Index row, Index k, Index K) {
+  using V = typename Factor<E>::V;
+  constexpr int columns = V::lanes * Factor<E>::depth;
   const S* from = static_cast<const S*>(w.data) + row * w.row + k * w.unit;
-  if (w.unit == 1) return load_units<C>(from, K - k);
-  C lane[Vec<C>::lanes] = {};
-  for (Index i = 0; i < least(Vec<C>::lanes, K - k); ++i) lane[i] = widen(from[i * w.unit]);
-  return Vec<C>::load(lane);
+  V packed;
+  if constexpr (Factor<E>::depth == 1) {
+    if (w.unit == 1) return load_units<E>(from, K - k);
+  } else if (w.unit == 1 && K - k >= columns) {
+    __builtin_memcpy(&packed.v, from, sizeof(V));
+    return packed;
+  }
+  E column[columns] = {};
+  gather(column, from, w.unit, least(columns, K - k));
+  __builtin_memcpy(&packed.v, column, sizeof(V));
+  return packed;
 }
 
 // One block of gates first … first + gates − 1 of W, the hidden units from `unit` on: squares of
 // lanes units by lanes columns are read along W's rows and turned.
-template <class C, class S>
-void pack_gates(C* to, const Weight& w, Index H, Index K, int first, int gates, int tiles,
+template <class E, class S>
+void pack_gates(E* to, const Weight& w, Index H, Index K, int first, int gates, int tiles,
                 Index unit) {
-  constexpr int lanes = Vec<C>::lanes;
-  const Index vectors = static_cast<Index>(tiles) * gates;
+  using V = typename Factor<E>::V;
+  constexpr int lanes = V::lanes, depth = Factor<E>::depth;
+  const Index vectors = static_cast<Index>(tiles) * gates, steps = ceil_div(K, depth);
   for (Index v = 0; v < vectors; ++v)  // the rows of one square at a time: as many streams
-    for (Index k = 0; k < K; k += lanes) {
+    for (Index step = 0; step < steps; step += lanes) {
       const Index gate = first + v % gates, begin = unit + v / gates * lanes;
-      Vec<C> square[lanes];
+      V square[lanes];
 #pragma GCC unroll 16
       for (int lane = 0; lane < lanes; ++lane)
         square[lane] =
-            begin + lane < H ? weight_row<C, S>(w, gate * H + begin + lane, k, K) : Vec<C>(0);
-      transpose<C>(square);
-      const Index count = least(lanes, K - k);
+            begin + lane < H ? weight_row<E, S>(w, gate * H + begin + lane, step * depth, K) : V(0);
+      transpose(square);
+      const Index count = least(lanes, steps - step);
 #pragma GCC unroll 16
       for (int i = 0; i < lanes; ++i)
-        if (i < count) square[i].store(to + ((k + i) * vectors + v) * lanes);
+        if (i < count)
+          __builtin_memcpy(to + ((step + i) * vectors + v) * lanes * depth, &square[i].v,
+                           sizeof(V));
     }
 }
 

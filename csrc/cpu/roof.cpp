@@ -16,6 +16,7 @@ namespace {
 const RoofLoops& loops() {
   const std::string name = cpu_isa();
 #if defined(__x86_64__)
+  if (name == avx512bf16_set.name) return avx512bf16_set.roof;
   if (name == avx512_set.name) return avx512_set.roof;
   if (name == avx2_set.name) return avx2_set.roof;
 #elif defined(__aarch64__)

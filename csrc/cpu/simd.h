@@ -221,7 +221,8 @@ FASTRNN_INLINE float widen(Bf16 x) { return as_float(static_cast<std::uint32_t>(
 FASTRNN_INLINE float widen(F16 x) {
   const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = static_cast<std::uint32_t>(x.bits & 0x7fffu) << 13;
-  if (magnitude >= 0x0f800000u) return as_float(sign | magnitude | 0x7f800000u);  // Inf, NaN
+  if (magnitude > 0x0f800000u) return as_float(sign | magnitude | 0x7fc00000u);  // NaN, made quiet
+  if (magnitude == 0x0f800000u) return as_float(sign | 0x7f800000u);             // infinity
   if (magnitude < 0x00800000u)  // subnormal: 2^-14·(1 + m) − 2^-14, no subnormal float on the way
     return as_float(sign | as_bits(as_float(0x38800000u | magnitude) - as_float(0x38800000u)));
   return as_float(sign | (magnitude + 0x38000000u));
@@ -241,8 +242,8 @@ FASTRNN_INLINE void narrow(float x, F16* to) {
   const std::uint32_t magnitude = bits & 0x7fffffffu;
   std::uint32_t half;
   if (magnitude > 0x7f800000u) {
-    half = 0x7e00u;
-  } else if (magnitude >= 0x477ff000u) {  // rounds to 2^16 or more
+    half = 0x7e00u | ((magnitude >> 13) & 0x1ffu);  // NaN, made quiet
+  } else if (magnitude >= 0x477ff000u) {            // rounds to 2^16 or more
     half = 0x7c00u;
   } else if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves the digits at the end
     half = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u;
@@ -252,39 +253,123 @@ FASTRNN_INLINE void narrow(float x, F16* to) {
   to->bits = static_cast<std::uint16_t>(sign | half);
 }
 
+// A vector's worth of a 16-bit type.
+typedef std::uint16_t Halves __attribute__((vector_size(FASTRNN_VECTOR_BYTES / 2)));
+typedef std::uint16_t UnalignedHalves
+    __attribute__((vector_size(FASTRNN_VECTOR_BYTES / 2), aligned(2), may_alias));
+
+// widen() and narrow() on whole vectors, to the same bits.
+FASTRNN_INLINE Vec<float> widen_halves(Halves x, Bf16) {
+  typedef std::uint32_t Words __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
+  return Vec<float>((Vec<float>::Native)(__builtin_convertvector(x, Words) << 16));
+}
+FASTRNN_INLINE Halves narrow_halves(Vec<float> x, Bf16) {
+  typedef std::uint32_t Words __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
+  const Words bits = (Words)x.v;
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words nan = (Words)(x.v != x.v);
+  return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), Halves);
+}
+
+#if defined(__AVX512F__) && FASTRNN_VECTOR_BYTES == 64
+// With a full mask: without one, GCC 12 warns of the undefined vector in its own header.
+FASTRNN_INLINE Vec<float> widen_halves(Halves x, F16) {
+  return Vec<float>(_mm512_maskz_cvtph_ps(0xffff, (__m256i)x));
+}
+FASTRNN_INLINE Halves narrow_halves(Vec<float> x, F16) {
+  return (Halves)_mm512_maskz_cvtps_ph(0xffff, x.v, _MM_FROUND_TO_NEAREST_INT);
+}
+#elif defined(__F16C__) && FASTRNN_VECTOR_BYTES == 32
+FASTRNN_INLINE Vec<float> widen_halves(Halves x, F16) {
+  return Vec<float>(_mm256_cvtph_ps((__m128i)x));
+}
+FASTRNN_INLINE Halves narrow_halves(Vec<float> x, F16) {
+  return (Halves)_mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT);
+}
+#elif defined(__aarch64__) && FASTRNN_VECTOR_BYTES == 16
+FASTRNN_INLINE Vec<float> widen_halves(Halves x, F16) {
+  return Vec<float>(vcvt_f32_f16((float16x4_t)x));
+}
+FASTRNN_INLINE Halves narrow_halves(Vec<float> x, F16) { return (Halves)vcvt_f16_f32(x.v); }
+#else
+FASTRNN_INLINE Vec<float> widen_halves(Halves x, F16) {
+  Vec<float> wide;
+  for (int i = 0; i < Vec<float>::lanes; ++i) wide.v[i] = widen(F16{x[i]});
+  return wide;
+}
+FASTRNN_INLINE Halves narrow_halves(Vec<float> x, F16) {
+  Halves halves;
+  for (int i = 0; i < Vec<float>::lanes; ++i) {
+    F16 half;
+    narrow(x.v[i], &half);
+    halves[i] = half.bits;
+  }
+  return halves;
+}
+#endif
+
 // `count` units (at most a vector's) from storage; the lanes beyond are zero.
 template <class C, class S>
 FASTRNN_INLINE Vec<C> load_units(const S* p, Index count) {
-  if constexpr (sizeof(S) == sizeof(C)) {
-    if (count >= Vec<C>::lanes) return Vec<C>::load(p);
+  if (count >= Vec<C>::lanes) {
+    if constexpr (sizeof(S) == sizeof(C))
+      return Vec<C>::load(p);
+    else
+      return widen_halves(*reinterpret_cast<const UnalignedHalves*>(p), S{});
   }
   alignas(FASTRNN_VECTOR_BYTES) C lane[Vec<C>::lanes] = {};
-  const Index n = count < Vec<C>::lanes ? count : Vec<C>::lanes;
-  for (Index i = 0; i < n; ++i) lane[i] = widen(p[i]);
+  for (Index i = 0; i < count; ++i) lane[i] = widen(p[i]);
   return Vec<C>::load(lane);
 }
 
 template <class C, class S>
 FASTRNN_INLINE void store_units(Vec<C> x, S* p, Index count) {
-  if constexpr (sizeof(S) == sizeof(C)) {
-    if (count >= Vec<C>::lanes) return x.store(p);
+  if (count >= Vec<C>::lanes) {
+    if constexpr (sizeof(S) == sizeof(C))
+      return x.store(p);
+    else
+      *reinterpret_cast<UnalignedHalves*>(p) = narrow_halves(x, S{});
+    return;
   }
   alignas(FASTRNN_VECTOR_BYTES) C lane[Vec<C>::lanes];
   x.store(lane);
-  const Index n = count < Vec<C>::lanes ? count : Vec<C>::lanes;
-  for (Index i = 0; i < n; ++i) narrow(lane[i], p + i);
+  for (Index i = 0; i < count; ++i) narrow(lane[i], p + i);
+}
+
+// A row of what it already is.
+template <class T>
+FASTRNN_INLINE void gather(T* to, const T* from, Index unit, Index count) {
+  for (Index u = 0; u < count; ++u) to[u] = from[u * unit];
+}
+template <class T>
+FASTRNN_INLINE void scatter(T* to, const T* from, Index count) {
+  gather(to, from, 1, count);
 }
 
 // The value as storage keeps it.
 template <class S, class C>
 FASTRNN_INLINE Vec<C> rounded(Vec<C> x) {
-  if constexpr (sizeof(S) == sizeof(C)) {
+  if constexpr (sizeof(S) == sizeof(C))
     return x;
-  } else {
-    S lane[Vec<C>::lanes];
-    store_units(x, lane, Vec<C>::lanes);
-    return load_units<C>(lane, Vec<C>::lanes);
-  }
+  else
+    return widen_halves(narrow_halves(x, S{}), S{});
+}
+
+// `count` units, `unit` apart in storage, to compute type in a row, and back to a row of storage.
+template <class C, class S>
+FASTRNN_INLINE void gather(C* to, const S* from, Index unit, Index count) {
+  Index u = 0;
+  if (unit == 1)
+    for (; u + Vec<C>::lanes <= count; u += Vec<C>::lanes)
+      load_units<C>(from + u, Vec<C>::lanes).store(to + u);
+  for (; u < count; ++u) to[u] = widen(from[u * unit]);
+}
+template <class C, class S>
+FASTRNN_INLINE void scatter(S* to, const C* from, Index count) {
+  Index u = 0;
+  for (; u + Vec<C>::lanes <= count; u += Vec<C>::lanes)
+    store_units(Vec<C>::load(from + u), to + u, Vec<C>::lanes);
+  for (; u < count; ++u) narrow(from[u], to + u);
 }
 
 // Recurrent states decay into subnormal numbers, which cost a hundred cycles each: taken as zero

@@ -116,8 +116,67 @@ void storage(const char* name, int exponent_bits, int mantissa_bits, bool subnor
   }
 }
 
+// A whole vector converts to the bits of the functions of one value, both ways and for a type's own
+// rounding, flushing subnormals as the engine does.
+template <class Half>
+void conversions(const char* name) {
+  const FlushSubnormals guard;
+  constexpr int lanes = Vec<float>::lanes;
+  const auto same = [&](const float* wide) {
+    Half halves[lanes], half{};
+    float back[lanes];
+    store_units(Vec<float>::load(wide), halves, lanes);
+    rounded<Half>(Vec<float>::load(wide)).store(back);
+    for (int i = 0; i < lanes; ++i, ++checks) {
+      narrow(wide[i], &half);
+      check::that(name, halves[i].bits == half.bits && as_bits(back[i]) == as_bits(widen(half)));
+    }
+  };
+  float wide[lanes];
+  for (std::uint32_t bits = 0; bits < 0x10000; bits += lanes) {
+    Half halves[lanes];
+    for (std::uint32_t i = 0; i < lanes; ++i) halves[i].bits = static_cast<std::uint16_t>(bits + i);
+    load_units<float>(halves, lanes).store(wide);
+    for (int i = 0; i < lanes; ++i, ++checks)
+      check::that(name, as_bits(wide[i]) == as_bits(widen(halves[i])));
+  }
+  // Every sign and exponent, with mantissas about the halfway points and at random.
+  std::uint32_t random = 1;
+  for (std::uint32_t top = 0; top < 0x10000; ++top) {
+    for (std::uint32_t i = 0; i < lanes; ++i) {
+      random = random * 1664525u + 1013904223u;
+      const std::uint32_t low = i < 4 ? 0x7fffu + i % 3 : i < 7 ? 0x0fffu + i % 3 : random >> 16;
+      wide[i] = as_float(top << 16 | low);
+    }
+    same(wide);
+  }
+}
+
+// A row of any length converts as its elements do, and nothing beside it is touched.
+template <class Half>
+void rows(const char* name) {
+  constexpr int most = 3 * Vec<float>::lanes + 1;
+  Half from[2 * most], back[most + 1];
+  float to[most + 1];
+  for (std::uint16_t i = 0; i < 2 * most; ++i) narrow(0.37f * static_cast<float>(i) - 5, from + i);
+  for (int count = 0; count <= most; ++count)
+    for (const int unit : {1, 2}) {
+      to[count] = -7;
+      back[count].bits = 7;
+      gather(to, from, unit, count);
+      scatter(back, to, count);
+      bool good = to[count] == -7 && back[count].bits == 7;
+      for (int i = 0; i < count; ++i)
+        good = good && to[i] == widen(from[i * unit]) && back[i].bits == from[i * unit].bits;
+      check::that(name, good);
+      ++checks;
+    }
+}
+
 bool runs_here() {
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+  return __builtin_cpu_supports("avx512bf16");
+#elif defined(__AVX512F__)
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
 #elif defined(__AVX2__)
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -134,6 +193,10 @@ bool runs_here() {
   limits<double>();
   storage<F16>("float16", 5, 10, true);
   storage<Bf16>("bfloat16", 8, 7, false);
+  conversions<F16>("float16 vectors");
+  conversions<Bf16>("bfloat16 vectors");
+  rows<F16>("float16 rows");
+  rows<Bf16>("bfloat16 rows");
   return check::result("maths_test", checks);
 }
 
