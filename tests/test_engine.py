@@ -93,6 +93,21 @@ def test_larger_sizes_match_the_reference(
     check_against_reference(problem, dtype, threads=threads)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (1, 2), (31, 32), (64, 33), (65, 70)])
+@pytest.mark.parametrize(("cell", "proj_size"), CELLS)
+def test_odd_and_even_sizes_match_the_reference(
+    cell: Any, proj_size: int, sizes: tuple[int, int], dtype: str
+) -> None:
+    """Half types may be multiplied in pairs, and whole vectors of them converted at once."""
+    options = Options(cell, 2, True, proj_size=min(proj_size, sizes[1] - 1))
+    problem = random_problem(
+        options, input_size=sizes[0], hidden_size=sizes[1], layout="lengths and reset"
+    )
+    check_against_reference(problem, dtype)
+    check_against_reference(problem, dtype, arrange=spread)
+
+
 # ---- Instruction sets ----------------------------------------------------------------------------
 
 
@@ -281,6 +296,23 @@ def test_nan_and_infinity_pass_through_as_in_the_reference(
     assert_close(
         actual.d_input[:, other_rows], expected.d_input[:, other_rows], "float64", "d_input"
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden_size", [18, 19])
+@pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
+def test_gates_that_an_infinite_input_saturates_stay_finite(
+    cell: Any, hidden_size: int, dtype: str
+) -> None:
+    """Whatever stands in the padding of weights and states meets no infinity."""
+    problem = rounded(random_problem(Options(cell), hidden_size=hidden_size), dtype)
+    problem.input[2, 1, 3] = np.inf
+    with np.errstate(invalid="ignore"):
+        expected = problem.solve()
+    call = Call(problem, dtype)
+    call.forward()
+    assert np.isfinite(to_float64(call.hidden)).all()
+    assert_close(to_float64(call.hidden)[0], expected.output, dtype, "output")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
