@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -58,9 +57,11 @@ def test_every_measurement_is_a_positive_number(threads: int) -> None:
 
 def test_half_as_many_doubles_as_floats_fit_into_a_vector() -> None:
     """A loop that the compiler left out, or counted wrongly, would be far off."""
-    pairs = [(_C.fma_peak("float64", 1, 0.002), _C.fma_peak("float32", 1, 0.002)) for _ in range(9)]
-    ratio = statistics.median(double / single for double, single in pairs)
-    assert 0.25 < ratio < 1
+    pairs = [
+        (_C.fma_peak("float64", 1, 0.002), _C.fma_peak("float32", 1, 0.002)) for _ in range(30)
+    ]
+    double, single = (max(peaks) for peaks in zip(*pairs, strict=True))  # of the quietest moment
+    assert 0.25 < double / single < 1
 
 
 def test_no_core_multiplies_or_reads_more_than_hardware_can() -> None:

@@ -3,12 +3,14 @@
 Everything enters the computation in autocast's dtype. What comes out is torch's affair, and
 follows torch.nn: on the CPU an LSTM or GRU adds each step's gates to a state that is still in the
 dtype it came in, so its results have the wider of the two dtypes; an Elman RNN computes the state
-anew at each step, and oneDNN's LSTM, which torch takes for a padded float32 input without
-projection, casts the states too, so their results have autocast's dtype. On other devices all have.
+anew at each step, and oneDNN's LSTM, which torch takes for a padded input without projection, of
+float32 or of a half type that this CPU computes in, casts the states too, so their results have
+autocast's dtype. On other devices all have.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,12 +45,24 @@ def result_dtype(
         dtype: the dtype that autocast asks for.
         input: the input, before it is cast.
         states: the initial states, before they are cast; None for zeros of the input's dtype.
-        fused: whether torch would take oneDNN's LSTM for a float32 input.
+        fused: whether torch would take oneDNN's LSTM where that has the input's dtype.
     """
     carried = (states[-1] if states else input).dtype
     if torch.float64 in (input.dtype, carried) or input.is_complex():
         return torch.promote_types(input.dtype, carried)
-    casts_states = cell == "RNN" or (fused and input.dtype == torch.float32)
+    casts_states = cell == "RNN" or (fused and _onednn_computes(input.dtype))
     if input.device.type != "cpu" or casts_states:
         return dtype
     return torch.promote_types(dtype, carried)
+
+
+@lru_cache(maxsize=8)
+def _onednn_computes(dtype: torch.dtype) -> bool:
+    """Whether torch takes oneDNN for ``dtype`` on this CPU."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype == torch.float32
