@@ -35,7 +35,7 @@ class PackCache {
   bool packed() const { return packed_ != nullptr; }
 
  private:
-  static constexpr std::int64_t kMostPairs = 1024;
+  static constexpr std::int64_t kMostPairs = 4096;
 
   struct Entry {
     void* data;

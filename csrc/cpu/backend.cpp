@@ -175,7 +175,8 @@ double layer_time(const Stack& s, int rows, int columns) {
   return project + cells + T * step + (threads > 1 ? kRegion : 0);
 }
 
-Plan make_plan(const Stack& s) {
+// Of crowded cores no units are shared: their threads would wait for each other at every step.
+Plan make_plan(const Stack& s, bool crowded) {
   const Problem& p = s.p;
   Plan best;
   const int directions = static_cast<int>(p.options.directions);
@@ -186,7 +187,7 @@ Plan make_plan(const Stack& s) {
   double least = kGain * directions * layer_time(s, 1, 1);
   for (int apart = 1; apart <= std::min(directions, p.threads); ++apart)
     for (int rows = 1; rows <= std::min<std::int64_t>(p.threads / apart, p.B); ++rows) {
-      const int columns = std::min(p.threads / apart / rows, blocks);
+      const int columns = crowded ? 1 : std::min(p.threads / apart / rows, blocks);
       const double time = layer_time(s, rows, columns) * (directions / apart) +
                           (apart > 1 && rows * columns == 1 ? kRegion : 0);
       if (time >= least) continue;
@@ -269,10 +270,10 @@ struct Workspace {
   std::size_t bytes;
 };
 
-void plan_stack(Stack& s) {
+void plan_stack(Stack& s, bool crowded) {
   s.saved_pairs = s.pairs;
   if (!s.p.batch_sizes) s.saved_pairs = s.p.T * s.p.B;
-  s.plan = make_plan(s);
+  s.plan = make_plan(s, crowded);
   s.single = Plan{};
 }
 
@@ -339,18 +340,19 @@ std::int64_t count_pairs(const Problem& p) {
   return pairs;
 }
 
-Stack prepare(const Problem& p, Pass pass) {
+Stack prepare(const Problem& p, Pass pass, bool crowded) {
   Stack s(p, pass);
   s.pairs = s.steps.pairs = count_pairs(p);
   s.steps.T = p.T;
   s.steps.B = p.B;
-  plan_stack(s);
+  plan_stack(s, crowded);
   return s;
 }
 
+// Enough for either plan: which it is to be is seen when the pass begins.
 std::size_t workspace_size(const Problem& p, Pass pass) {
-  const Stack s = prepare(p, pass);
-  return lay_out(s, nullptr).bytes;
+  const std::size_t usual = lay_out(prepare(p, pass, false), nullptr).bytes;
+  return p.threads > 1 ? std::max(usual, lay_out(prepare(p, pass, true), nullptr).bytes) : usual;
 }
 
 // ---- running ----------------------------------------------------------------------------------
@@ -389,7 +391,7 @@ void pack(const Problem& p, void* to) {
 }
 
 void forward(const Problem& p) {
-  Stack s = prepare(p, Pass::forward);
+  Stack s = prepare(p, Pass::forward, cores_are_crowded());
   const Workspace w = lay_out(s, p.workspace);
   s.steps = build_steps(p, w.steps);
   const Barriers barriers(w.barriers, 1 + s.plan.threads);
@@ -407,7 +409,7 @@ void forward(const Problem& p) {
 }
 
 void backward(const Problem& p) {
-  Stack s = prepare(p, Pass::backward);
+  Stack s = prepare(p, Pass::backward, cores_are_crowded());
   const Workspace w = lay_out(s, p.workspace);
   s.steps = build_steps(p, w.steps);
   const Barriers barriers(w.barriers, 1 + s.plan.threads);

@@ -88,10 +88,18 @@ class Backward : Shape<Cell, S> {
     Barrier& everybody = layer_.barriers[0];
     take_thread(thread);
     prepare(thread, threads);
-    everybody.wait(threads);
-    const Share share = share_of(layer_, plan, thread);
-    if (!share.idle)
-      for (Index d = share.first_direction; d < share.last_direction; ++d) recur(d, share);
+    everybody.wait(threads, Barrier::Wait::start);
+    Share share = share_of(layer_, plan, thread);
+    for (Index d = share.first_direction; d < share.last_direction && !share.idle; ++d) {
+      const Index left = recur(d, share, steps_.T);
+      if (left > 0) {  // the first goes on alone
+        share.idle = thread > 0;
+        if (!share.idle) {
+          share = share_of(layer_, layer_.single, 0);
+          recur(d, share, left);
+        }
+      }
+    }
     everybody.wait(threads);
     if (wants_input()) input_gradient(thread, threads);
     if (layer_.d_parameters)
@@ -249,12 +257,14 @@ class Backward : Shape<Cell, S> {
            (steps_.offset[p.t] + i) * saved_width_;
   }
 
-  void recur(Index d, const Share& share) {
+  // The steps before `end`, the last first. Gives how many are left: none, or where the team is to
+  // become one thread.
+  Index recur(Index d, const Share& share, Index end) {
     const Deal deal(steps_, share, rows);
     const bool reverse = d == 1;
     const Range blocks = split(blocks_, share.column, share.columns);
     const Range outs = split(out_blocks_, share.column, share.columns);
-    for (Index s = steps_.T - 1; s >= 0; --s) {
+    for (Index s = end - 1; s >= 0; --s) {
       const Walk walk{steps_, reverse};
       const Position p{d, walk.step(s), deal, walk};
       const Index n = deal.count(steps_.active[p.t]);
@@ -277,9 +287,10 @@ class Backward : Shape<Cell, S> {
           for (Index b = blocks.begin; b < blocks.end; ++b) operand_step(p, b, n);
         }
       }
-      share.team->wait(share.columns);
+      if (share.team->wait(share.columns) && share.may_shrink && s > 0) return s;
     }
     initial_gradients(d, deal, outs, blocks);
+    return 0;
   }
 
   // acc = Σ over the gates of `first` and the hidden units: da of the following step times W_hh.

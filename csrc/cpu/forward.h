@@ -17,6 +17,7 @@
 // Threads       Plan. A thread owns directions, rows and blocks of units; only a team that shares
 // rows
 //               meets at a barrier, once for each product of a step.
+//               Where one waits long for another there, the first goes on alone.
 // Cost          per step and row G·H·(I + O) products, 4·G·H·O bytes of packed W_hh from the cache
 // for
 //               each block of rows.
@@ -33,6 +34,7 @@ struct Share {
   Index first_direction, last_direction;
   int row, rows;        // which of how many deals of rows
   int column, columns;  // which of how many runs of units
+  bool may_shrink;      // the first thread can do all the rest by itself
   Barrier* team;        // of the threads that share rows
 };
 
@@ -48,6 +50,7 @@ FASTRNN_INLINE Share share_of(const Layer& layer, const Plan& plan, int thread) 
   s.rows = plan.row_threads;
   s.column = place % plan.column_threads;
   s.columns = plan.column_threads;
+  s.may_shrink = plan.direction_threads * plan.row_threads == 1 && plan.column_threads > 1;
   s.team = layer.barriers + 1 + direction * plan.row_threads + s.row;
   return s;
 }
@@ -243,11 +246,18 @@ class Forward : Shape<Cell, S> {
     const FlushSubnormals guard;
     const Plan& plan = threads == layer_.plan.threads ? layer_.plan : layer_.single;
     prepare(thread, threads);
-    layer_.barriers[0].wait(threads);
-    const Share share = share_of(layer_, plan, thread);
+    layer_.barriers[0].wait(threads, Barrier::Wait::start);
+    Share share = share_of(layer_, plan, thread);
     if (share.idle) return;
     take_thread(plan, thread);
-    for (Index d = share.first_direction; d < share.last_direction; ++d) recur(d, share);
+    for (Index d = share.first_direction; d < share.last_direction; ++d)
+      for (Index s = 0; s < steps_.T;) {
+        s = recur(d, share, s);
+        if (s == steps_.T) break;
+        if (thread > 0) return;
+        share = share_of(layer_, layer_.single, 0);
+        take_thread(layer_.single, 0);
+      }
   }
 
  private:
@@ -343,11 +353,13 @@ class Forward : Shape<Cell, S> {
     bool reverse;
   };
 
-  void recur(Index d, const Share& share) {
+  // The steps from s on. Gives where it stopped: after the last, or where the team is to become one
+  // thread.
+  Index recur(Index d, const Share& share, Index s) {
     const Deal deal(steps_, share, rows);
     const Walk walk{steps_, d == 1};
     const Range blocks = split(blocks_, share.column, share.columns);
-    for (Index s = 0; s < steps_.T;) {
+    while (s < steps_.T) {
       Index end = s, pairs = 0;
       for (; end < steps_.T; ++end) {
         const Index t = walk.step(end), n = deal.count(steps_.active[t]);
@@ -357,10 +369,12 @@ class Forward : Shape<Cell, S> {
       project(d, blocks, pairs);
       for (Index m = 0; s < end; ++s) {
         const Index t = walk.step(s), n = deal.count(steps_.active[t]);
-        step(Position{d, t, deal, d == 1}, share, blocks, n, m);
+        const bool crowded = step(Position{d, t, deal, d == 1}, share, blocks, n, m);
         m += n;
+        if (crowded && share.may_shrink) return s + 1;
       }
     }
+    return s;
   }
 
   const E* input_row(Index t, Index i, Index pair) {
@@ -399,7 +413,8 @@ class Forward : Shape<Cell, S> {
     }
   }
 
-  void step(const Position& p, const Share& share, const Range& blocks, Index n, Index m) {
+  // Gives whether the team waits for each other too long.
+  bool step(const Position& p, const Share& share, const Range& blocks, Index n, Index m) {
     const Group& g = group_[p.d];
     const Walk walk{steps_, p.reverse};
     for (Index j = 0; j < n; ++j) {
@@ -409,18 +424,19 @@ class Forward : Shape<Cell, S> {
                                              : g.h + ((~p.t & 1) * steps_.B + i) * Op_;
     }
     for (Index b = blocks.begin; b < blocks.end; ++b) first_product(p, blocks, b, n, m);
-    share.team->wait(share.columns);
+    const bool crowded = share.team->wait(share.columns);
     if constexpr (Cell::projects) {
-      if (!layer_.P) return;
+      if (!layer_.P) return crowded;
       second_operands(p, n, Cell::saved);
       const Range outs = split(out_blocks_, share.column, share.columns);
       for (Index b = outs.begin; b < outs.end; ++b) project_hidden(p, b, n);
-      share.team->wait(share.columns);
+      return share.team->wait(share.columns);
     } else if constexpr (K::two_products) {
       second_operands(p, n, Cell::operand);
       for (Index b = blocks.begin; b < blocks.end; ++b) second_product(p, blocks, b, n, m);
-      share.team->wait(share.columns);
+      return share.team->wait(share.columns);
     }
+    return crowded;
   }
 
   void second_operands(const Position& p, Index n, int plane) {
@@ -509,7 +525,8 @@ class Forward : Shape<Cell, S> {
   // h of one tile to the state, to the output and, at the row's last step, to h_n.
   FASTRNN_INLINE void finish_hidden(const Position& p, Index i, Index unit, V h) {
     const Index O = layer_.O;
-    store_units(rounded<S>(h), group_[p.d].h + ((p.t & 1) * steps_.B + i) * Op_ + unit, lanes);
+    const V kept = sizeof(E) == sizeof(S) ? h : rounded<S>(h);  // storing rounds to E
+    store_units(kept, group_[p.d].h + ((p.t & 1) * steps_.B + i) * Op_ + unit, lanes);
     store_units(h, at<S>(layer_.output, steps_, p.t, i) + p.d * O + unit, O - unit);
     if (Walk{steps_, p.reverse}.last(p.t, i))
       store_units(h, static_cast<S*>(layer_.h_n) + (p.d * steps_.B + steps_.order[i]) * O + unit,

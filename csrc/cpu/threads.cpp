@@ -1,5 +1,6 @@
 #include "threads.h"
 
+#include <chrono>
 #include <thread>
 
 #if defined(_OPENMP)
@@ -16,6 +17,13 @@ namespace fastrnn {
 namespace {
 
 constexpr int kSpins = 2000;  // about 40 µs
+// A thread without a core to itself keeps the others waiting for longer; to be woken takes time
+// too.
+constexpr std::chrono::microseconds kLate{500}, kLateStart{3000};
+constexpr std::chrono::milliseconds kCrowded{500};
+
+using Clock = std::chrono::steady_clock;
+std::atomic<Clock::rep> crowded_until{0};
 constexpr int kYields = 64;
 
 inline void pause_core() {
@@ -42,11 +50,12 @@ const ForkWatch fork_watch;
 
 }  // namespace
 
-void Barrier::wait(int count) {
-  if (count <= 1) return;
+bool Barrier::wait(int count, Wait kind) {
+  if (count <= 1) return false;
   const std::uint32_t generation = generation_.load();
   if (arrived_.fetch_add(1) + 1 == count) {
     arrived_.store(0);
+    crowded_ = late_.load();
     generation_.fetch_add(1);
     // A sleeper announces itself before it looks at the generation a last time, and this looks for
     // sleepers after it has changed the generation: one of the two sees the other.
@@ -54,22 +63,38 @@ void Barrier::wait(int count) {
       const std::lock_guard<std::mutex> lock(mutex_);
       wake_.notify_all();
     }
-    return;
+    return crowded_;
   }
   for (int i = 0; i < kSpins; ++i) {
-    if (generation_.load(std::memory_order_acquire) != generation) return;
+    if (generation_.load(std::memory_order_acquire) != generation) return crowded_;
     pause_core();
   }
-  for (int i = 0; i < kYields; ++i) {
-    if (generation_.load(std::memory_order_acquire) != generation) return;
-    std::this_thread::yield();
+  const Clock::time_point begin = Clock::now();
+  bool met = false;
+  for (int i = 0; i < kYields && !met; ++i) {
+    met = generation_.load(std::memory_order_acquire) != generation;
+    if (!met) std::this_thread::yield();
   }
-  sleepers_.fetch_add(1);
-  {
-    std::unique_lock<std::mutex> lock(mutex_);
-    wake_.wait(lock, [&] { return generation_.load() != generation; });
+  if (!met) {
+    sleepers_.fetch_add(1);
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, [&] { return generation_.load() != generation; });
+    }
+    sleepers_.fetch_sub(1);
   }
-  sleepers_.fetch_sub(1);
+  const bool answer = crowded_;
+  const Clock::time_point end = Clock::now();
+  if (end - begin > (kind == Wait::start ? kLateStart : kLate)) {
+    late_.store(true);
+    crowded_until.store((end + kCrowded).time_since_epoch().count());
+  }
+  return answer;
+}
+
+bool cores_are_crowded() {
+  const Clock::rep until = crowded_until.load(std::memory_order_relaxed);
+  return until != 0 && Clock::now().time_since_epoch().count() < until;
 }
 
 void run_threads(int threads, void (*body)(void*, int, int), void* argument) {

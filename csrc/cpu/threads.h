@@ -13,9 +13,14 @@ namespace fastrnn {
 // the speed of the slowest, and never burns a core that another thread of the team needs.
 class Barrier {
  public:
-  void wait(int count);
+  enum class Wait { start, step };  // of a region, whose threads may have slept; or in its course
+  // Whether some wait here was long before this one: a thread of the team has no core to itself.
+  // All threads of one meeting get the same answer.
+  bool wait(int count, Wait kind = Wait::step);
 
  private:
+  std::atomic<bool> late_{false};  // somebody has waited long
+  bool crowded_ = false;           // the answer, written by the last to arrive
   std::atomic<int> arrived_{0};
   std::atomic<std::uint32_t> generation_{0};
   std::atomic<int> sleepers_{0};
@@ -27,6 +32,10 @@ class Barrier {
 // inside another parallel region, in a child process forked after the pool was built, or without
 // OpenMP.
 void run_threads(int threads, void (*body)(void*, int thread, int count), void* argument);
+
+// Whether a team has waited long within the last half second: threads that must meet at every
+// step are then slower than one alone.
+bool cores_are_crowded();
 
 // Threads that a call may use when the caller names no number.
 int default_threads();

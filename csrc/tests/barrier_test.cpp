@@ -36,6 +36,28 @@ void rounds(int threads, int count, bool slow) {
   }
 }
 
+// One thread of the team is away for a while at one round: all learn of it at a later one, and all
+// at the same.
+void lateness(int threads) {
+  fastrnn::Barrier barrier;
+  constexpr int kRounds = 50, kLate = 10;
+  std::vector<int> told(static_cast<std::size_t>(threads), -1);
+  std::vector<std::thread> team;
+  for (int me = 0; me < threads; ++me)
+    team.emplace_back([&, me] {
+      for (int round = 0; round < kRounds; ++round) {
+        if (round == kLate && me == 0) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        int& mine = told[static_cast<std::size_t>(me)];
+        if (barrier.wait(threads) && mine < 0) mine = round;
+      }
+    });
+  for (std::thread& thread : team) thread.join();
+  checks += 2 + threads;
+  check::that("a long wait is told", told[0] >= 0 && told[0] <= kLate + 1);
+  check::that("and remembered", fastrnn::cores_are_crowded());
+  for (const int round : told) check::that("to all at the same meeting", round == told[0]);
+}
+
 }  // namespace
 
 int main() {
@@ -43,5 +65,7 @@ int main() {
   rounds(2, 20000, false);
   rounds(7, 500, false);  // more threads than cores: yields and sleeps
   rounds(3, 30, true);
+  lateness(2);
+  lateness(5);
   return check::result("barrier_test", checks);
 }

@@ -59,7 +59,7 @@ def result_dtype(
 @lru_cache(maxsize=8)
 def _onednn_computes(dtype: torch.dtype) -> bool:
     """Whether torch takes oneDNN for ``dtype`` on this CPU."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
