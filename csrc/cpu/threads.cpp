@@ -1,5 +1,6 @@
 #include "threads.h"
 
+#include <algorithm>
 #include <chrono>
 #include <thread>
 
@@ -20,10 +21,21 @@ constexpr int kSpins = 2000;  // about 40 µs
 // A thread without a core to itself keeps the others waiting for longer; to be woken takes time
 // too.
 constexpr std::chrono::microseconds kLate{500}, kLateStart{3000};
-constexpr std::chrono::milliseconds kCrowded{500};
+constexpr std::chrono::milliseconds kCrowdedLeast{10}, kCrowdedMost{1000};
 
 using Clock = std::chrono::steady_clock;
-std::atomic<Clock::rep> crowded_until{0};
+std::atomic<Clock::rep> crowded_until{0}, crowded_for{0};
+
+// From a late meeting on, for a while; where it has only just been so, for twice that while.
+void note_crowding(Clock::time_point now) {
+  const Clock::rep at = now.time_since_epoch().count(), last = crowded_for.load();
+  const Clock::rep least = Clock::duration(kCrowdedLeast).count();
+  const bool again = at < crowded_until.load() + last;
+  const Clock::rep span =
+      again ? std::min(2 * last, Clock::rep{Clock::duration(kCrowdedMost).count()}) : least;
+  crowded_for.store(std::max(span, least));
+  crowded_until.store(at + std::max(span, least));
+}
 constexpr int kYields = 64;
 
 inline void pause_core() {
@@ -87,7 +99,7 @@ bool Barrier::wait(int count, Wait kind) {
   const Clock::time_point end = Clock::now();
   if (end - begin > (kind == Wait::start ? kLateStart : kLate)) {
     late_.store(true);
-    crowded_until.store((end + kCrowded).time_since_epoch().count());
+    note_crowding(end);
   }
   return answer;
 }

@@ -33,8 +33,8 @@ class Barrier {
 // OpenMP.
 void run_threads(int threads, void (*body)(void*, int thread, int count), void* argument);
 
-// Whether a team has waited long within the last half second: threads that must meet at every
-// step are then slower than one alone.
+// Whether a team has waited long a moment ago (the more often, the longer a moment): threads that
+// must meet at every step are then slower than one alone.
 bool cores_are_crowded();
 
 // Threads that a call may use when the caller names no number.
