@@ -1,4 +1,6 @@
 // The cells of the engine. A new cell is a header in this folder and a place in this list.
+// `carries`: a part of h passes the cell without a product (a GRU's z·h), so backward reads h and
+// carries a part of dh past the product too.
 #pragma once
 
 #include "elman.h"
