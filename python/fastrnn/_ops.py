@@ -21,6 +21,7 @@ gates   (L·D, T·B or N, saved values)        what backward needs besides, comp
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -301,7 +302,7 @@ _C.set_torch(
     [(vars(torch.autograd.profiler), "_is_profiler_enabled")],
     [
         torch.is_grad_enabled,
-        torch._C._is_any_autocast_enabled,
+        partial(torch.is_autocast_enabled, "cpu"),
         torch._C._functorch.maybe_current_level,
     ],
     [(vars(forward_ad), "_current_level")],
