@@ -52,10 +52,14 @@ const InstructionSet& choose_set() {
                               "' is not an instruction set that this CPU runs; it runs " + names);
 }
 
+}  // namespace
+
 const InstructionSet& chosen_set() {
   static const InstructionSet& set = choose_set();
   return set;
 }
+
+namespace {
 
 // ---- cells ------------------------------------------------------------------------------------
 

@@ -356,16 +356,23 @@ class Backward : Shape<Cell, S> {
                    layer_.O);
   }
 
-  void hidden_step(const Position& p, Index b, Index n, bool any) {
+  // product_tiles() of what comes from the step after; of nothing where no row has one.
+  template <class Done>
+  FASTRNN_INLINE void hidden_tiles(const Position& p, Index b, Index n, Index limit, bool any,
+                                   Done done) {
     const Columns w = hidden_weights(p.d, b);
     product_tiles(
-        b, n, layer_.H,
+        b, n, limit,
         [&](auto& acc, Index j) FASTRNN_INLINE_LAMBDA {
           if (any) through_weights(acc, next_rows_ + j, w);
         },
-        [&](Index j, Index unit, const V* products, Index count) {
-          cell_backward(p, p.deal.row(j), unit, products, count, !next_rows_[j], true);
-        });
+        done);
+  }
+
+  void hidden_step(const Position& p, Index b, Index n, bool any) {
+    hidden_tiles(p, b, n, layer_.H, any, [&](Index j, Index unit, const V* products, Index count) {
+      cell_backward(p, p.deal.row(j), unit, products, count, !next_rows_[j], true);
+    });
   }
 
   // dh of the projected size first, then through W_hr to the hidden units.
@@ -379,15 +386,9 @@ class Backward : Shape<Cell, S> {
   }
 
   void projected_gradient(const Position& p, Index b, Index n, bool any) {
-    const Columns w = hidden_weights(p.d, b);
-    product_tiles(
-        b, n, layer_.O,
-        [&](auto& acc, Index j) FASTRNN_INLINE_LAMBDA {
-          if (any) through_weights(acc, next_rows_ + j, w);
-        },
-        [&](Index j, Index unit, const V* products, Index count) {
-          projected_row(p, p.deal.row(j), unit, products, count, !next_rows_[j]);
-        });
+    hidden_tiles(p, b, n, layer_.O, any, [&](Index j, Index unit, const V* products, Index count) {
+      projected_row(p, p.deal.row(j), unit, products, count, !next_rows_[j]);
+    });
   }
 
   FASTRNN_NOINLINE void projected_row(const Position& p, Index i, Index unit, const V* products,

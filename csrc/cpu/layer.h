@@ -101,4 +101,7 @@ extern const InstructionSet avx512_set;
 extern const InstructionSet avx512bf16_set;
 extern const InstructionSet neon_set;
 
+// The set in use (isa.h: cpu_isa).
+const InstructionSet& chosen_set();
+
 }  // namespace fastrnn

@@ -2,7 +2,6 @@
 #include <chrono>
 #include <memory>
 #include <new>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -12,18 +11,6 @@
 
 namespace fastrnn {
 namespace {
-
-const RoofLoops& loops() {
-  const std::string name = cpu_isa();
-#if defined(__x86_64__)
-  if (name == avx512bf16_set.name) return avx512bf16_set.roof;
-  if (name == avx512_set.name) return avx512_set.roof;
-  if (name == avx2_set.name) return avx2_set.roof;
-#elif defined(__aarch64__)
-  if (name == neon_set.name) return neon_set.roof;
-#endif
-  return portable_set.roof;
-}
 
 double now() {
   const auto since = std::chrono::steady_clock::now().time_since_epoch();
@@ -137,12 +124,12 @@ double billions_per_second(int threads, double seconds, MakeWorker make_worker) 
 }  // namespace
 
 double fma_peak(DType dtype, int threads, double seconds) {
-  const MultiplyAdd& loop = loops().multiply_add[dtype == DType::f64 ? 1 : 0];
+  const MultiplyAdd& loop = chosen_set().roof.multiply_add[dtype == DType::f64 ? 1 : 0];
   return billions_per_second(threads, seconds, [&] { return std::make_unique<Multiplier>(loop); });
 }
 
 double read_bandwidth(std::int64_t bytes, int threads, double seconds) {
-  const RoofLoops& set = loops();
+  const RoofLoops& set = chosen_set().roof;
   return billions_per_second(threads, seconds,
                              [&] { return std::make_unique<Reader>(set, bytes); });
 }
