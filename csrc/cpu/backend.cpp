@@ -151,18 +151,19 @@ constexpr double kOuter = 80;            // and from the one it shares
 constexpr double kInnerBytes = 1 << 20;  // size of a core's own cache
 constexpr double kCell = 1.5;            // nanoseconds of a hidden unit's cell
 constexpr double kBarrier = 500;         // a meeting of the team
-constexpr double kRegion = 10000;        // waking it
+constexpr double kRegion = 2000;         // waking it
 
 // The product of `rows` rows and `weights` weights, block of rows after block of rows. The first
-// brings the weights from where they are, the others find them near.
-double product_time(const Stack& s, double rows, double weights) {
+// brings the weights from where they are, the others find them near. They are in the core's own
+// cache where all that it reads between two such products, `among` weights, fits there.
+double product_time(const Stack& s, double rows, double weights, double among) {
   const int depth = s.pass == Pass::forward ? s.kernels.depth : 1;
   const double rate = 2 * kClock * s.kernels.lanes * depth;  // products a nanosecond
-  const double bytes = weights * static_cast<double>(s.compute) / depth;
+  const double size = static_cast<double>(s.compute) / depth;
   const double blocks = std::ceil(rows / s.kernels.rows_per_block);
   const double block = weights * rows / blocks / rate;
-  const double home = bytes / (bytes <= kInnerBytes ? kInner : kOuter);
-  return std::max(block, home) + (blocks - 1) * std::max(block, bytes / kInner);
+  const double home = weights * size / (among * size <= kInnerBytes ? kInner : kOuter);
+  return std::max(block, home) + (blocks - 1) * std::max(block, weights * size / kInner);
 }
 
 // A whole layer in one direction: `rows` and `columns` threads share its rows and its hidden units.
@@ -171,10 +172,13 @@ double layer_time(const Stack& s, int rows, int columns) {
   const double T = static_cast<double>(p.T), G = s.cell.traits.gates;
   const double H = static_cast<double>(p.H), O = static_cast<double>(s.O);
   const double mine = std::ceil(static_cast<double>(p.B) / rows), threads = rows * columns;
-  const double project = product_time(s, std::ceil(static_cast<double>(s.pairs) / rows),
-                                      G * H * static_cast<double>(p.I) / columns);
+  const double of_input = G * H * static_cast<double>(p.I) / columns,
+               of_state = G * H * O / columns;
+  const double every = of_input + of_state;  // weights, between two calls
+  const double project =
+      product_time(s, std::ceil(static_cast<double>(s.pairs) / rows), of_input, every);
   const double cells = static_cast<double>(s.pairs) * H * kCell / threads;
-  double step = product_time(s, mine, G * H * O / columns);
+  double step = product_time(s, mine, of_state, T > 1 ? of_state : every);
   if (columns > 1) step += kBarrier;
   return project + cells + T * step + (threads > 1 ? kRegion : 0);
 }
