@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 ROUNDS = 5  # times that every provider has its turn
 FEWEST_ROUNDS = 3  # where the budget does not reach for ROUNDS
-SETTLE_SECONDS = 0.003  # pause and untimed calls at the start of a turn
+SETTLE_SECONDS = 0.003  # of untimed calls at the start of a turn
+REST_SECONDS = 0.006  # longer than a tick, in which the system accounts for running threads
+MOST_REST_SECONDS = 0.25
 MOST_CALLS = 2000  # timed in one turn
 
 
@@ -79,7 +81,8 @@ def measure(
 ) -> dict[str, Timing]:
     """Times every provider in turns, about `seconds` in all, but never fewer than three turns.
 
-    A turn opens with a pause, so that the threads of the provider before go to sleep, and with
+    A turn opens with a pause that lasts until the threads of the provider before are asleep (ONNX
+    Runtime's spin for about 45 ms after a call, and take a core from whoever comes next), and with
     untimed calls that bring the caches back; the order turns with every round. Each round begins
     with `each_round`, after a pause of its own: what it measures of the machine is of the same
     moments.
@@ -91,19 +94,29 @@ def measure(
     order = list(prepared)
     with _no_collection():
         for _ in range(rounds):
-            time.sleep(SETTLE_SECONDS)
+            _rest()
             each_round()
             for name in order:
                 estimate = estimates[name]
                 calls = min(MOST_CALLS, max(1, int(budget / estimate)))
                 untimed = 0 if estimate > 4 * SETTLE_SECONDS else int(SETTLE_SECONDS / estimate)
-                time.sleep(SETTLE_SECONDS)
+                _rest()
                 with prepared[name].context():
                     if untimed:
                         clock.time(prepared[name].run, inputs, untimed)
                     samples[name] += clock.time(prepared[name].run, inputs, calls)
             order.append(order.pop(0))
     return {name: Timing.of(taken) for name, taken in samples.items()}
+
+
+def _rest() -> None:
+    """Pause until no thread of this process works."""
+    end = time.monotonic() + MOST_REST_SECONDS
+    working = True
+    while working and time.monotonic() < end:
+        before = time.process_time()
+        time.sleep(REST_SECONDS)
+        working = time.process_time() - before > REST_SECONDS / 4
 
 
 def _warm_up(prepared: Prepared, clock: Clock, inputs: int) -> float:
