@@ -71,9 +71,12 @@ class Backward : Shape<Cell, S> {
     }
     const Index row_groups =
         Cell::gradients * ceil_div(H, rows) + (layer.P ? ceil_div(layer.P, rows) : 0);
-    packed_rows_ = arena.take<C>(row_groups * rows * kPairs);
     const Index panels = in_blocks_ + out_blocks_ + (layer.P || K::two_products ? blocks_ : 0);
-    panels_ = arena.take<C>(panels * block_units * kPairs);
+    rows_slot_ = row_groups * rows * kPairs;
+    panels_slot_ = panels * block_units * kPairs;
+    slots_ = count_slots();
+    packed_rows_ = arena.take<C>(slots_ * rows_slot_);
+    panels_ = arena.take<C>(slots_ * panels_slot_);
     const Index products = gates * H * (layer.I + layer.O) + layer.P * H;
     sums_ = sizeof(S) != sizeof(C) ? arena.take<C>(products) : nullptr;
     next_rows_of_all_ = arena.take<const C*>(next_rows_count() * layer.plan.threads);
@@ -621,8 +624,9 @@ class Backward : Shape<Cell, S> {
   // ---- the weights ------------------------------------------------------------------------------
   //
   // Each gradient is a product over the pairs of gate gradients (its rows) and of the operand of
-  // the matrix (its columns). The pairs run in blocks of kPairs: the threads pack the block's rows
-  // and columns together, meet, and then share the blocks of the results.
+  // the matrix (its columns). The pairs run in blocks of kPairs: the threads pack the rows and
+  // columns of several such blocks together, a slot for each, meet, and then share the blocks of
+  // the results. The fewer meetings, the less a thread costs the others that has no core to itself.
 
   // One matrix of one direction.
   struct Product {
@@ -650,16 +654,21 @@ class Backward : Shape<Cell, S> {
     Index all = 0;
     for (const Product& p : products) all += p.blocks();
     const Range mine = split(all, thread, threads);
-    for (Index n0 = 0; n0 < steps_.pairs && all > 0; n0 += kPairs) {
-      const Index count = least(kPairs, steps_.pairs - n0);
-      if (n0 > 0) layer_.barriers[0].wait(threads);  // the block before is done with
-      pack_rows(d, n0, count, thread, threads);
-      for (int which = 0; which < kProducts; ++which)
-        if (products[which].to) pack_panels(d, which, products[which], n0, count, thread, threads);
+    const auto pairs_from = [&](Index n0) { return least(kPairs, steps_.pairs - n0); };
+    for (Index begin = 0; begin < steps_.pairs && all > 0; begin += slots_ * kPairs) {
+      const Index end = least(begin + slots_ * kPairs, steps_.pairs);
+      if (begin > 0) layer_.barriers[0].wait(threads);  // the slots are done with
+      for (Index n0 = begin, slot = 0; n0 < end; n0 += kPairs, ++slot) {
+        pack_rows(d, slot, n0, pairs_from(n0), thread, threads);
+        for (int which = 0; which < kProducts; ++which)
+          if (products[which].to)
+            pack_panels(d, which, products[which], slot, n0, pairs_from(n0), thread, threads);
+      }
       layer_.barriers[0].wait(threads);
-      each_block(products, mine, [&](const Product& p, Index panel, Index gate, Index group) {
-        add_block(p, panel, gate, group, count, n0 == 0);
-      });
+      for (Index n0 = begin, slot = 0; n0 < end; n0 += kPairs, ++slot)
+        each_block(products, mine, [&](const Product& p, Index panel, Index gate, Index group) {
+          add_block(p, slot, panel, gate, group, pairs_from(n0), n0 == 0);
+        });
     }
     if (steps_.pairs == 0)
       each_block(products, mine, [&](const Product& p, Index panel, Index gate, Index group) {
@@ -736,25 +745,38 @@ class Backward : Shape<Cell, S> {
     }
   }
 
-  C* packed_group(const Product& p, Index gate, Index group) const {
-    const Index plane = p.planes[p.first_gate + gate];
-    return packed_rows_ + (p.rows_at + plane * p.groups() + group) * rows * kPairs;
+  // How many blocks of pairs are packed between two meetings: one where nobody is met, else as many
+  // as a share of the scratch holds, alike at every meeting.
+  Index count_slots() const {
+    constexpr Index kSlotBytes = 16 << 20;
+    if (layer_.plan.threads == 1) return 1;
+    const Index blocks = ceil_div(steps_.pairs, kPairs);
+    const Index room = kSlotBytes / ((rows_slot_ + panels_slot_) * static_cast<Index>(sizeof(C)));
+    const Index meetings = ceil_div(blocks, room > 1 ? room : 1);
+    return meetings > 0 ? ceil_div(blocks, meetings) : 1;
   }
-  C* panel(const Product& p, Index panel) const {
-    return panels_ + (p.panels_at + panel) * block_units * kPairs;
+
+  C* packed_group(const Product& p, Index slot, Index gate, Index group) const {
+    const Index plane = p.planes[p.first_gate + gate];
+    return packed_rows_ + slot * rows_slot_ +
+           (p.rows_at + plane * p.groups() + group) * rows * kPairs;
+  }
+  C* panel(const Product& p, Index slot, Index panel) const {
+    return panels_ + slot * panels_slot_ + (p.panels_at + panel) * block_units * kPairs;
   }
 
   // The gates' gradients of `count` pairs, in groups of `rows` units, for each pair in a row.
-  void pack_rows(Index d, Index n0, Index count, int thread, int threads) {
+  void pack_rows(Index d, Index slot, Index n0, Index count, int thread, int threads) {
     const Group& g = group_[d];
+    C* to = packed_rows_ + slot * rows_slot_;
     const Index H = layer_.H, groups = ceil_div(H, rows);
     const Range mine = split(groups, thread, threads);
     for (int plane = 0; plane < Cell::gradients; ++plane)
-      pack_groups(packed_rows_ + plane * groups * rows * kPairs,
-                  g.d_gates + n0 * width_ + plane * Hp_, width_, H, mine, count);
+      pack_groups(to + plane * groups * rows * kPairs, g.d_gates + n0 * width_ + plane * Hp_,
+                  width_, H, mine, count);
     if (layer_.P)
-      pack_groups(packed_rows_ + Cell::gradients * groups * rows * kPairs, g.d_proj + n0 * Op_, Op_,
-                  layer_.O, split(ceil_div(layer_.O, rows), thread, threads), count);
+      pack_groups(to + Cell::gradients * groups * rows * kPairs, g.d_proj + n0 * Op_, Op_, layer_.O,
+                  split(ceil_div(layer_.O, rows), thread, threads), count);
   }
 
   static void pack_groups(C* to, const C* from, Index width, Index units, const Range& groups,
@@ -775,15 +797,15 @@ class Backward : Shape<Cell, S> {
   }
 
   // The operand's columns of `count` pairs, in blocks of columns, for each pair in a row.
-  void pack_panels(Index d, int which, const Product& p, Index n0, Index count, int thread,
-                   int threads) {
+  void pack_panels(Index d, int which, const Product& p, Index slot, Index n0, Index count,
+                   int thread, int threads) {
     const Range mine = split(p.panels(), thread, threads);
     if (mine.begin == mine.end) return;
     PairWalk pair(steps_, n0);
     for (Index k = 0; k < count; ++k, pair.advance()) {
       const Operand row = operand(d, which, pair, n0 + k);
       for (Index b = mine.begin; b < mine.end; ++b) {
-        C* to = panel(p, b) + k * block_units;
+        C* to = panel(p, slot, b) + k * block_units;
         const Index column = b * block_units;
         for (int v = 0; v < wide; ++v)
           operand_tile(row, column + v * lanes, p.columns).store(to + v * lanes);
@@ -831,11 +853,12 @@ class Backward : Shape<Cell, S> {
       return p.sums + row * p.columns;
   }
 
-  void add_block(const Product& p, Index b, Index gate, Index group, Index count, bool start) {
+  void add_block(const Product& p, Index slot, Index b, Index gate, Index group, Index count,
+                 bool start) {
     if (half_block(p.columns, b))
-      add_vectors<wide / 2>(p, b, gate, group, count, start);
+      add_vectors<wide / 2>(p, slot, b, gate, group, count, start);
     else
-      add_vectors<wide>(p, b, gate, group, count, start);
+      add_vectors<wide>(p, slot, b, gate, group, count, start);
   }
 
   // A last block of columns that fills no more than half of its vectors.
@@ -844,11 +867,12 @@ class Backward : Shape<Cell, S> {
   }
 
   template <int N>
-  FASTRNN_INLINE void add_vectors(const Product& p, Index b, Index gate, Index group, Index count,
-                                  bool start) {
+  FASTRNN_INLINE void add_vectors(const Product& p, Index slot, Index b, Index gate, Index group,
+                                  Index count, bool start) {
     V acc[rows][N];
     clear(acc);
-    accumulate_packed<rows, N>(acc, packed_group(p, gate, group), count, panel(p, b), block_units);
+    accumulate_packed<rows, N>(acc, packed_group(p, slot, gate, group), count, panel(p, slot, b),
+                               block_units);
     const Index have = rows_of(p, group), column = b * block_units;
     const bool whole = p.columns - column >= N * lanes;
     const Sums<rows, N, C> block(acc);
@@ -901,6 +925,7 @@ class Backward : Shape<Cell, S> {
   Group group_[2] = {};
   C *zeros_ = nullptr, *d_out_ = nullptr;
   C *packed_rows_ = nullptr, *panels_ = nullptr, *sums_ = nullptr;  // of the weights' gradients
+  Index rows_slot_ = 0, panels_slot_ = 0, slots_ = 1;
   const C** next_rows_of_all_ = nullptr;
   std::size_t used_ = 0;
   const C** next_rows_ = nullptr;  // the thread's own
