@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -300,3 +302,15 @@ def test_the_goals_name_a_part_that_is_not_known(
     with pytest.raises(SystemExit):
         importlib.import_module("goals").main(["everything"])
     assert "part 'everything' is not known; there are: memory" in capsys.readouterr().err
+
+
+def test_a_turn_begins_when_no_thread_works() -> None:
+    def spin() -> None:
+        end = time.monotonic() + 0.06
+        while time.monotonic() < end:
+            pass
+
+    spinning = threading.Thread(target=spin)
+    spinning.start()
+    timing.rest()
+    assert not spinning.is_alive()

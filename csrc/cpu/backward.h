@@ -653,9 +653,20 @@ class Backward : Shape<Cell, S> {
     describe_products(d, products);
     Index all = 0;
     for (const Product& p : products) all += p.blocks();
-    const Range mine = split(all, thread, threads);
+    constexpr Index kFewPairs = 16;
+    if (all > 0 && steps_.pairs <= kFewPairs)
+      few_pairs_gradients(d, products, thread, threads);
+    else if (all > 0)
+      sums_of_pairs(d, products, split(all, thread, threads), thread, threads);
+    if (to.bias_ih.data) bias_gradient(d, Cell::input_gradient, to.bias_ih, thread, threads);
+    if (to.bias_hh.data) bias_gradient(d, Cell::hidden_gradient, to.bias_hh, thread, threads);
+    if (d + 1 < layer_.directions) layer_.barriers[0].wait(threads);
+  }
+
+  void sums_of_pairs(Index d, const Product (&products)[kProducts], const Range& mine, int thread,
+                     int threads) {
     const auto pairs_from = [&](Index n0) { return least(kPairs, steps_.pairs - n0); };
-    for (Index begin = 0; begin < steps_.pairs && all > 0; begin += slots_ * kPairs) {
+    for (Index begin = 0; begin < steps_.pairs; begin += slots_ * kPairs) {
       const Index end = least(begin + slots_ * kPairs, steps_.pairs);
       if (begin > 0) layer_.barriers[0].wait(threads);  // the slots are done with
       for (Index n0 = begin, slot = 0; n0 < end; n0 += kPairs, ++slot) {
@@ -670,17 +681,40 @@ class Backward : Shape<Cell, S> {
           add_block(p, slot, panel, gate, group, pairs_from(n0), n0 == 0);
         });
     }
-    if (steps_.pairs == 0)
-      each_block(products, mine, [&](const Product& p, Index panel, Index gate, Index group) {
-        clear_block(p, panel, gate, group);
-      });
     if constexpr (sizeof(S) != sizeof(C))
       each_block(products, mine, [&](const Product& p, Index panel, Index gate, Index group) {
         narrow_block(p, panel, gate, group);
       });
-    if (to.bias_ih.data) bias_gradient(d, Cell::input_gradient, to.bias_ih, thread, threads);
-    if (to.bias_hh.data) bias_gradient(d, Cell::hidden_gradient, to.bias_hh, thread, threads);
-    if (d + 1 < layer_.directions) layer_.barriers[0].wait(threads);
+  }
+
+  // Of so few pairs a gradient is far more to write than to compute: each of its rows is made and
+  // written at once, from the pairs' values as they are.
+  void few_pairs_gradients(Index d, const Product (&products)[kProducts], int thread, int threads) {
+    for (int which = 0; which < kProducts; ++which)
+      if (products[which].to)
+        pack_panels(d, which, products[which], 0, 0, steps_.pairs, thread, threads);
+    layer_.barriers[0].wait(threads);
+    for (const Product& p : products) {
+      const Range mine = split(p.to ? p.gates * p.units : 0, thread, threads);
+      for (Index row = mine.begin; row < mine.end; ++row) few_pairs_row(p, row);
+    }
+  }
+
+  void few_pairs_row(const Product& p, Index row) {
+    const Index gate = row / p.units, unit = row % p.units;
+    const C* d_row = p.d_rows + p.planes[p.first_gate + gate] * p.stride + unit;
+    S* to = p.to + row * p.columns;
+    for (Index b = 0; b < p.panels(); ++b) {
+      const C* columns = panel(p, 0, b);
+      for (int v = 0; v < wide; ++v) {
+        const Index column = b * block_units + v * lanes, left = p.columns - column;
+        if (left <= 0) break;
+        V sum(0);
+        for (Index k = 0; k < steps_.pairs; ++k)
+          sum = fma(V(d_row[k * p.width]), V::load(columns + k * block_units + v * lanes), sum);
+        store_units(sum, to + column, left);
+      }
+    }
   }
 
   void describe_products(Index d, Product (&products)[kProducts]) const {
@@ -725,21 +759,18 @@ class Backward : Shape<Cell, S> {
   }
 
   // body(product, panel, gate, group) for the blocks that lie in `mine`: panel after panel, so that
-  // a panel stays in the cache; of few pairs row after row, as results are written far more than
-  // read.
+  // a panel stays in the cache.
   template <class Body>
   FASTRNN_INLINE void each_block(const Product (&products)[kProducts], const Range& mine,
                                  Body body) const {
-    constexpr Index kFewPairs = 16;
-    const bool by_rows = steps_.pairs <= kFewPairs;
     Index at = 0;
     for (const Product& p : products) {
-      const Index blocks = p.blocks(), groups = p.groups(), panels = p.panels();
+      const Index blocks = p.blocks(), groups = p.groups();
       const Index begin = mine.begin > at ? mine.begin - at : 0;
       const Index end = least(mine.end - at, blocks);
       for (Index block = begin; block < end; ++block) {
-        const Index row = by_rows ? block / panels : block % (p.gates * groups);
-        body(p, by_rows ? block % panels : block / (p.gates * groups), row / groups, row % groups);
+        const Index row = block % (p.gates * groups);
+        body(p, block / (p.gates * groups), row / groups, row % groups);
       }
       at += blocks;
     }
@@ -883,14 +914,6 @@ class Backward : Shape<Cell, S> {
         if (left <= 0) break;
         store_units(start ? block.v[r][v] : load_units<C>(to, left) + block.v[r][v], to, left);
       }
-    }
-  }
-
-  void clear_block(const Product& p, Index b, Index gate, Index group) {
-    const Index column = b * block_units, count = least(block_units, p.columns - column);
-    for (Index r = 0; r < rows_of(p, group); ++r) {
-      C* to = sums_row(p, gate, group, r) + column;
-      for (Index u = 0; u < count; ++u) to[u] = C(0);
     }
   }
 

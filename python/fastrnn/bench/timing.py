@@ -94,13 +94,13 @@ def measure(
     order = list(prepared)
     with _no_collection():
         for _ in range(rounds):
-            _rest()
+            rest()
             each_round()
             for name in order:
                 estimate = estimates[name]
                 calls = min(MOST_CALLS, max(1, int(budget / estimate)))
                 untimed = 0 if estimate > 4 * SETTLE_SECONDS else int(SETTLE_SECONDS / estimate)
-                _rest()
+                rest()
                 with prepared[name].context():
                     if untimed:
                         clock.time(prepared[name].run, inputs, untimed)
@@ -109,7 +109,7 @@ def measure(
     return {name: Timing.of(taken) for name, taken in samples.items()}
 
 
-def _rest() -> None:
+def rest() -> None:
     """Pause until no thread of this process works."""
     end = time.monotonic() + MOST_REST_SECONDS
     working = True
