@@ -117,10 +117,10 @@ struct Problem {
   std::int64_t reset_step = 0, reset_row = 0;  // True: reset_h, reset_c replace the state before
 
   // ---- forward: read ------------------------------------------------------------------------
-  Sequence input;                          // [T, B, I] or packed [N, I]
-  State h0, c0;                            // [L·D, B, O], [L·D, B, H]; absent: zeros
-  State reset_h, reset_c;                  // [L·D, O], [L·D, H], `row` ignored; absent: zeros
-  State dropout_mask;                      // [L·D, B, O] what W_hh sees of h; absent: all of it
+  Sequence input;          // [T, B, I] or packed [N, I]
+  State h0, c0;            // [L·D, B, O], [L·D, B, H]; absent: zeros
+  State reset_h, reset_c;  // [L·D, O], [L·D, H], `row` ignored; absent: zeros
+  State dropout_mask;      // [L·D, B, O] what W_hh sees of h; absent: all of it
   // True keeps the old value. Absent: the share zoneout_h, zoneout_c of it.
   Mask zoneout_h_mask, zoneout_c_mask;     // [L·D, T, B, O], [L·D, T, B, H]; packed [L·D, N, ·]
   const Parameters* parameters = nullptr;  // [L·D]
@@ -140,8 +140,8 @@ struct Problem {
   // is never given.
   void* gates = nullptr;
 
-  // Backward: `gates` is not needed afterwards, and the gates' gradients may take its place (they do
-  // where no option adds to the cell).
+  // Backward: `gates` is not needed afterwards, and the gates' gradients may take its place (they
+  // do where no option adds to the cell).
   bool consume_gates = false;
 
   // ---- backward: read. Absent: zeros --------------------------------------------------------

@@ -113,9 +113,9 @@ inline std::size_t part_size(const Problem& p, std::int64_t count) {
   return static_cast<std::size_t>(count + 1 + 2 * p.B) * sizeof(std::int64_t);
 }
 
-// `count` of the steps from `begin` on, for the rows that are active there; of a part that begins at
-// the first step for all rows. The pairs are counted from the part's first on; positions and rows
-// stay the caller's.
+// `count` of the steps from `begin` on, for the rows that are active there; of a part that begins
+// at the first step for all rows. The pairs are counted from the part's first on; positions and
+// rows stay the caller's.
 inline Steps build_part(const Steps& whole, std::int64_t begin, std::int64_t count, void* scratch) {
   Steps s = whole;
   const std::int64_t end = begin + count;

@@ -214,9 +214,8 @@ Parameters Call::parameters(const List& list, const char* argument, std::int64_t
   const std::int64_t heads = maths.heads, H = problem_.H;
   Parameters group_parameters;
   group_parameters.weight_ih = next("weight_ih", {rows, in});
-  group_parameters.weight_hh = heads == 1
-                                   ? next("weight_hh", {rows, out})
-                                   : next("weight_hh", {heads, rows / heads, out / heads});
+  group_parameters.weight_hh = heads == 1 ? next("weight_hh", {rows, out})
+                                          : next("weight_hh", {heads, rows / heads, out / heads});
   if (has_biases_) {
     group_parameters.bias_ih = next("bias_ih", {rows});
     group_parameters.bias_hh = next("bias_hh", {rows});
@@ -243,8 +242,7 @@ void Call::set_weights(py::handle weights) {
   const CellOptions& maths = problem_.options.maths;
   const std::int64_t groups = L_ * D_;
   const std::int64_t least = 2 + (problem_.options.proj_size > 0 ? 1 : 0) +
-                             (maths.peephole ? 3 : 0) +
-                             (maths.layer_norm ? 2 * traits_.states : 0);
+                             (maths.peephole ? 3 : 0) + (maths.layer_norm ? 2 * traits_.states : 0);
   per_group_ = list.size() / groups;
   has_biases_ = per_group_ == least + 2;
   if (list.size() % groups != 0 || (per_group_ != least && !has_biases_))
@@ -541,8 +539,7 @@ void register_call(py::module_& module) {
   module.def("forward", forward, arg("options"), arg("input"), arg("h0"), arg("c0"), arg("weights"),
              arg("batch_sizes"), arg("lengths"), arg("reset"), arg("hidden"), arg("h_n"),
              arg("c_n"), arg("cell"), arg("gates"), arg("all_layers"), arg("threads") = 0,
-             arg("workspace") = py::none(), arg("cache") = py::none(),
-             arg("extras") = py::none());
+             arg("workspace") = py::none(), arg("cache") = py::none(), arg("extras") = py::none());
   module.def("backward", backward, arg("options"), arg("input"), arg("h0"), arg("c0"),
              arg("weights"), arg("batch_sizes"), arg("lengths"), arg("reset"), arg("hidden"),
              arg("cell"), arg("gates"), arg("d_output"), arg("d_hidden"), arg("d_cell"),

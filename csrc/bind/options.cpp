@@ -75,8 +75,7 @@ CheckedOptions make_options(const std::string& cell, std::int32_t num_layers, bo
   expect_probability("zoneout_c", zoneout_c);
   expect_of_c("zoneout_c", checked, zoneout_c > 0);
   if (!(grad_clip >= 0))
-    throw py::value_error("grad_clip: expected 0 (none) or more, got " +
-                          std::to_string(grad_clip));
+    throw py::value_error("grad_clip: expected 0 (none) or more, got " + std::to_string(grad_clip));
   options.maths.peephole = peephole;
   options.maths.layer_norm = layer_norm;
   options.maths.heads = heads;
@@ -108,8 +107,8 @@ std::string repr(const CheckedOptions& self) {
          "', reset_after=" + truth(maths.reset_after) + ", peephole=" + truth(maths.peephole) +
          ", layer_norm=" + truth(maths.layer_norm) + ", heads=" + std::to_string(maths.heads) +
          ", zoneout_h=" + number(maths.zoneout_h) + ", zoneout_c=" + number(maths.zoneout_c) +
-         ", grad_clip=" + number(maths.grad_clip) +
-         ", recompute=" + truth(self.options.recompute) + ")";
+         ", grad_clip=" + number(maths.grad_clip) + ", recompute=" + truth(self.options.recompute) +
+         ")";
 }
 
 }  // namespace

@@ -77,7 +77,8 @@ bool find_cell(CellList<Cells...>, const Options& o, CellEntry& found) {
   const auto try_cell = [&](const char* name, bool accepts, CellTraits traits) {
     ++index;
     if (o.cell != name || !accepts) return false;
-    const int planes = traits.saved_planes + (o.proj_size ? 1 : 0) + norm_planes(o.maths, traits.gates);
+    const int planes =
+        traits.saved_planes + (o.proj_size ? 1 : 0) + norm_planes(o.maths, traits.gates);
     traits.saved_planes = o.recompute ? 0 : planes;
     found = {index, traits, planes};
     return true;
@@ -307,19 +308,20 @@ struct Workspace {
   void* layer;       // the kernels' scratch
   // Where backward makes the gates again, part by part:
   void* part_steps;
-  void* packed;                 // weights of a layer's direction
-  void* again;                  // forward's scratch
-  void* gates;                  // of a part
-  void *hidden, *h_n, *c_n;     // what forward writes again: [B, O], [B, O], [B, H]
-  void *carry_h, *carry_c;      // what goes from part to part
-  void* d_input;                // of the first layer's first direction, compute type
+  void* packed;              // weights of a layer's direction
+  void* again;               // forward's scratch
+  void* gates;               // of a part
+  void *hidden, *h_n, *c_n;  // what forward writes again: [B, O], [B, O], [B, H]
+  void *carry_h, *carry_c;   // what goes from part to part
+  void* d_input;             // of the first layer's first direction, compute type
   std::size_t bytes;
 };
 
 // Steps of a part: about a sixteenth of the pairs, which is what backward keeps of the gates, but
 // enough to be worth packing the weights for.
 std::int64_t part_length(const Stack& s) {
-  const std::int64_t pairs = std::min<std::int64_t>(std::max<std::int64_t>(s.pairs / 16, 256), 4096);
+  const std::int64_t pairs =
+      std::min<std::int64_t>(std::max<std::int64_t>(s.pairs / 16, 256), 4096);
   const std::int64_t steps = pairs / std::max<std::int64_t>(s.p.B, 1);
   return std::min(std::max<std::int64_t>(steps, 1), std::max<std::int64_t>(s.p.T, 1));
 }

@@ -571,8 +571,7 @@ class Backward : protected Shape<Cell, S> {
         for (Index j = 0; j < n; ++j) {
           const Index i = deal.row(j), end = least(layer_.H, blocks.end * block_units);
           for (Index unit = blocks.begin * block_units; unit < end; unit += lanes)
-            store_initial_cell(d, i, unit,
-                               next_rows_[j] ? V::load(g.d_c + i * Hp_ + unit) : V(0));
+            store_initial_cell(d, i, unit, next_rows_[j] ? V::load(g.d_c + i * Hp_ + unit) : V(0));
         }
   }
 
@@ -796,8 +795,8 @@ class Backward : protected Shape<Cell, S> {
     projection.units = layer_.P;
     projection.columns = layer_.P ? H : 0;
     projection.to = layer_.P ? data(to.weight_hr) : nullptr;
-    projection.rows_at = shares_rows() ? Cell::gradients * input.groups()
-                                       : hidden.rows_at + gates * hidden.groups();
+    projection.rows_at =
+        shares_rows() ? Cell::gradients * input.groups() : hidden.rows_at + gates * hidden.groups();
     Index panels = 0, sums = 0;
     for (Product& p : products) {
       p.panels_at = panels;
@@ -862,10 +861,9 @@ class Backward : protected Shape<Cell, S> {
     const Range mine = split(p.groups_of_head(), thread, threads);
     for (Index gate = 0; gate < p.gates; ++gate)
       for (Index head = 0; head < p.heads; ++head)
-        pack_groups(
-            packed_group(p, Spot{head, 0, gate, 0}),
-            p.d_rows + n0 * p.width + p.planes[p.first_gate + gate] * Hp_ + head * p.units,
-            p.width, p.units, mine, count);
+        pack_groups(packed_group(p, Spot{head, 0, gate, 0}),
+                    p.d_rows + n0 * p.width + p.planes[p.first_gate + gate] * Hp_ + head * p.units,
+                    p.width, p.units, mine, count);
   }
 
   static void pack_groups(C* to, const C* from, Index width, Index units, const Range& groups,
@@ -945,8 +943,7 @@ class Backward : protected Shape<Cell, S> {
     if constexpr (sizeof(S) == sizeof(C))
       return result_row(p, at, r);
     else
-      return p.sums +
-             ((at.head * p.gates + at.gate) * p.units + at.group * rows + r) * p.columns;
+      return p.sums + ((at.head * p.gates + at.gate) * p.units + at.group * rows + r) * p.columns;
   }
 
   void add_block(const Product& p, const Spot& at, Index count, bool start) {

@@ -45,12 +45,13 @@ template <class C>
 FASTRNN_NOINLINE Moments<C> moments(const C* row, int planes, Index H) {
   using V = Vec<C>;
   const C count = static_cast<C>(planes * H);
-  const C mean =
-      sum_planes<C>(planes, H, [&](Index at) { return V::load(row + at); }) / count;
-  const C variance = sum_planes<C>(planes, H, [&](Index at) {
-                       const V x = V::load(row + at) - V(mean);
-                       return x * x;
-                     }) / count;
+  const C mean = sum_planes<C>(planes, H, [&](Index at) { return V::load(row + at); }) / count;
+  const C variance = sum_planes<C>(planes, H,
+                                   [&](Index at) {
+                                     const V x = V::load(row + at) - V(mean);
+                                     return x * x;
+                                   }) /
+                     count;
   return {mean, C(1) / square_root(variance + static_cast<C>(kNormEpsilon))};
 }
 
@@ -77,8 +78,8 @@ FASTRNN_NOINLINE void normalize_row_backward(C* to, const C* d, int planes, Inde
   const auto g = [&](Index at) { return V::load(gain + at) * V::load(d + at); };
   const C count = static_cast<C>(planes * H);
   const V mean_g(sum_planes<C>(planes, H, g) / count);
-  const V mean_gy(
-      sum_planes<C>(planes, H, [&](Index at) { return g(at) * V::load(y + at); }) / count);
+  const V mean_gy(sum_planes<C>(planes, H, [&](Index at) { return g(at) * V::load(y + at); }) /
+                  count);
   for (Index at = 0; at < planes * padded(H); at += V::lanes)
     normalize_backward(g(at), V::load(y + at), V(scale), mean_g, mean_gy).store(to + at);
 }

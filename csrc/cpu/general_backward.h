@@ -7,9 +7,10 @@
 //                 with layer norm the gradients of both sides, through their norms
 //               What goes to a state before a step that starts afresh belongs to the state after a
 //               reset: it is added up row by row and the rows' sums at the end.
-// Layouts       d_gates  [D][pairs][width]: the cell's planes of gradients; with layer norm those of
-//                        the sums of x and of h, [gate] each; with peephole da_i·c, da_f·c, da_o·c';
-//                        with layer norm of c d(γy + β)·y and d(γy + β)
+// Layouts       d_gates  [D][pairs][width]: the cell's planes of gradients; with layer norm those
+// of
+//                        the sums of x and of h, [gate] each; with peephole da_i·c, da_f·c,
+//                        da_o·c'; with layer norm of c d(γy + β)·y and d(γy + β)
 //               d_seen   [B][Op] what comes through W_hh; d_units [B][Hp] through W_hr, or of r∘h
 //               reset_h  [B][Op], reset_c [B][Hp]: sums for the state after a reset
 // Sums, threads as backward.h; rows are dealt as in general_forward.h.
@@ -24,12 +25,12 @@ template <class Cell, class S>
 class GeneralBackward : Backward<Cell, S> {
   using Base = Backward<Cell, S>;
   using K = Shape<Cell, S>;
-  using typename K::C, typename K::V;
+  using Base::layer_, Base::steps_, Base::Hp_, Base::Op_, Base::group_, Base::zeros_;
+  using Base::next_rows_, Base::rows, Base::block_units, Base::head_units_, Base::head_outputs_;
   using K::lanes, K::gates, K::first, K::wide;
   using typename Base::Columns, typename Base::Operand, typename Base::PairWalk;
   using typename Base::Position, typename Base::Vector;
-  using Base::layer_, Base::steps_, Base::Hp_, Base::Op_, Base::group_, Base::zeros_;
-  using Base::next_rows_, Base::rows, Base::block_units, Base::head_units_, Base::head_outputs_;
+  using typename K::C, typename K::V;
   friend Base;
 
  public:
@@ -180,9 +181,9 @@ class GeneralBackward : Backward<Cell, S> {
       for (int gate = 0; gate < first; ++gate) {
         const C* plane[R];
         for (int r = 0; r < R; ++r)
-          plane[r] = next_rows_[j + r] ? next_rows_[j + r] + Base::hidden_planes_[gate] * Hp_ +
-                                             head * head_units_
-                                       : zeros_;
+          plane[r] = next_rows_[j + r]
+                         ? next_rows_[j + r] + Base::hidden_planes_[gate] * Hp_ + head * head_units_
+                         : zeros_;
         accumulate<R, wide>(acc, plane, head_units_, w.at(gate * head_units_), w.stride);
       }
       const Sums<R, wide, C> sums(acc);
@@ -216,8 +217,8 @@ class GeneralBackward : Backward<Cell, S> {
     return d + V::load(carried + u);
   }
 
-  // The whole gradient of h, of which zoneout's part is carried on; then through the cell, or, where
-  // there is a projection, no further.
+  // The whole gradient of h, of which zoneout's part is carried on; then through the cell, or,
+  // where there is a projection, no further.
   FASTRNN_NOINLINE void hidden_row(const Position& p, Index i) {
     const Constants& k = constants_[p.d];
     const auto& g = group_[p.d];
@@ -246,8 +247,8 @@ class GeneralBackward : Backward<Cell, S> {
     const Index plane = layer_.P ? 0 : Base::hidden_planes_[first % gates] * Hp_;
     for (Index j = 0; j < n; ++j) {
       const Index pair = steps_.offset[p.t] + p.deal.row(j);
-      next_rows_[j] = layer_.P ? group_[p.d].d_proj + pair * Op_
-                               : Base::gates_row(p.d, pair) + plane;
+      next_rows_[j] =
+          layer_.P ? group_[p.d].d_proj + pair * Op_ : Base::gates_row(p.d, pair) + plane;
     }
     for (Index b = blocks.begin; b < blocks.end; ++b) second_product(p, b, n);
     share.team->wait(share.columns);
@@ -286,7 +287,8 @@ class GeneralBackward : Backward<Cell, S> {
     });
   }
 
-  // ---- the cell, row by row -----------------------------------------------------------------------
+  // ---- the cell, row by row
+  // -----------------------------------------------------------------------
 
   // h before a pair's step, of which W_hh sees what the mask lets through.
   FASTRNN_INLINE Operand hidden_before(Index d, Index t, Index i) const {
@@ -381,7 +383,8 @@ class GeneralBackward : Backward<Cell, S> {
     input_norm(k, saved, to);
   }
 
-  // ---- a cell with a c ----------------------------------------------------------------------------
+  // ---- a cell with a c
+  // ----------------------------------------------------------------------------
 
   // c before a pair's step, [Hp] or up to H.
   FASTRNN_INLINE const C* state_before(const Walk& walk, Index d, Index t, Index i) const {
@@ -408,8 +411,8 @@ class GeneralBackward : Backward<Cell, S> {
     state_half(p, i, saved, to);
   }
 
-  // The gradient of c' to units_[0], but for what passes a norm, zoneout's part of that of c to d_c.
-  // With layer norm y goes to units_[2] and the gradients of its scale and bias to `to`.
+  // The gradient of c' to units_[0], but for what passes a norm, zoneout's part of that of c to
+  // d_c. With layer norm y goes to units_[2] and the gradients of its scale and bias to `to`.
   void output_half(const Position& p, Index i, const C* d_units, const C* saved, C* to) {
     const Constants& k = constants_[p.d];
     const bool last = p.walk.last(p.t, i);
@@ -476,7 +479,8 @@ class GeneralBackward : Backward<Cell, S> {
     }
   }
 
-  // ---- past the first step ------------------------------------------------------------------------
+  // ---- past the first step
+  // ------------------------------------------------------------------------
 
   // d_h0 and d_c0 or, of rows that begin with a reset, what that state gets.
   void initial_gradients(Index d, const Deal& deal, const Share& share, const Range& outs) {
@@ -527,7 +531,8 @@ class GeneralBackward : Backward<Cell, S> {
     }
   }
 
-  // ---- the weights --------------------------------------------------------------------------------
+  // ---- the weights
+  // --------------------------------------------------------------------------------
 
   Operand operand(Index d, int which, const PairWalk& pair, Index n) const {
     if (which != Base::kHidden) return Base::operand(d, which, pair, n);
@@ -573,8 +578,8 @@ class GeneralBackward : Backward<Cell, S> {
     });
   }
 
-  const Index plane_count_;  // values of a row of planes: G·Hp
-  const Index norm_at_;      // of what layer norm saved, in a pair's values
+  const Index plane_count_;              // values of a row of planes: G·Hp
+  const Index norm_at_;                  // of what layer norm saved, in a pair's values
   const Index peephole_at_, norm_c_at_;  // in a row of d_gates
   const C limit_;
   const Zoneout<C> zoneout_h_, zoneout_c_;

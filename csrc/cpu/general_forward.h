@@ -8,9 +8,11 @@
 //                 sums of h   [B][gate][Hp], of one step
 //               A second product (W_hr, a reset-before GRU's W_hn) and what follows it likewise.
 // Layouts       seen        [2][B][Op] dropout_mask∘h, what W_hh multiplies, where there is a mask
-//               saved       the cell's planes, the hidden units before a projection, then with layer
+//               saved       the cell's planes, the hidden units before a projection, then with
+//               layer
 //                           norm y of the sums of x, y of those of h and the scalars of the row
-// Threads       as forward. Those that share rows deal blocks of units for the products and rows for
+// Threads       as forward. Those that share rows deal blocks of units for the products and rows
+// for
 //               the cell: two meetings for each product of a step.
 // Cost          forward's, and 8·G·H bytes written and read again per step and row.
 #pragma once
@@ -23,11 +25,11 @@ template <class Cell, class S>
 class GeneralForward : Forward<Cell, S> {
   using Base = Forward<Cell, S>;
   using K = Shape<Cell, S>;
-  using typename K::C, typename K::E, typename K::V;
+  using Base::blocks_, Base::out_blocks_, Base::saved_width_, Base::h_rows_, Base::second_rows_;
+  using Base::layer_, Base::steps_, Base::Hp_, Base::Op_, Base::group_, Base::packing_;
   using K::lanes, K::gates, K::tiles, K::vectors, K::rows, K::units, K::first, K::wide;
   using typename Base::Block, typename Base::Position;
-  using Base::layer_, Base::steps_, Base::Hp_, Base::Op_, Base::group_, Base::packing_;
-  using Base::blocks_, Base::out_blocks_, Base::saved_width_, Base::h_rows_, Base::second_rows_;
+  using typename K::C, typename K::E, typename K::V;
   friend Base;
 
  public:
@@ -222,8 +224,7 @@ class GeneralForward : Forward<Cell, S> {
 
   bool step(const Position& p, const Share& share, const Range&, Index n, Index m) {
     for (Index j = 0; j < n; ++j) find_state(p, j);
-    const Range products =
-        split(packing_.hidden_blocks(), share.column, share.columns);
+    const Range products = split(packing_.hidden_blocks(), share.column, share.columns);
     for (Index b = products.begin; b < products.end; ++b) first_product(p, b, n);
     share.team->wait(share.columns);
     const Range mine = split(n, share.column, share.columns);
@@ -401,8 +402,8 @@ class GeneralForward : Forward<Cell, S> {
       const V next = V::load(row_ + unit);
       gate_sums(k, x, h, o, o + 1, unit, a);
       if (k.peephole) a[o] = Cell::peep_after(V::load(k.peephole + 2 * Hp_ + unit), next, a[o]);
-      const V out = Cell::forward_output(layer_.maths, a[o], normalized_c(k, next, norm, unit),
-                                         saved);
+      const V out =
+          Cell::forward_output(layer_.maths, a[o], normalized_c(k, next, norm, unit), saved);
       if (kept) saved[o].store(kept + o * Hp_ + unit);
       const V after =
           zoneout_c_.on() ? zoneout_c_.blend(keeps_c, unit, V::load(c + unit), next) : next;
@@ -414,8 +415,7 @@ class GeneralForward : Forward<Cell, S> {
     }
   }
 
-  FASTRNN_INLINE V normalized_c(const Constants& k, V c, const Moments<C>& norm,
-                                Index unit) const {
+  FASTRNN_INLINE V normalized_c(const Constants& k, V c, const Moments<C>& norm, Index unit) const {
     if (!layer_.maths.layer_norm) return c;
     return fma(normalize(c, V(norm.mean), V(norm.scale)), V::load(k.gain_c + unit),
                V::load(k.bias_c + unit));

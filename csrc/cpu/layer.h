@@ -25,7 +25,7 @@ struct Layer {
   bool general = false;  // something adds to the cell: general_forward.h, general_backward.h
   const Steps* steps = nullptr;
   std::int64_t directions = 1, I = 0, H = 0, P = 0, O = 0;
-  bool reverse = false;  // the only direction runs backwards in time: a part of a layer
+  bool reverse = false;         // the only direction runs backwards in time: a part of a layer
   Plan plan, single;            // with all the threads, and where only one can be had
   Barrier* barriers = nullptr;  // [1 + threads]: everybody's, then one for each team
 
@@ -69,8 +69,8 @@ struct Layer {
   std::int64_t rows_before = 0, rows_after = 0;
   // Of the rows with steps before: their states, storage and compute type.
   State h_before, c_before;
-  // [B, Op] and [B, Hp], compute type, sorted rows: of those with steps after the part, the gradient
-  // of the state between is read; of those with steps before, it is written.
+  // [B, Op] and [B, Hp], compute type, sorted rows: of those with steps after the part, the
+  // gradient of the state between is read; of those with steps before, it is written.
   void *carry_h = nullptr, *carry_c = nullptr;
   void* d_input_before = nullptr;  // [pairs, I], compute type: the other direction's part of dx
 };

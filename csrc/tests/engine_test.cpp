@@ -1,7 +1,7 @@
 // The engine through its Backend table, in double: forward against plain loops, backward against
 // central differences of forward, over cells, directions, layers, projection, lengths, packed rows
-// and resets; the same for options that add to the cell, alone and in random company; then the bits:
-// on one thread and more, and of gates that backward makes again.
+// and resets; the same for options that add to the cell, alone and in random company; then the
+// bits: on one thread and more, and of gates that backward makes again.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -50,7 +50,21 @@ struct Case {
 };
 
 // The parameters of a group in the order of `weights`; those that a case does without are empty.
-enum { kIh, kHh, kBiasIh, kBiasHh, kHr, kCi, kCf, kCo, kNormIh, kNormHh, kNormC, kNormCBias, kEach };
+enum {
+  kIh,
+  kHh,
+  kBiasIh,
+  kBiasHh,
+  kHr,
+  kCi,
+  kCf,
+  kCo,
+  kNormIh,
+  kNormHh,
+  kNormC,
+  kNormCBias,
+  kEach
+};
 
 void fill(Case& c, unsigned seed) {
   std::mt19937 random(seed);
@@ -72,10 +86,9 @@ void fill(Case& c, unsigned seed) {
   const std::int64_t norm_c = c.has_c() ? norm : 0;
   for (std::int64_t g = 0; g < groups; ++g) {
     const std::int64_t inputs = g < c.D() ? c.I : c.D() * c.O();
-    for (const std::int64_t n :
-         {G * c.H * inputs, G * c.H * c.O() / maths.heads, G * c.H, G * c.H,
-          c.options.proj_size * c.H, peephole, peephole, peephole, G * norm, G * norm, norm_c,
-          norm_c})
+    for (const std::int64_t n : {G * c.H * inputs, G * c.H * c.O() / maths.heads, G * c.H, G * c.H,
+                                 c.options.proj_size * c.H, peephole, peephole, peephole, G * norm,
+                                 G * norm, norm_c, norm_c})
       c.weights.push_back(some(n));
     // Sums of order one whatever the width: a chaotic recurrence would show rounding, not errors.
     for (const int which : {kHh, kHr})
@@ -226,8 +239,12 @@ Values normalized(Values x) {
 class PlainStep {
  public:
   PlainStep(const Case& c, std::int64_t group, std::int64_t row, std::int64_t place)
-      : c_(c), maths_(c.options.maths), w_(&c.weights[size_of(group * kEach)]), group_(group),
-        row_(row), place_(place) {}
+      : c_(c),
+        maths_(c.options.maths),
+        w_(&c.weights[size_of(group * kEach)]),
+        group_(group),
+        row_(row),
+        place_(place) {}
 
   void run(const double* x, std::int64_t inputs, double* h, double* state_c) const {
     const std::int64_t H = c_.H, O = c_.O();
@@ -510,16 +527,15 @@ std::vector<Options> all_options() {
 
 void name_case(const Case& c, const char* rows) {
   const Options& o = c.options;
-  check::context() = o.cell + " layers " + std::to_string(o.layers) + " directions " +
-                     std::to_string(o.directions) + " proj_size " + std::to_string(o.proj_size) +
-                     (o.maths.reset_after ? " " : " reset before ") + rows +
-                     (o.maths.peephole ? " peephole" : "") +
-                     (o.maths.layer_norm ? " layer_norm" : "") + " heads " +
-                     std::to_string(o.maths.heads) + " zoneout " +
-                     std::to_string(o.maths.zoneout_h) + " " + std::to_string(o.maths.zoneout_c) +
-                     (c.zoneout_h_mask.empty() ? "" : " masked") +
-                     (c.dropout_mask.empty() ? "" : " dropout") +
-                     (c.reset_h.empty() ? "" : " reset_h") + (c.reset_c.empty() ? "" : " reset_c");
+  check::context() =
+      o.cell + " layers " + std::to_string(o.layers) + " directions " +
+      std::to_string(o.directions) + " proj_size " + std::to_string(o.proj_size) +
+      (o.maths.reset_after ? " " : " reset before ") + rows +
+      (o.maths.peephole ? " peephole" : "") + (o.maths.layer_norm ? " layer_norm" : "") +
+      " heads " + std::to_string(o.maths.heads) + " zoneout " + std::to_string(o.maths.zoneout_h) +
+      " " + std::to_string(o.maths.zoneout_c) + (c.zoneout_h_mask.empty() ? "" : " masked") +
+      (c.dropout_mask.empty() ? "" : " dropout") + (c.reset_h.empty() ? "" : " reset_h") +
+      (c.reset_c.empty() ? "" : " reset_c");
 }
 
 // ---- options that add to the cell ---------------------------------------------------------------
