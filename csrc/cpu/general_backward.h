@@ -7,10 +7,9 @@
 //                 with layer norm the gradients of both sides, through their norms
 //               What goes to a state before a step that starts afresh belongs to the state after a
 //               reset: it is added up row by row and the rows' sums at the end.
-// Layouts       d_gates  [D][pairs][width]: the cell's planes of gradients; with layer norm those
-// of
-//                        the sums of x and of h, [gate] each; with peephole da_i·c, da_f·c,
-//                        da_o·c'; with layer norm of c d(γy + β)·y and d(γy + β)
+// Layouts       d_gates  [D][pairs][width]: the cell's planes of gradients; with layer norm then
+//                        those of the sums of x and of h, [gate] each; with peephole da_i·c,
+//                        da_f·c, da_o·c'; with layer norm of c d(γy + β)·y and d(γy + β)
 //               d_seen   [B][Op] what comes through W_hh; d_units [B][Hp] through W_hr, or of r∘h
 //               reset_h  [B][Op], reset_c [B][Hp]: sums for the state after a reset
 // Sums, threads as backward.h; rows are dealt as in general_forward.h.

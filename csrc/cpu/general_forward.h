@@ -9,11 +9,9 @@
 //               A second product (W_hr, a reset-before GRU's W_hn) and what follows it likewise.
 // Layouts       seen        [2][B][Op] dropout_mask∘h, what W_hh multiplies, where there is a mask
 //               saved       the cell's planes, the hidden units before a projection, then with
-//               layer
-//                           norm y of the sums of x, y of those of h and the scalars of the row
-// Threads       as forward. Those that share rows deal blocks of units for the products and rows
-// for
-//               the cell: two meetings for each product of a step.
+//                           layer norm y of the sums of x, y of those of h, scalars of the row
+// Threads       as forward. Those that share rows deal units for the products and rows for the
+//               cell: two meetings for each product of a step.
 // Cost          forward's, and 8·G·H bytes written and read again per step and row.
 #pragma once
 
