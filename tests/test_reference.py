@@ -284,7 +284,7 @@ def test_projection_belongs_to_the_lstm(cell: str) -> None:
 # ---- A cell of one's own -------------------------------------------------------------------------
 
 
-def minimal_gated_unit(x, state, p, options):
+def minimal_gated_unit(x, state, p, options, masks):
     """f = sigmoid(W_f x + U_f h'), n = tanh(W_n x + U_n (f h')), h = (1 - f) h' + f n.
 
     (Zhou et al. 2016)
@@ -296,7 +296,7 @@ def minimal_gated_unit(x, state, p, options):
     return ((1 - f) * h_prev + f * n,), (x, h_prev, f, n)
 
 
-def minimal_gated_unit_backward(d_state, saved, p, options):
+def minimal_gated_unit_backward(d_state, saved, p, options, masks):
     x, h_prev, f, n = saved
     (d_h,) = d_state
     u_f, u_n = np.split(p.weight_hh, 2)
