@@ -276,7 +276,13 @@ def test_opcheck_backward(options: Options, steps: str, which: str) -> None:
     d_output, d_hidden = torch.randn_like(hidden[-1]), torch.randn_like(hidden)
     d_cell = torch.randn_like(cell) if two else None
     d_c_n = torch.randn_like(c_n) if two else None
-    needs = [True, True, two, *[x is not None for x in case.extras[:2]], *[True] * len(case.weights)]
+    needs = [
+        True,
+        True,
+        two,
+        *[x is not None for x in case.extras[:2]],
+        *[True] * len(case.weights),
+    ]
     if which == "some":
         d_hidden = d_cell = d_c_n = None
         needs = [k % 2 == 0 and need for k, need in enumerate(needs)]

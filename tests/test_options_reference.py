@@ -126,9 +126,7 @@ def test_packed_equals_lengths(case: OptionCase) -> None:
 
 
 @pytest.mark.parametrize("first_step", [False, True])
-@pytest.mark.parametrize(
-    "case", [c for c in ALONE if c.options.grad_clip == 0.0 or "c" in c.layout], ids=str
-)
+@pytest.mark.parametrize("case", ALONE, ids=str)
 def test_reset_equals_each_episode_alone(case: OptionCase, first_step: bool) -> None:
     """Three episodes in one sequence, each begun with the state after a reset where it is not the
     one that a direction begins with."""

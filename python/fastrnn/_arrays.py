@@ -168,7 +168,9 @@ def _taken(options: Options, given: Arguments) -> Arguments:
         tuple(map(_array, weight_names(options), given.weights)),
         given.lengths,
         given.reset,
-        Extras(*(x if x is None else _array(n, x) for n, x in zip(names, given.extras, strict=True))),
+        Extras(
+            *(x if x is None else _array(n, x) for n, x in zip(names, given.extras, strict=True))
+        ),
     )
 
 

@@ -335,9 +335,7 @@ def _gru_cell(options: Options, a: Tensor, h: Tensor, seen: Tensor, p: _Paramete
     return (1 - z) * n + z * h
 
 
-def _of_gates(
-    p: _Parameters, first: int, last: int
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _of_gates(p: _Parameters, first: int, last: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """A GRU's W_hh, b_hh and γ_hh for the gates ``first`` … ``last`` - 1."""
 
     def cut(rows: Tensor | None, axis: int = 0) -> Tensor | None:
@@ -349,7 +347,9 @@ def _of_gates(
     return cut(p.weight_hh, p.weight_hh.dim() - 2), cut(p.bias_hh), cut(p.norm_hh)
 
 
-def _side(x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, gates: int) -> Tensor:
+def _side(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, gates: int
+) -> Tensor:
     """W x + b, or under layer norm γ norm(W x) + b; W may have a block for each head."""
     if weight.dim() == 2 and gain is None:
         return F.linear(x, weight, bias)

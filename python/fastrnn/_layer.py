@@ -418,7 +418,14 @@ class RecurrentLayer(Module):
         return extras
 
 
-_STARTS = {"norm_ih": 1.0, "norm_hh": 1.0, "norm_c": 1.0, "norm_c_bias": 0.0, "h_0": 0.0, "c_0": 0.0}
+_STARTS = {
+    "norm_ih": 1.0,
+    "norm_hh": 1.0,
+    "norm_c": 1.0,
+    "norm_c_bias": 0.0,
+    "h_0": 0.0,
+    "c_0": 0.0,
+}
 
 
 def initialize(module: Any) -> None:

@@ -115,7 +115,9 @@ class Options:
         return tuple(self.weight_shapes(0, 0, 0))
 
 
-def make_options(cell: Cell, *, zoneout: Any = 0.0, grad_clip: Any = None, **fields: Any) -> Options:
+def make_options(
+    cell: Cell, *, zoneout: Any = 0.0, grad_clip: Any = None, **fields: Any
+) -> Options:
     """Options from the arguments of layers, cells and functions.
 
     Arguments:

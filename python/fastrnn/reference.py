@@ -636,9 +636,7 @@ def forward(
     sizes = _state_sizes(cell, parameters[0])
     count, B = len(parameters), steps.active.shape[1]
     none = (None,) * cell.states
-    initial = [
-        _or_zeros(s, count, B, size) for s, size in zip(hx or none, sizes, strict=True)
-    ]
+    initial = [_or_zeros(s, count, B, size) for s, size in zip(hx or none, sizes, strict=True)]
     anew = [_or_zeros(s, count, size) for s, size in zip(reset_hx or none, sizes, strict=True)]
     masks = _masks(count, steps, packed, dropout_mask, zoneout_mask)
 
