@@ -122,7 +122,7 @@ class Call:
         self.extras = self._extras(arrange)
 
     def _extras(self, arrange: Callable[[Any], Any]) -> tuple[Any, ...] | None:
-        """`extras` of the engine: the states after a reset and the masks; None where there are none."""
+        """`extras` of the engine: states after a reset and masks; None where there are none."""
         given = self.problem.extras
         if not given:
             return None

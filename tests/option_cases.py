@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class OptionCase(NamedTuple):
-    """A stack, the steps of its data (one of `LAYOUTS`), and the arrays that its options ask for."""
+    """A stack, the layout of its data, one of `LAYOUTS`, and what its options ask for besides."""
 
     options: Options
     layout: str = "lengths and reset"
@@ -53,8 +53,7 @@ def all_pairs(parameters: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
                 chosen[name] = max(
                     range(len(parameters[name])),
                     key=lambda k: sum(
-                        meeting((name, k), other) in apart  # noqa: B023
-                        for other in chosen.items()  # noqa: B023
+                        meeting((name, k), other) in apart for other in chosen.items()
                     ),
                 )
         apart -= {meeting(a, b) for a, b in combinations(chosen.items(), 2)}
@@ -63,7 +62,7 @@ def all_pairs(parameters: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def _case(cell: Any, layout: str = "lengths and reset", **given: Any) -> OptionCase:
-    """A case from fields of `Options` and from how zoneout, dropout and learned states are given."""
+    """A case from fields of `Options` and how zoneout, dropout and learned states are given."""
     extras = []
     if given.pop("learned", False):
         extras.append("reset_hx")

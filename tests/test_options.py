@@ -189,6 +189,7 @@ def test_transforms(case: OptionCase) -> None:
         torch.testing.assert_close(curved, twice, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own
 def test_forward_mode_passes_a_clamp_as_it_is(cell: Any) -> None:
     clipped = given(OptionCase(Options(cell, grad_clip=0.01), "padded"), requires_grad=False)
     plain = clipped._replace(options=replace(clipped.options, grad_clip=0.0))
@@ -366,9 +367,6 @@ def test_functions_name_the_option_they_refuse() -> None:
     refused("layer_norm must be a bool, got int", TypeError, layer_norm=1)
     refused("recompute must be a bool, got NoneType", TypeError, recompute=None)
     refused("weights must hold 4 arrays, .*norm_ih_l0, norm_hh_l0; got 2", layer_norm=True)
-    with pytest.raises(ValueError, match="heads must divide hidden_size, got heads=2 and .*=3"):
-        blocks = [np.ones((3, 4)), np.ones((2, 3, 3))]
-        functional.rnn(x, None, [blocks[0], blocks[1][:, :0]], bias=False, heads=2)
 
 
 def test_functions_name_the_array_they_refuse() -> None:
@@ -388,7 +386,7 @@ def test_functions_name_the_array_they_refuse() -> None:
         "dropout_mask must have the dtype of input",
         TypeError,
         dropout_mask=np.ones((1, 2, 4), np.float32),
-    )  # noqa: E501
+    )
     refused("zoneout_mask must be bool, got float64", TypeError, zoneout_mask=np.ones((1, 3, 2, 4)))
     shape = r"zoneout_mask must have shape \(1, 3, 2, 4\)"
     refused(shape, zoneout_mask=np.ones((1, 2, 4), np.bool_))

@@ -8,8 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import Call, assert_bitwise, assert_solutions_bitwise, check_against_reference
-from engine import run_engine
+from engine import (
+    Call,
+    assert_bitwise,
+    assert_solutions_bitwise,
+    check_against_reference,
+    run_engine,
+)
 from fastrnn.reference import Options
 from option_cases import ALONE, PAIRS, OptionCase
 from problems import EXTRAS, Problem, only, random_problem

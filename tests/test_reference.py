@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from differences import check_gradients
 from fastrnn import reference
 from fastrnn.reference import Cell, Options, Parameters
-from differences import check_gradients
 from problems import LAYOUTS, Array, Gradients, Problem, Solution, only, random_problem
 from tolerances import assert_close
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
 
 from ._engine import NO_EXTRAS, Extras, engine_options, scalars
-from ._options import Cell, Options, check_heads
+from ._options import Cell, Options
 
 _GATES = {cell: engine_options(*scalars(Options(cell))).gates for cell in get_args(Cell)}
 REAL = ("float32", "float64", "bfloat16", "float16")
@@ -85,7 +85,7 @@ def is_torch(x: Any) -> bool:
 
 
 def weight_names(options: Options) -> list[str]:
-    """The parameters of a stack in torch's order and by torch's names, then those of the options."""
+    """The parameters of a stack, torch's in torch's order and by torch's names, then our own."""
     kinds = options.weight_kinds
     directions = ("", "_reverse") if options.bidirectional else ("",)
     return [
@@ -119,7 +119,6 @@ def check(
     names = weight_names(options)
     weights = list(map(describe, names, given.weights))
     H = _hidden_size(options, gates, weights[1], names[1])
-    check_heads(options.heads, hidden_size=H)
     out = options.proj_size or H
     per_layer = len(names) // options.num_layers
     first, later = (options.weight_shapes(gates, width, H) for width in (I, directions * out))
@@ -185,7 +184,7 @@ def _check_like(name: str, got: Description, shape: tuple[int, ...], like: Descr
 def _hidden_size(options: Options, gates: int, weight_hh: Description, name: str) -> int:
     shape, heads = weight_hh.shape, options.heads
     if heads > 1:
-        if len(shape) != 3 or shape[0] != heads or not shape[1] or heads * shape[1] % gates:
+        if len(shape) != 3 or shape[0] != heads or not shape[1] or shape[1] % gates:
             raise ValueError(
                 f"{name} must have shape (heads, {gates}·H/heads, O/heads): {heads} heads, "
                 f"{gates} gates of H units, got {shape}"

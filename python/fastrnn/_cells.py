@@ -85,7 +85,7 @@ class RecurrentCell(Module):
         self.reset_parameters()
 
     def _describe(self) -> None:
-        """Derive the options and the shapes of the weights, biases included, from the attributes."""
+        """Derive the options and the shapes of all weights, biases too, from the attributes."""
         self._options = self._make_options()
         own = {name: getattr(self, name) for name in ("layer_norm", "heads")}
         whole = make_options(self.cell, peephole=getattr(self, "peephole", False), **own)

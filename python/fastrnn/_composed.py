@@ -338,13 +338,12 @@ def _gru_cell(options: Options, a: Tensor, h: Tensor, seen: Tensor, p: _Paramete
 def _of_gates(p: _Parameters, first: int, last: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """A GRU's W_hh, b_hh and γ_hh for the gates ``first`` … ``last`` - 1."""
 
-    def cut(rows: Tensor | None, axis: int = 0) -> Tensor | None:
-        if rows is None:
-            return None
-        size = rows.shape[axis] // 3
-        return rows.narrow(axis, first * size, (last - first) * size)
+    def cut(x: Tensor, axis: int = 0) -> Tensor:
+        size = x.shape[axis] // 3
+        return x.narrow(axis, first * size, (last - first) * size)
 
-    return cut(p.weight_hh, p.weight_hh.dim() - 2), cut(p.bias_hh), cut(p.norm_hh)
+    bias, gain = (None if x is None else cut(x) for x in (p.bias_hh, p.norm_hh))
+    return cut(p.weight_hh, p.weight_hh.dim() - 2), bias, gain
 
 
 def _side(
@@ -361,8 +360,10 @@ def _side(
 
 def _by_head(h: Tensor, weight: Tensor, gates: int) -> Tensor:
     """The block-diagonal product (B, G·H): the rows of each head are gate-major, so are all."""
-    y = torch.einsum("bki,kri->bkr", h.unflatten(-1, (weight.shape[0], -1)), weight)
-    return y.unflatten(-1, (gates, -1)).transpose(1, 2).flatten(1)
+    heads, rows, units = weight.shape
+    y = torch.einsum("bki,kri->bkr", h.reshape(-1, heads, units), weight)
+    by_gate = y.reshape(-1, heads, gates, rows // gates).transpose(1, 2)
+    return by_gate.reshape(-1, heads * rows)
 
 
 def _normalized(a: Tensor) -> Tensor:
@@ -384,7 +385,10 @@ def _zoneout(new: Tensor, old: Tensor, keep: Tensor | None, probability: float) 
 
 def _clipped(x: Tensor, limit: float) -> Tensor:
     """``x``, whose gradient is clamped to ±limit (Graves 2013); 0 stands for no limit."""
-    return _Clipped.apply(x, limit) if limit > 0 else x  # type: ignore[no-any-return, no-untyped-call]
+    if limit == 0:
+        return x
+    clipped: Tensor = _Clipped.apply(x, limit)  # type: ignore[no-untyped-call]
+    return clipped
 
 
 class _Clipped(torch.autograd.Function):

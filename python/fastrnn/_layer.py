@@ -413,9 +413,9 @@ class RecurrentLayer(Module):
         if self.training:
             size, dropout = self.hidden_size, self.recurrent_dropout
             extras = _masks.draw(self._options, input, batch, size, dropout)
-        if anew:
-            extras = extras._replace(**dict(zip(("reset_h", "reset_c"), (s[:, 0] for s in anew))))
-        return extras
+        names = ("reset_h", "reset_c")
+        anew_by_name = {name: s[:, 0] for name, s in zip(names, anew, strict=False)}
+        return extras._replace(**anew_by_name) if anew else extras
 
 
 _STARTS = {

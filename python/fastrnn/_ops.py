@@ -18,7 +18,7 @@ gates   (L·D, T·B or N, saved values)        what backward needs besides, comp
 ======  ===================================  ==================================================
 
 ``backward`` gives the gradients of input, h0, c0, reset_h, reset_c and each weight, (0,) where
-``needs`` is False. The arrays of `Extras` stand after ``reset``, the fields of `Options` after them.
+``needs`` is False. The arrays of `Extras` stand after ``reset``, then the fields of `Options`.
 """
 
 from __future__ import annotations

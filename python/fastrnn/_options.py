@@ -80,10 +80,6 @@ class Options:
             check_probability(name, getattr(self, name))
         if not self.grad_clip >= 0:
             raise ValueError(f"grad_clip must be 0 or a positive number, got {self.grad_clip}")
-        if not isinstance(self.heads, int) or isinstance(self.heads, bool):
-            raise TypeError(f"heads must be an int, got {type(self.heads).__name__}")
-        if self.heads < 1:
-            raise ValueError(f"heads must be at least 1, got {self.heads}")
         check_heads(self.heads, proj_size=self.proj_size)
 
     def weight_shapes(self, gates: int, width: int, hidden_size: int) -> dict[str, Shape]:
@@ -126,7 +122,7 @@ def make_options(
         fields: the others, by the names of `Options`.
     """
     if grad_clip is not None:
-        if not isinstance(grad_clip, numbers.Real) or isinstance(grad_clip, bool):
+        if not is_number(grad_clip):
             kind = type(grad_clip).__name__
             raise TypeError(f"grad_clip must be None or a number, got {kind}")
         if not grad_clip > 0:
@@ -157,9 +153,14 @@ def _zoneout_pair(cell: Cell, zoneout: Any) -> tuple[float, float]:
     return float(zoneout[0]), float(zoneout[1])
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a real number; a bool is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def check_probability(argument: str, value: Any) -> None:
     """Refuse what is no number from 0 to 1."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    if not is_number(value):
         raise TypeError(f"{argument} must be a number from 0 to 1, got {type(value).__name__}")
     if not 0 <= value <= 1:
         raise ValueError(f"{argument} must be a number from 0 to 1, got {value}")
@@ -175,7 +176,7 @@ def check_forget_bias(value: Any, bias: bool) -> None:
     """Refuse what is neither None nor a finite number, or has no bias to go to."""
     if value is None:
         return
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    if not is_number(value):
         raise TypeError(f"forget_bias must be None or a number, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"forget_bias must be None or a finite number, got {value}")
@@ -183,8 +184,12 @@ def check_forget_bias(value: Any, bias: bool) -> None:
         raise ValueError(f"forget_bias must be None where bias=False, got {value}")
 
 
-def check_heads(heads: int, **sizes: int) -> None:
-    """Refuse a number of heads that does not divide the sizes."""
+def check_heads(heads: Any, **sizes: int) -> None:
+    """Refuse a number of heads that is no positive integer or does not divide the sizes."""
+    if not isinstance(heads, int) or isinstance(heads, bool):
+        raise TypeError(f"heads must be an int, got {type(heads).__name__}")
+    if heads < 1:
+        raise ValueError(f"heads must be at least 1, got {heads}")
     for name, size in sizes.items():
         if size % heads:
             raise ValueError(f"heads must divide {name}, got heads={heads} and {name}={size}")

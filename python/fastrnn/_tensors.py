@@ -70,7 +70,7 @@ def forward(
             tuple(map(_leaf, given.weights)),
             given.lengths,
             given.reset,
-            Extras(*(x if x is None else _leaf(x) for x in given.extras[:2]), *given.extras[2:]),
+            _leaves_of_extras(given.extras),
         )
         outputs = _run(options, own, batch_first, return_states)
     saved = Saved(options, own, outputs)
@@ -133,6 +133,11 @@ def _run(options: Options, given: Arguments, batch_first: bool, return_states: b
 
 def _leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
+
+
+def _leaves_of_extras(extras: Extras) -> Extras:
+    anew = {name: getattr(extras, name) for name in ("reset_h", "reset_c")}
+    return extras._replace(**{n: x if x is None else _leaf(x) for n, x in anew.items()})
 
 
 def _describe(name: str, x: Any) -> Description:

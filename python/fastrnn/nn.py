@@ -58,10 +58,10 @@ class RNN(RecurrentLayer):
         layer_norm: whether W_ih·x_t and W_hh·h_{t-1} are normalised, each over all its H
             values, to γ∘norm(·) + b; norm(a) is (a - mean) / sqrt(variance + 1e-5) (Ba et al.
             2016).
-        heads: how many blocks W_hh has on its diagonal: head k holds the units k·H/heads and on, and
-            sees of h_{t-1} its own part alone. Divides H.
-        recurrent_dropout: the probability of a zero in what W_hh sees of h_{t-1} while training: one
-            mask for each sequence, layer and direction (Gal & Ghahramani 2016).
+        heads: how many blocks W_hh has on its diagonal: head k holds the units k·H/heads and on
+            and sees its own part of h_{t-1} alone. Divides H.
+        recurrent_dropout: the probability of a zero in what W_hh sees of h_{t-1} while training:
+            one mask for each sequence, layer and direction (Gal & Ghahramani 2016).
         zoneout: the probability that a unit of h keeps its old value at a step while training; in
             ``eval()`` the expectation p·old + (1 - p)·new is taken (Krueger et al. 2017).
         learn_initial_state: whether there is a parameter ``h_0``, which stands where hx is None and
@@ -227,10 +227,10 @@ class LSTM(RecurrentLayer):
         layer_norm: whether W_ih·x_t and W_hh·h_{t-1} are normalised, each over all its 4·H values,
             to γ∘norm(·) + b, and h_t = o∘act(γ_c∘norm(c_t) + β_c); norm(a) is (a - mean) /
             sqrt(variance + 1e-5) (Ba et al. 2016).
-        heads: how many blocks W_hh has on its diagonal: head k holds the units k·H/heads and on, and
-            sees of h_{t-1} its own part alone. Divides H and P.
-        recurrent_dropout: the probability of a zero in what W_hh sees of h_{t-1} while training: one
-            mask for each sequence, layer and direction (Gal & Ghahramani 2016).
+        heads: how many blocks W_hh has on its diagonal: head k holds the units k·H/heads and on
+            and sees its own part of h_{t-1} alone. Divides H and P.
+        recurrent_dropout: the probability of a zero in what W_hh sees of h_{t-1} while training:
+            one mask for each sequence, layer and direction (Gal & Ghahramani 2016).
         zoneout: the probability that a unit keeps its old value at a step while training, of both
             states or of (h, c); in ``eval()`` the expectation p·old + (1 - p)·new is taken.
             h_t comes from c_t as it was before zoneout (Krueger et al. 2017).
@@ -238,8 +238,8 @@ class LSTM(RecurrentLayer):
             is None and after a reset.
         forget_bias: the value that the forget gate's part of ``bias_ih`` starts with; None: it is
             drawn like the others.
-        grad_clip: a limit; at every step of the backward pass the whole gradients of h_t and of c_t, from
-            the output and from the step after, are clamped to ±grad_clip (Graves 2013).
+        grad_clip: a limit; at every step of the backward pass the whole gradients of h_t and of
+            c_t, from the output and from the step after, are clamped to ±grad_clip (Graves 2013).
         recompute: whether the backward pass computes the gates again instead of keeping them: equal
             gradients, less memory.
 
@@ -405,10 +405,10 @@ class GRU(RecurrentLayer):
             values, to γ∘norm(·) + b; norm(a) is (a - mean) / sqrt(variance + 1e-5) (Ba et al.
             2016). With ``reset_after=False`` r and z of W_hh·h_{t-1} are normalised
             together, n by itself.
-        heads: how many blocks W_hh has on its diagonal: head k holds the units k·H/heads and on, and
-            sees of h_{t-1} its own part alone. Divides H.
-        recurrent_dropout: the probability of a zero in what W_hh sees of h_{t-1} while training: one
-            mask for each sequence, layer and direction (Gal & Ghahramani 2016).
+        heads: how many blocks W_hh has on its diagonal: head k holds the units k·H/heads and on
+            and sees its own part of h_{t-1} alone. Divides H.
+        recurrent_dropout: the probability of a zero in what W_hh sees of h_{t-1} while training:
+            one mask for each sequence, layer and direction (Gal & Ghahramani 2016).
         zoneout: the probability that a unit of h keeps its old value at a step while training; in
             ``eval()`` the expectation p·old + (1 - p)·new is taken (Krueger et al. 2017).
         learn_initial_state: whether there is a parameter ``h_0``, which stands where hx is None and

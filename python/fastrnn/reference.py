@@ -134,13 +134,14 @@ def normalize(a: Array) -> tuple[Array, Array]:
     Returns it and the factor 1 / sqrt(…), (B, 1).
     """
     scale = 1.0 / np.sqrt(a.var(axis=1, keepdims=True) + 1e-5)
-    return (a - a.mean(axis=1, keepdims=True)) * scale, scale
+    y: Array = (a - a.mean(axis=1, keepdims=True)) * scale
+    return y, scale
 
 
 def normalize_backward(d_y: Array, y: Array, scale: Array) -> Array:
     """The gradient of a, from that of y = norm(a)."""
-    along_y: Array = y * (d_y * y).mean(axis=1, keepdims=True)
-    return scale * (d_y - d_y.mean(axis=1, keepdims=True) - along_y)
+    d_a: Array = d_y - d_y.mean(axis=1, keepdims=True) - y * (d_y * y).mean(axis=1, keepdims=True)
+    return scale * d_a
 
 
 def side(x: Array, weight: Array, bias: Array, gain: Array | None) -> tuple[Array, StepSaved]:
@@ -266,7 +267,8 @@ def lstm_cell(
     i, f, g = gate.value(a_i), gate.value(a_f), act.value(a_g)
     c_new = f * c_prev + i * g
     o = gate.value(a_o if p.weight_co is None else a_o + p.weight_co * c_new)
-    c_out, saved_c = c_new, (c_new,)
+    c_out: Array = c_new
+    saved_c: StepSaved = (c_new,)
     if p.norm_c is not None and p.norm_c_bias is not None:
         y, scale = normalize(c_new)
         c_out, saved_c = p.norm_c * y + p.norm_c_bias, (c_new, y, scale)
@@ -298,18 +300,17 @@ def lstm_cell_backward(
     d_f = d_c * c_prev * gate.slope(f)
     d_g = d_c * i * act.slope(g)
     d_c_prev = d_c_prev + d_c * f
-    d_peepholes: tuple[Array | None, ...] = (None, None, None)
+    d_ci, d_cf, d_co = None, None, None
     if p.weight_ci is not None and p.weight_cf is not None:
         d_c_prev = d_c_prev + p.weight_ci * d_i + p.weight_cf * d_f
         products = (d_i * c_prev, d_f * c_prev, d_o * saved_c[0])
-        d_peepholes = tuple(d.sum(axis=0) for d in products)
+        d_ci, d_cf, d_co = (d.sum(axis=0) for d in products)
     d_a = np.concatenate([d_i, d_f, d_g, d_o], axis=1)
     d_x, d_weight_ih, d_bias_ih, d_norm_ih = side_backward(d_a, saved_x, p.weight_ih, p.norm_ih)
     d_seen, d_weight_hh, d_bias_hh, d_norm_hh = side_backward(d_a, saved_h, p.weight_hh, p.norm_hh)
     d_norms = (d_norm_ih, d_norm_hh, d_norm_c, d_norm_c_bias)
-    d_p = Parameters(
-        d_weight_ih, d_weight_hh, d_bias_ih, d_bias_hh, d_weight_hr, *d_peepholes, *d_norms
-    )
+    d_sides = (d_weight_ih, d_weight_hh, d_bias_ih, d_bias_hh)
+    d_p = Parameters(*d_sides, d_weight_hr, d_ci, d_cf, d_co, *d_norms)
     return d_x, (d_h_prev + dropped(d_seen, masks.dropout), d_c_prev), d_p
 
 
