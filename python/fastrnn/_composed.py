@@ -387,7 +387,8 @@ def _clipped(x: Tensor, limit: float) -> Tensor:
     """``x``, whose gradient is clamped to ±limit (Graves 2013); 0 stands for no limit."""
     if limit == 0:
         return x
-    clipped: Tensor = _Clipped.apply(x, limit)  # type: ignore[no-untyped-call]
+    function = _Clipped if torch.compiler.is_compiling() else _ClippedForward
+    clipped: Tensor = function.apply(x, limit)  # type: ignore[no-untyped-call]
     return clipped
 
 
@@ -410,6 +411,10 @@ class _Clipped(torch.autograd.Function):
             parts = torch.view_as_real(d).clamp(-ctx.limit, ctx.limit)
             return torch.view_as_complex(parts), None
         return d.clamp(-ctx.limit, ctx.limit), None
+
+
+class _ClippedForward(_Clipped):
+    """The same with forward-mode differentiation, which torch.compile does not trace."""
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
