@@ -39,6 +39,16 @@ struct CellOptions {
   Activation activation = Activation::tanh;
   GateActivation gate_activation = GateActivation::sigmoid;
   bool reset_after = true;  // GRU: reset gate after (true) or before (false) the matrix product
+  bool peephole = false;    // LSTM: the gates see c (Gers & Schmidhuber 2000)
+  bool layer_norm = false;  // both sides of the sums, and an LSTM's c, are normalised (Ba 2016)
+  std::int64_t heads = 1;   // blocks on the diagonal of W_hh, each of H/heads units
+  double zoneout_h = 0, zoneout_c = 0;  // how much of the old value stays (Krueger et al. 2017)
+  double grad_clip = 0;  // backward: the limit of the gradients of h and c at a step; 0: none
+
+  // Whether a step is more than the cell of csrc/cells/ on the sum of two products.
+  bool beyond_the_cell() const {
+    return peephole || layer_norm || heads > 1 || zoneout_h > 0 || zoneout_c > 0 || grad_clip > 0;
+  }
 };
 
 // Everything about a stack that is not a size of the data.
@@ -48,6 +58,7 @@ struct Options {
   std::int64_t layers = 1;
   std::int64_t directions = 1;  // 1 or 2; direction 1 runs backwards in time
   std::int64_t proj_size = 0;
+  bool recompute = false;  // backward computes the gates again: forward keeps none
 };
 
 // A sequence array. Padded: element (t, b, u) is at data[t·step + b·row + u·unit].
@@ -64,20 +75,32 @@ struct State {
   std::int64_t group = 0, row = 0, unit = 1;
 };
 
-// A weight matrix, element (m, k) at data[m·row + k·unit], or a bias vector, element m at
-// data[m·unit].
+// A weight matrix, element (m, k) at data[m·row + k·unit], of several heads element (head, m, k) at
+// data[head·head + m·row + k·unit]; or a vector, element m at data[m·unit].
 struct Weight {
   void* data = nullptr;
   std::int64_t row = 0, unit = 1;
+  std::int64_t head = 0;
+};
+
+// True or false for each pair of step and row and each unit, element (group, t, b, u) at
+// data[group·group + t·step + b·row + u·unit]. Packed: (group, n, u) at data[group·group + n·row +
+// u·unit].
+struct Mask {
+  const bool* data = nullptr;
+  std::int64_t group = 0, step = 0, row = 0, unit = 1;
 };
 
 // The parameters of one layer and direction.
 struct Parameters {
   Weight weight_ih;  // [G·H, I of the layer]
-  Weight weight_hh;  // [G·H, O]
+  Weight weight_hh;  // [G·H, O]; of several heads [heads, G·H/heads, O/heads], gates in each head
   Weight bias_ih;    // [G·H], absent: zero
   Weight bias_hh;    // [G·H], absent: zero
   Weight weight_hr;  // [P, H], absent without projection
+  Weight weight_ci, weight_cf, weight_co;  // [H], with peephole alone
+  Weight norm_ih, norm_hh;                 // [G·H], with layer_norm alone: scales
+  Weight norm_c, norm_c_bias;              // [H], with layer_norm of an LSTM alone
 };
 
 struct Problem {
@@ -91,11 +114,15 @@ struct Problem {
   const std::int64_t* batch_sizes = nullptr;  // [T], not increasing: PackedSequence, data is packed
   const std::int64_t* lengths = nullptr;      // [B], 0…T, any order: data is padded
   const bool* reset = nullptr;  // reset[t·reset_step + b·reset_row]; padded data only.
-  std::int64_t reset_step = 0, reset_row = 0;  // True: the initial state (zeros) replaces h_{t-1}
+  std::int64_t reset_step = 0, reset_row = 0;  // True: reset_h, reset_c replace the state before
 
   // ---- forward: read ------------------------------------------------------------------------
-  Sequence input;                          // [T, B, I] or packed [N, I]
-  State h0, c0;                            // [L·D, B, O], [L·D, B, H]; absent: zeros
+  Sequence input;          // [T, B, I] or packed [N, I]
+  State h0, c0;            // [L·D, B, O], [L·D, B, H]; absent: zeros
+  State reset_h, reset_c;  // [L·D, O], [L·D, H], `row` ignored; absent: zeros
+  State dropout_mask;      // [L·D, B, O] what W_hh sees of h; absent: all of it
+  // True keeps the old value. Absent: the share zoneout_h, zoneout_c of it.
+  Mask zoneout_h_mask, zoneout_c_mask;     // [L·D, T, B, O], [L·D, T, B, H]; packed [L·D, N, ·]
   const Parameters* parameters = nullptr;  // [L·D]
   // Forward: the parameters as Backend::pack left them. Null: this call packs them for itself.
   const void* packed = nullptr;
@@ -109,10 +136,12 @@ struct Problem {
   void* cell = nullptr;
   // What backward needs beside `hidden` and `cell`, compute type: [L·D, T·B or N, planes·Hp], in
   // the engine's own row order. Null: inference. When given, `all_layers` must be true and, for
-  // cells with a c, `cell` given. planes: saved_planes() in backend.h.
+  // cells with a c, `cell` given. planes: saved_planes() in backend.h. With Options::recompute it
+  // is never given.
   void* gates = nullptr;
 
-  // Backward: `gates` is not needed afterwards, and the gates' gradients may take its place.
+  // Backward: `gates` is not needed afterwards, and the gates' gradients may take its place (they
+  // do where no option adds to the cell).
   bool consume_gates = false;
 
   // ---- backward: read. Absent: zeros --------------------------------------------------------
@@ -125,6 +154,8 @@ struct Problem {
   void* d_input = nullptr;             // [T, B, I] or [N, I]; padding is zero
   void* d_h0 = nullptr;                // [L·D, B, O]
   void* d_c0 = nullptr;                // [L·D, B, H]
+  void* d_reset_h = nullptr;           // [L·D, O]
+  void* d_reset_c = nullptr;           // [L·D, H]
   Parameters* d_parameters = nullptr;  // [L·D], each contiguous, absent where not wanted
 
   // ---- scratch ------------------------------------------------------------------------------

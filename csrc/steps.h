@@ -23,10 +23,11 @@ struct Steps {
   std::int64_t pairs = 0;            // N, the sum of active
   bool padding = false;              // some pair of the T·B grid is inactive
   std::int64_t* active = nullptr;    // [T] rows active at the step, not increasing
-  std::int64_t* offset = nullptr;    // [T] sum of the active before the step
+  std::int64_t* offset = nullptr;    // [T] sum of the active before the step; of a part [T + 1]
   std::int64_t* position = nullptr;  // [T] the step's place in the caller's arrays
   std::int64_t* order = nullptr;     // [B] the caller's row of each sorted row
   std::int64_t* length = nullptr;    // [B] steps of each sorted row
+  std::int64_t* extent = nullptr;    // [B] the same, counting those after the end of a part
   // [N] or null. fresh[n]: an episode starts at the pair's step, nothing crosses from the step
   // before.
   std::uint8_t* fresh = nullptr;
@@ -51,7 +52,7 @@ struct Walk {
   FASTRNN_INLINE bool starts_fresh(std::int64_t t, std::int64_t i) const {
     if (!steps.fresh) return false;
     const std::int64_t boundary = reverse ? t + 1 : t;
-    return boundary < steps.length[i] && steps.fresh[steps.offset[boundary] + i];
+    return boundary < steps.extent[i] && steps.fresh[steps.offset[boundary] + i];
   }
 };
 
@@ -71,7 +72,7 @@ inline Steps build_steps(const Problem& p, void* scratch) {
   s.offset = s.active + p.T;
   s.position = s.offset + p.T;
   s.order = s.position + p.T;
-  s.length = s.order + p.B;
+  s.length = s.extent = s.order + p.B;
 
   for (std::int64_t i = 0; i < p.B; ++i) s.order[i] = i;
   if (p.batch_sizes) {
@@ -104,6 +105,37 @@ inline Steps build_steps(const Problem& p, void* scratch) {
       for (std::int64_t i = 0; i < s.active[t]; ++i)
         s.fresh[s.offset[t] + i] = p.reset[t * p.reset_step + s.order[i] * p.reset_row];
   }
+  return s;
+}
+
+// Bytes that build_part() takes from its scratch, for a part of `count` steps.
+inline std::size_t part_size(const Problem& p, std::int64_t count) {
+  return static_cast<std::size_t>(count + 1 + 2 * p.B) * sizeof(std::int64_t);
+}
+
+// `count` of the steps from `begin` on, for the rows that are active there; of a part that begins
+// at the first step for all rows. The pairs are counted from the part's first on; positions and
+// rows stay the caller's.
+inline Steps build_part(const Steps& whole, std::int64_t begin, std::int64_t count, void* scratch) {
+  Steps s = whole;
+  const std::int64_t end = begin + count;
+  s.T = count;
+  if (begin > 0) s.B = whole.active[begin];
+  s.padding = false;
+  s.active = whole.active + begin;
+  s.position = whole.position + begin;
+  s.offset = static_cast<std::int64_t*>(scratch);
+  s.length = s.offset + count + 1;
+  s.extent = s.length + whole.B;
+  const std::int64_t first = count > 0 ? whole.offset[begin] : 0;
+  for (std::int64_t t = begin; t < end; ++t) s.offset[t - begin] = whole.offset[t] - first;
+  s.pairs = (end < whole.T ? whole.offset[end] : whole.pairs) - first;
+  s.offset[count] = s.pairs;
+  for (std::int64_t i = 0; i < s.B; ++i) {
+    s.extent[i] = std::max<std::int64_t>(whole.length[i] - begin, 0);
+    s.length[i] = std::min(s.extent[i], count);
+  }
+  if (whole.fresh) s.fresh = whole.fresh + first;
   return s;
 }
 

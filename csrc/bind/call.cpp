@@ -37,6 +37,8 @@ State state_of(const Array& array) {
 
 Weight weight_of(const Array& array) {
   if (array.ndim() == 1) return {array.data(), 0, array.stride(0)};
+  if (array.ndim() == 3)
+    return {array.data(), array.stride(1), array.stride(2), array.stride(0)};  // of several heads
   return {array.data(), array.stride(0), array.stride(1)};
 }
 
@@ -86,6 +88,7 @@ class Call {
   void use_cache(py::handle weights, PackCache& cache);
   void set_rows(py::handle lengths, py::handle reset);
   void set_states(py::handle h0, py::handle c0);
+  void set_extras(py::handle extras);
   void set_finals(py::handle h_n, py::handle c_n);
   void set_results(py::handle hidden, py::handle cell, py::handle gates, bool all_layers,
                    bool written);
@@ -93,6 +96,7 @@ class Call {
   void set_gradients(py::handle d_output, py::handle d_hidden, py::handle d_cell, py::handle d_h_n,
                      py::handle d_c_n);
   void set_wanted(py::handle d_input, py::handle d_h0, py::handle d_c0, py::handle d_weights);
+  void set_wanted_resets(py::handle d_reset_h, py::handle d_reset_c);
 
   void consume_gates(bool consume) { problem_.consume_gates = consume; }
   void run(Pass pass, py::handle workspace);
@@ -103,6 +107,8 @@ class Call {
                bool written);
   void* wanted(py::handle object, const char* name, Shape shape);
   State state(py::handle object, const char* name, std::int64_t units);
+  State reset_state(py::handle object, const char* name, std::int64_t units);
+  Mask mask(py::handle object, const char* name, std::int64_t units);
   Parameters parameters(const List& list, const char* argument, std::int64_t group, bool written);
   void set_batch_sizes(py::handle batch_sizes, std::int64_t rows);
   void expect_absent(py::handle object, const char* name) const;
@@ -131,6 +137,7 @@ class Call {
   CellTraits traits_;
   std::int64_t L_, D_, N_ = 0;
   std::int64_t per_group_ = 0;  // parameters of one layer and direction
+  bool has_biases_ = false;     // among them
   dlpack::DataType storage_{}, compute_{};
   std::vector<std::int64_t> row_counts_;  // lengths or batch_sizes, of which there is one at most
   std::vector<Parameters> parameters_, d_parameters_;
@@ -203,32 +210,56 @@ Parameters Call::parameters(const List& list, const char* argument, std::int64_t
       weights_.push_back(a);
     return weight_of(a);
   };
+  const CellOptions& maths = problem_.options.maths;
+  const std::int64_t heads = maths.heads, H = problem_.H;
   Parameters group_parameters;
   group_parameters.weight_ih = next("weight_ih", {rows, in});
-  group_parameters.weight_hh = next("weight_hh", {rows, out});
-  if (per_group_ >= 4) {
+  group_parameters.weight_hh = heads == 1 ? next("weight_hh", {rows, out})
+                                          : next("weight_hh", {heads, rows / heads, out / heads});
+  if (has_biases_) {
     group_parameters.bias_ih = next("bias_ih", {rows});
     group_parameters.bias_hh = next("bias_hh", {rows});
   }
-  if (problem_.options.proj_size > 0)
-    group_parameters.weight_hr = next("weight_hr", {out, problem_.H});
+  if (problem_.options.proj_size > 0) group_parameters.weight_hr = next("weight_hr", {out, H});
+  if (maths.peephole) {
+    group_parameters.weight_ci = next("weight_ci", {H});
+    group_parameters.weight_cf = next("weight_cf", {H});
+    group_parameters.weight_co = next("weight_co", {H});
+  }
+  if (maths.layer_norm) {
+    group_parameters.norm_ih = next("norm_ih", {rows});
+    group_parameters.norm_hh = next("norm_hh", {rows});
+  }
+  if (maths.layer_norm && traits_.states > 1) {
+    group_parameters.norm_c = next("norm_c", {H});
+    group_parameters.norm_c_bias = next("norm_c_bias", {H});
+  }
   return group_parameters;
 }
 
 void Call::set_weights(py::handle weights) {
   const List list(weights, "weights");
-  const std::int64_t groups = L_ * D_, projected = problem_.options.proj_size > 0 ? 1 : 0;
+  const CellOptions& maths = problem_.options.maths;
+  const std::int64_t groups = L_ * D_;
+  const std::int64_t least = 2 + (problem_.options.proj_size > 0 ? 1 : 0) +
+                             (maths.peephole ? 3 : 0) + (maths.layer_norm ? 2 * traits_.states : 0);
   per_group_ = list.size() / groups;
-  if (list.size() % groups != 0 || (per_group_ != 2 + projected && per_group_ != 4 + projected))
-    throw py::value_error("weights: expected " + std::to_string(groups * (4 + projected)) +
-                          " arrays, or " + std::to_string(groups * (2 + projected)) +
+  has_biases_ = per_group_ == least + 2;
+  if (list.size() % groups != 0 || (per_group_ != least && !has_biases_))
+    throw py::value_error("weights: expected " + std::to_string(groups * (least + 2)) +
+                          " arrays, or " + std::to_string(groups * least) +
                           " without biases, got " + std::to_string(list.size()));
   const Array recurrent = array(list[1], {"weights", 1, "weight_hh", 0, false});
-  recurrent.expect_axes(2, "two axes");
-  problem_.H = recurrent.shape(0) / traits_.gates;
-  if (problem_.H < 1 || recurrent.shape(0) % traits_.gates != 0)
+  const bool split = maths.heads > 1;
+  recurrent.expect_axes(split ? 3 : 2, split ? "three axes (heads, ., .)" : "two axes");
+  const std::int64_t rows = split ? recurrent.shape(0) * recurrent.shape(1) : recurrent.shape(0);
+  problem_.H = rows / traits_.gates;
+  if (problem_.H < 1 || rows % traits_.gates != 0)
     recurrent.complain("rows for " + std::to_string(traits_.gates) + " gates",
-                       std::to_string(recurrent.shape(0)) + " rows");
+                       std::to_string(rows) + " rows");
+  if (problem_.H % maths.heads != 0)
+    throw py::value_error("heads: expected a divisor of the hidden size, " +
+                          std::to_string(problem_.H) + ", got " + std::to_string(maths.heads));
   if (output_size() > problem_.H)
     throw py::value_error("proj_size: expected at most the hidden size, " +
                           std::to_string(problem_.H) + ", got " + std::to_string(output_size()));
@@ -280,6 +311,45 @@ void Call::set_states(py::handle h0, py::handle c0) {
   problem_.c0 = state(c0, "c0", problem_.H);
 }
 
+State Call::reset_state(py::handle object, const char* name, std::int64_t units) {
+  if (object.is_none()) return {};
+  const Array a = array(object, {name});
+  a.expect_shape({L_ * D_, units}).expect_dtype(storage_);
+  return {a.data(), a.stride(0), 0, a.stride(1)};
+}
+
+Mask Call::mask(py::handle object, const char* name, std::int64_t units) {
+  if (object.is_none()) return {};
+  const Array a = array(object, {name});
+  if (packed())
+    a.expect_shape({L_ * D_, N_, units});
+  else
+    a.expect_shape({L_ * D_, problem_.T, problem_.B, units});
+  a.expect_dtype({dlpack::kBool, 8, 1});
+  const Sequence rows = sequence_of(a, 1);
+  return {static_cast<const bool*>(a.data()), a.stride(0), rows.step, rows.row, rows.unit};
+}
+
+// In the order of _engine.py's Extras.
+void Call::set_extras(py::handle extras) {
+  if (extras.is_none()) return;
+  const List list(extras, "extras");
+  if (list.size() != 5)
+    throw py::value_error(
+        "extras: expected (reset_h, reset_c, dropout_mask, zoneout_h_mask, zoneout_c_mask), got " +
+        std::to_string(list.size()) + " values");
+  problem_.reset_h = reset_state(list[0], "reset_h", output_size());
+  problem_.dropout_mask = state(list[2], "dropout_mask", output_size());
+  problem_.zoneout_h_mask = mask(list[3], "zoneout_h_mask", output_size());
+  if (traits_.states < 2) {
+    expect_absent(list[1], "reset_c");
+    expect_absent(list[4], "zoneout_c_mask");
+  } else {
+    problem_.reset_c = reset_state(list[1], "reset_c", problem_.H);
+    problem_.zoneout_c_mask = mask(list[4], "zoneout_c_mask", problem_.H);
+  }
+}
+
 void* Call::result(py::handle object, const char* name, dlpack::DataType dtype, Shape shape,
                    bool written) {
   const Array a = array(object, {name});
@@ -314,13 +384,16 @@ void Call::set_results(py::handle hidden, py::handle cell, py::handle gates, boo
     expect_absent(cell, "cell");
   else if (!cell.is_none())
     problem_.cell = sequence_result(cell, "cell", compute_, L_, D_ * H, written);
+  const bool no_cell = traits_.states >= 2 && problem_.cell == nullptr;
+  if (problem_.options.recompute && !written && no_cell)
+    throw py::value_error("cell: expected the one that forward kept, got None");
   if (gates.is_none()) return;
   const std::int64_t planes = traits_.saved_planes * padded(H);
-  problem_.gates =
+  void* data =
       result(gates, "gates", compute_, {L_ * D_, N_, planes}, written || problem_.consume_gates);
+  if (planes > 0) problem_.gates = data;
   if (!all_layers) throw py::value_error("all_layers: expected True with gates, got False");
-  if (traits_.states >= 2 && problem_.cell == nullptr)
-    throw py::value_error("cell: expected an array with gates, got None");
+  if (no_cell) throw py::value_error("cell: expected an array with gates, got None");
 }
 
 Sequence Call::layers_gradient(py::handle object, const char* name, dlpack::DataType dtype,
@@ -384,6 +457,14 @@ void Call::set_wanted(py::handle d_input, py::handle d_h0, py::handle d_c0, py::
   problem_.d_parameters = d_parameters_.data();
 }
 
+void Call::set_wanted_resets(py::handle d_reset_h, py::handle d_reset_c) {
+  problem_.d_reset_h = wanted(d_reset_h, "d_reset_h", {L_ * D_, output_size()});
+  if (traits_.states < 2)
+    expect_absent(d_reset_c, "d_reset_c");
+  else
+    problem_.d_reset_c = wanted(d_reset_c, "d_reset_c", {L_ * D_, problem_.H});
+}
+
 void Call::run(Pass pass, py::handle workspace) {
   const Backend& backend = cpu_backend();
   const std::size_t bytes = backend.workspace_size(problem_, pass);
@@ -407,12 +488,13 @@ using Arg = py::handle;
 
 void forward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg weights, Arg batch_sizes,
              Arg lengths, Arg reset, Arg hidden, Arg h_n, Arg c_n, Arg cell, Arg gates,
-             bool all_layers, int threads, Arg workspace, PackCache* cache) {
+             bool all_layers, int threads, Arg workspace, PackCache* cache, Arg extras) {
   Call call(options, threads);
   call.set_input(input, batch_sizes);
   call.set_weights(weights);
   call.set_rows(lengths, reset);
   call.set_states(h0, c0);
+  call.set_extras(extras);
   call.set_finals(h_n, c_n);
   call.set_results(hidden, cell, gates, all_layers, true);
   if (cache != nullptr) call.use_cache(weights, *cache);
@@ -422,17 +504,21 @@ void forward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg weigh
 void backward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg weights,
               Arg batch_sizes, Arg lengths, Arg reset, Arg hidden, Arg cell, Arg gates,
               Arg d_output, Arg d_hidden, Arg d_cell, Arg d_h_n, Arg d_c_n, Arg d_input, Arg d_h0,
-              Arg d_c0, Arg d_weights, bool consume_gates, int threads, Arg workspace) {
-  if (gates.is_none()) throw py::value_error("gates: expected those that forward saved, got None");
+              Arg d_c0, Arg d_weights, bool consume_gates, int threads, Arg workspace, Arg extras,
+              Arg d_reset_h, Arg d_reset_c) {
+  if (gates.is_none() && !options.options.recompute)
+    throw py::value_error("gates: expected those that forward saved, got None");
   Call call(options, threads);
   call.set_input(input, batch_sizes);
   call.set_weights(weights);
   call.set_rows(lengths, reset);
   call.set_states(h0, c0);
+  call.set_extras(extras);
   call.consume_gates(consume_gates);
   call.set_results(hidden, cell, gates, true, false);
   call.set_gradients(d_output, d_hidden, d_cell, d_h_n, d_c_n);
   call.set_wanted(d_input, d_h0, d_c0, d_weights);
+  call.set_wanted_resets(d_reset_h, d_reset_c);
   call.run(Pass::backward, workspace);
 }
 
@@ -453,12 +539,14 @@ void register_call(py::module_& module) {
   module.def("forward", forward, arg("options"), arg("input"), arg("h0"), arg("c0"), arg("weights"),
              arg("batch_sizes"), arg("lengths"), arg("reset"), arg("hidden"), arg("h_n"),
              arg("c_n"), arg("cell"), arg("gates"), arg("all_layers"), arg("threads") = 0,
-             arg("workspace") = py::none(), arg("cache") = py::none());
+             arg("workspace") = py::none(), arg("cache") = py::none(), arg("extras") = py::none());
   module.def("backward", backward, arg("options"), arg("input"), arg("h0"), arg("c0"),
              arg("weights"), arg("batch_sizes"), arg("lengths"), arg("reset"), arg("hidden"),
              arg("cell"), arg("gates"), arg("d_output"), arg("d_hidden"), arg("d_cell"),
              arg("d_h_n"), arg("d_c_n"), arg("d_input"), arg("d_h0"), arg("d_c0"), arg("d_weights"),
-             arg("consume_gates") = false, arg("threads") = 0, arg("workspace") = py::none());
+             arg("consume_gates") = false, arg("threads") = 0, arg("workspace") = py::none(),
+             arg("extras") = py::none(), arg("d_reset_h") = py::none(),
+             arg("d_reset_c") = py::none());
 }
 
 }  // namespace fastrnn::bind

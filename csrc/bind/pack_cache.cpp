@@ -24,11 +24,12 @@ std::int64_t version_of(py::handle tensor) {
 
 bool same_options(const Options& a, const Options& b) {
   return a.cell == b.cell && a.maths.reset_after == b.maths.reset_after && a.layers == b.layers &&
-         a.directions == b.directions && a.proj_size == b.proj_size;
+         a.directions == b.directions && a.proj_size == b.proj_size &&
+         a.maths.heads == b.maths.heads;
 }
 
-// visit(value) of what is compared: all of a bias; of a matrix its diagonals, as often
-// round as it takes to touch every row and every column.
+// visit(value) of what is compared: all of a bias; of a matrix (of each head's) its diagonals, as
+// often round as it takes to touch every row and every column.
 template <class T, class Visit>
 void visit_samples(const Array& array, Visit visit) {
   const T* data = static_cast<const T*>(array.data());
@@ -36,14 +37,18 @@ void visit_samples(const Array& array, Visit visit) {
     for (std::int64_t i = 0; i < array.shape(0); ++i) visit(data[i * array.stride(0)]);
     return;
   }
-  const std::int64_t rows = array.shape(0), columns = array.shape(1);
+  const int axis = static_cast<int>(array.ndim()) - 2;  // of a matrix's rows
+  const std::int64_t rows = array.shape(axis), columns = array.shape(axis + 1);
   const std::int64_t count = rows > 0 && columns > 0 ? std::max(rows, columns) : 0;
-  const std::int64_t row = array.stride(0), unit = array.stride(1);
-  std::int64_t at_row = 0, at_column = 0;  // of the sample, as offsets
-  for (std::int64_t i = 0; i < count; ++i) {
-    visit(data[at_row + at_column]);
-    if ((at_row += row) == rows * row) at_row = 0;
-    if ((at_column += unit) == columns * unit) at_column = 0;
+  const std::int64_t row = array.stride(axis), unit = array.stride(axis + 1);
+  const std::int64_t heads = axis > 0 ? array.shape(0) : 1, head = axis > 0 ? array.stride(0) : 0;
+  for (std::int64_t h = 0; h < heads; ++h, data += head) {
+    std::int64_t at_row = 0, at_column = 0;  // of the sample, as offsets
+    for (std::int64_t i = 0; i < count; ++i) {
+      visit(data[at_row + at_column]);
+      if ((at_row += row) == rows * row) at_row = 0;
+      if ((at_column += unit) == columns * unit) at_column = 0;
+    }
   }
 }
 

@@ -6,7 +6,8 @@
 //                holds a view of each, so that no other memory comes to lie at its address.
 // Unseen writes  torch's counter does not see what is written through `.data`, a NumPy view or a
 //                library that keeps it still on purpose (FSDP does). So biases are compared whole,
-//                and of each matrix a value in every row and in every column.
+//                and of each matrix, of several heads each head's, a value in every row and in
+//                every column.
 // When           at the second call in a row with the same weights: a training loop, whose weights
 //                change at every step, packs nothing twice. And only for calls of few pairs of step
 //                and row; where there are many, packing anew costs next to nothing.
@@ -39,7 +40,7 @@ class PackCache {
 
   struct Entry {
     void* data;
-    std::int64_t shape[2], strides[2];
+    std::int64_t shape[3], strides[3];
     std::int64_t version;
     py::object view;  // keeps the memory
   };

@@ -6,11 +6,17 @@
 //   c' = f·c + i·g
 //   h' = o·φ(c')
 //
+// Peephole (Gers & Schmidhuber 2000): a_i += w_ci·c, a_f += w_cf·c, a_o += w_co·c'.
+// Layer norm: h' = o·φ(γ_c·norm(c') + β_c).
+//
 // Saved: i, f, g, o. c is kept by the caller, φ(c') is computed again.
 // Gradient, given dh' and dc' (from the step after):
 //   dc = dc' + dh'·o·φ'(c')
 //   da_i = dc·g·σ'(i)  da_f = dc·c·σ'(f)  da_g = dc·i·φ'(g)  da_o = dh'·φ(c')·σ'(o)
 //   to the step before: dc·f
+//   with peephole dc += da_o·w_co, and to the step before also da_i·w_ci + da_f·w_cf
+//
+// A step is two halves, the second being what follows c': options come in between.
 #pragma once
 
 #include "activation.h"
@@ -28,28 +34,70 @@ struct Lstm {
   static constexpr bool projects = true;
   static bool accepts(const CellOptions&) { return true; }
 
+  // What the gates see of c: before the first half, w = w_ci, w_cf; before the second, w_co.
+  static constexpr int peepholes = 3, output_gate = 3;
   template <class V>
-  static FASTRNN_CELL void forward(const CellOptions& o, const V*, const V* a, const V* previous,
-                                   V* next, V* saved) {
+  static FASTRNN_CELL void peep_before(const V* w, V c, V* a) {
+    a[0] = fma(w[0], c, a[0]);
+    a[1] = fma(w[1], c, a[1]);
+  }
+  template <class V>
+  static FASTRNN_CELL V peep_after(V w, V c_next, V a_output) {
+    return fma(w, c_next, a_output);
+  }
+  template <class V>
+  static FASTRNN_CELL V peep_backward(const V* w, const V* d_a, V d_c) {
+    return fma(d_a[0], w[0], fma(d_a[1], w[1], d_c));
+  }
+
+  template <class V>
+  static FASTRNN_CELL V forward_state(const CellOptions& o, const V* a, V c, V* saved) {
     saved[0] = gate(o.gate_activation, a[0]);
     saved[1] = gate(o.gate_activation, a[1]);
     saved[2] = activate(o.activation, a[2]);
-    saved[3] = gate(o.gate_activation, a[3]);
-    next[1] = fma(saved[1], previous[1], saved[0] * saved[2]);
-    next[0] = saved[3] * activate(o.activation, next[1]);
+    return next_state(saved, c);
+  }
+  template <class V>
+  static FASTRNN_CELL V next_state(const V* saved, V c) {
+    return fma(saved[1], c, saved[0] * saved[2]);
+  }
+  // c_next: or what layer norm makes of it.
+  template <class V>
+  static FASTRNN_CELL V forward_output(const CellOptions& o, V a_output, V c_next, V* saved) {
+    saved[3] = gate(o.gate_activation, a_output);
+    return saved[3] * activate(o.activation, c_next);
+  }
+
+  // d_c, and what comes through h' on top of it.
+  template <class V>
+  static FASTRNN_CELL V backward_output(const CellOptions& o, const V* saved, V c_next, V d_h,
+                                        V d_c, V* d_a) {
+    const V f_c = activate(o.activation, c_next);
+    d_a[3] = d_h * f_c * gate_slope(o.gate_activation, saved[3]);
+    return fma(d_h * saved[3], activate_slope(o.activation, f_c), d_c);
+  }
+  // The gradient of the c before.
+  template <class V>
+  static FASTRNN_CELL V backward_state(const CellOptions& o, const V* saved, V c, V d_c, V* d_a) {
+    d_a[0] = d_c * saved[2] * gate_slope(o.gate_activation, saved[0]);
+    d_a[1] = d_c * c * gate_slope(o.gate_activation, saved[1]);
+    d_a[2] = d_c * saved[0] * activate_slope(o.activation, saved[2]);
+    return d_c * saved[1];
+  }
+
+  template <class V>
+  static FASTRNN_CELL void forward(const CellOptions& o, const V*, const V* a, const V* previous,
+                                   V* next, V* saved) {
+    next[1] = forward_state(o, a, previous[1], saved);
+    next[0] = forward_output(o, a[3], next[1], saved);
   }
 
   template <class V>
   static FASTRNN_CELL void backward(const CellOptions& o, const V* saved, const V* previous,
                                     const V* next, const V* d_next, V* d_previous, V* d_a) {
-    const V f_c = activate(o.activation, next[1]);
-    const V d_c = fma(d_next[0] * saved[3], activate_slope(o.activation, f_c), d_next[1]);
-    d_a[0] = d_c * saved[2] * gate_slope(o.gate_activation, saved[0]);
-    d_a[1] = d_c * previous[1] * gate_slope(o.gate_activation, saved[1]);
-    d_a[2] = d_c * saved[0] * activate_slope(o.activation, saved[2]);
-    d_a[3] = d_next[0] * f_c * gate_slope(o.gate_activation, saved[3]);
+    const V d_c = backward_output(o, saved, next[1], d_next[0], d_next[1], d_a);
     d_previous[0] = V(0);
-    d_previous[1] = d_c * saved[1];
+    d_previous[1] = backward_state(o, saved, previous[1], d_c, d_a);
   }
 };
 

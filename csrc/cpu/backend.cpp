@@ -4,10 +4,12 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <stdexcept>
 
 #include "../cells/list.h"
+#include "../cells/options.h"
 #include "../steps.h"
 #include "isa.h"
 #include "layer.h"
@@ -66,6 +68,7 @@ namespace {
 struct CellEntry {
   int index;  // of AllCells
   CellTraits traits;
+  int planes;  // saved for a pair, wherever they are kept
 };
 
 template <class... Cells>
@@ -74,12 +77,24 @@ bool find_cell(CellList<Cells...>, const Options& o, CellEntry& found) {
   const auto try_cell = [&](const char* name, bool accepts, CellTraits traits) {
     ++index;
     if (o.cell != name || !accepts) return false;
-    found = {index, traits};
+    const int planes =
+        traits.saved_planes + (o.proj_size ? 1 : 0) + norm_planes(o.maths, traits.gates);
+    traits.saved_planes = o.recompute ? 0 : planes;
+    found = {index, traits, planes};
     return true;
   };
-  return (try_cell(Cells::name, Cells::accepts(o.maths) && (Cells::projects || o.proj_size == 0),
-                   {Cells::gates, Cells::states, Cells::saved + (o.proj_size ? 1 : 0)}) ||
+  const bool of_c = o.maths.peephole || o.maths.zoneout_c > 0;
+  return (try_cell(Cells::name,
+                   Cells::accepts(o.maths) && (Cells::projects || o.proj_size == 0) &&
+                       (Cells::states > 1 || !of_c),
+                   {Cells::gates, Cells::states, Cells::saved}) ||
           ...);
+}
+
+// Whether something adds to the cell: csrc/cpu/general_forward.h.
+bool beyond_the_cell(const Problem& p) {
+  return p.options.maths.beyond_the_cell() || p.reset_h.data || p.reset_c.data || p.d_reset_h ||
+         p.d_reset_c || p.dropout_mask.data || p.zoneout_h_mask.data || p.zoneout_c_mask.data;
 }
 
 CellEntry cell_entry(const Options& o) {
@@ -137,6 +152,7 @@ struct Stack {
         storage(storage_bytes(problem.dtype)),
         compute(compute_bytes(problem.dtype)) {}
 
+  bool in_parts() const { return pass == Pass::backward && p.options.recompute; }
   std::int64_t inputs(std::int64_t layer) const { return layer ? p.options.directions * O : p.I; }
 };
 
@@ -174,16 +190,18 @@ double layer_time(const Stack& s, int rows, int columns) {
   const double project = product_time(s, std::ceil(static_cast<double>(s.pairs) / rows),
                                       G * H * static_cast<double>(p.I) / columns);
   const double cells = static_cast<double>(s.pairs) * H * kCell / threads;
-  double step = product_time(s, mine, G * H * O / columns);
-  if (columns > 1) step += kBarrier;
+  const double heads = static_cast<double>(p.options.maths.heads);
+  double step = product_time(s, mine, G * H * O / heads / columns);
+  if (columns > 1) step += beyond_the_cell(p) ? 2 * kBarrier : kBarrier;
   return project + cells + T * step + (threads > 1 ? kRegion : 0);
 }
 
 // Of crowded cores no units are shared: their threads would wait for each other at every step.
+// With Options::recompute backward runs the directions one after the other.
 Plan make_plan(const Stack& s, bool crowded) {
   const Problem& p = s.p;
   Plan best;
-  const int directions = static_cast<int>(p.options.directions);
+  const int directions = s.in_parts() ? 1 : static_cast<int>(p.options.directions);
   const auto blocks =
       static_cast<int>((p.H + s.kernels.units_per_block - 1) / s.kernels.units_per_block);
   // More threads must be worth it: they are another's as well, and a busy one holds up the others.
@@ -206,6 +224,12 @@ Sequence normal(const Stack& s, Sequence a) {
   return a;
 }
 
+Mask of_layer(const Stack& s, Mask a, std::int64_t group) {
+  if (s.p.batch_sizes) a.step = a.row;
+  if (a.data) a.data += group * a.group;
+  return a;
+}
+
 // A contiguous sequence array of `width` units.
 Sequence contiguous(const Stack& s, void* data, std::int64_t width) {
   return normal(s, Sequence{data, s.p.B * width, width, 1});
@@ -215,6 +239,7 @@ Sequence contiguous(const Stack& s, void* data, std::int64_t width) {
 Layer describe_weights(const Stack& s, std::int64_t l) {
   const Problem& p = s.p;
   Layer layer;
+  layer.maths = p.options.maths;
   layer.steps = &s.steps;
   layer.directions = p.options.directions;
   layer.I = s.inputs(l);
@@ -238,19 +263,29 @@ Layer describe(const Stack& s, std::int64_t l) {
   const Problem& p = s.p;
   const std::int64_t D = p.options.directions, g = l * D;
   Layer layer = describe_weights(s, l);
-  layer.maths = p.options.maths;
+  layer.general = beyond_the_cell(p);
+  layer.rows = p.B;
+  layer.d_above_width = D * s.O;
   layer.plan = s.plan;
   layer.single = s.single;
   layer.h0 = p.h0;
   layer.h0.data = shifted(p.h0.data, g * p.h0.group, s.storage);
   layer.c0 = p.c0;
   layer.c0.data = shifted(p.c0.data, g * p.c0.group, s.storage);
+  layer.reset_h = p.reset_h;
+  layer.reset_h.data = shifted(p.reset_h.data, g * p.reset_h.group, s.storage);
+  layer.reset_c = p.reset_c;
+  layer.reset_c.data = shifted(p.reset_c.data, g * p.reset_c.group, s.storage);
+  layer.dropout_mask = p.dropout_mask;
+  layer.dropout_mask.data = shifted(p.dropout_mask.data, g * p.dropout_mask.group, s.storage);
+  layer.zoneout_h_mask = of_layer(s, p.zoneout_h_mask, g);
+  layer.zoneout_c_mask = of_layer(s, p.zoneout_c_mask, g);
   layer.h_n = shifted(p.h_n, g * p.B * s.O, s.storage);
   layer.c_n = shifted(p.c_n, g * p.B * p.H, s.storage);
   layer.cell = contiguous(s, shifted(p.cell, l * s.saved_pairs * D * p.H, s.compute), D * p.H);
-  layer.gates_group = s.saved_pairs * s.cell.traits.saved_planes * padded(p.H);
+  layer.gates_group = s.saved_pairs * s.cell.planes * padded(p.H);
   layer.gates = shifted(p.gates, g * layer.gates_group, s.compute);
-  layer.consume_gates = p.consume_gates;
+  layer.consume_gates = p.consume_gates && !layer.general;
   if (l == 0) {
     layer.input = normal(s, p.input);
   } else if (p.all_layers) {
@@ -271,14 +306,60 @@ struct Workspace {
   Barrier* barriers;
   void* between[2];  // what goes from layer to layer: outputs forward, gradients backward
   void* layer;       // the kernels' scratch
+  // Where backward makes the gates again, part by part:
+  void* part_steps;
+  void* packed;              // weights of a layer's direction
+  void* again;               // forward's scratch
+  void* gates;               // of a part
+  void *hidden, *h_n, *c_n;  // what forward writes again: [B, O], [B, O], [B, H]
+  void *carry_h, *carry_c;   // what goes from part to part
+  void* d_input;             // of the first layer's first direction, compute type
   std::size_t bytes;
 };
+
+// Steps of a part: about a sixteenth of the pairs, which is what backward keeps of the gates, but
+// enough to be worth packing the weights for.
+std::int64_t part_length(const Stack& s) {
+  const std::int64_t pairs =
+      std::min<std::int64_t>(std::max<std::int64_t>(s.pairs / 16, 256), 4096);
+  const std::int64_t steps = pairs / std::max<std::int64_t>(s.p.B, 1);
+  return std::min(std::max<std::int64_t>(steps, 1), std::max<std::int64_t>(s.p.T, 1));
+}
 
 void plan_stack(Stack& s, bool crowded) {
   s.saved_pairs = s.pairs;
   if (!s.p.batch_sizes) s.saved_pairs = s.p.T * s.p.B;
   s.plan = make_plan(s, crowded);
   s.single = Plan{};
+}
+
+// One direction of a layer, by itself.
+Layer one_direction(const Stack& s, Layer layer, std::int64_t d) {
+  const Problem& p = s.p;
+  const std::int64_t O = s.O, H = p.H, B = p.B;
+  const auto shift = [&](auto& array, std::int64_t elements, std::size_t bytes) {
+    array.data = shifted(array.data, d * elements, bytes);
+  };
+  layer.directions = 1;
+  layer.reverse = d == 1;
+  for (State* state : {&layer.h0, &layer.c0, &layer.reset_h, &layer.reset_c, &layer.dropout_mask,
+                       &layer.d_h_n, &layer.d_c_n})
+    shift(*state, state->group, s.storage);
+  for (Mask* mask : {&layer.zoneout_h_mask, &layer.zoneout_c_mask})
+    if (mask->data) mask->data += d * mask->group;
+  if (layer.parameters) layer.parameters += d;
+  if (layer.d_parameters) layer.d_parameters += d;
+  shift(layer.output, O, s.storage);
+  shift(layer.cell, H, s.compute);
+  shift(layer.d_output, O * layer.d_output.unit, s.storage);
+  shift(layer.d_hidden, O * layer.d_hidden.unit, s.storage);
+  shift(layer.d_cell, H * layer.d_cell.unit, s.compute);
+  layer.d_above = shifted(layer.d_above, d * O, s.compute);
+  layer.d_h0 = shifted(layer.d_h0, d * B * O, s.storage);
+  layer.d_c0 = shifted(layer.d_c0, d * B * H, s.storage);
+  layer.d_reset_h = shifted(layer.d_reset_h, d * O, s.storage);
+  layer.d_reset_c = shifted(layer.d_reset_c, d * H, s.storage);
+  return layer;
 }
 
 std::size_t layer_scratch(const Stack& s) {
@@ -290,11 +371,52 @@ std::size_t layer_scratch(const Stack& s) {
     if (l || p.d_input) layer.d_below = &present;
     layer.d_output = p.d_output;
     layer.d_hidden = p.d_hidden;
+    Steps part = s.steps;
+    if (s.in_parts()) {
+      layer = one_direction(s, layer, 0);
+      layer.part = true;
+      part.T = part_length(s);
+      part.pairs = part.T * p.B;
+      layer.steps = &part;
+      layer.consume_gates = !layer.general;
+      layer.gates = &present;
+    }
     const std::size_t bytes = s.pass == Pass::forward ? s.kernels.forward_scratch(layer)
                                                       : s.kernels.backward_scratch(layer);
     most = std::max(most, bytes);
   }
   return most;
+}
+
+void lay_out_parts(const Stack& s, Pieces& pieces, Workspace& w) {
+  const Problem& p = s.p;
+  static char present;  // stands for packed weights and for gates that are kept
+  const std::int64_t steps = part_length(s), pairs = steps * p.B;
+  const auto elements = [](std::int64_t count, std::size_t bytes) {
+    return static_cast<std::size_t>(count) * bytes;
+  };
+  std::size_t packed = 0, again = 0;
+  for (std::int64_t l = 0; l < std::min<std::int64_t>(p.options.layers, 2); ++l) {
+    Layer layer = one_direction(s, describe(s, l), 0);
+    Steps part = s.steps;
+    part.T = steps;
+    part.pairs = pairs;
+    layer.steps = &part;
+    packed = std::max(packed, s.kernels.packed_size(layer));
+    layer.packed = layer.gates = &present;
+    again = std::max(again, s.kernels.forward_scratch(layer));
+  }
+  w.part_steps = pieces.take(part_size(p, steps));
+  w.packed = pieces.take(packed);
+  w.again = pieces.take(again);
+  w.gates = pieces.take(elements(pairs * s.cell.planes * padded(p.H), s.compute));
+  w.hidden = pieces.take(elements(p.B * s.O, s.storage));
+  w.h_n = pieces.take(elements(p.B * s.O, s.storage));
+  w.c_n = pieces.take(elements(p.B * p.H, s.storage));
+  w.carry_h = pieces.take(elements(p.B * padded(s.O), s.compute));
+  w.carry_c = pieces.take(elements(p.B * padded(p.H), s.compute));
+  if (p.options.directions > 1 && p.d_input)
+    w.d_input = pieces.take(elements(s.saved_pairs * p.I, s.compute));
 }
 
 Workspace lay_out(const Stack& s, void* base) {
@@ -312,6 +434,7 @@ Workspace lay_out(const Stack& s, void* base) {
       w.between[i] = pieces.take(static_cast<std::size_t>(s.saved_pairs * width) *
                                  (forward ? s.storage : s.compute));
   w.layer = pieces.take(layer_scratch(s));
+  if (s.in_parts()) lay_out_parts(s, pieces, w);
   w.bytes = pieces.used;
   return w;
 }
@@ -412,12 +535,101 @@ void forward(const Problem& p) {
   }
 }
 
+// Rows of a kept sequence at one step, as the state after it.
+State state_at(const Steps& steps, const Sequence& a, std::int64_t t, std::size_t bytes) {
+  return {shifted(a.data, steps.position[t] * a.step, bytes), 0, a.row, a.unit};
+}
+
+// Runs a layer backward in parts of its steps, direction by direction: forward once more, for the
+// gates of the part, then backward, from the last part of the walk to the first. Every value
+// of a part comes out as it did in the whole.
+class Parts {
+ public:
+  Parts(const Stack& s, const Workspace& w) : s_(s), w_(w), length_(part_length(s)) {}
+
+  void run(const Layer& whole) {
+    const std::int64_t D = whole.directions, count = (s_.p.T + length_ - 1) / length_;
+    for (std::int64_t d = 0; d < D; ++d) {
+      Layer layer = one_direction(s_, whole, d);
+      layer.part = true;
+      share_input_gradient(whole, d, layer);
+      layer.packed = w_.packed;
+      run_layer(layer, s_.kernels.pack);
+      for (std::int64_t i = 0; i < count; ++i) {
+        const std::int64_t begin = (layer.reverse ? i : count - 1 - i) * length_;
+        layer.starts_sums = i == 0;
+        layer.ends_sums = i == count - 1;
+        run_part(layer, begin, std::min(length_, s_.p.T - begin));
+      }
+    }
+  }
+
+ private:
+  // dx is a sum over the directions: the first leaves its part for the second to go on with.
+  void share_input_gradient(const Layer& whole, std::int64_t d, Layer& layer) const {
+    if (whole.directions == 1 || !(whole.d_below || whole.d_input.data)) return;
+    void* between = whole.d_below ? whole.d_below : w_.d_input;
+    if (d == 0) {
+      layer.d_below = between;
+      layer.d_input = {};
+    } else {
+      layer.d_input_before = between;
+    }
+  }
+
+  void run_part(Layer layer, std::int64_t begin, std::int64_t count) {
+    const Steps& all = s_.steps;
+    const Steps steps = build_part(all, begin, count, w_.part_steps);
+    const std::int64_t end = begin + count, first = all.offset[begin];
+    const std::int64_t after = end < all.T ? all.active[end] : 0;
+    const std::int64_t here = begin > 0 ? steps.B : 0;
+    layer.steps = &steps;
+    layer.rows_before = layer.reverse ? after : here;
+    layer.rows_after = layer.reverse ? here : after;
+    if (layer.rows_before > 0) {
+      const std::int64_t t = layer.reverse ? end : begin - 1;
+      layer.h_before = state_at(all, layer.output, t, s_.storage);
+      layer.c_before = state_at(all, layer.cell, t, s_.compute);
+    }
+    layer.gates = w_.gates;
+    run_layer(forward_again(layer), s_.kernels.forward);
+    layer.consume_gates = !layer.general;
+    layer.carry_h = w_.carry_h;
+    layer.carry_c = w_.carry_c;
+    layer.d_above = shifted(layer.d_above, first * layer.d_above_width, s_.compute);
+    layer.d_below = shifted(layer.d_below, first * layer.I, s_.compute);
+    layer.d_input_before = shifted(layer.d_input_before, first * layer.I, s_.compute);
+    run_layer(layer, s_.kernels.backward);
+  }
+
+  // Of its results only the gates are new.
+  Layer forward_again(Layer layer) const {
+    layer.scratch = w_.again;
+    layer.output = {w_.hidden, 0, s_.O, 1};
+    layer.cell = {};
+    layer.h_n = w_.h_n;
+    layer.c_n = w_.c_n;
+    return layer;
+  }
+
+  const Stack& s_;
+  const Workspace& w_;
+  const std::int64_t length_;
+};
+
+void clear_input_gradient(const Stack& s) {
+  const Problem& p = s.p;
+  if (p.d_input && s.steps.padding)
+    std::memset(p.d_input, 0, static_cast<std::size_t>(p.T * p.B * p.I) * s.storage);
+}
+
 void backward(const Problem& p) {
   Stack s = prepare(p, Pass::backward, cores_are_crowded());
   const Workspace w = lay_out(s, p.workspace);
   s.steps = build_steps(p, w.steps);
   const Barriers barriers(w.barriers, 1 + s.plan.threads);
   const std::int64_t L = p.options.layers, D = p.options.directions;
+  if (s.in_parts()) clear_input_gradient(s);
   for (std::int64_t l = L - 1; l >= 0; --l) {
     const std::int64_t g = l * D;
     Layer layer = describe(s, l);
@@ -441,8 +653,13 @@ void backward(const Problem& p) {
       layer.d_input = contiguous(s, p.d_input, p.I);
     layer.d_h0 = shifted(p.d_h0, g * p.B * s.O, s.storage);
     layer.d_c0 = shifted(p.d_c0, g * p.B * p.H, s.storage);
+    layer.d_reset_h = shifted(p.d_reset_h, g * s.O, s.storage);
+    layer.d_reset_c = shifted(p.d_reset_c, g * p.H, s.storage);
     layer.d_parameters = p.d_parameters ? p.d_parameters + g : nullptr;
-    run_layer(layer, s.kernels.backward);
+    if (s.in_parts())
+      Parts(s, w).run(layer);
+    else
+      run_layer(layer, s.kernels.backward);
   }
 }
 

@@ -28,7 +28,8 @@
 namespace fastrnn::FASTRNN_ISA {
 
 template <class Cell, class S>
-class Backward : Shape<Cell, S> {
+class Backward : protected Shape<Cell, S> {
+ protected:
   using K = Shape<Cell, S>;
   using K::lanes, K::gates, K::first, K::wide;
   using typename K::C;
@@ -39,79 +40,105 @@ class Backward : Shape<Cell, S> {
   static_assert(Cell::gradients <= Cell::saved, "the gradients take the place of what was saved");
 
  public:
+  // Planes of a pair's gradients: the cell's and, where something adds to the cell, those that
+  // general_backward.h says.
+  static Index gradient_planes(const Layer& layer) {
+    const bool norm = layer.maths.layer_norm, c = Cell::states > 1;
+    return Cell::gradients + (norm ? 2 * gates : 0) + (layer.maths.peephole ? 3 : 0) +
+           (norm && c ? 2 : 0);
+  }
+
   Backward(const Layer& layer, void* base)
       : layer_(layer),
         steps_(*layer.steps),
         Hp_(padded(layer.H)),
         Op_(padded(layer.O)),
-        saved_width_((Cell::saved + (layer.P ? 1 : 0)) * Hp_),
-        width_(layer.consume_gates ? saved_width_ : Cell::gradients * Hp_),
+        saved_width_(saved_width<Cell>(layer)),
+        width_(layer.consume_gates ? saved_width_ : gradient_planes(layer) * Hp_),
+        heads_(layer.maths.heads),
+        head_units_(layer.H / heads_),
+        head_outputs_(layer.O / heads_),
+        head_out_blocks_(ceil_div(head_outputs_, block_units)),
         blocks_(ceil_div(layer.H, block_units)),
-        out_blocks_(ceil_div(layer.O, block_units)),
+        out_blocks_(heads_ * head_out_blocks_),
+        second_blocks_(layer.P           ? blocks_
+                       : K::two_products ? heads_ * ceil_div(head_units_, block_units)
+                                         : 0),
+        second_sums_(layer.P ? layer.P : (gates - first) * head_units_),
         in_blocks_(ceil_div(layer.I, block_units)) {
     Arena arena(base);
     const Index B = steps_.B, D = layer.directions, N = steps_.pairs, H = layer.H;
+    // What parts of a layer go on with comes first: its place must not depend on their sizes.
+    const Index products = gates * H * (layer.I + head_outputs_) + layer.P * H;
+    sums_ = sizeof(S) != sizeof(C) ? arena.take<C>(products) : nullptr;
+    vector_sums_ = layer.part ? arena.take<C>(kVectorPlanes * Hp_) : nullptr;
+    for (Index d = 0; d < D && layer.general; ++d) {
+      group_[d].d_reset_h = arena.take<C>(layer.rows * Op_);
+      group_[d].d_reset_c = Cell::states > 1 ? arena.take<C>(layer.rows * Hp_) : nullptr;
+    }
     zeros_ = arena.take<C>(Hp_ > Op_ ? Hp_ : Op_);
     d_out_ = reads_output_gradient() ? nullptr : arena.take<C>(N * D * layer.O);
     for (Index d = 0; d < D; ++d) {
       Group& g = group_[d];
-      g.weight_hh = arena.take<C>(out_blocks_ * first * H * block_units);
-      g.second = layer.P           ? arena.take<C>(blocks_ * layer.P * block_units)
-                 : K::two_products ? arena.take<C>(blocks_ * (gates - first) * H * block_units)
-                                   : nullptr;
+      g.weight_hh = arena.take<C>(out_blocks_ * first * head_units_ * block_units);
+      g.second = arena.take<C>(second_blocks_ * second_sums_ * block_units);
       g.weight_ih = wants_input() ? arena.take<C>(in_blocks_ * gates * H * block_units) : nullptr;
       g.initial = arena.take<C>(B * Op_);
       g.initial_c = Cell::states > 1 ? arena.take<C>(B * Hp_) : nullptr;
       g.d_h_n = arena.take<C>(B * Op_);
-      g.carried = Cell::carries ? arena.take<C>(B * Op_) : nullptr;
+      g.carried = Cell::carries || layer.general ? arena.take<C>(B * Op_) : nullptr;
       g.d_c = Cell::states > 1 ? arena.take<C>(B * Hp_) : nullptr;
       g.d_gates = layer.consume_gates ? static_cast<C*>(layer.gates) + d * layer.gates_group
                                       : arena.take<C>(N * width_);
       g.d_proj = layer.P ? arena.take<C>(N * Op_) : nullptr;
     }
-    const Index row_groups =
-        Cell::gradients * ceil_div(H, rows) + (layer.P ? ceil_div(layer.P, rows) : 0);
-    packed_rows_ = arena.take<C>(row_groups * rows * kPairs);
-    const Index panels = in_blocks_ + out_blocks_ + (layer.P || K::two_products ? blocks_ : 0);
-    panels_ = arena.take<C>(panels * block_units * kPairs);
-    const Index products = gates * H * (layer.I + layer.O) + layer.P * H;
-    sums_ = sizeof(S) != sizeof(C) ? arena.take<C>(products) : nullptr;
+    for (int gate = 0; gate < gates; ++gate) every_gate_[gate] = gate;
+    Product products_of_one[kProducts];
+    describe_products(0, products_of_one);
+    const Product& last = products_of_one[kProjection];
+    packed_rows_ = arena.take<C>((last.rows_at + last.groups()) * rows * kPairs);
+    panels_ = arena.take<C>((last.panels_at + last.panels()) * block_units * kPairs);
     next_rows_of_all_ = arena.take<const C*>(next_rows_count() * layer.plan.threads);
     used_ = arena.used();
   }
 
   std::size_t used() const { return used_; }
 
-  void run(int thread, int threads) {
+  void run(int thread, int threads) { run_as(*this, thread, threads); }
+
+ protected:
+  // Self: what runs through the steps and knows the operands, this or what builds on it.
+  template <class Self>
+  FASTRNN_INLINE void run_as(Self& self, int thread, int threads) {
     const FlushSubnormals guard;
     const Plan& plan = threads == layer_.plan.threads ? layer_.plan : layer_.single;
     Barrier& everybody = layer_.barriers[0];
-    take_thread(thread);
-    prepare(thread, threads);
+    self.take_thread(thread);
+    self.prepare(thread, threads);
     everybody.wait(threads, Barrier::Wait::start);
     Share share = share_of(layer_, plan, thread);
     for (Index d = share.first_direction; d < share.last_direction && !share.idle; ++d) {
-      const Index left = recur(d, share, steps_.T);
+      const Index left = self.recur(d, share, steps_.T);
       if (left > 0) {  // the first goes on alone
         share.idle = thread > 0;
         if (!share.idle) {
           share = share_of(layer_, layer_.single, 0);
-          recur(d, share, left);
+          self.recur(d, share, left);
         }
       }
     }
     everybody.wait(threads);
     if (wants_input()) input_gradient(thread, threads);
     if (layer_.d_parameters)
-      for (Index d = 0; d < layer_.directions; ++d) parameter_gradients(d, thread, threads);
+      for (Index d = 0; d < layer_.directions; ++d) parameter_gradients(self, d, thread, threads);
   }
 
- private:
   struct Group {
     C *weight_hh, *second, *weight_ih;
     C *initial, *initial_c;  // h0 and c0
     C *d_h_n, *carried, *d_c;
     C *d_gates, *d_proj;
+    C *d_reset_h, *d_reset_c;  // general_backward.h's
   };
 
   // A row of values: in storage with its stride, or in compute type; neither: zeros.
@@ -153,18 +180,23 @@ class Backward : Shape<Cell, S> {
     const Parameters& p = layer_.parameters[d];
     const Index H = layer_.H;
     const Range outs = split(out_blocks_, thread, threads);
-    for (Index b = outs.begin; b < outs.end; ++b)
-      if (!direct(p.weight_hh, steps_uses(), b, layer_.O))
-        pack_columns<wide, C, S>(g.weight_hh + b * first * H * block_units, p.weight_hh, 0,
-                                 first * H, b * block_units, layer_.O);
-    const Range hidden = split(layer_.P || K::two_products ? blocks_ : 0, thread, threads);
+    for (Index b = outs.begin; b < outs.end; ++b) {
+      const Index in_head = b % head_out_blocks_;
+      const Weight w = head_of(p.weight_hh, b / head_out_blocks_, sizeof(S));
+      if (!direct(w, steps_uses(), in_head, head_outputs_))
+        pack_columns<wide, C, S>(g.weight_hh + b * first * head_units_ * block_units, w, 0,
+                                 first * head_units_, in_head * block_units, head_outputs_);
+    }
+    const Range hidden = split(second_blocks_, thread, threads);
     for (Index b = hidden.begin; b < hidden.end; ++b) {
+      C* to = g.second + b * second_sums_ * block_units;
+      const Index blocks_of_head = second_blocks_ / heads_;
       if (layer_.P)
-        pack_columns<wide, C, S>(g.second + b * layer_.P * block_units, p.weight_hr, 0, layer_.P,
-                                 b * block_units, H);
+        pack_columns<wide, C, S>(to, p.weight_hr, 0, layer_.P, b * block_units, H);
       else
-        pack_columns<wide, C, S>(g.second + b * (gates - first) * H * block_units, p.weight_hh,
-                                 first * H, (gates - first) * H, b * block_units, H);
+        pack_columns<wide, C, S>(to, head_of(p.weight_hh, b / blocks_of_head, sizeof(S)),
+                                 first * head_units_, second_sums_,
+                                 b % blocks_of_head * block_units, head_units_);
     }
     const Range ins = split(wants_input() ? in_blocks_ : 0, thread, threads);
     for (Index b = ins.begin; b < ins.end; ++b)
@@ -201,18 +233,28 @@ class Backward : Shape<Cell, S> {
   void boundary_states(Index d, Index i) {
     const Group& g = group_[d];
     const Index row = steps_.order[i], O = layer_.O, H = layer_.H;
-    load_state<S>(g.initial + i * Op_, layer_.h0, d, row, O);
-    load_state<S>(g.d_h_n + i * Op_, layer_.d_h_n, d, row, O);
+    const bool started = i < layer_.rows_before, goes_on = i < layer_.rows_after;
+    load_state<S>(g.initial + i * Op_, started ? layer_.h_before : layer_.h0, d, row, O);
+    if (goes_on)
+      gather(g.d_h_n + i * Op_, static_cast<const C*>(layer_.carry_h) + i * Op_, 1, Op_);
+    else
+      load_state<S>(g.d_h_n + i * Op_, layer_.d_h_n, d, row, O);
     if constexpr (Cell::states > 1) {
-      load_state<S>(g.initial_c + i * Hp_, layer_.c0, d, row, H);
-      load_state<S>(g.d_c + i * Hp_, layer_.d_c_n, d, row, H);
+      if (started)
+        load_state<C>(g.initial_c + i * Hp_, layer_.c_before, d, row, H);
+      else
+        load_state<S>(g.initial_c + i * Hp_, layer_.c0, d, row, H);
+      if (goes_on)
+        gather(g.d_c + i * Hp_, static_cast<const C*>(layer_.carry_c) + i * Hp_, 1, Hp_);
+      else
+        load_state<S>(g.d_c + i * Hp_, layer_.d_c_n, d, row, H);
     }
     if (steps_.length[i] == 0) {  // the final state is the initial one
       if (layer_.d_h0)
-        scatter(static_cast<S*>(layer_.d_h0) + (d * steps_.B + row) * O, g.d_h_n + i * Op_, O);
+        scatter(static_cast<S*>(layer_.d_h0) + (d * layer_.rows + row) * O, g.d_h_n + i * Op_, O);
       if constexpr (Cell::states > 1)
         if (layer_.d_c0)
-          scatter(static_cast<S*>(layer_.d_c0) + (d * steps_.B + row) * H, g.d_c + i * Hp_, H);
+          scatter(static_cast<S*>(layer_.d_c0) + (d * layer_.rows + row) * H, g.d_c + i * Hp_, H);
     }
   }
 
@@ -229,7 +271,7 @@ class Backward : Shape<Cell, S> {
     const Index n = steps_.offset[t] + i, count = layer_.directions * layer_.O;
     C* to = d_out_ + n * count;
     if (layer_.d_above) {
-      const C* from = static_cast<const C*>(layer_.d_above) + n * count;
+      const C* from = static_cast<const C*>(layer_.d_above) + n * layer_.d_above_width;
       for (Index u = 0; u < count; ++u) to[u] = from[u];
     } else if (layer_.d_output.data) {
       gather(to, at<const S>(layer_.d_output, steps_, t, i), layer_.d_output.unit, count);
@@ -250,6 +292,8 @@ class Backward : Shape<Cell, S> {
     Walk walk;
   };
 
+  bool reverse(Index d) const { return d == 1 || layer_.reverse; }
+
   C* gates_row(Index d, Index n) const { return group_[d].d_gates + n * width_; }
 
   const C* saved_row(const Position& p, Index i) const {
@@ -261,11 +305,10 @@ class Backward : Shape<Cell, S> {
   // become one thread.
   Index recur(Index d, const Share& share, Index end) {
     const Deal deal(steps_, share, rows);
-    const bool reverse = d == 1;
     const Range blocks = split(blocks_, share.column, share.columns);
     const Range outs = split(out_blocks_, share.column, share.columns);
     for (Index s = end - 1; s >= 0; --s) {
-      const Walk walk{steps_, reverse};
+      const Walk walk{steps_, reverse(d)};
       const Position p{d, walk.step(s), deal, walk};
       const Index n = deal.count(steps_.active[p.t]);
       bool any = false;  // some row has a step after this one
@@ -320,16 +363,18 @@ class Backward : Shape<Cell, S> {
 
   // dy of a pair.
   FASTRNN_INLINE Operand output_gradient(const Position& p, Index i) const {
-    const Index row = ((steps_.offset[p.t] + i) * layer_.directions + p.d) * layer_.O;
-    if (d_out_) return {nullptr, 1, d_out_ + row};
-    if (layer_.d_above) return {nullptr, 1, static_cast<const C*>(layer_.d_above) + row};
+    const Index n = steps_.offset[p.t] + i, column = p.d * layer_.O;
+    if (d_out_) return {nullptr, 1, d_out_ + n * layer_.directions * layer_.O + column};
+    if (layer_.d_above)
+      return {nullptr, 1,
+              static_cast<const C*>(layer_.d_above) + n * layer_.d_above_width + column};
     if (!layer_.d_output.data) return {nullptr, 1, nullptr};
     return {at<const S>(layer_.d_output, steps_, p.t, i) + p.d * layer_.O, 1, nullptr};
   }
 
   // h before a pair's step.
   FASTRNN_INLINE Operand previous_hidden(Index d, Index t, Index i) const {
-    const Walk walk{steps_, d == 1};
+    const Walk walk{steps_, reverse(d)};
     if (walk.starts_fresh(t, i)) return {nullptr, 1, nullptr};
     if (walk.first(t, i)) return {nullptr, 1, group_[d].initial + i * Op_};
     return {at<const S>(layer_.output, steps_, walk.previous(t), i) + d * layer_.O, 1, nullptr};
@@ -350,10 +395,17 @@ class Backward : Shape<Cell, S> {
     });
   }
 
+  // Of block b of all the heads' outputs.
   Columns hidden_weights(Index d, Index b) const {
-    return columns(layer_.parameters[d].weight_hh,
-                   group_[d].weight_hh + b * first * layer_.H * block_units, steps_uses(), b,
-                   layer_.O);
+    const C* packed = group_[d].weight_hh + b * first * head_units_ * block_units;
+    if (heads_ == 1)
+      return columns(layer_.parameters[d].weight_hh, packed, steps_uses(), b, layer_.O);
+    return columns(head_of(layer_.parameters[d].weight_hh, b / head_out_blocks_, sizeof(S)), packed,
+                   steps_uses(), b % head_out_blocks_, head_outputs_);
+  }
+
+  const C* second_weights(Index d, Index b) const {
+    return group_[d].second + b * second_sums_ * block_units;
   }
 
   // product_tiles() of what comes from the step after; of nothing where no row has one.
@@ -402,7 +454,7 @@ class Backward : Shape<Cell, S> {
   }
 
   void hidden_of_projected(const Position& p, Index b, Index n) {
-    const C* w = group_[p.d].second + b * layer_.P * block_units;
+    const C* w = second_weights(p.d, b);
     product_tiles(
         b, n, layer_.H,
         [&](auto& acc, Index j)
@@ -474,7 +526,7 @@ class Backward : Shape<Cell, S> {
 
   // Reset-before GRU: d(r∘h) = dn·W_hn, and what follows from it.
   void operand_step(const Position& p, Index b, Index n) {
-    const C* w = group_[p.d].second + b * (gates - first) * layer_.H * block_units;
+    const C* w = second_weights(p.d, b);
     product_tiles(
         b, n, layer_.H,
         [&](auto& acc, Index j)
@@ -506,26 +558,40 @@ class Backward : Shape<Cell, S> {
   // d_h0 and d_c0: one more product past the first step.
   void initial_gradients(Index d, const Deal& deal, const Range& outs, const Range& blocks) {
     const Group& g = group_[d];
-    const Walk walk{steps_, d == 1};
+    const Walk walk{steps_, reverse(d)};
     const Index n = deal.count(steps_.T > 0 ? steps_.active[0] : 0);
     for (Index j = 0; j < n; ++j) {
       const Index i = deal.row(j), t = first_step(d, i);
       next_rows_[j] = walk.starts_fresh(t, i) ? nullptr : gates_row(d, steps_.offset[t] + i);
     }
-    if (layer_.d_h0)
+    if (layer_.d_h0 || layer_.rows_before > 0)
       for (Index b = outs.begin; b < outs.end; ++b) initial_hidden(d, deal, b, n);
     if constexpr (Cell::states > 1)
-      if (layer_.d_c0)
+      if (layer_.d_c0 || layer_.rows_before > 0)
         for (Index j = 0; j < n; ++j) {
-          const Index i = deal.row(j), begin = blocks.begin * block_units;
-          const Index count = least(layer_.H, blocks.end * block_units) - begin;
-          S* to =
-              static_cast<S*>(layer_.d_c0) + (d * steps_.B + steps_.order[i]) * layer_.H + begin;
-          scatter(to, next_rows_[j] ? g.d_c + i * Hp_ + begin : zeros_, count);
+          const Index i = deal.row(j), end = least(layer_.H, blocks.end * block_units);
+          for (Index unit = blocks.begin * block_units; unit < end; unit += lanes)
+            store_initial_cell(d, i, unit, next_rows_[j] ? V::load(g.d_c + i * Hp_ + unit) : V(0));
         }
   }
 
-  Index first_step(Index d, Index i) const { return d == 1 ? steps_.length[i] - 1 : 0; }
+  // The gradients of the state before a row's first step: the caller's, or for the part before.
+  FASTRNN_INLINE void store_initial_hidden(Index d, Index i, Index unit, V dh) const {
+    const Index row = d * layer_.rows + steps_.order[i], O = layer_.O;
+    if (i < layer_.rows_before)
+      dh.store(static_cast<C*>(layer_.carry_h) + i * Op_ + unit);
+    else if (layer_.d_h0)
+      store_units(dh, static_cast<S*>(layer_.d_h0) + row * O + unit, O - unit);
+  }
+  FASTRNN_INLINE void store_initial_cell(Index d, Index i, Index unit, V dc) const {
+    const Index row = d * layer_.rows + steps_.order[i], H = layer_.H;
+    if (i < layer_.rows_before)
+      dc.store(static_cast<C*>(layer_.carry_c) + i * Hp_ + unit);
+    else if (layer_.d_c0)
+      store_units(dc, static_cast<S*>(layer_.d_c0) + row * H + unit, H - unit);
+  }
+
+  Index first_step(Index d, Index i) const { return reverse(d) ? steps_.length[i] - 1 : 0; }
 
   void initial_hidden(Index d, const Deal& deal, Index b, Index n) {
     const Group& g = group_[d];
@@ -535,12 +601,11 @@ class Backward : Shape<Cell, S> {
         [&](auto& acc, Index j) FASTRNN_INLINE_LAMBDA { through_weights(acc, next_rows_ + j, w); },
         [&](Index j, Index unit, const V* products, Index count) {
           const Index i = deal.row(j);
-          S* to = static_cast<S*>(layer_.d_h0) + (d * steps_.B + steps_.order[i]) * layer_.O;
           for (Index v = 0; v < count; ++v, unit += lanes) {
             V dh = next_rows_[j] ? products[v] : V(0);
             if (Cell::carries && next_rows_[j] && !layer_.P)
               dh = dh + V::load(g.carried + i * Op_ + unit);
-            store_units(dh, to + unit, layer_.O - unit);
+            store_initial_hidden(d, i, unit, dh);
           }
         });
   }
@@ -570,11 +635,15 @@ class Backward : Shape<Cell, S> {
       constexpr int R = decltype(count)::value;
       V acc[R][N];
       clear(acc);
+      if (layer_.d_input_before)
+        for (int r = 0; r < R; ++r)
+          for (int v = 0; v < N; ++v)
+            acc[r][v] = input_before(mine.begin + m + r, b * block_units + v * lanes);
       for (Index d = 0; d < layer_.directions; ++d)
         for (int gate = 0; gate < gates; ++gate) {
           const C* plane[R];
           for (int r = 0; r < R; ++r)
-            plane[r] = gates_row(d, mine.begin + m + r) + Cell::input_gradient[gate] * Hp_;
+            plane[r] = gates_row(d, mine.begin + m + r) + input_planes_[gate] * Hp_;
           accumulate<R, N>(acc, plane, layer_.H, weight[d].at(gate * layer_.H), weight[d].stride);
         }
       const Sums<R, N, C> sums(acc);
@@ -610,6 +679,12 @@ class Backward : Shape<Cell, S> {
     }
   };
 
+  V input_before(Index n, Index unit) const {
+    if (unit >= layer_.I) return V(0);
+    return load_units<C>(static_cast<const C*>(layer_.d_input_before) + n * layer_.I + unit,
+                         layer_.I - unit);
+  }
+
   FASTRNN_NOINLINE void store_input(const PairWalk& pair, Index n, Index unit, V dx) {
     if (unit >= layer_.I) return;
     if (layer_.d_below)
@@ -624,26 +699,38 @@ class Backward : Shape<Cell, S> {
   // the matrix (its columns). The pairs run in blocks of kPairs: the threads pack the block's rows
   // and columns together, meet, and then share the blocks of the results.
 
-  // One matrix of one direction.
+  // One matrix of one direction, of one head or several.
   struct Product {
-    const C* d_rows;  // [pairs][width], the plane of gate g at planes[g]·stride
-    Index width, stride;
-    const int* planes;
-    int first_gate, gates;  // of the matrix
-    Index units;            // rows of a gate
-    Index columns;
-    S* to;            // [.., columns]
-    Index rows_at;    // of packed_rows_, in groups; of a gate g at (planes[g]·groups)
-    Index panels_at;  // of panels_
-    C* sums;          // where storage is narrower than the sums: [gates·units, columns]
+    const C* d_rows = nullptr;  // [pairs][width], the plane of gate g at planes[g]·Hp
+    Index width = 0;
+    const int* planes = nullptr;
+    int first_gate = 0, gates = 1;  // of the matrix
+    Index heads = 1;
+    Index units = 0;  // rows of a gate, of one head
+    Index columns = 0;
+    S* to = nullptr;  // [heads][.., columns], `head` elements apart
+    Index head = 0;
+    const int* slots = nullptr;  // of packed_rows_: gate g begins at rows_at + slots[g]·groups
+    Index rows_at = 0;
+    Index panels_at = 0;  // of panels_
+    C* sums = nullptr;    // where storage is narrower than the sums: [heads, gates·units, columns]
 
-    Index groups() const { return ceil_div(units, rows); }
-    Index panels() const { return ceil_div(columns, block_units); }
-    Index blocks() const { return to ? panels() * gates * groups() : 0; }
+    Index groups_of_head() const { return ceil_div(units, rows); }
+    Index groups() const { return heads * groups_of_head(); }
+    Index panels_of_head() const { return ceil_div(columns, block_units); }
+    Index panels() const { return heads * panels_of_head(); }
+    Index blocks_of_head() const { return panels_of_head() * gates * groups_of_head(); }
+    Index blocks() const { return to ? heads * blocks_of_head() : 0; }
   };
   enum { kInput, kHidden, kSecond, kProjection, kProducts };
 
-  void parameter_gradients(Index d, int thread, int threads) {
+  // A block of a product: which panel of columns, which group of rows of which gate.
+  struct Spot {
+    Index head, panel, gate, group;
+  };
+
+  template <class Self>
+  void parameter_gradients(Self& self, Index d, int thread, int threads) {
     const Parameters& to = layer_.d_parameters[d];
     Product products[kProducts];
     describe_products(d, products);
@@ -653,71 +740,77 @@ class Backward : Shape<Cell, S> {
     for (Index n0 = 0; n0 < steps_.pairs && all > 0; n0 += kPairs) {
       const Index count = least(kPairs, steps_.pairs - n0);
       if (n0 > 0) layer_.barriers[0].wait(threads);  // the block before is done with
-      pack_rows(d, n0, count, thread, threads);
+      pack_rows(d, products, n0, count, thread, threads);
       for (int which = 0; which < kProducts; ++which)
-        if (products[which].to) pack_panels(d, which, products[which], n0, count, thread, threads);
+        if (products[which].to)
+          pack_panels(self, d, which, products[which], n0, count, thread, threads);
       layer_.barriers[0].wait(threads);
-      each_block(products, mine, [&](const Product& p, Index panel, Index gate, Index group) {
-        add_block(p, panel, gate, group, count, n0 == 0);
+      each_block(products, mine, [&](const Product& p, const Spot& at) {
+        add_block(p, at, count, n0 == 0 && layer_.starts_sums);
       });
     }
-    if (steps_.pairs == 0)
-      each_block(products, mine, [&](const Product& p, Index panel, Index gate, Index group) {
-        clear_block(p, panel, gate, group);
-      });
-    if constexpr (sizeof(S) != sizeof(C))
-      each_block(products, mine, [&](const Product& p, Index panel, Index gate, Index group) {
-        narrow_block(p, panel, gate, group);
-      });
-    if (to.bias_ih.data) bias_gradient(d, Cell::input_gradient, to.bias_ih, thread, threads);
-    if (to.bias_hh.data) bias_gradient(d, Cell::hidden_gradient, to.bias_hh, thread, threads);
+    if (steps_.pairs == 0 && layer_.starts_sums)
+      each_block(products, mine, [&](const Product& p, const Spot& at) { clear_block(p, at); });
+    if (sizeof(S) != sizeof(C) && layer_.ends_sums)
+      each_block(products, mine, [&](const Product& p, const Spot& at) { narrow_block(p, at); });
+    self.vector_gradients(d, to, thread, threads);
     if (d + 1 < layer_.directions) layer_.barriers[0].wait(threads);
   }
 
   void describe_products(Index d, Product (&products)[kProducts]) const {
-    const Parameters& to = layer_.d_parameters[d];
-    const Group& g = group_[d];
-    const Index H = layer_.H, I = layer_.I, O = layer_.O;
+    const Parameters to = layer_.d_parameters ? layer_.d_parameters[d] : Parameters{};
     static constexpr int only[] = {0};
-    const Index gate_groups = Cell::gradients * ceil_div(H, rows);
     const auto data = [](const Weight& w) { return static_cast<S*>(w.data); };
-    S* hidden = data(to.weight_hh);
-    S* second = K::two_products && hidden ? hidden + first * H * O : nullptr;
-    products[kInput] = {g.d_gates, width_, Hp_, Cell::input_gradient, 0,
-                        gates,     H,      I,   data(to.weight_ih),   0,
-                        0,         nullptr};
-    products[kHidden] = {g.d_gates, width_, Hp_,    Cell::hidden_gradient, 0, first, H, O, hidden,
-                         0,         0,      nullptr};
-    products[kSecond] = {g.d_gates, width_,
-                         Hp_,       Cell::hidden_gradient,
-                         first,     gates - first,
-                         H,         K::two_products ? H : 0,
-                         second,    0,
-                         0,         nullptr};
-    products[kProjection] = {g.d_proj,
-                             Op_,
-                             0,
-                             only,
-                             0,
-                             1,
-                             O,
-                             layer_.P ? H : 0,
-                             layer_.P ? data(to.weight_hr) : nullptr,
-                             gate_groups,
-                             0,
-                             nullptr};
+    const Index H = layer_.H, part = head_units_ * head_outputs_;  // one gate of one head
+    for (Product& p : products) p = {};
+    for (int which : {kInput, kHidden, kSecond}) {
+      Product& p = products[which];
+      p.d_rows = group_[d].d_gates;
+      p.width = width_;
+      p.planes = which == kInput ? input_planes_ : hidden_planes_;
+      p.slots = shares_rows() ? p.planes : every_gate_;
+    }
+    Product &input = products[kInput], &hidden = products[kHidden], &second = products[kSecond];
+    input.gates = gates;
+    input.units = H;
+    input.columns = layer_.I;
+    input.to = data(to.weight_ih);
+    hidden.gates = first;
+    second.first_gate = first;
+    second.gates = gates - first;
+    for (Product* p : {&hidden, &second}) {
+      p->heads = heads_;
+      p->units = head_units_;
+      p->columns = head_outputs_;
+      p->to = data(to.weight_hh);
+      p->head = gates * part;
+      if (!shares_rows()) p->rows_at = gates * input.groups();
+    }
+    if (!K::two_products) second = {};
+    if (second.to) second.to += first * part;
+    Product& projection = products[kProjection];
+    projection.d_rows = group_[d].d_proj;
+    projection.width = Op_;
+    projection.planes = projection.slots = only;
+    projection.units = layer_.P;
+    projection.columns = layer_.P ? H : 0;
+    projection.to = layer_.P ? data(to.weight_hr) : nullptr;
+    projection.rows_at =
+        shares_rows() ? Cell::gradients * input.groups() : hidden.rows_at + gates * hidden.groups();
     Index panels = 0, sums = 0;
     for (Product& p : products) {
       p.panels_at = panels;
       panels += p.panels();
-      p.sums = sums_ + sums;
-      sums += p.gates * p.units * p.columns;
+      p.sums = sums_ ? sums_ + sums : nullptr;
+      sums += p.heads * p.gates * p.units * p.columns;
     }
   }
 
-  // body(product, panel, gate, group) for the blocks that lie in `mine`: panel after panel, so that
-  // a panel stays in the cache; of few pairs row after row, as results are written far more than
-  // read.
+  // Whether the products of W_ih and W_hh read the same planes of gradients, in the same groups.
+  bool shares_rows() const { return heads_ == 1 && !layer_.maths.layer_norm; }
+
+  // body(product, spot) for the blocks that lie in `mine`: panel after panel, so that a panel stays
+  // in the cache; of few pairs row after row, as results are written far more than read.
   template <class Body>
   FASTRNN_INLINE void each_block(const Product (&products)[kProducts], const Range& mine,
                                  Body body) const {
@@ -725,36 +818,52 @@ class Backward : Shape<Cell, S> {
     const bool by_rows = steps_.pairs <= kFewPairs;
     Index at = 0;
     for (const Product& p : products) {
-      const Index blocks = p.blocks(), groups = p.groups(), panels = p.panels();
+      const Index blocks = p.blocks(), groups = p.groups_of_head(), panels = p.panels_of_head();
       const Index begin = mine.begin > at ? mine.begin - at : 0;
       const Index end = least(mine.end - at, blocks);
-      for (Index block = begin; block < end; ++block) {
+      for (Index all = begin; all < end; ++all) {
+        const Index head = p.heads == 1 ? 0 : all / p.blocks_of_head();
+        const Index block = all - head * p.blocks_of_head();
         const Index row = by_rows ? block / panels : block % (p.gates * groups);
-        body(p, by_rows ? block % panels : block / (p.gates * groups), row / groups, row % groups);
+        const Index panel = by_rows ? block % panels : block / (p.gates * groups);
+        body(p, Spot{head, panel, row / groups, row % groups});
       }
       at += blocks;
     }
   }
 
-  C* packed_group(const Product& p, Index gate, Index group) const {
-    const Index plane = p.planes[p.first_gate + gate];
-    return packed_rows_ + (p.rows_at + plane * p.groups() + group) * rows * kPairs;
+  C* packed_group(const Product& p, const Spot& at) const {
+    const Index groups = p.slots[p.first_gate + at.gate] * p.groups();
+    const Index group = groups + at.head * p.groups_of_head() + at.group;
+    return packed_rows_ + (p.rows_at + group) * rows * kPairs;
   }
   C* panel(const Product& p, Index panel) const {
     return panels_ + (p.panels_at + panel) * block_units * kPairs;
   }
 
   // The gates' gradients of `count` pairs, in groups of `rows` units, for each pair in a row.
-  void pack_rows(Index d, Index n0, Index count, int thread, int threads) {
-    const Group& g = group_[d];
-    const Index H = layer_.H, groups = ceil_div(H, rows);
-    const Range mine = split(groups, thread, threads);
-    for (int plane = 0; plane < Cell::gradients; ++plane)
-      pack_groups(packed_rows_ + plane * groups * rows * kPairs,
-                  g.d_gates + n0 * width_ + plane * Hp_, width_, H, mine, count);
-    if (layer_.P)
-      pack_groups(packed_rows_ + Cell::gradients * groups * rows * kPairs, g.d_proj + n0 * Op_, Op_,
-                  layer_.O, split(ceil_div(layer_.O, rows), thread, threads), count);
+  void pack_rows(Index d, const Product (&products)[kProducts], Index n0, Index count, int thread,
+                 int threads) {
+    if (shares_rows()) {
+      const Index groups = ceil_div(layer_.H, rows);
+      for (int plane = 0; plane < Cell::gradients; ++plane)
+        pack_groups(packed_rows_ + plane * groups * rows * kPairs,
+                    group_[d].d_gates + n0 * width_ + plane * Hp_, width_, layer_.H,
+                    split(groups, thread, threads), count);
+      pack_product(products[kProjection], n0, count, thread, threads);
+    } else {
+      for (const Product& p : products) pack_product(p, n0, count, thread, threads);
+    }
+  }
+
+  void pack_product(const Product& p, Index n0, Index count, int thread, int threads) {
+    if (!p.to) return;
+    const Range mine = split(p.groups_of_head(), thread, threads);
+    for (Index gate = 0; gate < p.gates; ++gate)
+      for (Index head = 0; head < p.heads; ++head)
+        pack_groups(packed_group(p, Spot{head, 0, gate, 0}),
+                    p.d_rows + n0 * p.width + p.planes[p.first_gate + gate] * Hp_ + head * p.units,
+                    p.width, p.units, mine, count);
   }
 
   static void pack_groups(C* to, const C* from, Index width, Index units, const Range& groups,
@@ -775,18 +884,22 @@ class Backward : Shape<Cell, S> {
   }
 
   // The operand's columns of `count` pairs, in blocks of columns, for each pair in a row.
-  void pack_panels(Index d, int which, const Product& p, Index n0, Index count, int thread,
-                   int threads) {
+  template <class Self>
+  void pack_panels(Self& self, Index d, int which, const Product& p, Index n0, Index count,
+                   int thread, int threads) {
     const Range mine = split(p.panels(), thread, threads);
     if (mine.begin == mine.end) return;
     PairWalk pair(steps_, n0);
+    const Index panels = p.panels_of_head(), first_head = mine.begin / panels;
     for (Index k = 0; k < count; ++k, pair.advance()) {
-      const Operand row = operand(d, which, pair, n0 + k);
+      const Operand row = self.operand(d, which, pair, n0 + k);
+      Index head = first_head, in_head = mine.begin - first_head * panels;
       for (Index b = mine.begin; b < mine.end; ++b) {
         C* to = panel(p, b) + k * block_units;
-        const Index column = b * block_units;
+        const Index column = head * p.columns + in_head * block_units;
         for (int v = 0; v < wide; ++v)
-          operand_tile(row, column + v * lanes, p.columns).store(to + v * lanes);
+          operand_tile(row, column + v * lanes, (head + 1) * p.columns).store(to + v * lanes);
+        if (++in_head == panels) in_head = 0, ++head;
       }
     }
   }
@@ -817,25 +930,27 @@ class Backward : Shape<Cell, S> {
   }
 
   // The rows of a block that the matrix has.
-  static Index rows_of(const Product& p, Index group) {
-    return least(rows, p.units - group * rows);
+  static Index rows_of(const Product& p, const Spot& at) {
+    return least(rows, p.units - at.group * rows);
   }
 
-  // Where the sums of a block's row grow: in the gradient itself, or in scratch where storage is
-  // narrower.
-  C* sums_row(const Product& p, Index gate, Index group, Index r) const {
-    const Index row = gate * p.units + group * rows + r;
+  // Row r of a block, in the gradient.
+  static S* result_row(const Product& p, const Spot& at, Index r) {
+    return p.to + at.head * p.head + (at.gate * p.units + at.group * rows + r) * p.columns;
+  }
+  // Where its sums grow: there, or in scratch where storage is narrower.
+  static C* sums_row(const Product& p, const Spot& at, Index r) {
     if constexpr (sizeof(S) == sizeof(C))
-      return p.to + row * p.columns;
+      return result_row(p, at, r);
     else
-      return p.sums + row * p.columns;
+      return p.sums + ((at.head * p.gates + at.gate) * p.units + at.group * rows + r) * p.columns;
   }
 
-  void add_block(const Product& p, Index b, Index gate, Index group, Index count, bool start) {
-    if (half_block(p.columns, b))
-      add_vectors<wide / 2>(p, b, gate, group, count, start);
+  void add_block(const Product& p, const Spot& at, Index count, bool start) {
+    if (half_block(p.columns, at.panel))
+      add_vectors<wide / 2>(p, at, count, start);
     else
-      add_vectors<wide>(p, b, gate, group, count, start);
+      add_vectors<wide>(p, at, count, start);
   }
 
   // A last block of columns that fills no more than half of its vectors.
@@ -844,16 +959,16 @@ class Backward : Shape<Cell, S> {
   }
 
   template <int N>
-  FASTRNN_INLINE void add_vectors(const Product& p, Index b, Index gate, Index group, Index count,
-                                  bool start) {
+  FASTRNN_INLINE void add_vectors(const Product& p, const Spot& at, Index count, bool start) {
     V acc[rows][N];
     clear(acc);
-    accumulate_packed<rows, N>(acc, packed_group(p, gate, group), count, panel(p, b), block_units);
-    const Index have = rows_of(p, group), column = b * block_units;
+    accumulate_packed<rows, N>(acc, packed_group(p, at), count,
+                               panel(p, at.head * p.panels_of_head() + at.panel), block_units);
+    const Index have = rows_of(p, at), column = at.panel * block_units;
     const bool whole = p.columns - column >= N * lanes;
     const Sums<rows, N, C> block(acc);
     for (Index r = 0; r < rows && r < have; ++r) {
-      C* to = sums_row(p, gate, group, r) + column;
+      C* to = sums_row(p, at, r) + column;
       for (int v = 0; v < N; ++v, to += lanes) {
         const Index left = whole ? Index{lanes} : p.columns - column - v * lanes;
         if (left <= 0) break;
@@ -862,45 +977,87 @@ class Backward : Shape<Cell, S> {
     }
   }
 
-  void clear_block(const Product& p, Index b, Index gate, Index group) {
-    const Index column = b * block_units, count = least(block_units, p.columns - column);
-    for (Index r = 0; r < rows_of(p, group); ++r) {
-      C* to = sums_row(p, gate, group, r) + column;
+  void clear_block(const Product& p, const Spot& at) {
+    const Index column = at.panel * block_units, count = least(block_units, p.columns - column);
+    for (Index r = 0; r < rows_of(p, at); ++r) {
+      C* to = sums_row(p, at, r) + column;
       for (Index u = 0; u < count; ++u) to[u] = C(0);
     }
   }
 
-  void narrow_block(const Product& p, Index b, Index gate, Index group) {
-    const Index column = b * block_units, count = least(block_units, p.columns - column);
-    for (Index r = 0; r < rows_of(p, group); ++r) {
-      const Index row = gate * p.units + group * rows + r;
-      scatter(p.to + row * p.columns + column, sums_row(p, gate, group, r) + column, count);
-    }
+  void narrow_block(const Product& p, const Spot& at) {
+    const Index column = at.panel * block_units, count = least(block_units, p.columns - column);
+    for (Index r = 0; r < rows_of(p, at); ++r)
+      scatter(result_row(p, at, r) + column, sums_row(p, at, r) + column, count);
   }
 
-  void bias_gradient(Index d, const int* planes, const Weight& to, int thread, int threads) {
-    const Index tiles = ceil_div(layer_.H, lanes);
-    const Range mine = split(gates * tiles, thread, threads);
-    for (Index m = mine.begin; m < mine.end; ++m) {
-      const Index gate = m / tiles, unit = m % tiles * lanes;
+  void vector_gradients(Index d, const Parameters& to, int thread, int threads) {
+    bias_gradient(d, Cell::input_gradient, {to.bias_ih, kBiasX, gates}, thread, threads);
+    bias_gradient(d, Cell::hidden_gradient, {to.bias_hh, kBiasH, gates}, thread, threads);
+  }
+
+  // The gradient of `runs` runs of H values, and where in vector_sums_ it grows from part to part.
+  struct Vector {
+    const Weight& to;
+    int plane, runs;
+  };
+  enum VectorPlane {
+    kBiasX,
+    kBiasH = gates,
+    kNormX = 2 * gates,
+    kNormH = 3 * gates,
+    kPeephole = 4 * gates,
+    kNormC = 4 * gates + 3,
+    kVectorPlanes = 4 * gates + 5
+  };
+
+  void bias_gradient(Index d, const int* planes, const Vector& vector, int thread, int threads) {
+    sum_pairs(vector, thread, threads, [&](Index gate, Index unit) {
       const C* from = group_[d].d_gates + planes[gate] * Hp_ + unit;
-      V total(0);
+      return [=](Index n) { return V::load(from + n * width_); };
+    });
+  }
+
+  // Σ over the pairs: terms(run, unit)(n) is what a pair adds.
+  template <class Terms>
+  FASTRNN_INLINE void sum_pairs(const Vector& vector, int thread, int threads, Terms terms) {
+    if (!vector.to.data) return;
+    const Index tiles = ceil_div(layer_.H, lanes);
+    const Range mine = split(vector.runs * tiles, thread, threads);
+    for (Index m = mine.begin; m < mine.end; ++m) {
+      const Index run = m / tiles, unit = m % tiles * lanes;
+      const auto term = terms(run, unit);
+      C* grown = vector_sums_ ? vector_sums_ + (vector.plane + run) * Hp_ + unit : nullptr;
+      V total = layer_.starts_sums ? V(0) : V::load(grown);
       for (Index n0 = 0; n0 < steps_.pairs; n0 += kPairs) {
         V sum(0);
         const Index end = least(n0 + kPairs, steps_.pairs);
-        for (Index n = n0; n < end; ++n) sum = sum + V::load(from + n * width_);
+        for (Index n = n0; n < end; ++n) sum = sum + term(n);
         total = total + sum;
       }
-      store_units(total, static_cast<S*>(to.data) + gate * layer_.H + unit, layer_.H - unit);
+      if (layer_.ends_sums)
+        store_units(total, static_cast<S*>(vector.to.data) + run * layer_.H + unit,
+                    layer_.H - unit);
+      else
+        total.store(grown);
     }
   }
 
   const Layer& layer_;
   const Steps& steps_;
-  const Index Hp_, Op_, saved_width_, width_, blocks_, out_blocks_, in_blocks_;
+  const Index Hp_, Op_, saved_width_, width_;
+  const Index heads_, head_units_, head_outputs_;  // and the hidden units and outputs of one
+  const Index head_out_blocks_, blocks_, out_blocks_, second_blocks_;
+  const Index second_sums_;  // products of an output of the second matrix
+  const Index in_blocks_;
+  // Planes of the gradients that are multiplied: for input and W_ih, for h and W_hh.
+  const int* input_planes_ = Cell::input_gradient;
+  const int* hidden_planes_ = Cell::hidden_gradient;
+  int every_gate_[gates];
   Group group_[2] = {};
   C *zeros_ = nullptr, *d_out_ = nullptr;
-  C *packed_rows_ = nullptr, *panels_ = nullptr, *sums_ = nullptr;  // of the weights' gradients
+  // Of the weights' gradients.
+  C *packed_rows_ = nullptr, *panels_ = nullptr, *sums_ = nullptr, *vector_sums_ = nullptr;
   const C** next_rows_of_all_ = nullptr;
   std::size_t used_ = 0;
   const C** next_rows_ = nullptr;  // the thread's own

@@ -23,6 +23,7 @@
 //               each block of rows.
 #pragma once
 
+#include "../cells/options.h"
 #include "layer.h"
 #include "pack.h"
 
@@ -93,6 +94,13 @@ void load_state(T* to, const State& state, Index d, Index row, Index count) {
            count);
 }
 
+// Values saved for a pair.
+template <class Cell>
+FASTRNN_INLINE Index saved_width(const Layer& layer) {
+  const int planes = Cell::saved + (layer.P ? 1 : 0) + norm_planes(layer.maths, Cell::gates);
+  return planes * padded(layer.H);
+}
+
 // The sizes that a cell and a storage type fix at compile time.
 template <class Cell_, class S_>
 struct Shape {
@@ -130,19 +138,21 @@ class Packing : Shape<Cell, S> {
   // Lays the weights out from `base`; from nothing, only measures them.
   Packing(const Layer& layer, void* base)
       : layer_(layer),
+        heads_(layer.maths.heads),
         blocks_(ceil_div(layer.H, units)),
+        head_blocks_(ceil_div(layer.H / heads_, units)),
         out_blocks_(ceil_div(layer.O, wide * lanes)),
         block_ih_(whole_steps<E>(layer.I) * vectors * lanes),
-        block_hh_(whole_steps<E>(layer.O) * first * tiles * lanes) {
+        block_hh_(whole_steps<E>(layer.O / heads_) * first * tiles * lanes),
+        block_second_(layer.H / heads_ * (gates - first) * tiles * lanes) {
     Arena arena(base);
     for (Index d = 0; d < layer.directions; ++d) {
       Group& g = group_[d];
       g.weight_ih = arena.take<E>(blocks_ * block_ih_);
-      g.weight_hh = arena.take<E>(blocks_ * block_hh_);
-      g.second = layer.P ? arena.take<C>(out_blocks_ * layer.H * wide * lanes)
-                 : K::two_products
-                     ? arena.take<C>(blocks_ * layer.H * (gates - first) * tiles * lanes)
-                     : nullptr;
+      g.weight_hh = arena.take<E>(heads_ * head_blocks_ * block_hh_);
+      g.second = layer.P           ? arena.take<C>(out_blocks_ * layer.H * wide * lanes)
+                 : K::two_products ? arena.take<C>(heads_ * head_blocks_ * block_second_)
+                                   : nullptr;
       g.bias_x = arena.take<C>(blocks_ * vectors * lanes);
       g.bias_h = arena.take<C>(blocks_ * vectors * lanes);
     }
@@ -151,29 +161,42 @@ class Packing : Shape<Cell, S> {
 
   std::size_t used() const { return used_; }
   const Group& group(Index d) const { return group_[d]; }
-  // Block b of a direction's W_ih and W_hh.
+  // Block b of a direction's W_ih, of W_hh, and of those of its gates that are a second product.
   const E* weight_ih(Index d, Index b) const { return group_[d].weight_ih + b * block_ih_; }
   const E* weight_hh(Index d, Index b) const { return group_[d].weight_hh + b * block_hh_; }
+  const C* second(Index d, Index b) const { return group_[d].second + b * block_second_; }
+  // Blocks of W_hh: those of one head and of all.
+  Index head_blocks() const { return head_blocks_; }
+  Index hidden_blocks() const { return heads_ * head_blocks_; }
 
   void run(int thread, int threads) const {
     for (Index d = 0; d < layer_.directions; ++d) {
       const Range blocks = split(blocks_, thread, threads);
-      for (Index b = blocks.begin; b < blocks.end; ++b) pack_block(d, b);
+      for (Index b = blocks.begin; b < blocks.end; ++b) pack_input(d, b);
+      const Range hidden = split(hidden_blocks(), thread, threads);
+      for (Index b = hidden.begin; b < hidden.end; ++b) pack_hidden(d, b);
       const Range outs = split(layer_.P ? out_blocks_ : 0, thread, threads);
       for (Index b = outs.begin; b < outs.end; ++b) pack_projection(d, b);
     }
   }
 
  private:
-  void pack_block(Index d, Index b) const {
+  void pack_hidden(Index d, Index block) const {
+    const Index b = block % head_blocks_, units_of_head = layer_.H / heads_;
+    const Weight w = head_of(layer_.parameters[d].weight_hh, block / head_blocks_, sizeof(S));
+    pack_gates<E, S>(group_[d].weight_hh + block * block_hh_, w, units_of_head, layer_.O / heads_,
+                     0, first, tiles, b * units);
+    if constexpr (K::two_products)
+      pack_gates<C, S>(group_[d].second + block * block_second_, w, units_of_head, units_of_head,
+                       first, gates - first, tiles, b * units);
+  }
+
+  void pack_input(Index d, Index b) const {
     const Parameters& p = layer_.parameters[d];
     const Group& g = group_[d];
-    const Index H = layer_.H, I = layer_.I, O = layer_.O, unit = b * units;
-    pack_gates<E, S>(g.weight_ih + b * block_ih_, p.weight_ih, H, I, 0, gates, tiles, unit);
-    pack_gates<E, S>(g.weight_hh + b * block_hh_, p.weight_hh, H, O, 0, first, tiles, unit);
-    if constexpr (K::two_products)
-      pack_gates<C, S>(g.second + b * H * (gates - first) * tiles * lanes, p.weight_hh, H, H, first,
-                       gates - first, tiles, unit);
+    const Index unit = b * units;
+    pack_gates<E, S>(g.weight_ih + b * block_ih_, p.weight_ih, layer_.H, layer_.I, 0, gates, tiles,
+                     unit);
     for (Index v = 0; v < vectors; ++v)
       for (Index lane = 0; lane < lanes; ++lane) {
         const Index gate = v % gates, u = unit + v / gates * lanes + lane;
@@ -196,14 +219,15 @@ class Packing : Shape<Cell, S> {
   }
 
   const Layer& layer_;
-  const Index blocks_, out_blocks_;
-  const Index block_ih_, block_hh_;  // elements of one block
+  const Index heads_, blocks_, head_blocks_, out_blocks_;
+  const Index block_ih_, block_hh_, block_second_;  // elements of one block
   Group group_[2] = {};
   std::size_t used_ = 0;
 };
 
 template <class Cell, class S>
-class Forward : Shape<Cell, S> {
+class Forward : protected Shape<Cell, S> {
+ protected:
   using K = Shape<Cell, S>;
   using K::lanes, K::gates, K::tiles, K::vectors, K::rows, K::units, K::first, K::wide;
   using typename K::C, typename K::E;
@@ -218,7 +242,7 @@ class Forward : Shape<Cell, S> {
         Op_(padded(layer.O)),
         blocks_(ceil_div(layer.H, units)),
         out_blocks_(ceil_div(layer.O, wide * lanes)),
-        saved_width_((Cell::saved + (layer.P ? 1 : 0)) * Hp_),
+        saved_width_(saved_width<Cell>(layer)),
         copies_(sizeof(S) != sizeof(E) || layer.input.unit != 1),
         packing_(layer, layer.packed ? layer.packed : base) {
     Arena arena(base);
@@ -242,25 +266,29 @@ class Forward : Shape<Cell, S> {
 
   std::size_t used() const { return used_; }
 
-  void run(int thread, int threads) {
+  void run(int thread, int threads) { run_as(*this, thread, threads); }
+
+ protected:
+  // Self: what projects a block of steps and computes a step, this or what builds on it.
+  template <class Self>
+  FASTRNN_INLINE void run_as(Self& self, int thread, int threads) {
     const FlushSubnormals guard;
     const Plan& plan = threads == layer_.plan.threads ? layer_.plan : layer_.single;
-    prepare(thread, threads);
+    self.prepare(thread, threads);
     layer_.barriers[0].wait(threads, Barrier::Wait::start);
     Share share = share_of(layer_, plan, thread);
     if (share.idle) return;
-    take_thread(plan, thread);
+    self.take_thread(plan, thread);
     for (Index d = share.first_direction; d < share.last_direction; ++d)
       for (Index s = 0; s < steps_.T;) {
-        s = recur(d, share, s);
+        s = recur(self, d, share, s);
         if (s == steps_.T) break;
         if (thread > 0) return;
         share = share_of(layer_, layer_.single, 0);
-        take_thread(layer_.single, 0);
+        self.take_thread(layer_.single, 0);
       }
   }
 
- private:
   struct Group : Packing<Cell, S>::Group {
     E* initial;  // [B][Op] h0
     E* h;
@@ -324,8 +352,14 @@ class Forward : Shape<Cell, S> {
   void initial_state(Index d, Index i) {
     const Group& g = group_[d];
     const Index row = steps_.order[i], O = layer_.O, H = layer_.H;
-    load_state<S>(g.initial + i * Op_, layer_.h0, d, row, O);
-    if constexpr (Cell::states > 1) load_state<S>(g.c + i * Hp_, layer_.c0, d, row, H);
+    const bool started = i < layer_.rows_before;
+    load_state<S>(g.initial + i * Op_, started ? layer_.h_before : layer_.h0, d, row, O);
+    if constexpr (Cell::states > 1) {
+      if (started)
+        load_state<C>(g.c + i * Hp_, layer_.c_before, d, row, H);
+      else
+        load_state<S>(g.c + i * Hp_, layer_.c0, d, row, H);
+    }
     if (steps_.length[i] == 0) {
       scatter(static_cast<S*>(layer_.h_n) + (d * steps_.B + row) * O, g.initial + i * Op_, O);
       if constexpr (Cell::states > 1)
@@ -352,12 +386,20 @@ class Forward : Shape<Cell, S> {
     const Deal& deal;
     bool reverse;
   };
+  // The steps that are projected together, and their pairs.
+  struct Block {
+    Index d;
+    Range steps;
+    Index pairs;
+    const Deal& deal;
+  };
 
   // The steps from s on. Gives where it stopped: after the last, or where the team is to become one
   // thread.
-  Index recur(Index d, const Share& share, Index s) {
+  template <class Self>
+  Index recur(Self& self, Index d, const Share& share, Index s) {
     const Deal deal(steps_, share, rows);
-    const Walk walk{steps_, d == 1};
+    const Walk walk{steps_, reverse(d)};
     const Range blocks = split(blocks_, share.column, share.columns);
     while (s < steps_.T) {
       Index end = s, pairs = 0;
@@ -366,16 +408,19 @@ class Forward : Shape<Cell, S> {
         if (end > s && pairs + n > cap_) break;
         for (Index j = 0; j < n; ++j, ++pairs) x_rows_[pairs] = input_row(t, deal.row(j), pairs);
       }
-      project(d, blocks, pairs);
+      self.project(Block{d, Range{s, end}, pairs, deal}, share, blocks);
       for (Index m = 0; s < end; ++s) {
         const Index t = walk.step(s), n = deal.count(steps_.active[t]);
-        const bool crowded = step(Position{d, t, deal, d == 1}, share, blocks, n, m);
+        const bool crowded = self.step(Position{d, t, deal, reverse(d)}, share, blocks, n, m);
         m += n;
         if (crowded && share.may_shrink) return s + 1;
       }
     }
     return s;
   }
+
+  // The only direction of a part of a layer may be the one that runs backwards in time.
+  bool reverse(Index d) const { return d == 1 || layer_.reverse; }
 
   const E* input_row(Index t, Index i, Index pair) {
     const S* x = at<const S>(layer_.input, steps_, t, i);
@@ -391,7 +436,8 @@ class Forward : Shape<Cell, S> {
     return x_gates_ + ((b - blocks.begin) * cap_ + m) * vectors * lanes;
   }
 
-  void project(Index d, const Range& blocks, Index pairs) {
+  void project(const Block& block, const Share&, const Range& blocks) {
+    const Index d = block.d, pairs = block.pairs;
     const Group& g = group_[d];
     for (Index b = blocks.begin; b < blocks.end; ++b) {
       const E* w = packing_.weight_ih(d, b);
@@ -536,7 +582,7 @@ class Forward : Shape<Cell, S> {
   // Reset-before GRU: the gates that read r∘h.
   void second_product(const Position& p, const Range& blocks, Index b, Index n, Index m) {
     constexpr int G = gates - first, N = G * tiles;
-    const C* w = group_[p.d].second + b * layer_.H * N * lanes;
+    const C* w = packing_.second(p.d, b);
     in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
       constexpr int R = decltype(count)::value;
       const C* x = x_gates(blocks, b, m + j);
@@ -569,6 +615,14 @@ class Forward : Shape<Cell, S> {
 
   // h = W_hr · hidden units.
   void project_hidden(const Position& p, Index b, Index n) {
+    hidden_tiles(p, b, n, [&](Index j, Index unit, V h) FASTRNN_INLINE_LAMBDA {
+      finish_hidden(p, p.deal.row(j), unit, h);
+    });
+  }
+
+  // done(j, unit, h) for the tiles of block b of W_hr · hidden units.
+  template <class Done>
+  FASTRNN_INLINE void hidden_tiles(const Position& p, Index b, Index n, Done done) {
     const C* w = group_[p.d].second + b * layer_.H * wide * lanes;
     in_blocks_of_rows<K::wide_rows>(n, [&](auto count, Index j) {
       constexpr int R = decltype(count)::value;
@@ -579,7 +633,7 @@ class Forward : Shape<Cell, S> {
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < wide; ++v) {
           const Index unit = (b * wide + v) * lanes;
-          if (unit < layer_.O) finish_hidden(p, p.deal.row(j + r), unit, sums.v[r][v]);
+          if (unit < layer_.O) done(j + r, unit, sums.v[r][v]);
         }
     });
   }

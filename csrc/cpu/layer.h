@@ -22,13 +22,18 @@ struct Plan {
 
 struct Layer {
   CellOptions maths;
+  bool general = false;  // something adds to the cell: general_forward.h, general_backward.h
   const Steps* steps = nullptr;
   std::int64_t directions = 1, I = 0, H = 0, P = 0, O = 0;
+  bool reverse = false;         // the only direction runs backwards in time: a part of a layer
   Plan plan, single;            // with all the threads, and where only one can be had
   Barrier* barriers = nullptr;  // [1 + threads]: everybody's, then one for each team
 
   Sequence input;                          // [.., I], storage
   State h0, c0;                            // [D, B, O], [D, B, H], storage
+  State reset_h, reset_c;                  // [D, O], [D, H], storage
+  State dropout_mask;                      // [D, B, O], storage
+  Mask zoneout_h_mask, zoneout_c_mask;     // [D, ..]
   const Parameters* parameters = nullptr;  // [D]
   Sequence output;                         // [.., D·O], storage
   Sequence cell;                           // [.., D·H], compute type; absent: not kept
@@ -42,16 +47,32 @@ struct Layer {
   Sequence d_hidden;                   // storage; absent: zeros
   Sequence d_cell;                     // compute type; absent: zeros
   State d_h_n, d_c_n;                  // storage
-  void* d_above = nullptr;             // [pairs, D·O], compute type: from the layer above
+  void* d_above = nullptr;             // [pairs, d_above_width], compute type: from the layer above
+  std::int64_t d_above_width = 0;      // D·O of the layer
   void* d_below = nullptr;             // [pairs, I], compute type: to the layer below
   Sequence d_input;                    // storage: the first layer's instead of d_below
   void* d_h0 = nullptr;                // [D, B, O], storage
   void* d_c0 = nullptr;                // [D, B, H], storage
+  void* d_reset_h = nullptr;           // [D, O], storage
+  void* d_reset_c = nullptr;           // [D, H], storage
   Parameters* d_parameters = nullptr;  // [D]
 
   void* packed =
       nullptr;  // the weights as the kernels read them; forward's null: packed in scratch
   void* scratch = nullptr;
+
+  // ---- a part of a layer: some of the steps, in one direction (Options::recompute) ------------
+  bool part = false;
+  bool starts_sums = true, ends_sums = true;  // the first or last part that adds to the weights'
+  std::int64_t rows = 0;                      // B of the call, of which the part may have fewer
+  // Sorted rows below these counts have steps before the part, in the order of the walk, or after.
+  std::int64_t rows_before = 0, rows_after = 0;
+  // Of the rows with steps before: their states, storage and compute type.
+  State h_before, c_before;
+  // [B, Op] and [B, Hp], compute type, sorted rows: of those with steps after the part, the
+  // gradient of the state between is read; of those with steps before, it is written.
+  void *carry_h = nullptr, *carry_c = nullptr;
+  void* d_input_before = nullptr;  // [pairs, I], compute type: the other direction's part of dx
 };
 
 // The kernels of one cell and storage type on one instruction set.

@@ -108,6 +108,10 @@ FASTRNN_INLINE Vec<T> positive(Vec<T> x) {
   return Vec<T>(x.v > Vec<T>(0).v ? Vec<T>(1).v : Vec<T>(0).v);
 }
 template <class T>
+FASTRNN_INLINE Vec<T> choose(Vec<T> condition, Vec<T> a, Vec<T> b) {
+  return Vec<T>(condition.v > Vec<T>(0).v ? a.v : b.v);
+}
+template <class T>
 FASTRNN_INLINE Vec<T> between(Vec<T> x, Vec<T> low, Vec<T> high) {
   using Bits = typename Vec<T>::Bits;
   const Bits inside = (Bits)(x.v > low.v) & (Bits)(x.v < high.v);

@@ -1,6 +1,7 @@
 // The engine through its Backend table, in double: forward against plain loops, backward against
 // central differences of forward, over cells, directions, layers, projection, lengths, packed rows
-// and resets; then the bits: twice, in any batch, on one thread and two.
+// and resets; the same for options that add to the cell, alone and in random company; then the
+// bits: on one thread and more, and of gates that backward makes again.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -27,11 +28,12 @@ struct Case {
   std::int64_t T = 5, B = 3, I = 3, H = 5;
   int threads = 1;
   std::vector<std::int64_t> lengths, batch_sizes;
-  std::vector<unsigned char> reset;
+  std::vector<unsigned char> reset, zoneout_h_mask, zoneout_c_mask;
+  Values reset_h, reset_c, dropout_mask;  // empty: not given
 
   Values input, h0, c0, hidden, h_n, c_n, cell, gates;
   std::vector<Values> weights;
-  Values d_output, d_h_n, d_c_n, d_input, d_h0, d_c0;
+  Values d_output, d_h_n, d_c_n, d_input, d_h0, d_c0, d_reset_h, d_reset_c;
   std::vector<Values> d_weights;
 
   std::int64_t D() const { return options.directions; }
@@ -44,6 +46,24 @@ struct Case {
     return n;
   }
   bool has_c() const { return cell_traits(options).states > 1; }
+  std::int64_t groups() const { return L() * D(); }
+};
+
+// The parameters of a group in the order of `weights`; those that a case does without are empty.
+enum {
+  kIh,
+  kHh,
+  kBiasIh,
+  kBiasHh,
+  kHr,
+  kCi,
+  kCf,
+  kCo,
+  kNormIh,
+  kNormHh,
+  kNormC,
+  kNormCBias,
+  kEach
 };
 
 void fill(Case& c, unsigned seed) {
@@ -61,29 +81,45 @@ void fill(Case& c, unsigned seed) {
   c.d_output = some(c.pairs() * c.D() * c.O());
   c.d_h_n = some(groups * c.B * c.O());
   c.d_c_n = some(groups * c.B * c.H);
+  const CellOptions& maths = c.options.maths;
+  const std::int64_t peephole = maths.peephole ? c.H : 0, norm = maths.layer_norm ? c.H : 0;
+  const std::int64_t norm_c = c.has_c() ? norm : 0;
   for (std::int64_t g = 0; g < groups; ++g) {
     const std::int64_t inputs = g < c.D() ? c.I : c.D() * c.O();
-    for (const std::int64_t n :
-         {G * c.H * inputs, G * c.H * c.O(), G * c.H, G * c.H, c.options.proj_size * c.H})
+    for (const std::int64_t n : {G * c.H * inputs, G * c.H * c.O() / maths.heads, G * c.H, G * c.H,
+                                 c.options.proj_size * c.H, peephole, peephole, peephole, G * norm,
+                                 G * norm, norm_c, norm_c})
       c.weights.push_back(some(n));
     // Sums of order one whatever the width: a chaotic recurrence would show rounding, not errors.
-    for (double& w : c.weights[c.weights.size() - 4])
-      w *= std::min(1.0, 4.0 / std::sqrt(static_cast<double>(c.H)));
-    for (double& w : c.weights.back())
-      w *= std::min(1.0, 4.0 / std::sqrt(static_cast<double>(c.H)));
+    for (const int which : {kHh, kHr})
+      for (double& w : c.weights[size_of(g * kEach + which)])
+        w *= std::min(1.0, 4.0 / std::sqrt(static_cast<double>(c.H)));
   }
 }
 
 Parameters parameters_of(std::vector<Values>& w, std::int64_t g, std::int64_t inputs,
-                         std::int64_t O, std::int64_t H) {
-  Values* at = &w[size_of(g * 5)];
+                         const Case& c) {
+  Values* at = &w[size_of(g * kEach)];
+  const auto vector = [&](int which) {
+    return at[which].empty() ? Weight{} : Weight{at[which].data(), 0, 1};
+  };
+  const std::int64_t columns = c.O() / c.options.maths.heads;
+  const std::int64_t rows = cell_traits(c.options).gates * c.H / c.options.maths.heads;
   Parameters p;
-  p.weight_ih = {at[0].data(), inputs, 1};
-  p.weight_hh = {at[1].data(), O, 1};
-  p.bias_ih = {at[2].data(), 0, 1};
-  p.bias_hh = {at[3].data(), 0, 1};
-  if (!at[4].empty()) p.weight_hr = {at[4].data(), H, 1};
+  p.weight_ih = {at[kIh].data(), inputs, 1};
+  p.weight_hh = {at[kHh].data(), columns, 1, rows * columns};
+  p.bias_ih = vector(kBiasIh);
+  p.bias_hh = vector(kBiasHh);
+  if (!at[kHr].empty()) p.weight_hr = {at[kHr].data(), c.H, 1};
+  p.weight_ci = vector(kCi), p.weight_cf = vector(kCf), p.weight_co = vector(kCo);
+  p.norm_ih = vector(kNormIh), p.norm_hh = vector(kNormHh);
+  p.norm_c = vector(kNormC), p.norm_c_bias = vector(kNormCBias);
   return p;
+}
+
+Mask mask_of(const std::vector<unsigned char>& mask, const Case& c, std::int64_t units) {
+  if (mask.empty()) return {};
+  return {reinterpret_cast<const bool*>(mask.data()), c.pairs() * units, c.B * units, units, 1};
 }
 
 Problem problem_of(Case& c, std::vector<Parameters>& parameters) {
@@ -104,8 +140,13 @@ Problem problem_of(Case& c, std::vector<Parameters>& parameters) {
   p.h0 = {c.h0.data(), c.B * c.O(), c.O(), 1};
   if (c.has_c()) p.c0 = {c.c0.data(), c.B * c.H, c.H, 1};
   for (std::int64_t g = 0; g < c.L() * c.D(); ++g)
-    parameters.push_back(parameters_of(c.weights, g, g < c.D() ? c.I : c.D() * c.O(), c.O(), c.H));
+    parameters.push_back(parameters_of(c.weights, g, g < c.D() ? c.I : c.D() * c.O(), c));
   p.parameters = parameters.data();
+  if (!c.reset_h.empty()) p.reset_h = {c.reset_h.data(), c.O(), 0, 1};
+  if (!c.reset_c.empty()) p.reset_c = {c.reset_c.data(), c.H, 0, 1};
+  if (!c.dropout_mask.empty()) p.dropout_mask = {c.dropout_mask.data(), c.B * c.O(), c.O(), 1};
+  p.zoneout_h_mask = mask_of(c.zoneout_h_mask, c, c.O());
+  p.zoneout_c_mask = mask_of(c.zoneout_c_mask, c, c.H);
   p.all_layers = true;
   const std::int64_t groups = c.L() * c.D();
   c.hidden.assign(size_of(c.L() * c.pairs() * c.D() * c.O()), -7);
@@ -134,7 +175,7 @@ struct Workspace {
 void run_forward(Case& c, bool save) {
   std::vector<Parameters> parameters;
   Problem p = problem_of(c, parameters);
-  if (save) {
+  if (save && !c.options.recompute) {
     c.gates.assign(
         size_of(c.L() * c.D() * c.pairs() * cell_traits(c.options).saved_planes * padded(c.H)),
         std::nan(""));
@@ -152,7 +193,7 @@ void run_backward(Case& c) {
   c.hidden = hidden, c.h_n = h_n, c.c_n = c_n, c.cell = cell;
   p.hidden = c.hidden.data(), p.h_n = c.h_n.data();
   if (c.has_c()) p.c_n = c.c_n.data(), p.cell = c.cell.data();
-  p.gates = c.gates.data();
+  p.gates = c.options.recompute ? nullptr : c.gates.data();
   p.d_output = {c.d_output.data(), c.B * c.D() * c.O(), c.D() * c.O(), 1};
   p.d_h_n = {c.d_h_n.data(), c.B * c.O(), c.O(), 1};
   if (c.has_c()) p.d_c_n = {c.d_c_n.data(), c.B * c.H, c.H, 1};
@@ -161,8 +202,11 @@ void run_backward(Case& c) {
   c.d_c0.assign(c.c0.size(), -7);
   c.d_weights = c.weights;
   for (std::int64_t g = 0; g < c.L() * c.D(); ++g)
-    d_parameters.push_back(
-        parameters_of(c.d_weights, g, g < c.D() ? c.I : c.D() * c.O(), c.O(), c.H));
+    d_parameters.push_back(parameters_of(c.d_weights, g, g < c.D() ? c.I : c.D() * c.O(), c));
+  c.d_reset_h.assign(c.reset_h.size(), -7);
+  c.d_reset_c.assign(c.reset_c.size(), -7);
+  if (!c.reset_h.empty()) p.d_reset_h = c.d_reset_h.data();
+  if (!c.reset_c.empty()) p.d_reset_c = c.d_reset_c.data();
   p.d_input = c.d_input.data();
   p.d_h0 = c.d_h0.data();
   if (c.has_c()) p.d_c0 = c.d_c0.data();
@@ -182,40 +226,125 @@ double product(const Values& w, std::int64_t row, const double* x, std::int64_t 
   return sum;
 }
 
+// (x − mean) / √(variance + 1e-5) over all of them.
+Values normalized(Values x) {
+  double mean = 0, variance = 0;
+  for (const double v : x) mean += v / static_cast<double>(x.size());
+  for (const double v : x) variance += (v - mean) * (v - mean) / static_cast<double>(x.size());
+  for (double& v : x) v = (v - mean) / std::sqrt(variance + 1e-5);
+  return x;
+}
+
 // One step of one row: h (O) and c (H) in place.
-void plain_step(const Case& c, const Values* w, const double* x, std::int64_t inputs, double* h,
-                double* state_c) {
-  const std::int64_t H = c.H, O = c.O();
-  const Values before(h, h + O);
-  const auto in = [&](std::int64_t r) { return product(w[0], r, x, inputs) + w[2][size_of(r)]; };
-  const auto rec = [&](std::int64_t r, const double* operand) {
-    return product(w[1], r, operand, O) + w[3][size_of(r)];
-  };
-  Values hidden(size_of(H)), operand(before);
-  if (c.options.cell == "GRU" && !c.options.maths.reset_after)
-    for (std::int64_t u = 0; u < H; ++u)
-      operand[size_of(u)] *= sigmoid_of(in(u) + rec(u, before.data()));
-  for (std::int64_t u = 0; u < H; ++u) {
-    double& out = hidden[size_of(u)];
-    if (c.options.cell == "RNN") {
-      out = std::tanh(in(u) + rec(u, before.data()));
-    } else if (c.options.cell == "LSTM") {
-      double a[4];
-      for (int g = 0; g < 4; ++g) a[g] = in(g * H + u) + rec(g * H + u, before.data());
-      state_c[u] = sigmoid_of(a[1]) * state_c[u] + sigmoid_of(a[0]) * std::tanh(a[2]);
-      out = sigmoid_of(a[3]) * std::tanh(state_c[u]);
-    } else {
-      const double r = sigmoid_of(in(u) + rec(u, before.data()));
-      const double z = sigmoid_of(in(H + u) + rec(H + u, before.data()));
-      const double n = c.options.maths.reset_after
-                           ? std::tanh(in(2 * H + u) + r * rec(2 * H + u, before.data()))
-                           : std::tanh(in(2 * H + u) + rec(2 * H + u, operand.data()));
-      out = (1 - z) * n + z * before[size_of(u)];
+class PlainStep {
+ public:
+  PlainStep(const Case& c, std::int64_t group, std::int64_t row, std::int64_t place)
+      : c_(c),
+        maths_(c.options.maths),
+        w_(&c.weights[size_of(group * kEach)]),
+        group_(group),
+        row_(row),
+        place_(place) {}
+
+  void run(const double* x, std::int64_t inputs, double* h, double* state_c) const {
+    const std::int64_t H = c_.H, O = c_.O();
+    const Values before(h, h + O), before_c(state_c, state_c + H);
+    Values seen(before);
+    for (std::int64_t o = 0; o < O && !c_.dropout_mask.empty(); ++o)
+      seen[size_of(o)] *= c_.dropout_mask[size_of((group_ * c_.B + row_) * O + o)];
+    const Values in = input_side(x, inputs);
+    Values hidden = c_.options.cell == "RNN"    ? rnn(in, seen)
+                    : c_.options.cell == "LSTM" ? lstm(in, seen, before_c, state_c)
+                                                : gru(in, seen, before);
+    for (std::int64_t o = 0; o < O; ++o)
+      h[o] = c_.options.proj_size ? product(w_[kHr], o, hidden.data(), H) : hidden[size_of(o)];
+    zoneout(c_.zoneout_h_mask, maths_.zoneout_h, before, h);
+    if (c_.has_c()) zoneout(c_.zoneout_c_mask, maths_.zoneout_c, before_c, state_c);
+  }
+
+ private:
+  Values affine(Values sums, int gain, int bias, std::int64_t first) const {
+    if (maths_.layer_norm) sums = normalized(sums);
+    for (std::size_t i = 0; i < sums.size(); ++i) {
+      const std::size_t r = size_of(first) + i;
+      if (maths_.layer_norm) sums[i] *= w_[gain][r];
+      sums[i] += w_[bias][r];
+    }
+    return sums;
+  }
+  Values input_side(const double* x, std::int64_t inputs) const {
+    Values sums;
+    const std::int64_t rows = cell_traits(c_.options).gates * c_.H;
+    for (std::int64_t r = 0; r < rows; ++r) sums.push_back(product(w_[kIh], r, x, inputs));
+    return affine(sums, kNormIh, kBiasIh, 0);
+  }
+  // Gates first … last − 1.
+  Values hidden_side(const Values& operand, std::int64_t first, std::int64_t last) const {
+    const std::int64_t G = cell_traits(c_.options).gates, heads = maths_.heads;
+    const std::int64_t units = c_.H / heads, outputs = c_.O() / heads;
+    Values sums;
+    for (std::int64_t g = first; g < last; ++g)
+      for (std::int64_t u = 0; u < c_.H; ++u) {
+        const std::int64_t head = u / units, row = (head * G + g) * units + u % units;
+        sums.push_back(product(w_[kHh], row, &operand[size_of(head * outputs)], outputs));
+      }
+    return affine(sums, kNormHh, kBiasHh, first * c_.H);
+  }
+
+  Values rnn(const Values& in, const Values& seen) const {
+    Values out = hidden_side(seen, 0, 1);
+    for (std::size_t u = 0; u < out.size(); ++u) out[u] = std::tanh(in[u] + out[u]);
+    return out;
+  }
+  Values lstm(const Values& in, const Values& seen, const Values& before, double* c) const {
+    const std::size_t H = size_of(c_.H);
+    Values a = hidden_side(seen, 0, 4), out(H), next(H);
+    for (std::size_t i = 0; i < a.size(); ++i) a[i] += in[i];
+    for (std::size_t u = 0; u < H && maths_.peephole; ++u) {
+      a[u] += w_[kCi][u] * before[u];
+      a[H + u] += w_[kCf][u] * before[u];
+    }
+    for (std::size_t u = 0; u < H; ++u)
+      next[u] = sigmoid_of(a[H + u]) * before[u] + sigmoid_of(a[u]) * std::tanh(a[2 * H + u]);
+    Values shown = maths_.layer_norm ? normalized(next) : next;
+    for (std::size_t u = 0; u < H; ++u) {
+      if (maths_.layer_norm) shown[u] = w_[kNormC][u] * shown[u] + w_[kNormCBias][u];
+      if (maths_.peephole) a[3 * H + u] += w_[kCo][u] * next[u];
+      out[u] = sigmoid_of(a[3 * H + u]) * std::tanh(shown[u]);
+      c[u] = next[u];
+    }
+    return out;
+  }
+  Values gru(const Values& in, const Values& seen, const Values& before) const {
+    const std::size_t H = size_of(c_.H);
+    Values a = hidden_side(seen, 0, maths_.reset_after ? 3 : 2), operand(seen), out(H);
+    for (std::size_t u = 0; u < H; ++u) operand[u] *= sigmoid_of(in[u] + a[u]);
+    const Values n = maths_.reset_after ? Values() : hidden_side(operand, 2, 3);
+    for (std::size_t u = 0; u < H; ++u) {
+      const double r = sigmoid_of(in[u] + a[u]), z = sigmoid_of(in[H + u] + a[H + u]);
+      const double sum = maths_.reset_after ? r * a[2 * H + u] : n[u];
+      out[u] = (1 - z) * std::tanh(in[2 * H + u] + sum) + z * before[u];
+    }
+    return out;
+  }
+
+  void zoneout(const std::vector<unsigned char>& mask, double share, const Values& before,
+               double* next) const {
+    const auto units = static_cast<std::int64_t>(before.size());
+    for (std::int64_t u = 0; u < units; ++u) {
+      const double old_value = before[size_of(u)];
+      if (mask.empty())
+        next[u] = share * old_value + (1 - share) * next[u];
+      else if (mask[size_of((group_ * c_.pairs() + place_) * units + u)])
+        next[u] = old_value;
     }
   }
-  for (std::int64_t o = 0; o < O; ++o)
-    h[o] = c.options.proj_size ? product(w[4], o, hidden.data(), H) : hidden[size_of(o)];
-}
+
+  const Case& c_;
+  const CellOptions& maths_;
+  const Values* w_;
+  const std::int64_t group_, row_, place_;
+};
 
 std::int64_t length_of(const Case& c, std::int64_t b) {
   if (!c.lengths.empty()) return c.lengths[size_of(b)];
@@ -252,12 +381,13 @@ Plain plain_forward(const Case& c) {
         for (std::int64_t s = 0; s < n; ++s) {
           const std::int64_t t = d ? n - 1 - s : s, boundary = d ? t + 1 : t;
           if (!c.reset.empty() && boundary < n && c.reset[size_of(boundary * c.B + b)]) {
-            std::fill_n(h, c.O(), 0);
-            std::fill_n(state_c, c.H, 0);
+            for (std::int64_t o = 0; o < c.O(); ++o)
+              h[o] = c.reset_h.empty() ? 0 : c.reset_h[size_of(g * c.O() + o)];
+            for (std::int64_t u = 0; u < c.H; ++u)
+              state_c[u] = c.reset_c.empty() ? 0 : c.reset_c[size_of(g * c.H + u)];
           }
           const std::int64_t place = place_of(c, t, b);
-          plain_step(c, &c.weights[size_of(g * 5)], &layer_input[size_of(place * inputs)], inputs,
-                     h, state_c);
+          PlainStep(c, g, b, place).run(&layer_input[size_of(place * inputs)], inputs, h, state_c);
           std::copy_n(h, c.O(), &out[size_of((place * c.D() + d) * c.O())]);
         }
       }
@@ -299,7 +429,8 @@ double loss(const Case& c) {
   return sum;
 }
 
-// A few entries of `values` moved either way, against the engine's gradient.
+// A few entries of `values` moved either way, against the engine's gradient. A norm of few values
+// that are nearly alike bends more than differences show.
 void check_gradient(const char* what, Case& c, Values& values, const Values& gradient) {
   const std::size_t stride = values.size() / 7 + 1;
   for (std::size_t i = 0; i < values.size(); i += stride, ++checks) {
@@ -309,7 +440,8 @@ void check_gradient(const char* what, Case& c, Values& values, const Values& gra
     values[i] = at - h;
     const double below = loss(c);
     values[i] = at;
-    check::close(what, gradient[i], (above - below) / (2 * h), 2e-8);
+    const double tolerance = c.options.maths.layer_norm ? 2e-7 : 2e-8;
+    check::close(what, gradient[i], (above - below) / (2 * h), tolerance);
   }
 }
 
@@ -321,27 +453,60 @@ void check_backward(Case& c) {
   if (c.has_c()) check_gradient("d_c0", c, c.c0, c.d_c0);
   for (std::size_t w = 0; w < c.weights.size(); ++w)
     check_gradient("d_weight", c, c.weights[w], c.d_weights[w]);
+  check_gradient("d_reset_h", c, c.reset_h, c.d_reset_h);
+  check_gradient("d_reset_c", c, c.reset_c, c.d_reset_c);
 }
 
-// The same bits on one thread and on two, directions, rows or units being split.
-void check_threads(Case c) {
+void same(const char* what, const Values& a, const Values& b) {
+  ++checks;
+  check::that(what, a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0);
+}
+
+void same_results(const Case& c, const Case& other) {
+  same("hidden", c.hidden, other.hidden);
+  same("h_n", c.h_n, other.h_n);
+  same("c_n", c.c_n, other.c_n);
+  same("d_input", c.d_input, other.d_input);
+  same("d_h0", c.d_h0, other.d_h0);
+  if (c.has_c()) same("d_c0", c.d_c0, other.d_c0);
+}
+
+// The same bits on one thread and on more, directions, rows or units being split.
+void check_threads(Case c, int threads = 2) {
   c.threads = 1;
   run_forward(c, true);
   run_backward(c);
   Case other = c;
-  other.threads = 2;
+  other.threads = threads;
   run_forward(other, true);
   run_backward(other);
-  const auto same = [](const char* what, const Values& a, const Values& b) {
-    ++checks;
-    check::that(what, a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0);
-  };
-  same("hidden on two threads", c.hidden, other.hidden);
-  same("h_n on two threads", c.h_n, other.h_n);
-  same("d_input on two threads", c.d_input, other.d_input);
-  same("d_h0 on two threads", c.d_h0, other.d_h0);
+  const std::string context = check::context();
+  check::context() += " on " + std::to_string(threads) + " threads";
+  same_results(c, other);
   for (std::size_t w = 0; w < c.d_weights.size(); ++w)
-    same("d_weight on two threads", c.d_weights[w], other.d_weights[w]);
+    same("d_weight", c.d_weights[w], other.d_weights[w]);
+  same("d_reset_h", c.d_reset_h, other.d_reset_h);
+  same("d_reset_c", c.d_reset_c, other.d_reset_c);
+  check::context() = context;
+}
+
+// Gates that backward makes again have the bits that they had; sums over the pairs are added up in
+// another order.
+void check_recompute(Case c) {
+  run_forward(c, true);
+  run_backward(c);
+  Case other = c;
+  other.options.recompute = true;
+  run_forward(other, true);
+  run_backward(other);
+  const std::string context = check::context();
+  check::context() += " recomputed";
+  same_results(c, other);
+  for (std::size_t w = 0; w < c.d_weights.size(); ++w)
+    all_close("d_weight", other.d_weights[w], c.d_weights[w], 1e-12);
+  all_close("d_reset_h", other.d_reset_h, c.d_reset_h, 1e-12);
+  all_close("d_reset_c", other.d_reset_c, c.d_reset_c, 1e-12);
+  check::context() = context;
 }
 
 std::vector<Options> all_options() {
@@ -362,9 +527,55 @@ std::vector<Options> all_options() {
 
 void name_case(const Case& c, const char* rows) {
   const Options& o = c.options;
-  check::context() = o.cell + " layers " + std::to_string(o.layers) + " directions " +
-                     std::to_string(o.directions) + " proj_size " + std::to_string(o.proj_size) +
-                     (o.maths.reset_after ? " " : " reset before ") + rows;
+  check::context() =
+      o.cell + " layers " + std::to_string(o.layers) + " directions " +
+      std::to_string(o.directions) + " proj_size " + std::to_string(o.proj_size) +
+      (o.maths.reset_after ? " " : " reset before ") + rows +
+      (o.maths.peephole ? " peephole" : "") + (o.maths.layer_norm ? " layer_norm" : "") +
+      " heads " + std::to_string(o.maths.heads) + " zoneout " + std::to_string(o.maths.zoneout_h) +
+      " " + std::to_string(o.maths.zoneout_c) + (c.zoneout_h_mask.empty() ? "" : " masked") +
+      (c.dropout_mask.empty() ? "" : " dropout") + (c.reset_h.empty() ? "" : " reset_h") +
+      (c.reset_c.empty() ? "" : " reset_c");
+}
+
+// ---- options that add to the cell ---------------------------------------------------------------
+
+enum Extra {
+  kPeephole = 1,
+  kLayerNorm = 2,
+  kHeads = 4,
+  kZoneout = 8,
+  kMasks = 16,
+  kDropout = 32,
+  kResetStates = 64,
+  kAllExtras = 127
+};
+
+// Fills a case with the options of `extras` on.
+void fill_with(Case& c, int extras, unsigned seed) {
+  std::mt19937 random(seed);
+  std::uniform_real_distribution<double> uniform(-0.8, 0.8);
+  CellOptions& maths = c.options.maths;
+  maths.peephole = c.has_c() && (extras & kPeephole);
+  maths.layer_norm = extras & kLayerNorm;
+  maths.heads = extras & kHeads ? 2 : 1;
+  if (extras & kZoneout) maths.zoneout_h = 0.3;
+  if (extras & kZoneout && c.has_c()) maths.zoneout_c = 0.4;
+  fill(c, seed);
+  const auto bits = [&](std::int64_t units) {
+    std::vector<unsigned char> mask(size_of(c.groups() * c.pairs() * units));
+    for (unsigned char& bit : mask) bit = random() % 3 == 0;
+    return mask;
+  };
+  if (extras & kMasks) c.zoneout_h_mask = bits(c.O());
+  if (extras & kMasks && c.has_c()) c.zoneout_c_mask = bits(c.H);
+  if (extras & kDropout)
+    for (std::int64_t i = 0; i < c.groups() * c.B * c.O(); ++i)
+      c.dropout_mask.push_back(random() % 4 == 0 ? 0 : 1.25);
+  if (!(extras & kResetStates)) return;
+  for (std::int64_t i = 0; i < c.groups() * c.O(); ++i) c.reset_h.push_back(uniform(random));
+  for (std::int64_t i = 0; i < c.groups() * c.H && c.has_c(); ++i)
+    c.reset_c.push_back(uniform(random));
 }
 
 void rows(Case& c, int kind) {
@@ -376,25 +587,22 @@ void rows(Case& c, int kind) {
 
 }  // namespace
 
-int main() {
-  try {
-    std::printf("instruction set: %s\n", cpu_isa());
-  } catch (const std::exception& e) {
-    std::printf("engine_test: skipped, %s\n", e.what());
-    return check::kSkipped;
-  }
+namespace {
+
+constexpr const char* kRows[] = {"padded", "lengths", "packed", "reset", "lengths and reset"};
+
+void check_plain() {
   unsigned seed = 0;
   for (const Options& options : all_options())
     for (int kind = 0; kind < 5; ++kind) {
       Case c;
       c.options = options;
       rows(c, kind);
-      static constexpr const char* names[] = {"padded", "lengths", "packed", "reset",
-                                              "lengths and reset"};
-      name_case(c, names[kind]);
+      name_case(c, kRows[kind]);
       fill(c, ++seed);
       check_forward(c);
       check_backward(c);
+      check_recompute(c);
     }
   for (const Options& options : all_options()) {
     Case wide;  // enough work for a team, few rows: units are split, with barriers
@@ -414,5 +622,83 @@ int main() {
     check_forward(tall);
     check_threads(tall);
   }
+}
+
+// Every option alone, then some together.
+void check_options() {
+  unsigned seed = 1000;
+  for (const Options& options : all_options())
+    for (int turn = 0; turn < 16; ++turn) {
+      std::mt19937 random(++seed);
+      const int extras = turn < 7    ? 1 << turn
+                         : turn == 7 ? int{kAllExtras}
+                                     : static_cast<int>(random() % (kAllExtras + 1));
+      const int kind = turn == 6 ? 3 : static_cast<int>(random() % 5);
+      Case c;
+      c.options = options;
+      c.H = 6;
+      rows(c, kind);
+      fill_with(c, extras, seed);
+      name_case(c, kRows[kind]);
+      check_forward(c);
+      check_backward(c);
+      check_recompute(c);
+    }
+}
+
+// Enough steps for several parts, rows that end or begin anew anywhere in them.
+void check_parts() {
+  unsigned seed = 2000;
+  for (const Options& options : all_options())
+    for (const int extras : {0, int{kAllExtras}})
+      for (const bool packed : {false, true}) {
+        Case c;
+        c.options = options;
+        c.T = 70, c.B = 30, c.I = 4, c.H = 6;
+        std::mt19937 random(++seed);
+        for (std::int64_t b = 0; b < c.B && !packed; ++b)
+          c.lengths.push_back(b == 3 ? c.T : static_cast<std::int64_t>(random()) % (c.T + 1));
+        for (std::int64_t t = 0; t < c.T && packed; ++t) c.batch_sizes.push_back(c.B - t * 2 / 5);
+        for (std::int64_t i = 0; i < c.T * c.B && !packed; ++i)
+          c.reset.push_back(random() % 11 == 0);
+        fill_with(c, extras, seed);
+        c.options.maths.grad_clip = extras ? 0.05 : 0;
+        name_case(c, packed ? "parts of packed rows" : "parts");
+        check_recompute(c);
+        c.options.recompute = true;
+        check_threads(c);
+      }
+}
+
+// All the options on enough work for a team: rows are dealt, or units with barriers.
+void check_options_of_teams() {
+  unsigned seed = 3000;
+  for (Options options : all_options())
+    for (const bool many : {false, true}) {
+      Case c;
+      if (options.proj_size) options.proj_size = 50;
+      c.options = options;
+      c.T = 3, c.B = many ? 40 : 2, c.I = 20, c.H = many ? 70 : 300;
+      fill_with(c, kAllExtras, ++seed);
+      c.options.maths.grad_clip = 0.1;
+      name_case(c, many ? "many rows" : "few rows");
+      check_forward(c);
+      for (const int threads : {2, 3}) check_threads(c, threads);
+    }
+}
+
+}  // namespace
+
+int main() {
+  try {
+    std::printf("instruction set: %s\n", cpu_isa());
+  } catch (const std::exception& e) {
+    std::printf("engine_test: skipped, %s\n", e.what());
+    return check::kSkipped;
+  }
+  check_plain();
+  check_options();
+  check_parts();
+  check_options_of_teams();
   return check::result("engine_test", checks);
 }

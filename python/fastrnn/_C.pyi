@@ -87,6 +87,13 @@ class Options:
         activation: str = "tanh",
         gate_activation: str = "sigmoid",
         reset_after: bool = True,
+        peephole: bool = False,
+        layer_norm: bool = False,
+        heads: int = 1,
+        zoneout_h: float = 0.0,
+        zoneout_c: float = 0.0,
+        grad_clip: float = 0.0,
+        recompute: bool = False,
     ) -> None: ...
     @property
     def cell(self) -> str: ...
@@ -103,6 +110,20 @@ class Options:
     @property
     def reset_after(self) -> bool: ...
     @property
+    def peephole(self) -> bool: ...
+    @property
+    def layer_norm(self) -> bool: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def zoneout_h(self) -> float: ...
+    @property
+    def zoneout_c(self) -> float: ...
+    @property
+    def grad_clip(self) -> float: ...
+    @property
+    def recompute(self) -> bool: ...
+    @property
     def gates(self) -> int:
         """Rows of the weights, in units of the hidden size."""
     @property
@@ -110,7 +131,7 @@ class Options:
         """1: h alone; 2: h and c."""
     @property
     def saved_planes(self) -> int:
-        """Planes of `gates` that backward needs."""
+        """Planes of `gates` that backward needs; with `recompute` none."""
 
 class PackCache:
     """A layer's weights as the engine reads them, kept from call to call while they stay the same.
@@ -160,6 +181,9 @@ def infer(
     fit or is unusual, which the long way then takes or refuses.
     """
 
+# reset_h, reset_c, dropout_mask, zoneout_h_mask, zoneout_c_mask.
+_Extras = tuple[_Array | None, _Array | None, _Array | None, _Array | None, _Array | None]
+
 # Shapes stand in csrc/problem.h. Arguments by position are passed about 2 µs faster than by name.
 def forward(
     options: Options,
@@ -179,6 +203,7 @@ def forward(
     threads: int = 0,
     workspace: _Array | None = None,
     cache: PackCache | None = None,
+    extras: _Extras | None = None,
 ) -> None:
     """Runs the stack; writes `hidden`, `h_n` and, where given, `c_n`, `cell`, `gates`.
 
@@ -196,7 +221,7 @@ def backward(
     reset: _Array | None,
     hidden: _Array,
     cell: _Array | None,
-    gates: _Array,
+    gates: _Array | None,
     d_output: _Array | None,
     d_hidden: _Array | None,
     d_cell: _Array | None,
@@ -209,10 +234,14 @@ def backward(
     consume_gates: bool = False,
     threads: int = 0,
     workspace: _Array | None = None,
+    extras: _Extras | None = None,
+    d_reset_h: _Array | None = None,
+    d_reset_c: _Array | None = None,
 ) -> None:
     """Gradients of what `forward` computed, written where an array is given for them.
 
-    With `consume_gates` they take the place of `gates`, which is then of no further use.
+    With `consume_gates` they take the place of `gates`, which is then of no further use. With
+    `Options.recompute` there are no `gates`.
 
     Raises TypeError or ValueError, naming the argument, for what does not fit.
     """
