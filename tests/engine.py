@@ -47,12 +47,18 @@ def rounded(problem: Problem, dtype: str) -> Problem:
     def compute(x: Any) -> Any:
         return None if x is None else to_float64(engine_array(x, compute_dtype(dtype)))
 
+    rounded_extras = dict(problem.extras)  # masks of zoneout stay as they are
+    if "reset_hx" in rounded_extras:
+        rounded_extras["reset_hx"] = tuple(map(storage, rounded_extras["reset_hx"]))
+    if "dropout_mask" in rounded_extras:
+        rounded_extras["dropout_mask"] = storage(rounded_extras["dropout_mask"])
     d = problem.d
     return replace(
         problem,
         input=storage(problem.input),
         hx=None if problem.hx is None else tuple(map(storage, problem.hx)),
         weights=list(map(storage, problem.weights)),
+        extras=rounded_extras,
         d=Gradients(
             storage(d.output),
             None if d.hx_n is None else tuple(map(storage, d.hx_n)),
@@ -113,6 +119,18 @@ class Call:
             self.lengths,
             self.reset,
         )
+        self.extras = self._extras(arrange)
+
+    def _extras(self, arrange: Callable[[Any], Any]) -> tuple[Any, ...] | None:
+        """`extras` of the engine: states after a reset and masks; None where there are none."""
+        given = self.problem.extras
+        if not given:
+            return None
+        anew = (*given.get("reset_hx", ()), None, None)[:2]
+        keep = (*given.get("zoneout_mask", ()), None, None)[:2]
+        keep = (None if k is None else arrange(np.array(k, np.bool_)) for k in keep)
+        dropout = self.storage(given.get("dropout_mask"))
+        return (*map(self.storage, anew), dropout, *keep)
 
     def blank(self, *shape: int, dtype: str = "") -> Any:
         return engine_array(np.full(shape, np.nan), dtype or self.dtype)
@@ -134,16 +152,23 @@ class Call:
         self.cell = None
         if self.options.states == 2 and all_layers:
             self.cell = self.blank(self.L, *self.where, self.D * self.H, dtype=compute)
-        self.gates = self.blank(*shape, dtype=compute) if save else None
+        keeps = save and not self.problem.options.recompute
+        self.gates = self.blank(*shape, dtype=compute) if keeps else None
         self.written = (self.hidden, self.h_n, self.c_n, self.cell, self.gates)
         _C.forward(
-            self.options, *self.read, *self.written, all_layers=all_layers, threads=self.threads
+            self.options,
+            *self.read,
+            *self.written,
+            all_layers=all_layers,
+            threads=self.threads,
+            extras=self.extras,
         )
 
     def backward(
         self, wanted: Callable[[str], bool] = lambda name: True, consume_gates: bool = False
     ) -> None:
-        """Leaves `d_input`, `d_h0`, `d_c0` and `d_weights`; None where `wanted(name)` is False."""
+        """Leaves `d_input`, `d_h0`, `d_c0`, `d_weights` and `d_reset`; None where `wanted(name)` is
+        False, or there is nothing to differentiate by."""
         d = self.problem.d
         d_h_n, d_c_n = (*(d.hx_n or ()), None, None)[:2]
         d_h0, d_c0 = self.states_blank()
@@ -155,6 +180,11 @@ class Call:
         self.d_h0 = d_h0 if wanted("d_h0") else None
         self.d_c0 = d_c0 if wanted("d_c0") else None
         self.d_weights = d_weights
+        self.d_reset = [
+            self.blank(*given.shape) if given is not None and wanted(name) else None
+            for name, given in zip(("d_reset_h", "d_reset_c"), self.extras or (), strict=False)
+        ]
+        d_reset_h, d_reset_c = (*self.d_reset, None, None)[:2]
         _C.backward(
             self.options,
             *self.read,
@@ -172,6 +202,9 @@ class Call:
             self.d_weights,
             consume_gates=consume_gates,
             threads=self.threads,
+            extras=self.extras,
+            d_reset_h=d_reset_h,
+            d_reset_c=d_reset_c,
         )
 
     def solution(self) -> Solution:
@@ -185,6 +218,7 @@ class Call:
             to_float64(self.d_input),
             tuple(to_float64(s) for s in ((self.d_h0, self.d_c0) if two else (self.d_h0,))),
             [to_float64(w) for w in self.d_weights],
+            tuple(to_float64(d) for d in self.d_reset if d is not None),
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +11,13 @@ import numpy.typing as npt
 from fastrnn import reference
 from fastrnn.reference import Options, States
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 Array = npt.NDArray[np.float64]
 
 LAYOUTS = ("padded", "lengths", "packed", "reset", "lengths and reset")
+EXTRAS = ("reset_hx", "dropout", "zoneout_h", "zoneout_c")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Problem:
     weights: list[Array]
     d: Gradients
     rows: dict[str, Array] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)  # reset_hx, dropout_mask, zoneout_mask
 
     @property
     def hidden_size(self) -> int:
@@ -50,9 +55,14 @@ class Problem:
             return int(self.rows["batch_sizes"][0])
         return self.input.shape[1]
 
+    def run(self) -> reference.Result:
+        """Forward of the reference."""
+        more = {**self.rows, **self.extras}
+        return reference.forward(self.options, self.input, self.hx, self.weights, **more)
+
     def solve(self) -> Solution:
         """Forward and backward of the reference."""
-        result = reference.forward(self.options, self.input, self.hx, self.weights, **self.rows)
+        result = self.run()
         back = reference.backward(result.saved, self.d.output, self.d.hx_n, d_states=self.d.states)
         return Solution(result.output, result.hx_n, result.states, *back)
 
@@ -67,6 +77,7 @@ class Solution:
     d_input: Any
     d_hx: tuple[Any, ...]
     d_weights: list[Any]
+    d_reset: tuple[Any, ...] = ()  # where the problem has reset_hx
 
     def named(self) -> dict[str, tuple[str, Any]]:
         """Every array by name, with the quantity that its tolerance goes by."""
@@ -80,6 +91,8 @@ class Solution:
         for name, last, d_first in zip("hc", self.hx_n, self.d_hx, strict=False):
             out[f"{name}_n"] = ("output", last)
             out[f"d_{name}0"] = ("d_input", d_first)
+        for name, d_anew in zip("hc", self.d_reset, strict=False):
+            out[f"d_reset_{name}"] = ("d_weight", d_anew)
         for k, d_weight in enumerate(self.d_weights):
             out[f"d_weights[{k}]"] = ("d_weight", d_weight)
         return out
@@ -89,15 +102,12 @@ def random_weights(
     options: Options, input_size: int, hidden_size: int, rng: np.random.Generator
 ) -> list[Array]:
     """Weights in the flat order, uniform in ±1/√H."""
-    rows = reference.CELLS[options.cell].gates * hidden_size
-    output_size = options.proj_size or hidden_size
+    gates = reference.CELLS[options.cell].gates
     D = 2 if options.bidirectional else 1
     shapes: list[tuple[int, ...]] = []
     for layer in range(options.num_layers):
-        for _ in range(D):
-            shapes += [(rows, D * output_size if layer else input_size), (rows, output_size)]
-            shapes += [(rows,)] * 2 if options.bias else []
-            shapes += [(output_size, hidden_size)] if options.proj_size else []
+        width = D * (options.proj_size or hidden_size) if layer else input_size
+        shapes += [*options.weight_shapes(gates, width, hidden_size).values()] * D
     return [rng.uniform(-1, 1, shape) / np.sqrt(hidden_size) for shape in shapes]
 
 
@@ -127,9 +137,13 @@ def random_problem(
     layout: str = "padded",
     hx: bool = True,
     d_states: bool = False,
+    extras: Sequence[str] = (),
     seed: int = 0,
 ) -> Problem:
-    """A stack with data, in one of `LAYOUTS`, and gradients for everything that it puts out."""
+    """A stack with data, in one of `LAYOUTS`, and gradients for everything that it puts out.
+
+    `extras` are some of `EXTRAS`.
+    """
     rng = np.random.default_rng(seed)
     cell = reference.CELLS[options.cell]
     D = 2 if options.bidirectional else 1
@@ -150,7 +164,30 @@ def random_problem(
         random_weights(options, input_size, hidden_size, rng),
         gradients,
         rows,
+        random_extras(extras, L * D, where, len(states[0][0]), sizes, rng),
     )
+
+
+def random_extras(
+    names: Sequence[str],
+    groups: int,
+    where: tuple[int, ...],
+    rows: int,
+    sizes: Sequence[int],
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    """Some of `EXTRAS`, of `groups` layers and directions, as the reference takes them."""
+    out: dict[str, Any] = {}
+    if "reset_hx" in names:
+        out["reset_hx"] = tuple(rng.normal(size=(groups, size)) for size in sizes)
+    if "dropout" in names:
+        out["dropout_mask"] = (rng.random((groups, rows, sizes[0])) < 0.6) / 0.6
+    if "zoneout_h" in names or "zoneout_c" in names:
+        out["zoneout_mask"] = tuple(
+            rng.random((groups, *where, size)) < 0.3 if name in names else None
+            for name, size in zip(("zoneout_h", "zoneout_c"), sizes, strict=False)
+        )
+    return out
 
 
 def only(problem: Problem, b: int) -> Problem:
@@ -164,6 +201,11 @@ def only(problem: Problem, b: int) -> Problem:
         return None if s is None else s[:, b : b + 1]
 
     rows = {"reset": problem.rows["reset"][:T, b : b + 1]} if "reset" in problem.rows else {}
+    extras = dict(problem.extras)
+    if "dropout_mask" in extras:
+        extras["dropout_mask"] = cut_state(extras["dropout_mask"])
+    if "zoneout_mask" in extras:
+        extras["zoneout_mask"] = tuple(map(cut, extras["zoneout_mask"]))
     d = problem.d
     return replace(
         problem,
@@ -175,4 +217,5 @@ def only(problem: Problem, b: int) -> Problem:
             None if d.states is None else States(*map(cut, d.states)),
         ),
         rows=rows,
+        extras=extras,
     )

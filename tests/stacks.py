@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrnn._arguments import weight_names
+from fastrnn._engine import NO_EXTRAS, Extras
 from fastrnn._options import Options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 SIZES = (4, 3, 2, 3)  # T, B, I, H
 P = 2
@@ -26,6 +30,7 @@ STACKS = {
     "lstm-projected": Options("LSTM", num_layers=2, bidirectional=True, proj_size=P),
 }
 STEPS = ("padded", "lengths", "reset", "lengths-reset", "packed")
+EXTRAS = ("reset_hx", "dropout", "zoneout_h", "zoneout_c")
 
 
 class Case(NamedTuple):
@@ -36,15 +41,21 @@ class Case(NamedTuple):
     hx: tuple[Tensor, ...]
     weights: list[Tensor]
     steps: dict[str, Tensor]
+    extras: Extras = NO_EXTRAS
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
-        return (self.input, *self.hx, *self.weights)
+        anew = (x for x in self.extras[:2] if x is not None)
+        return (self.input, *self.hx, *self.weights, *anew)
 
     def with_leaves(self, *leaves: Tensor) -> Case:
-        states = len(self.hx)
+        states, weights = 1 + len(self.hx), 1 + len(self.hx) + len(self.weights)
+        anew = dict(zip(("reset_h", "reset_c"), leaves[weights:], strict=False))
         return self._replace(
-            input=leaves[0], hx=leaves[1 : 1 + states], weights=list(leaves[1 + states :])
+            input=leaves[0],
+            hx=leaves[1:states],
+            weights=list(leaves[states:weights]),
+            extras=self.extras._replace(**anew),
         )
 
 
@@ -56,8 +67,9 @@ def make(
     requires_grad: bool = True,
     seed: int = 0,
     sizes: tuple[int, int, int, int] = SIZES,
+    extras: Sequence[str] = (),
 ) -> Case:
-    """A stack with random arguments; ``steps`` is one of `STEPS`."""
+    """A stack with random arguments; ``steps`` is one of `STEPS`, ``extras`` some of `EXTRAS`."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -71,13 +83,8 @@ def make(
     weights = []
     for name in weight_names(options):
         kind, _, layer = name.removesuffix("_reverse").rpartition("_l")
-        columns = {"weight_ih": i if layer == "0" else directions * out, "weight_hh": out}
-        if kind == "weight_hr":
-            weights.append(random(out, h))
-        elif kind in columns:
-            weights.append(random(gates * h, columns[kind]))
-        else:
-            weights.append(random(gates * h))
+        width = i if layer == "0" else directions * out
+        weights.append(random(*options.weight_shapes(gates, width, h)[kind]))
     groups = options.num_layers * directions
     hx: tuple[Tensor, ...] = (random(groups, b, out),)
     if options.cell == "LSTM":
@@ -89,5 +96,24 @@ def make(
         given["reset"] = torch.rand(t, b, generator=generator) < 0.4
     if steps == "packed":
         given["batch_sizes"] = torch.tensor([max(1, b - k) for k in range(t)])
-        return Case(options, random(int(given["batch_sizes"].sum()), i), hx, weights, given)
-    return Case(options, random(t, b, i), hx, weights, given)
+        input = random(int(given["batch_sizes"].sum()), i)
+    else:
+        input = random(t, b, i)
+    case = Case(options, input, hx, weights, given)
+    if not extras:
+        return case
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.rand(groups, *shape, generator=generator) < 0.4
+
+    two, where = options.cell == "LSTM", input.shape[:-1]
+    learned = "reset_hx" in extras
+    return case._replace(
+        extras=Extras(
+            random(groups, out) if learned else None,
+            random(groups, h) if learned and two else None,
+            drawn(b, out).to(dtype) / 0.4 if "dropout" in extras else None,
+            drawn(*where, out) if "zoneout_h" in extras else None,
+            drawn(*where, h) if "zoneout_c" in extras and two else None,
+        )
+    )

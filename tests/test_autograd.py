@@ -29,7 +29,13 @@ every_step = pytest.mark.parametrize("steps", STEPS)
 def outputs(case: Case, **extra: Any) -> tuple[Tensor, ...]:
     """Output, final states and all states, flat."""
     output, hx_n, states = recurrent(
-        case.options, case.input, case.hx, case.weights, **case.steps, **extra
+        case.options,
+        case.input,
+        case.hx,
+        case.weights,
+        **case.steps,
+        extras=case.extras,
+        **extra,
     )
     return (output, *hx_n, *(s for s in states or () if s is not None))
 
@@ -137,8 +143,8 @@ def test_frozen_arguments_get_no_gradient_and_no_work(options: Options) -> None:
 
 
 def padded_leaves(case: Case) -> tuple[Tensor | None, ...]:
-    """The leaves as the operators take them: h0 and c0 always have a place."""
-    return (case.input, *(*case.hx, None)[:2], *case.weights)
+    """The leaves as the operators take them: every state always has a place."""
+    return (case.input, *(*case.hx, None)[:2], *case.extras[:2], *case.weights)
 
 
 def test_nothing_is_saved_where_no_gradient_is_wanted() -> None:
@@ -232,7 +238,7 @@ def test_operator_without_save_computes_again_in_backward() -> None:
     options = Options("LSTM", num_layers=2)
     case = make(options)
     hidden, *finals = _ops.forward_op(
-        case.input, *case.hx, case.weights, None, None, None, *scalars(options), False, False
+        case.input, *case.hx, case.weights, *(None,) * 8, *scalars(options), False, False
     )[:3]
     got = torch.autograd.grad(loss((hidden[0], *finals)), case.leaves)
     expected = torch.autograd.grad(loss(outputs(case)), case.leaves)

@@ -47,6 +47,7 @@ def runner(case: Case, **extra: Any) -> Callable[..., Any]:
             given.hx,
             given.weights,
             **dict(zip(names, tensors[count:], strict=True)),
+            extras=given.extras,
             **extra,
         )
 
@@ -245,7 +246,8 @@ def test_inductor() -> None:
 def forward_arguments(case: Case, states: bool, save: bool) -> tuple[Any, ...]:
     h0, c0 = (*case.hx, None)[:2]
     steps = [case.steps.get(name) for name in ("batch_sizes", "lengths", "reset")]
-    return (case.input, h0, c0, case.weights, *steps, *scalars(case.options), states, save)
+    given = (case.input, h0, c0, case.weights, *steps, *case.extras)
+    return (*given, *scalars(case.options), states, save)
 
 
 @every_stack
@@ -274,14 +276,20 @@ def test_opcheck_backward(options: Options, steps: str, which: str) -> None:
     d_output, d_hidden = torch.randn_like(hidden[-1]), torch.randn_like(hidden)
     d_cell = torch.randn_like(cell) if two else None
     d_c_n = torch.randn_like(c_n) if two else None
-    needs = [True, True, two, *[True] * len(case.weights)]
+    needs = [
+        True,
+        True,
+        two,
+        *[x is not None for x in case.extras[:2]],
+        *[True] * len(case.weights),
+    ]
     if which == "some":
         d_hidden = d_cell = d_c_n = None
         needs = [k % 2 == 0 and need for k, need in enumerate(needs)]
     torch.library.opcheck(
         torch.ops.fastrnn.backward.default,
         (
-            *arguments[:7],
+            *arguments[:12],
             hidden,
             cell,
             gates,

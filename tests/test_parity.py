@@ -295,7 +295,9 @@ def test_constructor_takes_torchs_arguments_in_torchs_order(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_own_options_are_keyword_only(name: str) -> None:
-    own = {"activation", "gate_activation", "reset_after"}
+    own = {"activation", "gate_activation", "reset_after", "peephole", "layer_norm", "heads"}
+    own |= {"recurrent_dropout", "zoneout", "learn_initial_state", "forget_bias", "grad_clip"}
+    own |= {"recompute"}
     for parameter in inspect.signature(getattr(fastrnn, name)).parameters.values():
         assert (parameter.name in own) == (parameter.kind is parameter.KEYWORD_ONLY)
 

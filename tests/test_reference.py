@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from differences import check_gradients
 from fastrnn import reference
 from fastrnn.reference import Cell, Options, Parameters
 from problems import LAYOUTS, Array, Gradients, Problem, Solution, only, random_problem
@@ -45,46 +46,6 @@ def name(options: Options) -> str:
 
 
 # ---- Gradients -----------------------------------------------------------------------------------
-
-
-def loss(problem: Problem) -> float:
-    """A scalar whose gradients are those that the problem sends back."""
-    result = reference.forward(
-        problem.options, problem.input, problem.hx, problem.weights, **problem.rows
-    )
-    d = problem.d
-    outputs = [result.output, *result.hx_n, *result.states]
-    gradients = [d.output, *(d.hx_n or ()), *(d.states or ())]
-    return sum(
-        float(np.sum(y * d_y)) for y, d_y in zip(outputs, gradients, strict=False) if y is not None
-    )
-
-
-def check_gradients(problem: Problem) -> None:
-    """Each array's gradient, along one random direction, against a central difference."""
-    rng = np.random.default_rng(1)
-    solution = problem.solve()
-    hx = problem.hx or ()
-    analytic = {"input": [solution.d_input], "hx": solution.d_hx, "weights": solution.d_weights}
-
-    def along(array: Array, field: str, k: int = 0) -> tuple[float, float]:
-        direction, step = rng.normal(size=array.shape), 1e-6
-        up, down = (moved(problem, field, k, sign * step * direction) for sign in (1, -1))
-        return (loss(up) - loss(down)) / (2 * step), float(np.sum(analytic[field][k] * direction))
-
-    pairs = [along(problem.input, "input"), *(along(s, "hx", k) for k, s in enumerate(hx))]
-    assert_close(*np.transpose(pairs), "finite differences", "d_input")
-    pairs = [along(w, "weights", k) for k, w in enumerate(problem.weights)]
-    assert_close(*np.transpose(pairs), "finite differences", "d_weight")
-
-
-def moved(problem: Problem, field: str, k: int, step: Array) -> Problem:
-    """The problem with the k-th array of a field moved by `step`."""
-    if field == "input":
-        return replace(problem, input=problem.input + step)
-    arrays = list(getattr(problem, field))
-    arrays[k] = arrays[k] + step
-    return replace(problem, **{field: tuple(arrays) if field == "hx" else arrays})
 
 
 @pytest.mark.parametrize("options", CELLS, ids=name)
@@ -284,7 +245,7 @@ def test_projection_belongs_to_the_lstm(cell: str) -> None:
 # ---- A cell of one's own -------------------------------------------------------------------------
 
 
-def minimal_gated_unit(x, state, p, options):
+def minimal_gated_unit(x, state, p, options, masks):
     """f = sigmoid(W_f x + U_f h'), n = tanh(W_n x + U_n (f h')), h = (1 - f) h' + f n.
 
     (Zhou et al. 2016)
@@ -296,7 +257,7 @@ def minimal_gated_unit(x, state, p, options):
     return ((1 - f) * h_prev + f * n,), (x, h_prev, f, n)
 
 
-def minimal_gated_unit_backward(d_state, saved, p, options):
+def minimal_gated_unit_backward(d_state, saved, p, options, masks):
     x, h_prev, f, n = saved
     (d_h,) = d_state
     u_f, u_n = np.split(p.weight_hh, 2)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
 
-from ._engine import engine_options, scalars
+from ._engine import NO_EXTRAS, Extras, engine_options, scalars
 from ._options import Cell, Options
 
 _GATES = {cell: engine_options(*scalars(Options(cell))).gates for cell in get_args(Cell)}
@@ -33,19 +33,21 @@ class Arguments(NamedTuple):
     weights: tuple[Any, ...]
     lengths: Any
     reset: Any
+    extras: Extras = NO_EXTRAS
 
 
 def arguments(
-    options: Options, input: Any, hx: Any, weights: Any, lengths: Any, reset: Any
+    options: Options,
+    input: Any,
+    hx: Any,
+    weights: Any,
+    lengths: Any,
+    reset: Any,
+    extras: Extras,
 ) -> Arguments:
     """The arguments in tuples, once their number is right."""
-    if hx is not None and options.cell == "LSTM":
-        if not isinstance(hx, (tuple, list)) or len(hx) != 2:
-            got = f"{len(hx)} of them" if isinstance(hx, (tuple, list)) else type(hx).__name__
-            raise TypeError(f"hx must be None or two arrays, (h0, c0), got {got}")
-        hx = tuple(hx)
-    elif hx is not None:
-        hx = (hx,)
+    if hx is not None:
+        hx = _by_state(options, "hx", hx, "(h0, c0)")
     if not isinstance(weights, (tuple, list)):
         raise TypeError(f"weights must be a list of arrays, got {type(weights).__name__}")
     names = weight_names(options)
@@ -53,7 +55,27 @@ def arguments(
         raise ValueError(
             f"weights must hold {len(names)} arrays, {', '.join(names)}; got {len(weights)}"
         )
-    return Arguments(input, hx, tuple(weights), lengths, reset)
+    return Arguments(input, hx, tuple(weights), lengths, reset, extras)
+
+
+def make_extras(options: Options, reset_hx: Any, dropout_mask: Any, zoneout_mask: Any) -> Extras:
+    """The arrays that options ask for, once their number is right."""
+    states: list[tuple[Any, ...]] = []
+    for name, given in (("reset_hx", reset_hx), ("zoneout_mask", zoneout_mask)):
+        parts = () if given is None else _by_state(options, name, given, "(h, c)")
+        states.append((*parts, None, None)[:2])
+    (reset_h, reset_c), (keep_h, keep_c) = states
+    return Extras(reset_h, reset_c, dropout_mask, keep_h, keep_c)
+
+
+def _by_state(options: Options, name: str, given: Any, parts: str) -> tuple[Any, ...]:
+    """What is given for each state, for h alone or for h and c."""
+    if options.cell != "LSTM":
+        return (given,)
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        got = f"{len(given)} of them" if isinstance(given, (tuple, list)) else type(given).__name__
+        raise TypeError(f"{name} must be None or two arrays, {parts}, got {got}")
+    return tuple(given)
 
 
 def is_torch(x: Any) -> bool:
@@ -63,10 +85,8 @@ def is_torch(x: Any) -> bool:
 
 
 def weight_names(options: Options) -> list[str]:
-    """The parameters of a stack in torch's order and by torch's names."""
-    kinds = ["weight_ih", "weight_hh"]
-    kinds += ["bias_ih", "bias_hh"] if options.bias else []
-    kinds += ["weight_hr"] if options.proj_size else []
+    """The parameters of a stack, torch's in torch's order and by torch's names, then our own."""
+    kinds = options.weight_kinds
     directions = ("", "_reverse") if options.bidirectional else ("",)
     return [
         f"{kind}_l{layer}{direction}"
@@ -98,21 +118,42 @@ def check(
     directions = 2 if options.bidirectional else 1
     names = weight_names(options)
     weights = list(map(describe, names, given.weights))
-    H = _hidden_size(gates, weights[1], names[1])
+    H = _hidden_size(options, gates, weights[1], names[1])
     out = options.proj_size or H
-    per_group = len(names) // (options.num_layers * directions)
+    per_layer = len(names) // options.num_layers
+    first, later = (options.weight_shapes(gates, width, H) for width in (I, directions * out))
     for index, (name, weight) in enumerate(zip(names, weights, strict=True)):
-        first_layer = index < per_group * directions
-        columns = {"weight_ih": I if first_layer else directions * out, "weight_hh": out}
-        kind = name.rsplit("_l", 1)[0]
-        if kind == "weight_hr":
-            expected: tuple[int, ...] = (options.proj_size, H)
-        else:
-            expected = (gates * H, *([columns[kind]] if kind in columns else []))
-        _check_like(name, weight, expected, input)
+        shapes = first if index < per_layer else later
+        _check_like(name, weight, shapes[name.rsplit("_l", 1)[0]], input)
     groups = options.num_layers * directions
     for name, state, units in zip(("h0", "c0"), given.hx or (), (out, H), strict=False):
         _check_like(name, describe(name, state), (groups, B, units), input)
+    _check_extras(options, given.extras, describe, input, (T, B), (out, H))
+
+
+def _check_extras(
+    options: Options,
+    extras: Extras,
+    describe: Describe,
+    input: Description,
+    steps: tuple[int, ...],
+    units: tuple[int, int],
+) -> None:
+    groups = options.num_layers * (2 if options.bidirectional else 1)
+    for index, size in enumerate(units):
+        part = f"[{index}]" if options.cell == "LSTM" else ""
+        name, anew, keep = f"reset_hx{part}", extras[index], extras[3 + index]
+        if anew is not None:
+            _check_like(name, describe(name, anew), (groups, size), input)
+        if keep is not None:
+            name = f"zoneout_mask{part}"
+            got = describe(name, keep)
+            if got.dtype != "bool":
+                raise TypeError(f"{name} must be bool, got {got.dtype}")
+            _check_like(name, got, (groups, *steps, size), input._replace(dtype="bool"))
+    if extras.dropout_mask is not None:
+        got = describe("dropout_mask", extras.dropout_mask)
+        _check_like("dropout_mask", got, (groups, steps[1], units[0]), input)
 
 
 def check_lengths(values: Sequence[int], steps: int) -> None:
@@ -140,8 +181,15 @@ def _check_like(name: str, got: Description, shape: tuple[int, ...], like: Descr
         raise ValueError(f"{name} must be on the device of input, {like.device}, got {got.device}")
 
 
-def _hidden_size(gates: int, weight_hh: Description, name: str) -> int:
-    shape = weight_hh.shape
+def _hidden_size(options: Options, gates: int, weight_hh: Description, name: str) -> int:
+    shape, heads = weight_hh.shape, options.heads
+    if heads > 1:
+        if len(shape) != 3 or shape[0] != heads or not shape[1] or shape[1] % gates:
+            raise ValueError(
+                f"{name} must have shape (heads, {gates}·H/heads, O/heads): {heads} heads, "
+                f"{gates} gates of H units, got {shape}"
+            )
+        return heads * shape[1] // gates
     if len(shape) != 2 or shape[0] == 0 or shape[0] % gates:
         raise ValueError(
             f"{name} must have shape ({gates}·H, O): {gates} gates of H units, got {shape}"

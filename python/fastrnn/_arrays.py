@@ -21,7 +21,7 @@ from ._arguments import (
     is_torch,
     weight_names,
 )
-from ._engine import States, engine_options, saved_size, scalars
+from ._engine import Extras, States, engine_options, saved_size, scalars
 
 if TYPE_CHECKING:
     from ._options import Options
@@ -37,7 +37,7 @@ class Saved(NamedTuple):
     h_n: _C.Tensor
     c_n: _C.Tensor | None
     cell: _C.Tensor | None
-    gates: _C.Tensor
+    gates: _C.Tensor | None  # None with `recompute`
 
 
 class Outputs(NamedTuple):
@@ -54,19 +54,20 @@ def forward(
     weights: Any,
     lengths: Any,
     reset: Any,
+    extras: Extras,
     *,
     batch_first: bool,
     return_states: bool,
     return_saved: bool,
 ) -> Outputs:
-    given = _taken(options, arguments(options, input, hx, weights, lengths, reset))
+    given = _taken(options, arguments(options, input, hx, weights, lengths, reset, extras))
     check(options, given, _describe, batch_first=batch_first)
     given = _time_major(given, batch_first)
     engine = engine_options(*scalars(options))
     T, B, _ = given.input.shape
     L, D = options.num_layers, 2 if options.bidirectional else 1
-    rows, out = given.weights[1].shape  # weight_hh_l0
-    H = rows // engine.gates
+    H = given.weights[0].shape[0] // engine.gates  # of weight_ih_l0
+    out = options.proj_size or H
     dtype = given.input.dtype
     compute = "float64" if dtype == "float64" else "float32"
     every, two = return_states or return_saved, engine.states == 2
@@ -75,7 +76,9 @@ def forward(
     h_n = _C.empty((L * D, B, out), dtype)
     c_n = _C.empty((L * D, B, H), dtype) if two else None
     cell = _C.empty((L, T, B, D * H), compute) if two and every else None
-    gates = _C.empty((L * D, T * B, saved_size(engine, H)), compute) if return_saved else None
+    gates = None
+    if return_saved and not options.recompute:
+        gates = _C.empty((L * D, T * B, saved_size(engine, H)), compute)
     h0, c0 = _pair(given.hx)
     _C.forward(
         engine,
@@ -92,10 +95,11 @@ def forward(
         cell,
         gates,
         all_layers=every,
+        extras=given.extras,
     )
     output = hidden[-1]
     saved = None
-    if gates is not None:
+    if return_saved:
         saved = Saved(options, batch_first, given, hidden, h_n, c_n, cell, gates)
     return Outputs(
         output.transpose(0, 1) if batch_first else output,
@@ -107,7 +111,12 @@ def forward(
 
 def backward(
     d_output: Any, d_hx_n: tuple[Any, ...], saved: Saved, d_states: States | None
-) -> tuple[_C.Tensor, tuple[_C.Tensor, ...] | None, list[_C.Tensor]]:
+) -> tuple[
+    _C.Tensor,
+    tuple[_C.Tensor, ...] | None,
+    list[_C.Tensor],
+    tuple[_C.Tensor | None, ...] | None,
+]:
     options, batch_first, given, hidden, h_n, c_n, cell, gates = saved
     output = hidden[-1].transpose(0, 1) if batch_first else hidden[-1]
     d_output = _gradient("d_output", d_output, output)
@@ -119,6 +128,7 @@ def backward(
     d_input = _C.empty(given.input.shape, dtype)
     d_hx = tuple(_C.empty(state.shape, dtype) for state in given.hx or ())
     d_weights = [_C.empty(weight.shape, dtype) for weight in given.weights]
+    d_reset = tuple(None if x is None else _C.empty(x.shape, dtype) for x in given.extras[:2])
     _C.backward(
         engine_options(*scalars(options)),
         given.input,
@@ -138,12 +148,19 @@ def backward(
         d_input,
         *_pair(d_hx),
         d_weights,
+        extras=given.extras,
+        d_reset_h=d_reset[0],
+        d_reset_c=d_reset[1],
     )
-    return d_input.transpose(0, 1) if batch_first else d_input, d_hx or None, d_weights
+    if batch_first:
+        d_input = d_input.transpose(0, 1)
+    has_reset = any(d is not None for d in d_reset)
+    return d_input, d_hx or None, d_weights, d_reset if has_reset else None
 
 
 def _taken(options: Options, given: Arguments) -> Arguments:
     """The arrays as the engine's own, sharing their memory."""
+    names = ("reset_hx", "reset_hx", "dropout_mask", "zoneout_mask", "zoneout_mask")
     return Arguments(
         _array("input", given.input),
         given.hx
@@ -151,6 +168,9 @@ def _taken(options: Options, given: Arguments) -> Arguments:
         tuple(map(_array, weight_names(options), given.weights)),
         given.lengths,
         given.reset,
+        Extras(
+            *(x if x is None else _array(n, x) for n, x in zip(names, given.extras, strict=True))
+        ),
     )
 
 

@@ -1,21 +1,40 @@
-"""The cells: one step of a layer of one layer and one direction."""
+"""The cells: one step of a layer of one layer and one direction.
+
+Two of the layers' options are not here. ``recurrent_dropout`` draws one mask for a whole sequence,
+and a cell does not know where a sequence begins: its caller multiplies h by a mask of his own.
+``recompute`` spares what a layer keeps of all its steps; a cell keeps one step, in the graph of its
+caller, who has torch.utils.checkpoint for that.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from . import _autocast, _checks, _inference
-from ._layer import GATES, Device
-from ._options import Activation, Cell, Options
+from . import _autocast, _checks, _inference, _masks
+from ._engine import NO_EXTRAS
+from ._layer import COMMON_OPTIONS, GATES, OUTSIDE_THE_STEP, Device, initialize
+from ._options import (
+    Activation,
+    Cell,
+    Options,
+    Shape,
+    check_bool,
+    check_forget_bias,
+    check_heads,
+    make_options,
+)
 from .functional import recurrent
 
-_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_COMMON_OPTIONS = {
+    name: default
+    for name, default in COMMON_OPTIONS.items()
+    if name not in ("recurrent_dropout", "recompute")
+}
 
 
 class RecurrentCell(Module):
@@ -25,7 +44,7 @@ class RecurrentCell(Module):
 
     cell: ClassVar[Cell]
     # The options torch.nn does not have, each with the value that is torch.nn's behaviour.
-    own_options: ClassVar[dict[str, Any]] = {}
+    own_options: ClassVar[dict[str, Any]] = _COMMON_OPTIONS
 
     input_size: int
     hidden_size: int
@@ -34,6 +53,9 @@ class RecurrentCell(Module):
     weight_hh: Tensor
     bias_ih: Tensor | None
     bias_hh: Tensor | None
+    heads: int
+    learn_initial_state: bool
+    forget_bias: float | None = None  # of an LSTM it may be another
 
     def __init__(
         self,
@@ -50,28 +72,47 @@ class RecurrentCell(Module):
         self.bias = bias
         for name, value in own_options.items():
             setattr(self, name, value)
-        for name, shape in zip(_NAMES, self._weight_shapes(), strict=True):
+        self._describe()
+        check_heads(self.heads, hidden_size=hidden_size)
+        check_bool("learn_initial_state", self.learn_initial_state)
+        check_forget_bias(self.forget_bias, bool(bias))
+        for name, shape in {**self._weight_shapes, **self._learned_shapes()}.items():
             if name.startswith("bias") and not bias:
                 self.register_parameter(name, None)
             else:
                 weight = Parameter(torch.empty(shape, device=device, dtype=dtype))
                 self.register_parameter(name, weight)
-        self._options = self._make_options()
         self.reset_parameters()
 
-    def _make_options(self) -> Options | None:
-        own = {name: getattr(self, name) for name in self.own_options}
-        return Options(self.cell, bias=bool(self.bias), **own)
+    def _describe(self) -> None:
+        """Derive the options and the shapes of all weights, biases too, from the attributes."""
+        self._options = self._make_options()
+        own = {name: getattr(self, name) for name in ("layer_norm", "heads")}
+        whole = make_options(self.cell, peephole=getattr(self, "peephole", False), **own)
+        shapes = whole.weight_shapes(GATES[self.cell], self.input_size, self.hidden_size)
+        self._weight_shapes: dict[str, Shape] = shapes
 
-    def _weight_shapes(self) -> tuple[tuple[int, ...], ...]:
-        gates = GATES[self.cell] * self.hidden_size
-        return (gates, self.input_size), (gates, self.hidden_size), (gates,), (gates,)
+    def _make_options(self) -> Options | None:
+        return make_options(self.cell, bias=bool(self.bias), **self._maths())
+
+    def _maths(self) -> dict[str, Any]:
+        """The options that change the maths of a step."""
+        return {n: getattr(self, n) for n in self.own_options if n not in OUTSIDE_THE_STEP}
+
+    def _learned_shapes(self) -> dict[str, Shape]:
+        """The parameters that `learn_initial_state` asks for."""
+        if not self.learn_initial_state:
+            return {}
+        names = ("h_0", "c_0") if self.cell == "LSTM" else ("h_0",)
+        return dict.fromkeys(names, (1, self.hidden_size))
 
     def reset_parameters(self) -> None:
-        """Draw every parameter from U(-1/√H, 1/√H), in the order of ``parameters()``."""
-        bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0.0
-        for parameter in self.parameters():
-            torch.nn.init.uniform_(parameter, -bound, bound)
+        """Draw every parameter from U(-1/√H, 1/√H), in the order of ``parameters()``.
+
+        But gains of layer norm start at 1, ``norm_c_bias`` and learned initial states at 0, and the
+        forget gate's part of ``bias_ih`` at ``forget_bias`` where one is given.
+        """
+        initialize(self)
 
     def extra_repr(self) -> str:
         """torch.nn's line, then the options torch.nn does not have, where they are on."""
@@ -86,7 +127,11 @@ class RecurrentCell(Module):
 
     @property
     def _flat_weights_names(self) -> tuple[str, ...]:
-        return _NAMES if self.bias else _NAMES[:2]
+        return self._names(bool(self.bias))
+
+    def _names(self, bias: bool) -> tuple[str, ...]:
+        """The names of the weights, in order."""
+        return tuple(n for n in self._weight_shapes if bias or not n.startswith("bias"))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         _inference.forget(self)
@@ -101,11 +146,17 @@ class RecurrentCell(Module):
         for name, default in self.own_options.items():
             if name not in self.__dict__:
                 setattr(self, name, default)
-        self._options = self._make_options()
+        self._describe()
+
+    def _draws(self) -> bool:
+        """Whether the call draws anything at random."""
+        own = self._options
+        return self.training and own is not None and (own.zoneout_h > 0 or own.zoneout_c > 0)
 
     def _run(self, input: Tensor, hx: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """One step: the new states, each (B, H) or, for an unbatched input, (H,)."""
-        if self._options is not None:
+        learned = hx is None and self.learn_initial_state
+        if self._options is not None and not learned and not self._draws():
             found = _inference.run(self, input, hx, False, True)
             if found is not None:
                 return found
@@ -117,7 +168,23 @@ class RecurrentCell(Module):
         _checks.check_cell_sizes(input, hx or (), self.input_size, self.hidden_size)
         if self._options is None:
             raise RuntimeError(f"Unknown nonlinearity: {getattr(self, 'nonlinearity', None)}")
-        weights, options = self._weights(self._options)
+        if learned:
+            hx = self._learned_states(input.shape[0])
+        hx_n = self._call(self._options, input, hx)
+        return tuple(state.squeeze(0) for state in hx_n) if unbatched else hx_n
+
+    def _learned_states(self, batch: int) -> tuple[Tensor, ...]:
+        """h_0 and c_0 of this moment, once they fit, for every row."""
+        shapes = self._learned_shapes()
+        states = tuple(getattr(self, name) for name in shapes)
+        _checks.check_weight_shapes(states, tuple(shapes), tuple(shapes.values()))
+        return tuple(state.expand(batch, -1) for state in states)
+
+    def _call(
+        self, options: Options, input: Tensor, hx: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, ...]:
+        """Call the engine, under autocast in the dtype that autocast asks for."""
+        weights, options = self._weights(options)
         half = _autocast.requested(input)
         wide = None
         if half is not None:
@@ -125,37 +192,38 @@ class RecurrentCell(Module):
             input = _autocast.cast(input, half)
             hx = None if hx is None else tuple(_autocast.cast(state, half) for state in hx)
             weights = [_autocast.cast(weight, half) for weight in weights]
-        _checks.check_cell_companions(input, hx or (), weights, _NAMES)
+        _checks.check_cell_companions(input, hx or (), weights, self._names(options.bias))
         if hx is not None:
             hx = tuple(state.unsqueeze(0) for state in hx)
         cache = None  # of weights that autocast has just made there is nothing to keep
         if half is None and not torch.compiler.is_compiling():
             cache = _inference.prepared(self).cache
-        hx_n = recurrent(options, input.unsqueeze(0), hx, weights, cache=cache)[1]
+        input, extras = input.unsqueeze(0), NO_EXTRAS
+        if self.training:
+            extras = _masks.draw(options, input, input.shape[1], self.hidden_size, dropout=0.0)
+        hx_n = recurrent(options, input, hx, weights, extras=extras, cache=cache)[1]
         hx_n = tuple(state.squeeze(0) for state in hx_n)
-        if wide is not None:
-            hx_n = tuple(state.to(wide) for state in hx_n)
-        return tuple(state.squeeze(0) for state in hx_n) if unbatched else hx_n
+        return hx_n if wide is None else tuple(state.to(wide) for state in hx_n)
 
     def _weights(self, options: Options) -> tuple[list[Tensor], Options]:
         """The weights of this moment, checked, and the options that go with them."""
         parameters: dict[str, Any] = self._parameters
         try:
-            weights = [parameters[name] for name in _NAMES]
+            weights = [parameters[name] for name in self._weight_shapes]
         except KeyError:  # parametrized, weight norm, a replica: not a registered parameter
-            weights = [getattr(self, name) for name in _NAMES]
-        bias_ih, bias_hh = weights[2:]
+            weights = [getattr(self, name) for name in self._weight_shapes]
+        bias_ih, bias_hh = weights[2:4]
         bias = bias_ih is not None or bias_hh is not None
         if bias != options.bias:
             options = dataclasses.replace(options, bias=bias)
         if not bias:
-            weights = weights[:2]
+            del weights[2:4]
         elif bias_ih is None:  # where one bias was taken away, zeros stand for it
             weights[2] = torch.zeros_like(bias_hh)
         elif bias_hh is None:
             weights[3] = torch.zeros_like(bias_ih)
-        shapes = self._weight_shapes()[: len(weights)]
-        _checks.check_weight_shapes(weights, _NAMES[: len(weights)], shapes)
+        names = self._names(bias)
+        _checks.check_weight_shapes(weights, names, [self._weight_shapes[n] for n in names])
         return weights, options
 
 
@@ -171,12 +239,25 @@ class RNNCell(RecurrentCell):
         nonlinearity: act: ``"tanh"``, ``"relu"``, ``"sigmoid"`` or ``"identity"``.
         device: where the parameters are made.
         dtype: the dtype of the parameters.
+        layer_norm: whether W_ih·x and W_hh·h are normalised, each over all its H values, to
+            γ∘norm(·) + b (Ba et al. 2016).
+        heads: how many blocks W_hh has on its diagonal, one for H/heads units of every gate.
+        zoneout: the probability that a unit of the state keeps its old value while training; in
+            ``eval()`` the expectation is taken (Krueger et al. 2017).
+        learn_initial_state: whether the state where hx is None is a parameter, not zeros.
+        grad_clip: a limit; the whole gradient of h' is clamped to ±grad_clip (Graves 2013).
 
     Attributes:
         weight_ih: (H, I).
-        weight_hh: (H, H).
+        weight_hh: (H, H), with several heads (heads, H/heads, H/heads).
         bias_ih: (H,), None where ``bias=False``.
         bias_hh: (H,), None where ``bias=False``.
+        norm_ih, norm_hh: γ of both sides, (H,), with ``layer_norm``.
+        h_0: (1, H), with ``learn_initial_state``.
+
+    Raises:
+        ValueError: an option is out of its range.
+        TypeError: an option is of another type.
 
     >>> import torch
     >>> cell = RNNCell(3, 4)
@@ -191,7 +272,7 @@ class RNNCell(RecurrentCell):
     __constants__: ClassVar[list[str]] = ["input_size", "hidden_size", "bias", "nonlinearity"]
 
     cell = "RNN"
-    own_options: ClassVar[dict[str, Any]] = {"nonlinearity": "tanh"}
+    own_options: ClassVar[dict[str, Any]] = {"nonlinearity": "tanh", **_COMMON_OPTIONS}
     nonlinearity: str
 
     def __init__(
@@ -202,20 +283,43 @@ class RNNCell(RecurrentCell):
         nonlinearity: str = "tanh",
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        layer_norm: bool = False,
+        heads: int = 1,
+        zoneout: float = 0.0,
+        learn_initial_state: bool = False,
+        grad_clip: float | None = None,
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, device, dtype, nonlinearity=nonlinearity)
+        super().__init__(
+            input_size,
+            hidden_size,
+            bias,
+            device,
+            dtype,
+            nonlinearity=nonlinearity,
+            layer_norm=layer_norm,
+            heads=heads,
+            zoneout=zoneout,
+            learn_initial_state=learn_initial_state,
+            grad_clip=grad_clip,
+        )
 
     def _make_options(self) -> Options | None:
         if self.nonlinearity not in get_args(Activation):
             return None  # torch constructs such a cell and refuses to run it
-        return Options("RNN", bias=bool(self.bias), activation=self.nonlinearity)
+        return super()._make_options()
+
+    def _maths(self) -> dict[str, Any]:
+        own = super()._maths()
+        own["activation"] = own.pop("nonlinearity")
+        return own
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step.
 
         Arguments:
             input: x, (B, I), or (I,) for a single row.
-            hx: h, (B, H), or (H,) beside a single row. None: zeros.
+            hx: h, (B, H), or (H,) beside a single row. None: zeros, or the learned state.
 
         Returns:
             h', in the shape of h.
@@ -246,15 +350,31 @@ class LSTMCell(RecurrentCell):
         dtype: the dtype of the parameters.
         activation: act: ``"tanh"``, ``"relu"``, ``"sigmoid"`` or ``"identity"``.
         gate_activation: σ: ``"sigmoid"``, or ``"hardsigmoid"``, which is clip(x/6 + 1/2, 0, 1).
+        peephole: whether the gates see the cell state: a_i += w_ci∘c, a_f += w_cf∘c,
+            a_o += w_co∘c' (Gers & Schmidhuber 2000).
+        layer_norm: whether W_ih·x and W_hh·h are normalised, each over all its 4·H values, to
+            γ∘norm(·) + b, and h' = o∘act(γ_c∘norm(c') + β_c) (Ba et al. 2016).
+        heads: how many blocks W_hh has on its diagonal, one for H/heads units of every gate.
+        zoneout: the probability that a unit keeps its old value while training, of both states or
+            of (h, c); in ``eval()`` the expectation is taken (Krueger et al. 2017).
+        learn_initial_state: whether the state where hx is None is a parameter, not zeros.
+        forget_bias: the value that the forget gate's part of ``bias_ih`` starts with.
+        grad_clip: a limit; the whole gradients of h' and of c' are clamped to ±grad_clip
+            (Graves 2013).
 
     Attributes:
         weight_ih: (4·H, I).
-        weight_hh: (4·H, H).
+        weight_hh: (4·H, H), with several heads (heads, 4·H/heads, H/heads).
         bias_ih: (4·H,), None where ``bias=False``.
         bias_hh: (4·H,), None where ``bias=False``.
+        weight_ci, weight_cf, weight_co: (H,), with ``peephole``.
+        norm_ih, norm_hh: γ of both sides, (4·H,), with ``layer_norm``.
+        norm_c, norm_c_bias: γ_c and β_c, (H,), with ``layer_norm``.
+        h_0, c_0: (1, H), with ``learn_initial_state``.
 
     Raises:
-        ValueError: activation or gate_activation is none of the above.
+        ValueError: an option is none of the above or out of its range.
+        TypeError: an option is of another type.
 
     >>> import torch
     >>> cell = LSTMCell(3, 4)
@@ -267,7 +387,13 @@ class LSTMCell(RecurrentCell):
     __module__ = "fastrnn.nn"
 
     cell = "LSTM"
-    own_options: ClassVar[dict[str, Any]] = {"activation": "tanh", "gate_activation": "sigmoid"}
+    own_options: ClassVar[dict[str, Any]] = {
+        "activation": "tanh",
+        "gate_activation": "sigmoid",
+        "peephole": False,
+        **_COMMON_OPTIONS,
+        "forget_bias": None,
+    }
     activation: str
     gate_activation: str
 
@@ -281,6 +407,13 @@ class LSTMCell(RecurrentCell):
         *,
         activation: str = "tanh",
         gate_activation: str = "sigmoid",
+        peephole: bool = False,
+        layer_norm: bool = False,
+        heads: int = 1,
+        zoneout: float | tuple[float, float] = 0.0,
+        learn_initial_state: bool = False,
+        forget_bias: float | None = None,
+        grad_clip: float | None = None,
     ) -> None:
         super().__init__(
             input_size,
@@ -290,6 +423,13 @@ class LSTMCell(RecurrentCell):
             dtype,
             activation=activation,
             gate_activation=gate_activation,
+            peephole=peephole,
+            layer_norm=layer_norm,
+            heads=heads,
+            zoneout=zoneout,
+            learn_initial_state=learn_initial_state,
+            forget_bias=forget_bias,
+            grad_clip=grad_clip,
         )
 
     def forward(
@@ -300,7 +440,7 @@ class LSTMCell(RecurrentCell):
         Arguments:
             input: x, (B, I), or (I,) for a single row.
             hx: h and c, a tuple or list of two tensors (B, H), or (H,) beside a single row.
-                None: zeros.
+                None: zeros, or the learned states.
 
         Returns:
             h' and c', in the shape of h.
@@ -336,15 +476,27 @@ class GRUCell(RecurrentCell):
         activation: act: ``"tanh"``, ``"relu"``, ``"sigmoid"`` or ``"identity"``.
         gate_activation: σ: ``"sigmoid"``, or ``"hardsigmoid"``, which is clip(x/6 + 1/2, 0, 1).
         reset_after: whether the reset gate acts after the matrix product.
+        layer_norm: whether W_ih·x and W_hh·h are normalised, each over all its 3·H values, to
+            γ∘norm(·) + b (Ba et al. 2016). With ``reset_after=False`` r and z of W_hh·h are
+            normalised together, n by itself.
+        heads: how many blocks W_hh has on its diagonal, one for H/heads units of every gate.
+        zoneout: the probability that a unit of the state keeps its old value while training; in
+            ``eval()`` the expectation is taken (Krueger et al. 2017).
+        learn_initial_state: whether the state where hx is None is a parameter, not zeros.
+        grad_clip: a limit; the whole gradient of the new state is clamped to ±grad_clip
+            (Graves 2013).
 
     Attributes:
         weight_ih: (3·H, I).
-        weight_hh: (3·H, H).
+        weight_hh: (3·H, H), with several heads (heads, 3·H/heads, H/heads).
         bias_ih: (3·H,), None where ``bias=False``.
         bias_hh: (3·H,), None where ``bias=False``.
+        norm_ih, norm_hh: γ of both sides, (3·H,), with ``layer_norm``.
+        h_0: (1, H), with ``learn_initial_state``.
 
     Raises:
-        ValueError: activation or gate_activation is none of the above.
+        ValueError: an option is none of the above or out of its range.
+        TypeError: an option is of another type.
 
     >>> import torch
     >>> cell = GRUCell(3, 4, reset_after=False)
@@ -359,6 +511,7 @@ class GRUCell(RecurrentCell):
         "activation": "tanh",
         "gate_activation": "sigmoid",
         "reset_after": True,
+        **_COMMON_OPTIONS,
     }
     activation: str
     gate_activation: str
@@ -375,6 +528,11 @@ class GRUCell(RecurrentCell):
         activation: str = "tanh",
         gate_activation: str = "sigmoid",
         reset_after: bool = True,
+        layer_norm: bool = False,
+        heads: int = 1,
+        zoneout: float = 0.0,
+        learn_initial_state: bool = False,
+        grad_clip: float | None = None,
     ) -> None:
         super().__init__(
             input_size,
@@ -385,6 +543,11 @@ class GRUCell(RecurrentCell):
             activation=activation,
             gate_activation=gate_activation,
             reset_after=reset_after,
+            layer_norm=layer_norm,
+            heads=heads,
+            zoneout=zoneout,
+            learn_initial_state=learn_initial_state,
+            grad_clip=grad_clip,
         )
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -392,7 +555,7 @@ class GRUCell(RecurrentCell):
 
         Arguments:
             input: x, (B, I), or (I,) for a single row.
-            hx: h, (B, H), or (H,) beside a single row. None: zeros.
+            hx: h, (B, H), or (H,) beside a single row. None: zeros, or the learned state.
 
         Returns:
             The new state, in the shape of h.

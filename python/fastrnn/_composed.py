@@ -10,11 +10,13 @@ is kept in float32.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ._engine import NO_EXTRAS, Extras
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,6 +36,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda a: a,
     "hardsigmoid": _hardsigmoid,
 }
+
+_GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
 
 State = tuple[Tensor, ...]  # (h,), or (h, c) of an LSTM, each (B, units)
 
@@ -56,17 +60,19 @@ def forward(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    extras: Extras = NO_EXTRAS,
 ) -> Stack:
     """Run a stack over ``input``, (T, B, I) or, with ``batch_sizes``, packed (N, I).
 
     ``hx`` is ``(h0,)`` or ``(h0, c0)``, each (L·D, B, units), or None for zeros; ``weights`` the
-    flat list in torch's order; ``lengths`` (B,) integers; ``reset`` (T, B) booleans.
+    flat list in torch's order; ``lengths`` (B,) integers; ``reset`` (T, B) booleans; ``extras``
+    what the options ask for besides.
     """
     steps = _steps(input, batch_sizes, lengths, reset)
     if input.device.type == "meta":  # has no autocast
-        return _stack(options, input, hx, weights, steps)
+        return _stack(options, input, hx, weights, steps, extras)
     with torch.autocast(input.device.type, enabled=False):  # the dtypes are chosen here
-        return _stack(options, input, hx, weights, steps)
+        return _stack(options, input, hx, weights, steps, extras)
 
 
 def _stack(
@@ -75,6 +81,7 @@ def _stack(
     hx: State | None,
     weights: Sequence[Tensor],
     steps: _Steps,
+    extras: Extras,
 ) -> Stack:
     if steps.active is not None:  # whatever stands in the padding must not reach a gradient
         input = torch.where(steps.active, input, 0)
@@ -86,8 +93,10 @@ def _stack(
         runs = []
         for direction in range(directions):
             group = layer * directions + direction
-            initial = _initial(options, steps.rows, x, parameters[group], hx, group)
-            runs.append(_recurrence(options, x, initial, parameters[group], steps, direction == 1))
+            p = parameters[group]
+            initial = _initial(options, steps.rows, x, p, hx, group)
+            own = _Extras(*(None if e is None else e[group] for e in extras))
+            runs.append(_recurrence(options, x, initial, p, steps, own, direction == 1))
             finals.append(runs[-1][1])
         states = [torch.cat(parts, -1) for parts in zip(*(run[0] for run in runs), strict=True)]
         x = states[0]
@@ -99,22 +108,51 @@ def _stack(
 
 class _Parameters(NamedTuple):
     weight_ih: Tensor  # (G·H, I of the layer)
-    weight_hh: Tensor  # (G·H, O)
-    bias_ih: Tensor | None  # (G·H,)
-    bias_hh: Tensor | None  # (G·H,)
-    weight_hr: Tensor | None  # (P, H)
+    weight_hh: Tensor  # (G·H, O), of several heads (heads, G·H/heads, O/heads)
+    bias_ih: Tensor | None = None  # (G·H,)
+    bias_hh: Tensor | None = None  # (G·H,)
+    weight_hr: Tensor | None = None  # (P, H)
+    weight_ci: Tensor | None = None  # (H,)
+    weight_cf: Tensor | None = None  # (H,)
+    weight_co: Tensor | None = None  # (H,)
+    norm_ih: Tensor | None = None  # (G·H,)
+    norm_hh: Tensor | None = None  # (G·H,)
+    norm_c: Tensor | None = None  # (H,)
+    norm_c_bias: Tensor | None = None  # (H,)
 
 
 def _parameters(options: Options, weights: Sequence[Tensor]) -> list[_Parameters]:
     """One entry per layer and direction, in the dtype of the computation."""
-    size = 2 + 2 * options.bias + (options.proj_size > 0)
-    groups = []
-    for first in range(0, len(weights), size):
-        weight_ih, weight_hh, *rest = (_compute(w) for w in weights[first : first + size])
-        bias_ih, bias_hh = rest[:2] if options.bias else (None, None)
-        weight_hr = rest[-1] if options.proj_size else None
-        groups.append(_Parameters(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr))
-    return groups
+    kinds = options.weight_kinds
+    return [
+        _Parameters(**dict(zip(kinds, map(_compute, weights[k : k + len(kinds)]), strict=True)))
+        for k in range(0, len(weights), len(kinds))
+    ]
+
+
+class _Extras(NamedTuple):
+    """Of one layer and direction, as `Extras` without the leading axis."""
+
+    reset_h: Tensor | None
+    reset_c: Tensor | None
+    dropout: Tensor | None  # (B, O)
+    keep_h: Tensor | None  # (T, B, O) or packed (N, O)
+    keep_c: Tensor | None  # (T, B, H) or packed (N, H)
+
+    def after_reset(self, state: State) -> tuple[Tensor | int, ...]:
+        """What takes the place of each state, in its dtype."""
+        return tuple(
+            0 if anew is None else anew.to(s.dtype)
+            for s, anew in zip(state, (self.reset_h, self.reset_c), strict=False)
+        )
+
+
+class _Masks(NamedTuple):
+    """Of one step."""
+
+    dropout: Tensor | None  # (B, O), compute dtype
+    keep_h: Tensor | None  # (B, O)
+    keep_c: Tensor | None  # (B, H)
 
 
 def _compute(x: Tensor) -> Tensor:
@@ -127,10 +165,9 @@ def _initial(
 ) -> State:
     """h, in the storage dtype, and c, in the compute dtype, before the first step."""
     if hx is None:
-        h = x.new_zeros(rows, p.weight_hh.shape[1])
-        if options.cell != "LSTM":
-            return (h,)
-        return h, p.weight_hh.new_zeros(rows, p.weight_hh.shape[0] // 4)
+        units = p.weight_ih.shape[0] // _GATES[options.cell]
+        h = x.new_zeros(rows, options.proj_size or units)
+        return (h,) if options.cell != "LSTM" else (h, p.weight_ih.new_zeros(rows, units))
     h, *c = (state[group] for state in hx)
     return (h, *map(_compute, c))
 
@@ -162,12 +199,22 @@ def _steps(
 
 
 def _recurrence(
-    options: Options, x: Tensor, state: State, p: _Parameters, steps: _Steps, reverse: bool
+    options: Options,
+    x: Tensor,
+    state: State,
+    p: _Parameters,
+    steps: _Steps,
+    extras: _Extras,
+    reverse: bool,
 ) -> tuple[list[Tensor], State]:
     """One direction of one layer: its states at every step, shaped as ``x``, and the last one."""
-    a = F.linear(_compute(x), p.weight_ih, p.bias_ih)  # the projection of all steps at once
+    gates = _GATES[options.cell]
+    # The projection of all steps at once.
+    a = _side(_compute(x), p.weight_ih, p.bias_ih, p.norm_ih, gates)
     if steps.batch_sizes is not None:
-        return _packed_recurrence(options, a, state, p, steps.batch_sizes, reverse)
+        return _packed_recurrence(options, a, state, p, steps.batch_sizes, extras, reverse)
+    dropout = None if extras.dropout is None else _compute(extras.dropout)
+    anew = extras.after_reset(state)
     T = x.shape[0]
     states: list[State] = [state] * T
     for t in reversed(range(T)) if reverse else range(T):
@@ -175,8 +222,12 @@ def _recurrence(
         # Going backwards, the boundary crossed before step t is that between t + 1 and t.
         boundary = t + 1 if reverse else t
         if steps.reset is not None and boundary < T:
-            entering = tuple(torch.where(steps.reset[boundary], 0, s) for s in state)
-        new = _cell(options, a[t], entering, p)
+            here = steps.reset[boundary]
+            entering = tuple(
+                torch.where(here, start, s) for start, s in zip(anew, state, strict=True)
+            )
+        keep = (None if k is None else k[t] for k in (extras.keep_h, extras.keep_c))
+        new = _cell(options, a[t], entering, p, _Masks(dropout, *keep))
         if steps.active is None:
             state = states[t] = new
         else:
@@ -192,10 +243,16 @@ def _packed_recurrence(
     initial: State,
     p: _Parameters,
     batch_sizes: list[int],
+    extras: _Extras,
     reverse: bool,
 ) -> tuple[list[Tensor], State]:
     """The same over packed rows: at step t the first ``batch_sizes[t]`` rows run."""
     projected = torch.split(a, batch_sizes)
+    keep_h, keep_c = (
+        None if keep is None else torch.split(keep, batch_sizes)
+        for keep in (extras.keep_h, extras.keep_c)
+    )
+    dropout = None if extras.dropout is None else _compute(extras.dropout)
     states: list[State] = [initial] * len(batch_sizes)
     state: State = tuple(s[:0] for s in initial) if reverse else initial
     finished: list[State] = []  # forwards: the rows that ended, the last ones first
@@ -207,49 +264,158 @@ def _packed_recurrence(
         elif size < running:  # rows that ended one step before
             finished.append(tuple(s[size:] for s in state))
             state = tuple(s[:size] for s in state)
-        state = states[t] = _cell(options, projected[t], state, p)
+        masks = _Masks(
+            None if dropout is None else dropout[:size],
+            None if keep_h is None else keep_h[t],
+            None if keep_c is None else keep_c[t],
+        )
+        state = states[t] = _cell(options, projected[t], state, p, masks)
     last = zip(*(state, *reversed(finished)), strict=True)
     every = zip(*states, strict=True)
     return [torch.cat(parts) for parts in every], tuple(torch.cat(parts) for parts in last)
 
 
-def _cell(options: Options, a: Tensor, state: State, p: _Parameters) -> State:
+# ---- One step ------------------------------------------------------------------------------------
+
+
+def _cell(options: Options, a: Tensor, state: State, p: _Parameters, masks: _Masks) -> State:
     """One step: ``a`` is the projected input (B, G·H), ``state`` that of the step before."""
     h = _compute(state[0])
-    act = _ACTIVATIONS[options.activation]
-    gate = _ACTIVATIONS[options.gate_activation]
-    c: State = ()
+    seen = h if masks.dropout is None else masks.dropout * h  # by W_hh
+    c: Sequence[Tensor] = ()
     if options.cell == "RNN":
-        h = act(a + F.linear(h, p.weight_hh, p.bias_hh))
+        b = _side(seen, p.weight_hh, p.bias_hh, p.norm_hh, 1)
+        new = _ACTIVATIONS[options.activation](a + b)
     elif options.cell == "GRU":
-        h = _gru_cell(options, a, h, p, act, gate)
+        new = _gru_cell(options, a, h, seen, p)
     else:
-        i, f, g, o = (a + F.linear(h, p.weight_hh, p.bias_hh)).chunk(4, -1)
-        c = (gate(f) * state[1] + gate(i) * act(g),)
-        h = gate(o) * act(c[0])
-        if p.weight_hr is not None:
-            h = F.linear(h, p.weight_hr)
+        new, *c = _lstm_cell(options, a, seen, state[1], p, masks.keep_c)
+    h = _clipped(_zoneout(new, h, masks.keep_h, options.zoneout_h), options.grad_clip)
     return (h.to(state[0].dtype), *c)
 
 
-def _gru_cell(
-    options: Options,
-    a: Tensor,
-    h: Tensor,
-    p: _Parameters,
-    act: Callable[[Tensor], Tensor],
-    gate: Callable[[Tensor], Tensor],
-) -> Tensor:
-    size = h.shape[-1]
+def _lstm_cell(
+    options: Options, a: Tensor, seen: Tensor, c: Tensor, p: _Parameters, keep_c: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """h before zoneout, and the new c."""
+    act = _ACTIVATIONS[options.activation]
+    gate = _ACTIVATIONS[options.gate_activation]
+    i, f, g, o = (a + _side(seen, p.weight_hh, p.bias_hh, p.norm_hh, 4)).chunk(4, -1)
+    if p.weight_ci is not None and p.weight_cf is not None:
+        i, f = i + p.weight_ci * c, f + p.weight_cf * c
+    new = gate(f) * c + gate(i) * act(g)
+    if keep_c is None and options.zoneout_c == 0:
+        c = new = _clipped(new, options.grad_clip)  # of its gradient also what comes through h
+    else:
+        c = _clipped(_zoneout(new, c, keep_c, options.zoneout_c), options.grad_clip)
+    if p.weight_co is not None:
+        o = o + p.weight_co * new
+    if p.norm_c is not None and p.norm_c_bias is not None:
+        new = p.norm_c * _normalized(new) + p.norm_c_bias
+    h = gate(o) * act(new)
+    if p.weight_hr is not None:
+        h = F.linear(h, p.weight_hr)
+    return h, c
+
+
+def _gru_cell(options: Options, a: Tensor, h: Tensor, seen: Tensor, p: _Parameters) -> Tensor:
+    """h before zoneout."""
+    act = _ACTIVATIONS[options.activation]
+    gate = _ACTIVATIONS[options.gate_activation]
     if options.reset_after:
         a_r, a_z, a_n = a.chunk(3, -1)
-        b_r, b_z, b_n = F.linear(h, p.weight_hh, p.bias_hh).chunk(3, -1)
+        b_r, b_z, b_n = _side(seen, p.weight_hh, p.bias_hh, p.norm_hh, 3).chunk(3, -1)
         n = act(a_n + gate(a_r + b_r) * b_n)
         z = gate(a_z + b_z)
     else:
-        if p.bias_hh is not None:
-            a = a + p.bias_hh
+        size = h.shape[-1]
         a_rz, a_n = torch.split(a, [2 * size, size], -1)
-        r, z = gate(a_rz + F.linear(h, p.weight_hh[: 2 * size])).chunk(2, -1)
-        n = act(a_n + F.linear(r * h, p.weight_hh[2 * size :]))
+        r, z = gate(a_rz + _side(seen, *_of_gates(p, 0, 2), 2)).chunk(2, -1)
+        n = act(a_n + _side(r * seen, *_of_gates(p, 2, 3), 1))
     return (1 - z) * n + z * h
+
+
+def _of_gates(p: _Parameters, first: int, last: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A GRU's W_hh, b_hh and γ_hh for the gates ``first`` … ``last`` - 1."""
+
+    def cut(x: Tensor, axis: int = 0) -> Tensor:
+        size = x.shape[axis] // 3
+        return x.narrow(axis, first * size, (last - first) * size)
+
+    bias, gain = (None if x is None else cut(x) for x in (p.bias_hh, p.norm_hh))
+    return cut(p.weight_hh, p.weight_hh.dim() - 2), bias, gain
+
+
+def _side(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, gates: int
+) -> Tensor:
+    """W x + b, or under layer norm γ norm(W x) + b; W may have a block for each head."""
+    if weight.dim() == 2 and gain is None:
+        return F.linear(x, weight, bias)
+    y = F.linear(x, weight) if weight.dim() == 2 else _by_head(x, weight, gates)
+    if gain is not None:
+        y = gain * _normalized(y)
+    return y if bias is None else y + bias
+
+
+def _by_head(h: Tensor, weight: Tensor, gates: int) -> Tensor:
+    """The block-diagonal product (B, G·H): the rows of each head are gate-major, so are all."""
+    heads, rows, units = weight.shape
+    y = torch.einsum("bki,kri->bkr", h.reshape(-1, heads, units), weight)
+    by_gate = y.reshape(-1, heads, gates, rows // gates).transpose(1, 2)
+    return by_gate.reshape(-1, heads * rows)
+
+
+def _normalized(a: Tensor) -> Tensor:
+    """(a - mean) / sqrt(variance + 1e-5) over the last axis (Ba et al. 2016)."""
+    centred = a - a.mean(-1, keepdim=True)
+    variance = (centred * centred.conj()).real.mean(-1, keepdim=True)
+    return centred * torch.rsqrt(variance + 1e-5)
+
+
+def _zoneout(new: Tensor, old: Tensor, keep: Tensor | None, probability: float) -> Tensor:
+    """The old value where ``keep``; without a mask the expectation (Krueger et al. 2017)."""
+    if keep is not None:
+        return torch.where(keep, old, new)
+    return probability * old + (1 - probability) * new if probability > 0 else new
+
+
+# ---- Clamped gradients ---------------------------------------------------------------------------
+
+
+def _clipped(x: Tensor, limit: float) -> Tensor:
+    """``x``, whose gradient is clamped to ±limit (Graves 2013); 0 stands for no limit."""
+    if limit == 0:
+        return x
+    function = _Clipped if torch.compiler.is_compiling() else _ClippedForward
+    clipped: Tensor = function.apply(x, limit)  # type: ignore[no-untyped-call]
+    return clipped
+
+
+class _Clipped(torch.autograd.Function):
+    """The identity; the gradient, of complex numbers each of its parts, is clamped."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, limit: float) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.limit = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
+        if d.is_complex():
+            parts = torch.view_as_real(d).clamp(-ctx.limit, ctx.limit)
+            return torch.view_as_complex(parts), None
+        return d.clamp(-ctx.limit, ctx.limit), None
+
+
+class _ClippedForward(_Clipped):
+    """The same with forward-mode differentiation, which torch.compile does not trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return tangent.view_as(tangent)

@@ -31,6 +31,9 @@ _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 _TORCH_DERIVED = ("_flat_weights", "_flat_weight_refs")
 _OUR_DERIVED = ("_options", "_weight_shapes")
 
+# Own options that change nothing of what a layer computes, so that torch's needs no equal of them.
+_COMPUTE_THE_SAME = ("forget_bias", "recompute")
+
 
 def convert(model: Module) -> Module:
     """Swap every torch.nn recurrent layer and cell in a model for fastrnn's.
@@ -70,7 +73,8 @@ def to_torch(model: Module) -> Module:
 
     Raises:
         ValueError: a layer has an option that torch.nn does not have; the message names both. The
-            model is then as it was.
+            model is then as it was. ``forget_bias`` and ``recompute`` stand in no way: what a layer
+            computes is the same without them.
 
     >>> import fastrnn
     >>> to_torch(fastrnn.GRU(3, 4))
@@ -170,7 +174,7 @@ def _check_torch_has_it(path: str, module: Module) -> None:
         shown["nonlinearity"] = "relu" if module.nonlinearity == "relu" else "tanh"
     for name, default in shown.items():
         value = getattr(module, name)
-        if value != default:
+        if value != default and name not in _COMPUTE_THE_SAME:
             raise ValueError(
                 f"the {_plain_class(module).__name__} {where} has {name}={value!r}, "
                 "which torch.nn does not have"

@@ -10,7 +10,10 @@ from . import _C
 if TYPE_CHECKING:
     from ._options import Options
 
-Scalars = tuple[str, int, bool, bool, int, str, str, bool]  # the fields of Options, in order
+# The fields of Options, in order.
+Scalars = tuple[
+    str, int, bool, bool, int, str, str, bool, bool, bool, int, float, float, float, bool
+]
 
 
 class States(NamedTuple):
@@ -24,6 +27,27 @@ class States(NamedTuple):
     c: Any = None  # (L, T, B, D·H); None for cells of one state
 
 
+class Extras(NamedTuple):
+    """The arrays of a call that options alone ask for, of the kind of the input; None: not given.
+
+    Packed data has (L·D, N, ·) in place of (L·D, T, B, ·).
+    """
+
+    reset_h: Any = None  # (L·D, O), storage dtype: h after a reset; not given: zeros
+    reset_c: Any = None  # (L·D, H)
+    dropout_mask: Any = None  # (L·D, B, O), storage dtype: factors of h on its way into W_hh
+    zoneout_h_mask: Any = None  # (L·D, T, B, O), bool: True keeps the old value
+    zoneout_c_mask: Any = None  # (L·D, T, B, H), bool
+
+    def of_layer(self, layer: int, directions: int) -> Extras:
+        """Those of one layer of the stack."""
+        own = slice(layer * directions, (layer + 1) * directions)
+        return Extras(*(None if x is None else x[own] for x in self))
+
+
+NO_EXTRAS = Extras()
+
+
 def scalars(options: Options) -> Scalars:
     """The fields of ``options``, as the operators take them."""
     return (
@@ -35,6 +59,13 @@ def scalars(options: Options) -> Scalars:
         options.activation,
         options.gate_activation,
         options.reset_after,
+        options.peephole,
+        options.layer_norm,
+        options.heads,
+        options.zoneout_h,
+        options.zoneout_c,
+        options.grad_clip,
+        options.recompute,
     )
 
 
@@ -48,6 +79,13 @@ def engine_options(
     activation: str,
     gate_activation: str,
     reset_after: bool,
+    peephole: bool,
+    layer_norm: bool,
+    heads: int,
+    zoneout_h: float,
+    zoneout_c: float,
+    grad_clip: float,
+    recompute: bool,
 ) -> _C.Options:
     """The engine's own form of the same; whether there are biases it sees by the weights."""
     return _C.Options(
@@ -58,6 +96,13 @@ def engine_options(
         activation=activation,
         gate_activation=gate_activation,
         reset_after=reset_after,
+        peephole=peephole,
+        layer_norm=layer_norm,
+        heads=heads,
+        zoneout_h=zoneout_h,
+        zoneout_c=zoneout_c,
+        grad_clip=grad_clip,
+        recompute=recompute,
     )
 
 

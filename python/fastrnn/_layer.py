@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 import warnings
 from typing import Any, ClassVar
 
@@ -17,14 +18,37 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _autocast, _checks, _inference
-from ._options import Cell, Options
+from . import _autocast, _checks, _inference, _masks
+from ._engine import NO_EXTRAS, Extras
+from ._options import (
+    Cell,
+    Options,
+    Shape,
+    check_bool,
+    check_forget_bias,
+    check_heads,
+    check_probability,
+    make_options,
+)
 from .functional import States, recurrent
 
 Device = torch.device | str | int | None
 Result = tuple[Any, tuple[Tensor, ...], States | None]
 
 GATES: dict[Cell, int] = {"RNN": 1, "LSTM": 4, "GRU": 3}
+
+# The own options of every layer, each with the value that is torch.nn's behaviour.
+COMMON_OPTIONS: dict[str, Any] = {
+    "layer_norm": False,
+    "heads": 1,
+    "recurrent_dropout": 0.0,
+    "zoneout": 0.0,
+    "learn_initial_state": False,
+    "grad_clip": None,
+    "recompute": False,
+}
+# Own options that no step knows of.
+OUTSIDE_THE_STEP = ("recurrent_dropout", "learn_initial_state", "forget_bias")
 
 
 class RecurrentLayer(Module):
@@ -44,7 +68,7 @@ class RecurrentLayer(Module):
 
     cell: ClassVar[Cell]
     # The options torch.nn does not have, each with the value that is torch.nn's behaviour.
-    own_options: ClassVar[dict[str, Any]] = {}
+    own_options: ClassVar[dict[str, Any]] = COMMON_OPTIONS
 
     mode: str
     input_size: int
@@ -55,6 +79,10 @@ class RecurrentLayer(Module):
     dropout: float
     bidirectional: bool
     proj_size: int
+    heads: int
+    recurrent_dropout: float
+    learn_initial_state: bool
+    forget_bias: float | None = None  # of an LSTM it may be another
 
     def __init__(
         self,
@@ -85,7 +113,9 @@ class RecurrentLayer(Module):
             setattr(self, name, value)
         self._check_sizes(dropout)
         self._describe()
-        for name, shape in zip(self._flat_weights_names, self._weight_shapes, strict=True):
+        self._check_own_options()
+        shapes = zip(self._flat_weights_names, self._weight_shapes, strict=True)
+        for name, shape in (*shapes, *self._learned_shapes().items()):
             setattr(self, name, Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
 
@@ -125,13 +155,20 @@ class RecurrentLayer(Module):
         if self.proj_size >= self.hidden_size:
             raise ValueError("proj_size has to be smaller than hidden_size")
 
+    def _check_own_options(self) -> None:
+        """Check what `Options` does not hold, or not beside the hidden size."""
+        check_heads(self.heads, hidden_size=self.hidden_size)
+        check_probability("recurrent_dropout", self.recurrent_dropout)
+        check_bool("learn_initial_state", self.learn_initial_state)
+        check_forget_bias(self.forget_bias, self.bias)
+
     def _maths(self) -> dict[str, Any]:
         """The options that change the maths of a step."""
-        return {name: getattr(self, name) for name in self.own_options}
+        return {n: getattr(self, n) for n in self.own_options if n not in OUTSIDE_THE_STEP}
 
     def _describe(self) -> None:
         """Derive the options and the names and shapes of the weights from the attributes."""
-        self._options = Options(
+        self._options: Options = make_options(
             self.cell,
             num_layers=self.num_layers,
             bidirectional=bool(self.bidirectional),
@@ -139,31 +176,35 @@ class RecurrentLayer(Module):
             proj_size=self.proj_size,
             **self._maths(),
         )
-        gates = GATES[self.cell] * self.hidden_size
         output = self.proj_size or self.hidden_size
         directions = 2 if self.bidirectional else 1
         self._all_weights: list[list[str]] = []
-        self._weight_shapes: list[tuple[int, ...]] = []
+        self._weight_shapes: list[Shape] = []
         for layer in range(self.num_layers):
             width = self.input_size if layer == 0 else output * directions
-            shapes: dict[str, tuple[int, ...]] = {
-                "weight_ih": (gates, width),
-                "weight_hh": (gates, output),
-            }
-            if self.bias:
-                shapes |= {"bias_ih": (gates,), "bias_hh": (gates,)}
-            if self.proj_size:
-                shapes["weight_hr"] = (self.proj_size, self.hidden_size)
+            shapes = self._options.weight_shapes(GATES[self.cell], width, self.hidden_size)
             for suffix in ("", "_reverse")[:directions]:
                 self._all_weights.append([f"{name}_l{layer}{suffix}" for name in shapes])
                 self._weight_shapes += shapes.values()
         self._flat_weights_names = [name for names in self._all_weights for name in names]
 
+    def _learned_shapes(self) -> dict[str, Shape]:
+        """The parameters that `learn_initial_state` asks for."""
+        if not self.learn_initial_state:
+            return {}
+        groups = self.num_layers * (2 if self.bidirectional else 1)
+        shapes: dict[str, Shape] = {"h_0": (groups, 1, self.proj_size or self.hidden_size)}
+        if self.cell == "LSTM":
+            shapes["c_0"] = (groups, 1, self.hidden_size)
+        return shapes
+
     def reset_parameters(self) -> None:
-        """Draw every parameter from U(-1/√H, 1/√H), in the order of ``parameters()``."""
-        bound = 1.0 / math.sqrt(self.hidden_size)
-        for parameter in self.parameters():
-            torch.nn.init.uniform_(parameter, -bound, bound)
+        """Draw every parameter from U(-1/√H, 1/√H), in the order of ``parameters()``.
+
+        But gains of layer norm start at 1, ``norm_c_bias`` and learned initial states at 0, and the
+        forget gate's part of ``bias_ih`` at ``forget_bias`` where one is given.
+        """
+        initialize(self)
 
     def flatten_parameters(self) -> None:
         """Forget the weights that inference keeps packed; the next call takes them as they are.
@@ -228,7 +269,8 @@ class RecurrentLayer(Module):
         return_states: bool,
     ) -> Result:
         """Bring the arguments into the engine's layout, call it, and bring the result back."""
-        if lengths is None and reset is None and not return_states and not self._drops():
+        plain = lengths is None and reset is None and not return_states and not self._draws()
+        if plain and not (hx is None and self.learn_initial_state):
             found = _inference.run(self, input, hx, self.batch_first, False)
             if found is not None:
                 return found[0], found[1:], None
@@ -257,7 +299,7 @@ class RecurrentLayer(Module):
         if reset is not None:
             reset = _checks.reset_tensor(reset, sequence, unbatched, self.batch_first)
         output, hx_n, states = self._call(
-            sequence, hx, weights, lengths=lengths, reset=reset, return_states=return_states
+            sequence, hx, weights, batch, lengths=lengths, reset=reset, return_states=return_states
         )
         if unbatched:
             output = output.squeeze(1)
@@ -273,6 +315,14 @@ class RecurrentLayer(Module):
         """Whether values are dropped between layers now."""
         return self.training and self.dropout > 0 and self.num_layers > 1
 
+    def _draws(self) -> bool:
+        """Whether the call draws anything at random."""
+        if not self.training:
+            return False
+        own = self._options
+        inside = self.recurrent_dropout > 0 or own.zoneout_h > 0 or own.zoneout_c > 0
+        return inside or self._drops()
+
     def _run_packed(
         self, input: PackedSequence, hx: tuple[Tensor, ...] | None, return_states: bool
     ) -> Result:
@@ -283,7 +333,7 @@ class RecurrentLayer(Module):
             hx = tuple(_checks.permuted(state, sorted_indices) for state in hx)
         weights = self._checked_weights(data, hx, 2, batch)
         output, hx_n, states = self._call(
-            data, hx, weights, batch_sizes=batch_sizes, return_states=return_states
+            data, hx, weights, batch, batch_sizes=batch_sizes, return_states=return_states
         )
         if unsorted_indices is not None:
             hx_n = tuple(state.index_select(1, unsorted_indices) for state in hx_n)
@@ -313,10 +363,14 @@ class RecurrentLayer(Module):
         input: Tensor,
         hx: tuple[Tensor, ...] | None,
         weights: list[Tensor],
+        batch: int,
         **steps: Any,
     ) -> tuple[Tensor, tuple[Tensor, ...], States | None]:
         """Call the engine, under autocast in the dtype that autocast asks for."""
         dropout = self.dropout if self._drops() else 0.0
+        anew = self._learned_states()
+        if anew and hx is None:
+            hx = tuple(state.expand(-1, batch, -1) for state in anew)
         half = _autocast.requested(input)
         wide = None
         if half is not None:
@@ -324,14 +378,69 @@ class RecurrentLayer(Module):
             wide = _autocast.result_dtype(self.cell, half, input, hx, fused)
             input = _autocast.cast(input, half)
             hx = None if hx is None else tuple(_autocast.cast(state, half) for state in hx)
+            anew = tuple(_autocast.cast(state, half) for state in anew)
             weights = [_autocast.cast(weight, half) for weight in weights]
-        _checks.check_companions(input, hx or (), weights)
+        _checks.check_companions(input, (*(hx or ()), *anew), weights)
         cache = None  # of weights that autocast has just made there is nothing to keep
         if half is None and not torch.compiler.is_compiling():
             cache = _inference.prepared(self).cache
         output, hx_n, states = recurrent(
-            self._options, input, hx, weights, dropout=dropout, cache=cache, **steps
+            self._options,
+            input,
+            hx,
+            weights,
+            extras=self._extras(input, batch, anew if steps.get("reset") is not None else ()),
+            dropout=dropout,
+            cache=cache,
+            **steps,
         )
         if wide is not None:
             output, hx_n = output.to(wide), tuple(state.to(wide) for state in hx_n)
         return output, hx_n, states
+
+    def _learned_states(self) -> tuple[Tensor, ...]:
+        """The parameters h_0 and c_0 of this moment, once they fit; () where none are learned."""
+        if not self.learn_initial_state:
+            return ()
+        shapes = self._learned_shapes()
+        states = tuple(getattr(self, name) for name in shapes)
+        _checks.check_weight_shapes(states, tuple(shapes), tuple(shapes.values()))
+        return states
+
+    def _extras(self, input: Tensor, batch: int, anew: tuple[Tensor, ...]) -> Extras:
+        """What the options ask for besides: masks while training, the states after a reset."""
+        extras = NO_EXTRAS
+        if self.training:
+            size, dropout = self.hidden_size, self.recurrent_dropout
+            extras = _masks.draw(self._options, input, batch, size, dropout)
+        names = ("reset_h", "reset_c")
+        anew_by_name = {name: s[:, 0] for name, s in zip(names, anew, strict=False)}
+        return extras._replace(**anew_by_name) if anew else extras
+
+
+_STARTS = {
+    "norm_ih": 1.0,
+    "norm_hh": 1.0,
+    "norm_c": 1.0,
+    "norm_c_bias": 0.0,
+    "h_0": 0.0,
+    "c_0": 0.0,
+}
+
+
+def initialize(module: Any) -> None:
+    """Give every parameter of a layer or a cell the value that it starts with."""
+    size = module.hidden_size
+    bound = 1.0 / math.sqrt(size) if size > 0 else 0.0
+    for path, parameter in module.named_parameters():
+        name = path.removeprefix("parametrizations.").partition(".")[0]
+        start = _STARTS.get(re.sub(r"_l\d+(_reverse)?$", "", name))
+        if start is None:
+            torch.nn.init.uniform_(parameter, -bound, bound)
+        else:
+            torch.nn.init.constant_(parameter, start)
+    if module.forget_bias is not None:
+        with torch.no_grad():
+            for name in module._flat_weights_names:
+                if name.startswith("bias_ih"):
+                    getattr(module, name)[size : 2 * size].fill_(module.forget_bias)

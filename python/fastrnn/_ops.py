@@ -13,10 +13,12 @@ h_n     (L·D, B, O)                          h after the last step
 c_n     (L·D, B, H)                          c after the last step; LSTM
 cell    (L, T, B, D·H) or (L, N, D·H)        c at every step, compute dtype; LSTM, ``states`` or
                                              ``save``
-gates   (L·D, T·B or N, saved values)        what backward needs besides, compute dtype; ``save``
+gates   (L·D, T·B or N, saved values)        what backward needs besides, compute dtype; ``save``,
+                                             not with ``recompute``
 ======  ===================================  ==================================================
 
-``backward`` gives the gradients of input, h0, c0 and each weight, (0,) where ``needs`` is False.
+``backward`` gives the gradients of input, h0, c0, reset_h, reset_c and each weight, (0,) where
+``needs`` is False. The arrays of `Extras` stand after ``reset``, then the fields of `Options`.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _C, _composed
-from ._engine import Scalars, engine_options, saved_size
+from ._engine import Extras, Scalars, engine_options, saved_size
 from ._options import Options
 
 if TYPE_CHECKING:
@@ -40,19 +42,25 @@ ForwardOutputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | No
 
 _OPTIONS = (
     "str cell, int num_layers, bool bidirectional, bool bias, int proj_size, str activation, "
-    "str gate_activation, bool reset_after"
+    "str gate_activation, bool reset_after, bool peephole, bool layer_norm, int heads, "
+    "float zoneout_h, float zoneout_c, float grad_clip, bool recompute"
 )
 _STEPS = "Tensor? batch_sizes, Tensor? lengths, Tensor? reset"
+_EXTRAS = (
+    "Tensor? reset_h, Tensor? reset_c, Tensor? dropout_mask, Tensor? zoneout_h_mask, "
+    "Tensor? zoneout_c_mask"
+)
 
 _library: Any = torch.library.Library("fastrnn", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
-    f"forward(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, {_STEPS}, {_OPTIONS}, "
-    "bool states, bool save) -> (Tensor hidden, Tensor h_n, Tensor c_n, Tensor cell, Tensor gates)"
+    f"forward(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, {_STEPS}, {_EXTRAS}, "
+    f"{_OPTIONS}, bool states, bool save) -> "
+    "(Tensor hidden, Tensor h_n, Tensor c_n, Tensor cell, Tensor gates)"
 )
 _library.define(
-    f"backward(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, {_STEPS}, Tensor hidden, "
-    "Tensor cell_state, Tensor gates, Tensor? d_output, Tensor? d_hidden, Tensor? d_cell, "
-    f"Tensor? d_h_n, Tensor? d_c_n, {_OPTIONS}, bool[] needs) -> Tensor[]"
+    f"backward(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, {_STEPS}, {_EXTRAS}, "
+    "Tensor hidden, Tensor cell_state, Tensor gates, Tensor? d_output, Tensor? d_hidden, "
+    f"Tensor? d_cell, Tensor? d_h_n, Tensor? d_c_n, {_OPTIONS}, bool[] needs) -> Tensor[]"
 )
 
 
@@ -81,12 +89,13 @@ def _sizes(
 ) -> _Sizes:
     """The shapes for B = ``rows``."""
     layers, directions = options[1], 2 if options[2] else 1
-    out, hidden = weights[1].shape[1], weights[1].shape[0] // engine.gates
+    hidden = weights[0].shape[0] // engine.gates
+    out = options[4] or hidden
     every, two = states or save, engine.states == 2
     entries = input.shape[:-1]  # (T, B), or packed (N,)
     groups = layers * directions
     gates = None
-    if save:
+    if save and not options[-1]:
         count = entries[0] if len(entries) == 1 else entries[0] * entries[1]
         gates = (groups, count, saved_size(engine, hidden))
     return _Sizes(
@@ -118,7 +127,7 @@ def _run_forward(
 
     Of one layer without ``states``, hidden comes without its first axis.
     """
-    *options, states, save = rest
+    extras, options, (states, save) = rest[:5], rest[5:-2], rest[-2:]
     engine = engine_options(*options)
     rows = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
     sizes = _sizes(engine, input, rows, weights, options, states, save)
@@ -154,6 +163,7 @@ def _run_forward(
         torch.get_num_threads(),
         None,
         cache,
+        extras,
     )
     return hidden, h_n, c_n, cell, gates
 
@@ -185,7 +195,7 @@ def _forward_fake(
     reset: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    *options, states, save = rest
+    options, (states, save) = rest[5:-2], rest[-2:]
     if batch_sizes is None:
         rows: Any = input.shape[1]
     elif h0 is not None:
@@ -212,9 +222,14 @@ def _run_backward(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    dropout_mask: Tensor | None,
+    zoneout_h_mask: Tensor | None,
+    zoneout_c_mask: Tensor | None,
     hidden: Tensor,
     cell: Tensor | None,
-    gates: Tensor,
+    gates: Tensor | None,
     d_output: Tensor | None,
     d_hidden: Tensor | None,
     d_cell: Tensor | None,
@@ -227,9 +242,9 @@ def _run_backward(
     *options, needs = rest
     gradients = [
         input.new_empty(x.shape) if x is not None and needed else None
-        for x, needed in zip((input, h0, c0, *weights), needs, strict=True)
+        for x, needed in zip((input, h0, c0, reset_h, reset_c, *weights), needs, strict=True)
     ]
-    d_input, d_h0, d_c0, *d_weights = gradients
+    d_input, d_h0, d_c0, d_reset_h, d_reset_c, *d_weights = gradients
     engine = engine_options(*options)
     _C.backward(
         engine,
@@ -242,7 +257,7 @@ def _run_backward(
         reset,
         hidden,
         cell if engine.states == 2 else None,
-        gates,
+        None if gates is None or gates.dim() == 1 else gates,
         d_output,
         d_hidden,
         d_cell,
@@ -251,9 +266,13 @@ def _run_backward(
         d_input,
         d_h0,
         d_c0,
-        d_weights if any(needs[3:]) else None,
+        d_weights if any(needs[5:]) else None,
         consume_gates,
         torch.get_num_threads(),
+        None,
+        (reset_h, reset_c, dropout_mask, zoneout_h_mask, zoneout_c_mask),
+        d_reset_h,
+        d_reset_c,
     )
     return gradients
 
@@ -267,7 +286,7 @@ def _backward_fake(
 ) -> list[Tensor]:
     return [
         input.new_empty(x.shape if x is not None and needed else (0,))
-        for x, needed in zip((input, h0, c0, *weights), rest[-1], strict=True)
+        for x, needed in zip((input, h0, c0, *rest[3:5], *weights), rest[-1], strict=True)
     ]
 
 
@@ -281,7 +300,8 @@ def forward(*arguments: Any, cache: _C.PackCache | None = None) -> ForwardOutput
     operator itself knows no ``cache``.
     """
     outputs: ForwardOutputs
-    if torch.compiler.is_compiling() or not _C.nothing_listens((*arguments[:3], *arguments[3])):
+    tensors = (*arguments[:3], *arguments[3], *arguments[7:12])
+    if torch.compiler.is_compiling() or not _C.nothing_listens(tensors):
         outputs = forward_op(*arguments)
     else:
         save = arguments[-1]
@@ -327,14 +347,22 @@ class _Recurrence(torch.autograd.Function):
         batch_sizes: Tensor | None,
         lengths: Tensor | None,
         reset: Tensor | None,
+        dropout_mask: Tensor | None,
+        zoneout_h_mask: Tensor | None,
+        zoneout_c_mask: Tensor | None,
         input: Tensor,
         h0: Tensor | None,
         c0: Tensor | None,
+        reset_h: Tensor | None,
+        reset_c: Tensor | None,
         *weights: Tensor,
     ) -> ForwardOutputs:
-        arguments = (input, h0, c0, weights, batch_sizes, lengths, reset, *options, states, save)
+        steps = (batch_sizes, lengths, reset)
+        masks = (dropout_mask, zoneout_h_mask, zoneout_c_mask)
+        given = (input, h0, c0, weights, *steps, reset_h, reset_c, *masks)
+        arguments = (*given, *options, states, save)
         outputs: ForwardOutputs
-        if _C.nothing_listens((input, h0, c0, *weights)):
+        if _C.nothing_listens((input, h0, c0, *weights, *given[7:])):
             outputs = _run_forward(*arguments, cache=cache)
         else:
             with torch._C._AutoDispatchBelowAutograd():
@@ -351,27 +379,29 @@ class _Recurrence(torch.autograd.Function):
             outputs = (hidden, h_n, c_n, cell if states else None, None)
         ctx.keep_gates = keep_gates
         ctx.fresh = save  # `gates` is as forward left it
-        ctx.save_for_backward(batch_sizes, lengths, reset, input, h0, c0, *saved, *weights)
+        ctx.save_for_backward(*given[:3], *given[4:], *saved, *weights)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        batch_sizes, lengths, reset, input, h0, c0, *rest = ctx.saved_tensors
-        saved, weights = rest[:3], rest[3:]
-        needs = ctx.needs_input_grad[8:]
+        tensors = ctx.saved_tensors
+        given, saved, weights = tensors[:11], tensors[11:14], tensors[14:]
+        needs = ctx.needs_input_grad[11:]
         if all(d is None for d in gradients):
-            return (None,) * (8 + len(needs))
-        arguments = (input, h0, c0, weights, batch_sizes, lengths, reset)
+            return (None,) * (11 + len(needs))
+        input = given[0]
+        arguments = (*given[:3], weights, *given[3:])
         found: Sequence[Tensor | None]
         if torch.is_grad_enabled():  # create_graph=True
             found = _composed_gradients(arguments, ctx.options, gradients, needs)
         else:
             # The gradients of the gates take the place of the gates, where nobody else has these.
             # A second backward (retain_graph=True) runs forward again; `pop` gives them away once.
-            fresh = ctx.fresh if ctx.keep_gates else ctx.__dict__.pop("fresh", False)
+            kept = ctx.keep_gates or ctx.options[-1]  # there are none with `recompute`
+            fresh = ctx.fresh if kept else ctx.__dict__.pop("fresh", False)
             if not fresh:
                 again = (*arguments, *ctx.options, False, True)
-                by_itself = _C.nothing_listens((*arguments[:3], *weights))
+                by_itself = _C.nothing_listens((*given[:3], *weights, *given[6:]))
                 outputs = _run_forward(*again) if by_itself else forward_op(*again)
                 hidden, _, _, cell, gates = outputs
                 saved = (hidden, cell, gates)
@@ -382,7 +412,7 @@ class _Recurrence(torch.autograd.Function):
             elif d_hidden is not None and d_hidden.shape[0] == 1:  # the last layer's alone
                 d_output, d_hidden = d_hidden[0], None
             d_states = (d_output, d_hidden, d_cell, d_h_n, d_c_n)
-            if _C.nothing_listens((*arguments[:3], *weights, *d_states)):
+            if _C.nothing_listens((*given[:3], *weights, *given[6:], *d_states)):
                 found = _run_backward(
                     *arguments,
                     *saved,
@@ -395,8 +425,9 @@ class _Recurrence(torch.autograd.Function):
                 hidden, cell, gates = saved
                 hidden = hidden if hidden.dim() > input.dim() else hidden.unsqueeze(0)
                 cell = input.new_empty(0) if cell is None else cell
+                gates = input.new_empty(0) if gates is None else gates
                 found = backward_op(*arguments, hidden, cell, gates, *d_states, *ctx.options, needs)
-        return (*(None,) * 8, *(d if need else None for d, need in zip(found, needs, strict=True)))
+        return (*(None,) * 11, *(d if need else None for d, need in zip(found, needs, strict=True)))
 
 
 def _apply(
@@ -411,9 +442,10 @@ def _apply(
     keep_gates: bool,
     cache: _C.PackCache | None = None,
 ) -> Any:
-    steps = (batch_sizes, lengths, reset)
+    steps, (reset_h, reset_c, *masks) = (batch_sizes, lengths, reset), rest[:5]
+    differentiable = (input, h0, c0, reset_h, reset_c, *weights)
     return _Recurrence.apply(  # type: ignore[no-untyped-call]
-        keep_gates, cache, rest[:-2], *rest[-2:], *steps, input, h0, c0, *weights
+        keep_gates, cache, rest[5:-2], *rest[-2:], *steps, *masks, *differentiable
     )
 
 
@@ -429,19 +461,21 @@ def _composed_gradients(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients as a graph of plain operations, to be differentiated again."""
-    input, h0, c0, weights, batch_sizes, lengths, reset = arguments
+    input, h0, c0, weights, batch_sizes, lengths, reset, *extras = arguments
     d_hidden, d_h_n, d_c_n, d_cell, _ = gradients
+    leaves = (input, h0, c0, *extras[:2], *weights)
     with torch.enable_grad():
         # Views: a gradient ends at its argument, even where one argument is computed from another.
-        views: list[Any] = [x if x is None else x.view_as(x) for x in (input, h0, c0, *weights)]
+        views: list[Any] = [x if x is None else x.view_as(x) for x in leaves]
         stack = _composed.forward(
             Options(*options),  # type: ignore[arg-type]
             views[0],
             tuple(x for x in views[1:3] if x is not None) or None,
-            views[3:],
+            views[5:],
             batch_sizes=batch_sizes,
             lengths=lengths,
             reset=reset,
+            extras=Extras(*views[3:5], *extras[2:]),
         )
         pairs: list[tuple[Any, Any]] = [(stack.h_n, d_h_n), (stack.c_n, d_c_n)]
         if d_hidden is not None:

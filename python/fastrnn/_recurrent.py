@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from . import _composed, _ops
 from ._C import PackCache
-from ._engine import States, scalars
+from ._engine import NO_EXTRAS, Extras, States, scalars
 from ._options import Options
 
 Result = tuple[Tensor, tuple[Tensor, ...], States | None]
@@ -34,6 +34,7 @@ def recurrent(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
+    extras: Extras = NO_EXTRAS,
     return_states: bool = False,
     dropout: float = 0.0,
     cache: PackCache | None = None,
@@ -48,6 +49,7 @@ def recurrent(
         batch_sizes: int64 (T,), on the CPU, of a PackedSequence.
         lengths: int64 (B,), the valid steps of each row.
         reset: bool (T, B), True where an episode starts.
+        extras: what the options ask for besides: states after a reset, masks.
         return_states: whether to return the states of every layer at every step.
         dropout: probability of a zero in what one layer passes to the next.
         cache: where the engine may keep the weights packed for the next call.
@@ -57,13 +59,14 @@ def recurrent(
         the states, or None.
     """
     run = _composed_route if _needs_composed(input) else _engine_route
-    steps = (batch_sizes, lengths, reset)
+    steps = (batch_sizes, lengths, reset, extras)
     if dropout > 0 and options.num_layers > 1:
         return _layer_by_layer(run, options, input, hx, weights, steps, return_states, dropout)
     return run(options, input, hx, weights, steps, return_states, cache)
 
 
-_Steps = tuple[Tensor | None, Tensor | None, Tensor | None]  # batch_sizes, lengths, reset
+# batch_sizes, lengths, reset, extras
+_Steps = tuple[Tensor | None, Tensor | None, Tensor | None, Extras]
 _Route = Callable[
     [Options, Tensor, tuple[Tensor, ...] | None, Sequence[Tensor], _Steps, bool, PackCache | None],
     Result,
@@ -91,10 +94,11 @@ def _engine_route(
     h0 = c0 = None
     if hx is not None:
         h0, c0 = hx if len(hx) == 2 else (hx[0], None)
-    save = torch.is_grad_enabled() and _any_requires_grad((input, h0, c0, *weights))
-    hidden, h_n, c_n, cell, _ = _ops.forward(
-        input, h0, c0, weights, *steps, *scalars(options), return_states, save, cache=cache
-    )
+    *rows, extras = steps
+    leaves = (input, h0, c0, extras.reset_h, extras.reset_c, *weights)
+    save = torch.is_grad_enabled() and _any_requires_grad(leaves)
+    given = (input, h0, c0, weights, *rows, *extras, *scalars(options))
+    hidden, h_n, c_n, cell, _ = _ops.forward(*given, return_states, save, cache=cache)
     output = hidden
     if hidden.dim() > input.dim():
         # Of one layer a view that gives the gradient back as a view, with no zeros to fill.
@@ -118,9 +122,16 @@ def _composed_route(
     return_states: bool,
     cache: PackCache | None,
 ) -> Result:
-    batch_sizes, lengths, reset = steps
+    batch_sizes, lengths, reset, extras = steps
     stack = _composed.forward(
-        options, input, hx, weights, batch_sizes=batch_sizes, lengths=lengths, reset=reset
+        options,
+        input,
+        hx,
+        weights,
+        batch_sizes=batch_sizes,
+        lengths=lengths,
+        reset=reset,
+        extras=extras,
     )
     states = None
     if return_states:
@@ -151,7 +162,8 @@ def _layer_by_layer(
             x = F.dropout(x, dropout, training=True)
         initial = hx and tuple(s[k * directions : (k + 1) * directions] for s in hx)
         mine = weights[k * size : (k + 1) * size]
-        x, last, every = run(one_layer, x, initial, mine, steps, return_states, None)
+        own = (*steps[:3], steps[3].of_layer(k, directions))
+        x, last, every = run(one_layer, x, initial, mine, own, return_states, None)
         hx_n.append(last)
         if every is not None:
             states.append(every)

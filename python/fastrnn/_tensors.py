@@ -17,7 +17,7 @@ from ._arguments import (
     check_lengths,
     check_shape,
 )
-from ._engine import States
+from ._engine import Extras, States
 from ._recurrent import recurrent
 
 if TYPE_CHECKING:
@@ -46,12 +46,13 @@ def forward(
     weights: Any,
     lengths: Any,
     reset: Any,
+    extras: Extras,
     *,
     batch_first: bool,
     return_states: bool,
     return_saved: bool,
 ) -> Outputs:
-    given = arguments(options, input, hx, weights, lengths, reset)
+    given = arguments(options, input, hx, weights, lengths, reset, extras)
     check(
         options,
         given,
@@ -69,6 +70,7 @@ def forward(
             tuple(map(_leaf, given.weights)),
             given.lengths,
             given.reset,
+            _leaves_of_extras(given.extras),
         )
         outputs = _run(options, own, batch_first, return_states)
     saved = Saved(options, own, outputs)
@@ -81,7 +83,7 @@ def backward(
     d_hx_n: tuple[Tensor | None, ...],
     saved: Saved,
     d_states: States | None,
-) -> tuple[Tensor, tuple[Tensor, ...] | None, list[Tensor]]:
+) -> tuple[Tensor, tuple[Tensor, ...] | None, list[Tensor], tuple[Tensor | None, ...] | None]:
     outputs, given = saved.outputs, saved.given
     d_h_n, d_c_n = (*d_hx_n, None, None)[:2]
     h_n, c_n = (*outputs.hx_n, None)[:2]
@@ -95,7 +97,8 @@ def backward(
         _pair("d_states.c", c, d_c),
     ]
     found = [pair for pair in pairs if pair is not None]
-    leaves = (given.input, *(given.hx or ()), *given.weights)
+    anew = [x for x in given.extras[:2] if x is not None]
+    leaves = (given.input, *(given.hx or ()), *anew, *given.weights)
     if found:
         gradients = torch.autograd.grad(
             [y for y, _ in found],
@@ -107,8 +110,11 @@ def backward(
         )
     else:
         gradients = tuple(map(torch.zeros_like, leaves))
-    states = len(given.hx or ())
-    return gradients[0], gradients[1 : 1 + states] or None, list(gradients[1 + states :])
+    found_in_order = iter(gradients)
+    d_input = next(found_in_order)
+    d_hx = tuple(next(found_in_order) for _ in given.hx or ())
+    d_reset = tuple(None if x is None else next(found_in_order) for x in given.extras[:2])
+    return d_input, d_hx or None, list(found_in_order), d_reset if anew else None
 
 
 def _run(options: Options, given: Arguments, batch_first: bool, return_states: bool) -> Outputs:
@@ -119,6 +125,7 @@ def _run(options: Options, given: Arguments, batch_first: bool, return_states: b
         given.weights,
         lengths=given.lengths,
         reset=given.reset,
+        extras=given.extras,
         return_states=return_states,
     )
     return Outputs(output.transpose(0, 1) if batch_first else output, hx_n, states, None)
@@ -126,6 +133,11 @@ def _run(options: Options, given: Arguments, batch_first: bool, return_states: b
 
 def _leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
+
+
+def _leaves_of_extras(extras: Extras) -> Extras:
+    anew = {name: getattr(extras, name) for name in ("reset_h", "reset_c")}
+    return extras._replace(**{n: x if x is None else _leaf(x) for n, x in anew.items()})
 
 
 def _describe(name: str, x: Any) -> Description:

@@ -11,13 +11,23 @@ Arguments of every function:
         torch also complex. Any strides.
     weights: a list: for each layer, for each direction: ``weight_ih`` (G·H, I of the layer),
         ``weight_hh`` (G·H, O), with ``bias`` also ``bias_ih`` and ``bias_hh`` (G·H,), with
-        ``proj_size`` also ``weight_hr`` (proj_size, H). The gates stand in the order i, f, g, o
-        (LSTM) or r, z, n (GRU).
+        ``proj_size`` also ``weight_hr`` (proj_size, H), with ``peephole`` also ``weight_ci``,
+        ``weight_cf``, ``weight_co`` (H,), with ``layer_norm`` also ``norm_ih``, ``norm_hh`` (G·H,)
+        and of an LSTM ``norm_c``, ``norm_c_bias`` (H,). The gates stand in the order i, f, g, o
+        (LSTM) or r, z, n (GRU). With several heads ``weight_hh`` is (heads, G·H/heads, O/heads).
     num_layers, bidirectional, bias, batch_first, proj_size: as in ``torch.nn.LSTM``.
     lengths: integers (B,), 0 to T, in any order: the valid steps of each row. Past them the output
         is 0; the final state is the last valid one; the reverse direction starts there.
-    reset: bool (T, B), with ``batch_first`` (B, T): where an episode starts, and zeros take the
-        place of the state from before, in both directions.
+    reset: bool (T, B), with ``batch_first`` (B, T): where an episode starts, and zeros, or
+        ``reset_hx``, take the place of the state from before, in both directions.
+    layer_norm, heads, zoneout, grad_clip, recompute, of `lstm` also peephole: as in `fastrnn.LSTM`.
+        Nothing is drawn here: without a mask zoneout takes the expectation.
+    reset_hx: what a reset puts in place of the state: h (L·D, O), of an LSTM (h, c) with c
+        (L·D, H); such as a learned initial state.
+    dropout_mask: (L·D, B, O), of the dtype of the input: recurrent dropout, the factors of h on its
+        way into ``weight_hh``, 0 or 1/(1 - p). No gradient is computed for it.
+    zoneout_mask: bool, where the old value is kept: (L·D, T, B, O) of h, of an LSTM (h, c) with
+        (L·D, T, B, H) of c, each may be None; time first, whatever ``batch_first``.
     return_states: also return `States`, h and c of every layer at every step.
     return_saved: also return what the function's ``_backward`` needs, as the last value. Gradients
         then come from there alone: what torch sees of the outputs is detached.
@@ -31,9 +41,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import _arrays
-from ._arguments import is_torch
-from ._engine import States
-from ._options import Options
+from ._arguments import is_torch, make_extras
+from ._engine import Extras, States
+from ._options import Options, make_options
 
 if TYPE_CHECKING:
     from ._recurrent import recurrent
@@ -60,8 +70,16 @@ def rnn(
     bidirectional: bool = False,
     bias: bool = True,
     batch_first: bool = False,
+    layer_norm: bool = False,
+    heads: int = 1,
+    zoneout: float = 0.0,
+    grad_clip: float | None = None,
+    recompute: bool = False,
     lengths: Any = None,
     reset: Any = None,
+    reset_hx: Any = None,
+    dropout_mask: Any = None,
+    zoneout_mask: Any = None,
     return_states: bool = False,
     return_saved: bool = False,
 ) -> tuple[Any, ...]:
@@ -82,10 +100,21 @@ def rnn(
     >>> output.numpy().ravel()
     array([1., 2., 3.])
     """
-    options = _options("RNN", num_layers, bidirectional, bias, activation=nonlinearity)
-    return _forward(
-        options, input, hx, weights, lengths, reset, batch_first, return_states, return_saved
+    options = _options(
+        "RNN",
+        num_layers,
+        bidirectional,
+        bias,
+        activation=nonlinearity,
+        layer_norm=layer_norm,
+        heads=heads,
+        zoneout=zoneout,
+        grad_clip=grad_clip,
+        recompute=recompute,
     )
+    extras = make_extras(options, reset_hx, dropout_mask, zoneout_mask)
+    given = (input, hx, weights, lengths, reset, extras)
+    return _forward(options, given, batch_first, return_states, return_saved)
 
 
 def lstm(
@@ -100,8 +129,17 @@ def lstm(
     proj_size: int = 0,
     activation: str = "tanh",
     gate_activation: str = "sigmoid",
+    peephole: bool = False,
+    layer_norm: bool = False,
+    heads: int = 1,
+    zoneout: float | tuple[float, float] = 0.0,
+    grad_clip: float | None = None,
+    recompute: bool = False,
     lengths: Any = None,
     reset: Any = None,
+    reset_hx: Any = None,
+    dropout_mask: Any = None,
+    zoneout_mask: Any = None,
     return_states: bool = False,
     return_saved: bool = False,
 ) -> tuple[Any, ...]:
@@ -112,6 +150,7 @@ def lstm(
         activation: of the candidate and of the cell's output: ``"tanh"``, ``"relu"``,
             ``"sigmoid"`` or ``"identity"``.
         gate_activation: ``"sigmoid"`` or ``"hardsigmoid"``.
+        peephole: whether the gates see the cell state (Gers & Schmidhuber 2000).
         input, weights and the others: see `fastrnn.functional`.
 
     Returns:
@@ -133,10 +172,16 @@ def lstm(
         proj_size=proj_size,
         activation=activation,
         gate_activation=gate_activation,
+        peephole=peephole,
+        layer_norm=layer_norm,
+        heads=heads,
+        zoneout=zoneout,
+        grad_clip=grad_clip,
+        recompute=recompute,
     )
-    return _forward(
-        options, input, hx, weights, lengths, reset, batch_first, return_states, return_saved
-    )
+    extras = make_extras(options, reset_hx, dropout_mask, zoneout_mask)
+    given = (input, hx, weights, lengths, reset, extras)
+    return _forward(options, given, batch_first, return_states, return_saved)
 
 
 def gru(
@@ -151,8 +196,16 @@ def gru(
     activation: str = "tanh",
     gate_activation: str = "sigmoid",
     reset_after: bool = True,
+    layer_norm: bool = False,
+    heads: int = 1,
+    zoneout: float = 0.0,
+    grad_clip: float | None = None,
+    recompute: bool = False,
     lengths: Any = None,
     reset: Any = None,
+    reset_hx: Any = None,
+    dropout_mask: Any = None,
+    zoneout_mask: Any = None,
     return_states: bool = False,
     return_saved: bool = False,
 ) -> tuple[Any, ...]:
@@ -184,15 +237,20 @@ def gru(
         activation=activation,
         gate_activation=gate_activation,
         reset_after=reset_after,
+        layer_norm=layer_norm,
+        heads=heads,
+        zoneout=zoneout,
+        grad_clip=grad_clip,
+        recompute=recompute,
     )
-    return _forward(
-        options, input, hx, weights, lengths, reset, batch_first, return_states, return_saved
-    )
+    extras = make_extras(options, reset_hx, dropout_mask, zoneout_mask)
+    given = (input, hx, weights, lengths, reset, extras)
+    return _forward(options, given, batch_first, return_states, return_saved)
 
 
 def rnn_backward(
     d_output: Any, d_hx_n: Any, saved: Any, *, d_states: States | None = None
-) -> tuple[Any, Any, list[Any]]:
+) -> tuple[Any, ...]:
     """The gradients of `rnn`'s arguments, by backpropagation through time (Werbos 1990).
 
     Arguments:
@@ -203,7 +261,8 @@ def rnn_backward(
         d_states: gradients of ``states``, each or all None for zeros.
 
     Returns:
-        ``d_input``, ``d_h0`` (None where ``hx`` was None) and the list ``d_weights``.
+        ``d_input``, ``d_h0`` (None where ``hx`` was None) and the list ``d_weights``; where
+        ``reset_hx`` was given, then its gradient.
 
     >>> import numpy as np
     >>> one = np.ones((1, 1))
@@ -220,7 +279,7 @@ def rnn_backward(
 
 def lstm_backward(
     d_output: Any, d_hx_n: Any, saved: Any, *, d_states: States | None = None
-) -> tuple[Any, Any, list[Any]]:
+) -> tuple[Any, ...]:
     """The gradients of `lstm`'s arguments, by backpropagation through time (Werbos 1990).
 
     Arguments:
@@ -231,7 +290,8 @@ def lstm_backward(
         d_states: gradients of ``states``, each or all None for zeros.
 
     Returns:
-        ``d_input``, ``(d_h0, d_c0)`` (None where ``hx`` was None) and the list ``d_weights``.
+        ``d_input``, ``(d_h0, d_c0)`` (None where ``hx`` was None) and the list ``d_weights``; where
+        ``reset_hx`` was given, then its gradients.
 
     >>> import numpy as np
     >>> w_ih, w_hh = np.zeros((4, 2)), np.zeros((4, 1))
@@ -246,7 +306,7 @@ def lstm_backward(
 
 def gru_backward(
     d_output: Any, d_hx_n: Any, saved: Any, *, d_states: States | None = None
-) -> tuple[Any, Any, list[Any]]:
+) -> tuple[Any, ...]:
     """The gradients of `gru`'s arguments, by backpropagation through time (Werbos 1990).
 
     Arguments:
@@ -257,7 +317,8 @@ def gru_backward(
         d_states: gradients of ``states``, each or all None for zeros.
 
     Returns:
-        ``d_input``, ``d_h0`` (None where ``hx`` was None) and the list ``d_weights``.
+        ``d_input``, ``d_h0`` (None where ``hx`` was None) and the list ``d_weights``; where
+        ``reset_hx`` was given, then its gradient.
 
     >>> import numpy as np
     >>> w_ih, w_hh, h0 = np.zeros((3, 2)), np.zeros((3, 1)), np.ones((1, 1, 1))
@@ -271,7 +332,13 @@ def gru_backward(
 
 def _options(cell: Any, num_layers: int, bidirectional: bool, bias: bool, **others: Any) -> Options:
     try:
-        return Options(cell, num_layers, bool(bidirectional), bool(bias), **others)
+        return make_options(
+            cell,
+            num_layers=num_layers,
+            bidirectional=bool(bidirectional),
+            bias=bool(bias),
+            **others,
+        )
     except ValueError as error:  # an RNN's activation goes by another name here
         if cell == "RNN" and str(error).startswith("activation"):
             raise ValueError(f"nonlinearity{str(error)[len('activation') :]}") from None
@@ -280,25 +347,18 @@ def _options(cell: Any, num_layers: int, bidirectional: bool, bias: bool, **othe
 
 def _forward(
     options: Options,
-    input: Any,
-    hx: Any,
-    weights: Any,
-    lengths: Any,
-    reset: Any,
+    given: tuple[Any, Any, Any, Any, Any, Extras],
     batch_first: bool,
     return_states: bool,
     return_saved: bool,
 ) -> tuple[Any, ...]:
+    """The call, given input, hx, weights, lengths, reset and extras."""
     route: Any = _arrays
-    if is_torch(input):
+    if is_torch(given[0]):
         from . import _tensors as route
     output, hx_n, states, saved = route.forward(
         options,
-        input,
-        hx,
-        weights,
-        lengths,
-        reset,
+        *given,
         batch_first=batch_first,
         return_states=return_states,
         return_saved=return_saved,
@@ -309,7 +369,7 @@ def _forward(
 
 def _backward(
     cell: str, d_output: Any, d_hx_n: Any, saved: Any, d_states: States | None
-) -> tuple[Any, Any, list[Any]]:
+) -> tuple[Any, ...]:
     options = getattr(saved, "options", None)
     if not isinstance(options, Options) or options.cell != cell:
         name = cell.lower()
@@ -326,8 +386,10 @@ def _backward(
     route: Any = _arrays
     if not isinstance(saved, _arrays.Saved):
         from . import _tensors as route
-    d_input, d_hx, d_weights = route.backward(d_output, tuple(d_hx_n), saved, d_states)
-    return d_input, d_hx if d_hx is None or cell == "LSTM" else d_hx[0], d_weights
+    d_input, d_hx, d_weights, d_reset = route.backward(d_output, tuple(d_hx_n), saved, d_states)
+    if cell != "LSTM":
+        d_hx, d_reset = (None if d is None else d[0] for d in (d_hx, d_reset))
+    return (d_input, d_hx, d_weights) if d_reset is None else (d_input, d_hx, d_weights, d_reset)
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from ._cells import GRUCell, LSTMCell, RNNCell
-from ._layer import Device, RecurrentLayer
+from ._layer import COMMON_OPTIONS, Device, RecurrentLayer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,19 +55,36 @@ class RNN(RecurrentLayer):
         proj_size: not for an RNN; 0 or None.
         device: where the parameters are made.
         dtype: the dtype of the parameters.
+        layer_norm: whether W_ih·x_t and W_hh·h_{t-1} are normalised, each over all its H
+            values, to γ∘norm(·) + b; norm(a) is (a - mean) / sqrt(variance + 1e-5) (Ba et al.
+            2016).
+        heads: how many blocks W_hh has on its diagonal: head k holds the units k·H/heads and on
+            and sees its own part of h_{t-1} alone. Divides H.
+        recurrent_dropout: the probability of a zero in what W_hh sees of h_{t-1} while training:
+            one mask for each sequence, layer and direction (Gal & Ghahramani 2016).
+        zoneout: the probability that a unit of h keeps its old value at a step while training; in
+            ``eval()`` the expectation p·old + (1 - p)·new is taken (Krueger et al. 2017).
+        learn_initial_state: whether there is a parameter ``h_0``, which stands where hx is None and
+            after a reset.
+        grad_clip: a limit; at every step of the backward pass the whole gradient of h_t, from
+            the output and from the step after, is clamped to ±grad_clip (Graves 2013).
+        recompute: whether the backward pass computes the gates again instead of keeping them: equal
+            gradients, less memory.
 
     Attributes:
         weight_ih_l0: W_ih of layer 0, (H, I); of a later layer k, ``weight_ih_l{k}``, (H, D·H).
-        weight_hh_l0: W_hh, (H, H).
+        weight_hh_l0: W_hh, (H, H); with several heads (heads, H/heads, H/heads).
         bias_ih_l0: b_ih, (H,), with ``bias=True``.
         bias_hh_l0: b_hh, (H,), with ``bias=True``.
+        norm_ih_l0, norm_hh_l0: γ of W_ih·x_t and of W_hh·h_{t-1}, (H,), with ``layer_norm``.
+        h_0: (L·D, 1, H), with ``learn_initial_state``.
         mode: ``"RNN_TANH"``, ``"RNN_RELU"``, ``"RNN_SIGMOID"`` or ``"RNN_IDENTITY"``.
 
     The names of the backward direction end in ``_reverse``.
 
     Raises:
-        ValueError: a size, the dropout or the nonlinearity is out of its range.
-        TypeError: a size is no int, or bias or batch_first no bool.
+        ValueError: a size, the dropout, the nonlinearity or another option is out of its range.
+        TypeError: a size is no int, bias or batch_first no bool, or an option of another type.
 
     >>> import torch
     >>> layer = RNN(3, 4, nonlinearity="sigmoid", batch_first=True)
@@ -92,6 +109,14 @@ class RNN(RecurrentLayer):
         proj_size: int | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        layer_norm: bool = False,
+        heads: int = 1,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        learn_initial_state: bool = False,
+        grad_clip: float | None = None,
+        recompute: bool = False,
     ) -> None:
         _refuse_projection(proj_size)
         if nonlinearity not in _NONLINEARITIES:
@@ -112,10 +137,17 @@ class RNN(RecurrentLayer):
             device,
             dtype,
             nonlinearity=nonlinearity,
+            layer_norm=layer_norm,
+            heads=heads,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+            learn_initial_state=learn_initial_state,
+            grad_clip=grad_clip,
+            recompute=recompute,
         )
 
     def _maths(self) -> dict[str, Any]:
-        return {"activation": self.nonlinearity}
+        return {"activation": self.nonlinearity, **super()._maths()}
 
     def extra_repr(self) -> str:
         """torch.nn's line, then the nonlinearity where torch.nn does not have it."""
@@ -138,13 +170,14 @@ class RNN(RecurrentLayer):
         Arguments:
             input: (T, B, I), with ``batch_first`` (B, T, I); one sequence (T, I); or a
                 PackedSequence.
-            hx: initial states, (L·D, B, H), beside one sequence (L·D, H). None: zeros.
+            hx: initial states, (L·D, B, H), beside one sequence (L·D, H). None: zeros,
+                or the learned states.
             lengths: integers (B,), each 0…T: how many steps of each sequence count. Output past
                 a length is 0, ``h_n`` is the last state that counts, the backward direction
                 starts there, and padding gets no gradient.
             reset: bool (T, B), with ``batch_first`` (B, T), beside one sequence (T,). True: a new
-                episode begins at this step, with a state of zeros; in both directions no state
-                and no gradient crosses into another episode.
+                episode begins at this step, with a state of zeros or the learned one; in both
+                directions no state and no gradient crosses into another episode.
             return_states: whether to return the states of every layer at every step too.
 
         Returns:
@@ -189,20 +222,44 @@ class LSTM(RecurrentLayer):
         dtype: the dtype of the parameters.
         activation: act: ``"tanh"``, ``"relu"``, ``"sigmoid"`` or ``"identity"``.
         gate_activation: σ: ``"sigmoid"``, or ``"hardsigmoid"``, which is clip(x/6 + 1/2, 0, 1).
+        peephole: whether the gates see the cell state: a_i += w_ci∘c_{t-1}, a_f += w_cf∘c_{t-1},
+            a_o += w_co∘c_t (Gers & Schmidhuber 2000).
+        layer_norm: whether W_ih·x_t and W_hh·h_{t-1} are normalised, each over all its 4·H values,
+            to γ∘norm(·) + b, and h_t = o∘act(γ_c∘norm(c_t) + β_c); norm(a) is (a - mean) /
+            sqrt(variance + 1e-5) (Ba et al. 2016).
+        heads: how many blocks W_hh has on its diagonal: head k holds the units k·H/heads and on
+            and sees its own part of h_{t-1} alone. Divides H and P.
+        recurrent_dropout: the probability of a zero in what W_hh sees of h_{t-1} while training:
+            one mask for each sequence, layer and direction (Gal & Ghahramani 2016).
+        zoneout: the probability that a unit keeps its old value at a step while training, of both
+            states or of (h, c); in ``eval()`` the expectation p·old + (1 - p)·new is taken.
+            h_t comes from c_t as it was before zoneout (Krueger et al. 2017).
+        learn_initial_state: whether there are parameters ``h_0`` and ``c_0``, which stand where hx
+            is None and after a reset.
+        forget_bias: the value that the forget gate's part of ``bias_ih`` starts with; None: it is
+            drawn like the others.
+        grad_clip: a limit; at every step of the backward pass the whole gradients of h_t and of
+            c_t, from the output and from the step after, are clamped to ±grad_clip (Graves 2013).
+        recompute: whether the backward pass computes the gates again instead of keeping them: equal
+            gradients, less memory.
 
     Attributes:
         weight_ih_l0: W_ih of layer 0, (4·H, I); of a later layer k, ``weight_ih_l{k}``,
             (4·H, D·O).
-        weight_hh_l0: W_hh, (4·H, O).
+        weight_hh_l0: W_hh, (4·H, O); with several heads (heads, 4·H/heads, O/heads).
         bias_ih_l0: b_ih, (4·H,), with ``bias=True``.
         bias_hh_l0: b_hh, (4·H,), with ``bias=True``.
         weight_hr_l0: W_hr, (P, H), with ``proj_size``.
+        weight_ci_l0, weight_cf_l0, weight_co_l0: w_ci, w_cf, w_co, (H,), with ``peephole``.
+        norm_ih_l0, norm_hh_l0: γ of W_ih·x_t and of W_hh·h_{t-1}, (4·H,), with ``layer_norm``.
+        norm_c_l0, norm_c_bias_l0: γ_c and β_c, (H,), with ``layer_norm``.
+        h_0, c_0: (L·D, 1, O) and (L·D, 1, H), with ``learn_initial_state``.
 
     The names of the backward direction end in ``_reverse``. Gates stand in the order i, f, g, o.
 
     Raises:
-        ValueError: a size, the dropout or an activation is out of its range.
-        TypeError: a size is no int, or bias or batch_first no bool.
+        ValueError: a size, the dropout, an activation or another option is out of its range.
+        TypeError: a size is no int, bias or batch_first no bool, or an option of another type.
 
     >>> import torch
     >>> layer = LSTM(3, 4, num_layers=2, bidirectional=True)
@@ -212,7 +269,13 @@ class LSTM(RecurrentLayer):
     """
 
     cell = "LSTM"
-    own_options: ClassVar[dict[str, Any]] = {"activation": "tanh", "gate_activation": "sigmoid"}
+    own_options: ClassVar[dict[str, Any]] = {
+        "activation": "tanh",
+        "gate_activation": "sigmoid",
+        "peephole": False,
+        **COMMON_OPTIONS,
+        "forget_bias": None,
+    }
     activation: str
     gate_activation: str
 
@@ -231,6 +294,15 @@ class LSTM(RecurrentLayer):
         *,
         activation: str = "tanh",
         gate_activation: str = "sigmoid",
+        peephole: bool = False,
+        layer_norm: bool = False,
+        heads: int = 1,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        learn_initial_state: bool = False,
+        forget_bias: float | None = None,
+        grad_clip: float | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -246,6 +318,15 @@ class LSTM(RecurrentLayer):
             dtype,
             activation=activation,
             gate_activation=gate_activation,
+            peephole=peephole,
+            layer_norm=layer_norm,
+            heads=heads,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+            learn_initial_state=learn_initial_state,
+            forget_bias=forget_bias,
+            grad_clip=grad_clip,
+            recompute=recompute,
         )
 
     def forward(
@@ -263,13 +344,13 @@ class LSTM(RecurrentLayer):
             input: (T, B, I), with ``batch_first`` (B, T, I); one sequence (T, I); or a
                 PackedSequence.
             hx: initial states, a tuple or list of h_0 (L·D, B, O) and c_0 (L·D, B, H), beside
-                one sequence (L·D, O) and (L·D, H). None: zeros.
+                one sequence (L·D, O) and (L·D, H). None: zeros, or the learned states.
             lengths: integers (B,), each 0…T: how many steps of each sequence count. Output past
                 a length is 0, ``h_n`` and ``c_n`` are the last states that count, the backward
                 direction starts there, and padding gets no gradient.
             reset: bool (T, B), with ``batch_first`` (B, T), beside one sequence (T,). True: a new
-                episode begins at this step, with states of zeros; in both directions no state
-                and no gradient crosses into another episode.
+                episode begins at this step, with states of zeros or the learned ones; in both
+                directions no state and no gradient crosses into another episode.
             return_states: whether to return the states of every layer at every step too.
 
         Returns:
@@ -320,19 +401,37 @@ class GRU(RecurrentLayer):
         activation: act: ``"tanh"``, ``"relu"``, ``"sigmoid"`` or ``"identity"``.
         gate_activation: σ: ``"sigmoid"``, or ``"hardsigmoid"``, which is clip(x/6 + 1/2, 0, 1).
         reset_after: whether the reset gate acts after the matrix product.
+        layer_norm: whether W_ih·x_t and W_hh·h_{t-1} are normalised, each over all its 3·H
+            values, to γ∘norm(·) + b; norm(a) is (a - mean) / sqrt(variance + 1e-5) (Ba et al.
+            2016). With ``reset_after=False`` r and z of W_hh·h_{t-1} are normalised
+            together, n by itself.
+        heads: how many blocks W_hh has on its diagonal: head k holds the units k·H/heads and on
+            and sees its own part of h_{t-1} alone. Divides H.
+        recurrent_dropout: the probability of a zero in what W_hh sees of h_{t-1} while training:
+            one mask for each sequence, layer and direction (Gal & Ghahramani 2016).
+        zoneout: the probability that a unit of h keeps its old value at a step while training; in
+            ``eval()`` the expectation p·old + (1 - p)·new is taken (Krueger et al. 2017).
+        learn_initial_state: whether there is a parameter ``h_0``, which stands where hx is None and
+            after a reset.
+        grad_clip: a limit; at every step of the backward pass the whole gradient of h_t, from
+            the output and from the step after, is clamped to ±grad_clip (Graves 2013).
+        recompute: whether the backward pass computes the gates again instead of keeping them: equal
+            gradients, less memory.
 
     Attributes:
         weight_ih_l0: W_ih of layer 0, (3·H, I); of a later layer k, ``weight_ih_l{k}``,
             (3·H, D·H).
-        weight_hh_l0: W_hh, (3·H, H).
+        weight_hh_l0: W_hh, (3·H, H); with several heads (heads, 3·H/heads, H/heads).
         bias_ih_l0: b_ih, (3·H,), with ``bias=True``.
         bias_hh_l0: b_hh, (3·H,), with ``bias=True``.
+        norm_ih_l0, norm_hh_l0: γ of W_ih·x_t and of W_hh·h_{t-1}, (3·H,), with ``layer_norm``.
+        h_0: (L·D, 1, H), with ``learn_initial_state``.
 
     The names of the backward direction end in ``_reverse``. Gates stand in the order r, z, n.
 
     Raises:
-        ValueError: a size, the dropout or an activation is out of its range.
-        TypeError: a size is no int, or bias or batch_first no bool.
+        ValueError: a size, the dropout, an activation or another option is out of its range.
+        TypeError: a size is no int, bias or batch_first no bool, or an option of another type.
 
     >>> import torch
     >>> layer = GRU(3, 4, reset_after=False)
@@ -346,6 +445,7 @@ class GRU(RecurrentLayer):
         "activation": "tanh",
         "gate_activation": "sigmoid",
         "reset_after": True,
+        **COMMON_OPTIONS,
     }
     activation: str
     gate_activation: str
@@ -367,6 +467,13 @@ class GRU(RecurrentLayer):
         activation: str = "tanh",
         gate_activation: str = "sigmoid",
         reset_after: bool = True,
+        layer_norm: bool = False,
+        heads: int = 1,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        learn_initial_state: bool = False,
+        grad_clip: float | None = None,
+        recompute: bool = False,
     ) -> None:
         _refuse_projection(proj_size)
         super().__init__(
@@ -384,6 +491,13 @@ class GRU(RecurrentLayer):
             activation=activation,
             gate_activation=gate_activation,
             reset_after=reset_after,
+            layer_norm=layer_norm,
+            heads=heads,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+            learn_initial_state=learn_initial_state,
+            grad_clip=grad_clip,
+            recompute=recompute,
         )
 
     def forward(
@@ -400,13 +514,14 @@ class GRU(RecurrentLayer):
         Arguments:
             input: (T, B, I), with ``batch_first`` (B, T, I); one sequence (T, I); or a
                 PackedSequence.
-            hx: initial states, (L·D, B, H), beside one sequence (L·D, H). None: zeros.
+            hx: initial states, (L·D, B, H), beside one sequence (L·D, H). None: zeros,
+                or the learned states.
             lengths: integers (B,), each 0…T: how many steps of each sequence count. Output past
                 a length is 0, ``h_n`` is the last state that counts, the backward direction
                 starts there, and padding gets no gradient.
             reset: bool (T, B), with ``batch_first`` (B, T), beside one sequence (T,). True: a new
-                episode begins at this step, with a state of zeros; in both directions no state
-                and no gradient crosses into another episode.
+                episode begins at this step, with a state of zeros or the learned one; in both
+                directions no state and no gradient crosses into another episode.
             return_states: whether to return the states of every layer at every step too.
 
         Returns:

@@ -40,7 +40,7 @@ class ToyOptions(reference.Options):
         assert self.cell == "MGU"
 
 
-def mgu_cell(x, state, p, options):
+def mgu_cell(x, state, p, options, masks):
     act = reference.ACTIVATIONS[options.activation]
     gate = reference.GATE_ACTIVATIONS[options.gate_activation]
     (h,) = state
@@ -51,7 +51,7 @@ def mgu_cell(x, state, p, options):
     return ((1.0 - f) * h + f * n,), (x, h, f, n, b_n)
 
 
-def mgu_cell_backward(d_state, saved, p, options):
+def mgu_cell_backward(d_state, saved, p, options, masks):
     act = reference.ACTIVATIONS[options.activation]
     gate = reference.GATE_ACTIVATIONS[options.gate_activation]
     x, h, f, n, b_n = saved
