@@ -325,7 +325,12 @@ class Forward : Shape<Cell, S> {
     const Group& g = group_[d];
     const Index row = steps_.order[i], O = layer_.O, H = layer_.H;
     load_state<S>(g.initial + i * Op_, layer_.h0, d, row, O);
-    if constexpr (Cell::states > 1) load_state<S>(g.c + i * Hp_, layer_.c0, d, row, H);
+    if constexpr (Cell::states > 1) {
+      if (layer_.wide_c0)
+        load_state<C>(g.c + i * Hp_, layer_.c0, d, row, H);
+      else
+        load_state<S>(g.c + i * Hp_, layer_.c0, d, row, H);
+    }
     if (steps_.length[i] == 0) {
       scatter(static_cast<S*>(layer_.h_n) + (d * steps_.B + row) * O, g.initial + i * Op_, O);
       if constexpr (Cell::states > 1)

@@ -29,6 +29,7 @@ struct Layer {
 
   Sequence input;                          // [.., I], storage
   State h0, c0;                            // [D, B, O], [D, B, H], storage
+  bool wide_c0 = false;                    // c0 is of compute type
   const Parameters* parameters = nullptr;  // [D]
   Sequence output;                         // [.., D·O], storage
   Sequence cell;                           // [.., D·H], compute type; absent: not kept
@@ -84,20 +85,25 @@ struct RoofLoops {
   double (*read)(const float* x, std::int64_t count, std::int64_t passes);
 };
 
+struct Int8Kernels;  // int8_layer.h
+
 // The cells on one instruction set, in the order of AllCells.
 struct InstructionSet {
   const char* name;
   const CellKernels* kernels;
   RoofLoops roof;
-  // A set that adds to another holds only the storage types for which it differs: those for which
-  // it has no kernels are the other's. Null: it has them all.
+  const Int8Kernels* int8;
+  // A set that adds to another holds only what differs: kernels that it lacks, of a storage type or
+  // all of a kind (null), are the other's. Null: it has them all.
   const InstructionSet* base = nullptr;
 };
 
 // One for each isa_*.cpp.
 extern const InstructionSet portable_set;
 extern const InstructionSet avx2_set;
+extern const InstructionSet avxvnni_set;
 extern const InstructionSet avx512_set;
+extern const InstructionSet avx512vnni_set;
 extern const InstructionSet avx512bf16_set;
 extern const InstructionSet neon_set;
 
