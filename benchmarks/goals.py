@@ -10,6 +10,7 @@
 - lengths     rows of uniform lengths through `lengths=` and as a PackedSequence, against the padded
               whole and torch's packed layers
 - step        one step for one row, layers and cells, in microseconds
+- stream      a step of a stream in each dtype, for one row, against ONNX Runtime's single step
 - bfloat16    bfloat16 against our float32 and torch's bfloat16
 - scaling     one thread, two, four … up to --threads
 """
@@ -303,6 +304,34 @@ def _cells(case: Case) -> dict[str, Prepared]:
     return {"fastrnn": prepared(fastrnn.convert(theirs)), "torch": prepared(theirs)}
 
 
+# ---- streams ------------------------------------------------------------------------------------
+
+
+def stream(options: Options) -> list[Row]:
+    """Microseconds of a step."""
+    rows = []
+    for cell in options.cells:
+        for H in (64, 256, 1024):
+            case = options.case(cell, 1, 1, H)
+            layer = getattr(fastrnn, cell)(case.I, case.H)
+            streams = {dtype: _stream(layer, dtype) for dtype in ("float32", "bfloat16", "int8")}
+            times = time_in_turns(options, streams | prepare(case, "inference", "onnxruntime"))
+            row = {"case": case.label(), **columns(times, "µs")}
+            row["float32 / int8"] = times["float32"] / times["int8"]
+            if "onnxruntime" in times:
+                row["onnxruntime / float32"] = times["onnxruntime"] / times["float32"]
+            rows.append(row)
+    return rows
+
+
+def _stream(layer: Any, dtype: str) -> Prepared:
+    made = fastrnn.Stream(layer, dtype=dtype)
+    x = torch.randn(1, layer.input_size)
+    x = x.bfloat16() if dtype == "bfloat16" else x
+    step = made.step
+    return Prepared(lambda _: step(x), dict)
+
+
 # ---- bfloat16 -----------------------------------------------------------------------------------
 
 
@@ -375,6 +404,7 @@ PARTS: dict[str, Callable[[Options], list[Row]]] = {
     "contention": contention,
     "lengths": lengths,
     "step": step,
+    "stream": stream,
     "bfloat16": bfloat16,
     "scaling": scaling,
 }

@@ -34,6 +34,9 @@ inline constexpr std::int64_t padded(std::int64_t units) {
   return (units + kUnitPadding - 1) / kUnitPadding * kUnitPadding;
 }
 
+// The most products of int8 in a sum of 32 bits: 2^17 · 127² < 2^31.
+inline constexpr std::int64_t kMostInt8Products = std::int64_t{1} << 17;
+
 // What changes the maths of one step. Lives with the cell (csrc/cells/).
 struct CellOptions {
   Activation activation = Activation::tanh;
@@ -108,6 +111,10 @@ struct Problem {
   DType dtype = DType::f32;
   std::int64_t T = 0, B = 0, I = 0, H = 0;
   int threads = 1;  // at most this many threads work on the call
+  // The products' operands are int8 (csrc/cpu/int8.h), all arrays f32. Forward alone, of one step
+  // of B rows in one direction, each sum of at most kMostInt8Products: `packed`, h0 and c0 given,
+  // the states contiguous; `hidden` of the last layer alone, no `cell`, no `gates`.
+  bool int8 = false;
 
   // ---- which rows are active at each step (csrc/steps.h) ------------------------------------
   // At most one of the first two is given; neither: every row is active at every step.
@@ -119,12 +126,14 @@ struct Problem {
   // ---- forward: read ------------------------------------------------------------------------
   Sequence input;          // [T, B, I] or packed [N, I]
   State h0, c0;            // [L·D, B, O], [L·D, B, H]; absent: zeros
+  bool wide_c0 = false;    // forward: c0 is of compute type, as `cell` is
   State reset_h, reset_c;  // [L·D, O], [L·D, H], `row` ignored; absent: zeros
   State dropout_mask;      // [L·D, B, O] what W_hh sees of h; absent: all of it
   // True keeps the old value. Absent: the share zoneout_h, zoneout_c of it.
   Mask zoneout_h_mask, zoneout_c_mask;     // [L·D, T, B, O], [L·D, T, B, H]; packed [L·D, N, ·]
   const Parameters* parameters = nullptr;  // [L·D]
-  // Forward: the parameters as Backend::pack left them. Null: this call packs them for itself.
+  // Forward: the parameters as Backend::pack left them; `parameters` are then not read and may be
+  // null. Null: this call packs them for itself.
   const void* packed = nullptr;
 
   // ---- forward: written; backward: read. All contiguous -------------------------------------

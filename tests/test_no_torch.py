@@ -94,6 +94,30 @@ def test_training_lowers_the_loss() -> None:
     assert float(printed) < 0.2
 
 
+def test_a_stream_equals_the_function() -> None:
+    run("""
+        rng = np.random.default_rng(0)
+        shapes = {"RNN": (4, 4), "LSTM": (16, 16), "GRU": (12, 12)}
+        for cell, (rows, biases) in shapes.items():
+            sizes = [(rows, 3), (rows, 4), biases, biases]
+            weights = [rng.normal(size=size).astype(np.float32) / 2 for size in sizes]
+            x = rng.normal(size=(6, 2, 3)).astype(np.float32)
+            expected = getattr(fastrnn.functional, cell.lower())(x, None, weights)[0].numpy()
+            stream = fastrnn.Stream.from_weights(cell, weights, batch_size=2)
+            int8 = fastrnn.Stream.from_weights(cell, weights, batch_size=2, dtype="int8")
+            for x_t, y_t in zip(x, expected, strict=True):
+                y = stream.step(x_t)
+                assert type(y) is np.ndarray and np.array_equal(y, y_t)
+                assert np.abs(int8.step(x_t) - y_t).max() < 0.05
+            stream.reset([1])
+            h = stream.state[0] if cell == "LSTM" else stream.state
+            assert h.shape == (1, 2, 4) and h[:, 0].any() and not h[:, 1].any()
+            stream.state = stream.state
+            stream.refresh()
+        assert "torch" not in sys.modules
+    """)
+
+
 def test_torch_is_named_where_it_is_needed() -> None:
     printed = run("""
         assert {"LSTM", "convert", "functional"} <= set(dir(fastrnn))

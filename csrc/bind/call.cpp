@@ -100,6 +100,9 @@ class Call {
 
   void consume_gates(bool consume) { problem_.consume_gates = consume; }
   void run(Pass pass, py::handle workspace);
+  CheckedWeights checked_weights() {
+    return {problem_, std::move(parameters_), std::move(owners_)};
+  }
 
  private:
   Array array(py::handle object, const Name& name) { return Array(object, name, owners_); }
@@ -523,6 +526,13 @@ void backward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg weig
 }
 
 }  // namespace
+
+CheckedWeights check_weights(const CheckedOptions& options, py::handle input, py::handle weights) {
+  Call call(options, 0);
+  call.set_input(input, py::none());
+  call.set_weights(weights);
+  return call.checked_weights();
+}
 
 int max_threads() {
 #ifdef _OPENMP

@@ -78,10 +78,14 @@ bool holds(py::handle tensor, PyObject* name, bool method) {
   return answer == Py_True;
 }
 
+}  // namespace
+
 bool negation_pending(py::handle tensor) {
   static PyObject* const is_neg = interned("is_neg");
   return holds(tensor, is_neg, true);
 }
+
+namespace {
 
 // Whether calling the engine itself cannot be told from going through torch's dispatcher: the
 // tensors (or None) are plain ones in this machine's memory, and nothing traces, fakes or profiles.

@@ -7,6 +7,9 @@
 
 namespace fastrnn::bind {
 
+// Whether a torch tensor's memory holds its values with the sign still to be changed.
+bool negation_pending(pybind11::handle tensor);
+
 void register_infer(pybind11::module_& module);
 
 }  // namespace fastrnn::bind

@@ -6,6 +6,7 @@
 #include "info.h"
 #include "options.h"
 #include "pack_cache.h"
+#include "stream.h"
 #include "tensor.h"
 
 PYBIND11_MODULE(_C, module) {
@@ -15,5 +16,6 @@ PYBIND11_MODULE(_C, module) {
   fastrnn::bind::register_pack_cache(module);
   fastrnn::bind::register_call(module);
   fastrnn::bind::register_infer(module);
+  fastrnn::bind::register_stream(module);
   fastrnn::bind::register_info(module);
 }

@@ -5,15 +5,20 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 
 #include "../cells/list.h"
 #include "../cells/options.h"
 #include "../steps.h"
+#include "host.h"
+#include "int8_layer.h"
 #include "isa.h"
 #include "layer.h"
 #include "threads.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace fastrnn {
 namespace {
@@ -22,17 +27,25 @@ namespace {
 
 #if defined(__x86_64__)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+// By the processor's own word: not every compiler that is used here knows the name.
+bool has_avxvnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << 4)) != 0;
+}
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && has_avx2();
 }
+bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
 
 std::vector<const InstructionSet*> runnable_sets() {
   std::vector<const InstructionSet*> sets;
 #if defined(__x86_64__)
-  if (has_avx512() && __builtin_cpu_supports("avx512bf16")) sets.push_back(&avx512bf16_set);
+  if (has_avx512vnni() && __builtin_cpu_supports("avx512bf16")) sets.push_back(&avx512bf16_set);
+  if (has_avx512vnni()) sets.push_back(&avx512vnni_set);
   if (has_avx512()) sets.push_back(&avx512_set);
+  if (has_avxvnni()) sets.push_back(&avxvnni_set);
   if (has_avx2()) sets.push_back(&avx2_set);
 #elif defined(__aarch64__)
   sets.push_back(&neon_set);
@@ -105,11 +118,12 @@ CellEntry cell_entry(const Options& o) {
 }
 
 const LayerKernels& kernels(const Problem& p) {
-  const auto of = [&](const InstructionSet& set) -> const LayerKernels& {
-    return set.kernels[cell_entry(p.options).index].of[static_cast<int>(p.dtype)];
-  };
-  const InstructionSet& set = chosen_set();
-  return of(set).forward ? of(set) : of(*set.base);
+  const int cell = cell_entry(p.options).index;
+  for (const InstructionSet* set = &chosen_set();; set = set->base) {
+    if (!set->kernels) continue;
+    const LayerKernels& found = set->kernels[cell].of[static_cast<int>(p.dtype)];
+    if (found.forward) return found;
+  }
 }
 
 // ---- sizes ------------------------------------------------------------------------------------
@@ -120,17 +134,6 @@ std::size_t compute_bytes(DType d) { return d == DType::f64 ? 8 : 4; }
 void* shifted(void* p, std::int64_t elements, std::size_t bytes) {
   return p ? static_cast<char*>(p) + elements * static_cast<std::int64_t>(bytes) : nullptr;
 }
-
-// Takes memory piece by piece, 64-byte aligned; from nothing, it only counts.
-struct Pieces {
-  char* base;
-  std::size_t used = 0;
-  void* take(std::size_t bytes) {
-    void* piece = base ? base + used : nullptr;
-    used += (bytes + 63) / 64 * 64;
-    return piece;
-  }
-};
 
 // What a call's layers have in common.
 struct Stack {
@@ -158,16 +161,7 @@ struct Stack {
 
 // ---- how a team divides a layer -----------------------------------------------------------------
 //
-// By estimate, in nanoseconds of a core that adds two vectors of products a clock: good for
-// choosing between ways whose times differ by much.
-
-constexpr double kClock = 3.5;           // clocks a nanosecond
-constexpr double kInner = 150;           // bytes a nanosecond that a core reads from its own cache
-constexpr double kOuter = 80;            // and from the one it shares
-constexpr double kInnerBytes = 1 << 20;  // size of a core's own cache
-constexpr double kCell = 1.5;            // nanoseconds of a hidden unit's cell
-constexpr double kBarrier = 500;         // a meeting of the team
-constexpr double kRegion = 2000;         // waking it
+// By estimate, from the costs of host.h.
 
 // The product of `rows` rows and `weights` weights, block of rows after block of rows. The first
 // brings the weights from where they are, the others find them near. They are in the core's own
@@ -207,8 +201,6 @@ Plan make_plan(const Stack& s, bool crowded) {
   const int directions = s.in_parts() ? 1 : static_cast<int>(p.options.directions);
   const auto blocks =
       static_cast<int>((p.H + s.kernels.units_per_block - 1) / s.kernels.units_per_block);
-  // More threads must be worth it: they are another's as well, and a busy one holds up the others.
-  constexpr double kGain = 0.8;
   double least = kGain * directions * layer_time(s, 1, 1);
   for (int apart = 1; apart <= std::min(directions, p.threads); ++apart)
     for (int rows = 1; rows <= std::min<std::int64_t>(p.threads / apart, p.B); ++rows) {
@@ -274,7 +266,8 @@ Layer describe(const Stack& s, std::int64_t l) {
   layer.h0 = p.h0;
   layer.h0.data = shifted(p.h0.data, g * p.h0.group, s.storage);
   layer.c0 = p.c0;
-  layer.c0.data = shifted(p.c0.data, g * p.c0.group, s.storage);
+  layer.wide_c0 = p.wide_c0;
+  layer.c0.data = shifted(p.c0.data, g * p.c0.group, p.wide_c0 ? s.compute : s.storage);
   layer.reset_h = p.reset_h;
   layer.reset_h.data = shifted(p.reset_h.data, g * p.reset_h.group, s.storage);
   layer.reset_c = p.reset_c;
@@ -442,23 +435,6 @@ Workspace lay_out(const Stack& s, void* base) {
   return w;
 }
 
-// The barriers of a call, which live in its workspace.
-class Barriers {
- public:
-  Barriers(Barrier* at, int count) : at_(at), count_(count) {
-    for (int i = 0; i < count; ++i) new (at + i) Barrier;
-  }
-  ~Barriers() {
-    for (int i = 0; i < count_; ++i) at_[i].~Barrier();
-  }
-  Barriers(const Barriers&) = delete;
-  Barriers& operator=(const Barriers&) = delete;
-
- private:
-  Barrier* at_;
-  int count_;
-};
-
 std::int64_t count_pairs(const Problem& p) {
   std::int64_t pairs = 0;
   if (p.batch_sizes)
@@ -481,6 +457,7 @@ Stack prepare(const Problem& p, Pass pass, bool crowded) {
 
 // Enough for either plan: which it is to be is seen when the pass begins.
 std::size_t workspace_size(const Problem& p, Pass pass) {
+  if (p.int8) return int8_workspace_size(p);
   const std::size_t usual = lay_out(prepare(p, pass, false), nullptr).bytes;
   return p.threads > 1 ? std::max(usual, lay_out(prepare(p, pass, true), nullptr).bytes) : usual;
 }
@@ -504,13 +481,14 @@ void run_layer(const Layer& layer, void (*run)(const Layer&, int, int)) {
 }
 
 std::size_t packed_size(const Problem& p) {
+  if (p.int8) return int8_packed_size(p);
   const Stack s(p, Pass::forward);
   return static_cast<std::size_t>(packed_before(s, p.options.layers));
 }
 
 void pack(const Problem& p, void* to) {
+  if (p.int8) return int8_pack(p, to);
   const Stack s(p, Pass::forward);
-  constexpr std::int64_t kRegionWeights = 1 << 18;  // weights worth a parallel region
   const std::int64_t weights = s.cell.traits.gates * p.H * (p.I + s.O);
   for (std::int64_t l = 0; l < p.options.layers; ++l) {
     Layer layer = describe_weights(s, l);
@@ -521,6 +499,7 @@ void pack(const Problem& p, void* to) {
 }
 
 void forward(const Problem& p) {
+  if (p.int8) return int8_forward(p);
   Stack s = prepare(p, Pass::forward, cores_are_crowded());
   const Workspace w = lay_out(s, p.workspace);
   s.steps = build_steps(p, w.steps);
@@ -674,6 +653,8 @@ const Backend& cpu_backend() {
 }
 
 CellTraits cell_traits(const Options& options) { return cell_entry(options).traits; }
+
+int cell_index(const Options& options) { return cell_entry(options).index; }
 
 const char* cpu_isa() { return chosen_set().name; }
 

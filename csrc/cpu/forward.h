@@ -357,6 +357,8 @@ class Forward : protected Shape<Cell, S> {
     if constexpr (Cell::states > 1) {
       if (started)
         load_state<C>(g.c + i * Hp_, layer_.c_before, d, row, H);
+      else if (layer_.wide_c0)
+        load_state<C>(g.c + i * Hp_, layer_.c0, d, row, H);
       else
         load_state<S>(g.c + i * Hp_, layer_.c0, d, row, H);
     }

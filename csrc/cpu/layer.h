@@ -34,6 +34,7 @@ struct Layer {
   State reset_h, reset_c;                  // [D, O], [D, H], storage
   State dropout_mask;                      // [D, B, O], storage
   Mask zoneout_h_mask, zoneout_c_mask;     // [D, ..]
+  bool wide_c0 = false;                    // c0 is of compute type
   const Parameters* parameters = nullptr;  // [D]
   Sequence output;                         // [.., D·O], storage
   Sequence cell;                           // [.., D·H], compute type; absent: not kept
@@ -105,20 +106,25 @@ struct RoofLoops {
   double (*read)(const float* x, std::int64_t count, std::int64_t passes);
 };
 
+struct Int8Kernels;  // int8_layer.h
+
 // The cells on one instruction set, in the order of AllCells.
 struct InstructionSet {
   const char* name;
   const CellKernels* kernels;
   RoofLoops roof;
-  // A set that adds to another holds only the storage types for which it differs: those for which
-  // it has no kernels are the other's. Null: it has them all.
+  const Int8Kernels* int8;
+  // A set that adds to another holds only what differs: kernels that it lacks, of a storage type or
+  // all of a kind (null), are the other's. Null: it has them all.
   const InstructionSet* base = nullptr;
 };
 
 // One for each isa_*.cpp.
 extern const InstructionSet portable_set;
 extern const InstructionSet avx2_set;
+extern const InstructionSet avxvnni_set;
 extern const InstructionSet avx512_set;
+extern const InstructionSet avx512vnni_set;
 extern const InstructionSet avx512bf16_set;
 extern const InstructionSet neon_set;
 

@@ -15,7 +15,11 @@
 #endif
 #include "cells/activation.h"
 #include "check.h"
-#include "cpu/pack.h"
+#include "cpu/int8.h"
+
+#if defined(__AVXVNNI__)
+#include <cpuid.h>
+#endif
 
 namespace {
 
@@ -225,9 +229,90 @@ void products(const char* name, double tolerance) {
     }
 }
 
+float most_of(const float* x, Index unit, Index count) {
+  float most = 0;
+  for (Index i = 0; i < count; ++i) most = std::fmax(most, std::fabs(x[i * unit]));
+  return most;
+}
+
+// R rows by N vectors of outputs, as integers: scales of one stand in for the true ones.
+template <int R, int N>
+void int8_products() {
+  constexpr Index lanes = Vec<float>::lanes, outputs = N * lanes;
+  const auto size = [](Index n) { return static_cast<std::size_t>(n); };
+  for (Index K = 1; K < 80; ++K)
+    for (const Index unit : {1, 2}) {
+      std::vector<float> weights(size((outputs - 1) * K * unit), std::nanf(""));
+      const auto weight = [&](Index u, Index k) -> float& {
+        return weights[size((u * K + k) * unit)];
+      };
+      for (Index u = 0; u < outputs - 1; ++u)  // some all of one size, all sums as large as can be
+        for (Index k = 0; k < K; ++k)
+          weight(u, k) = u % 3 == 0 ? -0.3f : std::sin(static_cast<float>(u * K + k));
+      Int8Matrix m;
+      Arena counted(nullptr);
+      m.lay_out(counted, 1, K, N);
+      std::vector<Vec<float>> memory(counted.used() / sizeof(Vec<float>) + 8);
+      Arena arena(reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(memory.data()) + 63) /
+                                          64 * 64));
+      m.lay_out(arena, 1, K, N);
+      pack_int8(m, 0, Weight{weights.data(), K * unit, unit}, outputs - 1, 0, 1);
+
+      std::vector<float> x(size(R * K)), ones(size(R), 1.0f);
+      for (Index i = 0; i < R * K; ++i) x[size(i)] = i % 5 ? std::cos(static_cast<float>(i)) : 1.0f;
+      std::vector<Dot::Operand> operands(size(R * int8_row(K)));
+      for (Index r = 0; r < R; ++r)
+        check::close(
+            "int8 scale",
+            static_cast<double>(quantise_row(&operands[size(r * int8_row(K))], &x[size(r * K)], K)),
+            most_of(&x[size(r * K)], 1, K) / 127.0, 1e-7);
+      for (Index u = 0; u < outputs; ++u) {
+        const double most = u < outputs - 1 ? most_of(&weight(u, 0), unit, K) : 0;
+        check::close("int8 scale of weights", static_cast<double>(m.scale[u]), most / 127, 1e-7);
+        m.scale[u] = 1;
+      }
+      Vec<float> sums[R][N];
+      clear(sums);
+      add_int8_product(sums, Int8Rows{operands.data(), ones.data(), int8_row(K)}, 0, m, 0);
+      for (Index r = 0; r < R; ++r)
+        for (Index u = 0; u < outputs; ++u, ++checks) {
+          long exact = 0;
+          for (Index k = 0; k < K && u < outputs - 1; ++k)
+            exact += std::lrint(weight(u, k) * (127.0f / most_of(&weight(u, 0), unit, K))) *
+                     std::lrint(x[size(r * K + k)] * (127.0f / most_of(&x[size(r * K)], 1, K)));
+          check::close("int8 product", static_cast<double>(sums[r][u / lanes].v[u % lanes]),
+                       static_cast<double>(exact), 0);
+        }
+    }
+}
+
+// What cannot be quantised: zeros, values too small to count, no numbers.
+void int8_limits() {
+  constexpr Index K = 20;
+  std::vector<Dot::Operand> operands(static_cast<std::size_t>(int8_row(K)));
+  const auto scale_with = [&](float value) {
+    std::vector<float> x(K, 0.0f);
+    x[17] = value;
+    return static_cast<double>(quantise_row(operands.data(), x.data(), K));
+  };
+  check::close("zeros", scale_with(0.0f), 0, 0);
+  check::close("too small", scale_with(1e-35f), 0, 0);
+  for (const Dot::Operand q : operands) check::that("too small is 0", q == Dot::offset);
+  check::that("NaN", std::isnan(scale_with(std::nanf(""))));
+  check::that("infinity", std::isnan(scale_with(-std::numeric_limits<float>::infinity())));
+  for (const Dot::Operand q : operands) check::that("no number is 0", q == Dot::offset);
+  checks += 4;
+}
+
 bool runs_here() {
 #if defined(__AVX512BF16__)
   return __builtin_cpu_supports("avx512bf16");
+#elif defined(__AVX512VNNI__)
+  return __builtin_cpu_supports("avx512vnni");
+#elif defined(__AVXVNNI__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << 4)) != 0;
 #elif defined(__AVX512F__)
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
 #elif defined(__AVX2__)
@@ -253,6 +338,9 @@ bool runs_here() {
   products<double>("double products", 1e-14);
   products<F16>("float16 products", 1e-5);
   products<Bf16>("bfloat16 products", 1e-5);
+  int8_products<1, 1>();  // with two sums to each output
+  int8_products<2, 4>();
+  int8_limits();
   return check::result("maths_test", checks);
 }
 

@@ -246,6 +246,49 @@ def backward(
     Raises TypeError or ValueError, naming the argument, for what does not fit.
     """
 
+@final
+class Stream:
+    """A stack fed one step at a time (csrc/bind/stream.h)."""
+
+    def __init__(
+        self,
+        options: Options,
+        weights: Sequence[_Array],
+        batch_size: int,
+        dtype: str,
+        int8: bool,
+        threads: Callable[[], int] | None,
+        view: Callable[[Tensor, Any], Any],
+    ) -> None:
+        """Packs the weights, whose dtype must be `dtype`; with `int8`, float32.
+
+        `threads` gives how many a step may use, None: as many as OpenMP says. `view(output, x)`
+        gives what steps return for arrays of the type of x.
+        """
+    @property
+    def step(self) -> Callable[[_Array], Any]:
+        """A function from x (B, I) to the output (B, O), which the next step overwrites.
+
+        Raises TypeError or ValueError, naming x, for what does not fit; RuntimeError while another
+        thread is in the middle of a step, as all methods here do.
+        """
+    def pack(self, weights: Sequence[_Array]) -> None:
+        """Takes weights of the same shapes and dtype anew."""
+    def reset(self, mask: _Array | None) -> None:
+        """The rows where the bools (B,) are true, or all, to the initial state."""
+    def state(self) -> tuple[Tensor, ...]:
+        """Copies of h (L, B, O) and, of an LSTM, c (L, B, H), which of half types is float32."""
+    def set_state(self, h: _Array, c: _Array | None) -> None: ...
+    def set_initial(self, h: _Array | None, c: _Array | None) -> None:
+        """What `reset` puts in place, (L, 1, O) and (L, 1, H); None: zeros."""
+    @property
+    def input_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def output(self) -> Tensor:
+        """The memory of the outputs, (B, O)."""
+
 def isa() -> str:
     """The instruction set the engine runs."""
 

@@ -8,7 +8,7 @@
 torch.Size([5, 2, 4])
 
 ``import fastrnn`` needs only NumPy. The layers and ``convert`` import torch when first used;
-``fastrnn.functional`` works on NumPy and other arrays without it.
+``fastrnn.functional`` and ``fastrnn.Stream`` work on NumPy and other arrays without it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from . import functional, reference
     from ._C import Tensor, from_dlpack
     from ._convert import convert, to_torch
+    from ._stream import Stream
     from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
     __version__: str
@@ -33,6 +34,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Stream",
     "Tensor",
     "__version__",
     "convert",
@@ -48,6 +50,7 @@ _HOMES = {  # name: the module it comes from, imported when the name is first us
     **dict.fromkeys(("Tensor", "from_dlpack"), "_C"),
     **dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"), "nn"),
     **dict.fromkeys(("convert", "to_torch"), "_convert"),
+    "Stream": "_stream",
 }
 
 

@@ -1,0 +1,130 @@
+"""Read digits as they arrive, row by row, in float32, bfloat16 and int8.
+
+An LSTM of 256 units learns to name a digit from the 8 rows of its image. Then each image that it
+was not trained on is streamed: one row of 8 pixels a step, the digit named after the last. The
+table says how often that is right, how far h is at most from float32's, and how long a step takes.
+
+    python examples/streaming.py
+
+Exit code 1 where an accuracy is too low, or falls too far below float32's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+import fastrnn
+
+SEED, BATCH, UNITS, ROWS = 0, 64, 256, 8
+LOWEST_ACCURACY = 0.95
+LARGEST_LOSS = 0.01  # of accuracy, against float32
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}  # of x
+
+
+class Streamed(NamedTuple):
+    """What came of one dtype: h after every row of every image, and microseconds a step."""
+
+    h: Tensor  # (images, ROWS, UNITS)
+    microseconds: float
+
+
+def train(images: Tensor, labels: Tensor, epochs: int) -> tuple[fastrnn.LSTM, nn.Linear]:
+    torch.manual_seed(SEED)
+    layer, head = fastrnn.LSTM(8, UNITS, batch_first=True), nn.Linear(UNITS, 10)
+    parameters = [*layer.parameters(), *head.parameters()]
+    optimiser = torch.optim.Adam(parameters, lr=3e-3)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
+    for epoch in range(epochs):
+        total = 0.0
+        for batch in torch.randperm(len(images)).split(BATCH):
+            optimiser.zero_grad()
+            loss = F.cross_entropy(head(layer(images[batch])[0][:, -1]), labels[batch])
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            total += loss.item() * len(batch)
+        rate.step()
+        show_progress(epoch + 1, epochs, total / len(images))
+    return layer.eval(), head
+
+
+def show_progress(epoch: int, epochs: int, loss: float) -> None:
+    if sys.stderr.isatty() or epoch == epochs:
+        bar, end = "#" * (24 * epoch // epochs), "\n" if epoch == epochs else "\r"
+        print(f"training [{bar:<24}] {epoch}/{epochs}  loss {loss:.4f}", end=end, file=sys.stderr)
+
+
+def stream_images(stream: fastrnn.Stream, images: Tensor) -> Streamed:
+    h, seconds = torch.empty(len(images), ROWS, UNITS), []
+    for image, kept in zip(images.unsqueeze(2), h, strict=True):  # image: (ROWS, 1, 8)
+        stream.reset()
+        start = time.perf_counter()
+        for x, place in zip(image, kept, strict=True):
+            place.copy_(stream.step(x)[0])  # the next step writes over what this one gives
+        seconds.append((time.perf_counter() - start) / ROWS)
+    return Streamed(h, statistics.median(seconds) * 1e6)
+
+
+def plot(found: dict[str, Streamed], accuracies: dict[str, float], path: Path) -> None:
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    times, errors = figure.subplots(1, 2)
+    bars = times.bar(list(found), [one.microseconds for one in found.values()])
+    times.bar_label(bars, [f"{accuracies[name]:.1%} right" for name in found])
+    times.set(title="Time of a step", ylabel="microseconds")
+    times.margins(y=0.15)
+    for name in list(found)[1:]:
+        apart = (found[name].h - found["float32"].h).abs().amax((0, 2))
+        errors.plot(range(1, ROWS + 1), apart, "o-", label=name)
+    errors.set(title="Largest difference of h from float32", xlabel="rows read", yscale="log")
+    errors.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Stream digits in float32, bfloat16 and int8.")
+    parser.add_argument("--epochs", type=int, default=25)
+    parser.add_argument("--quick", action="store_true", help="ask for no accuracy")
+    parser.add_argument("--output", type=Path, default=Path("demo/streaming.png"))
+    options = parser.parse_args()
+    pixels, names = load_digits(return_X_y=True)
+    split = train_test_split(pixels / 16, names, test_size=0.2, random_state=SEED, stratify=names)
+    images, held_out = (torch.tensor(x, dtype=torch.float32).view(-1, ROWS, 8) for x in split[:2])
+    labels, held_out_labels = map(torch.tensor, split[2:])
+    layer, head = train(images, labels, options.epochs)
+
+    found, accuracies, failed = {}, {}, False
+    print(f"\n{len(held_out)} images of {ROWS} rows, {torch.get_num_threads()} threads")
+    print("dtype     accuracy  largest difference  microseconds a step")
+    with torch.inference_mode():
+        for name, dtype in DTYPES.items():
+            stream = fastrnn.Stream(layer, dtype=name)
+            one = found[name] = stream_images(stream, held_out.to(dtype))
+            named = head(one.h[:, -1]).argmax(1)
+            accuracies[name] = (named == held_out_labels).float().mean().item()
+            accurate = accuracies[name] >= LOWEST_ACCURACY
+            close = accuracies[name] >= accuracies["float32"] - LARGEST_LOSS
+            failed |= not (options.quick or (accurate and close))
+            verdict = "ok" if options.quick or (accurate and close) else "too low"
+            apart = (one.h - found["float32"].h).abs().max().item()
+            figures = f"{accuracies[name]:8.1%} {apart:19.1e} {one.microseconds:20.2f}"
+            print(f"{name:<9} {figures}  {verdict}")
+    plot(found, accuracies, options.output)
+    print("picture:", options.output)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,406 @@
+"""`Stream`: a stack of recurrent layers fed one step at a time.
+
+The work of a step is C++ (csrc/bind/stream.h); here are the checks of what a stream is made of. No
+torch is imported: a stream of a layer has it already, one of NumPy weights needs none.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _C
+from ._arguments import REAL, is_torch, weight_names
+from ._engine import engine_options, scalars
+from ._options import Options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DTYPES = (*REAL, "int8")
+# What int8 kernels compute, and what no inference computes.
+_INT8_OPTIONS = {
+    "cell",
+    "num_layers",
+    "bidirectional",
+    "bias",
+    "proj_size",
+    "activation",
+    "gate_activation",
+    "reset_after",
+    "grad_clip",
+    "recompute",
+}
+
+
+class Stream:
+    """Layers fed one step at a time: weights packed once, states kept, nothing allocated in a step.
+
+    For live data: each call of `step` takes the next input of every row and gives the output of the
+    last layer. In the layer's own dtype, or another floating one that the weights are converted to,
+    the outputs are to the last bit those of the layer, in that dtype and in ``eval()``, over the
+    whole sequence. With int8 they are close to them, at a quarter of the memory to read.
+
+    Arguments:
+        layer: `fastrnn.RNN`, `LSTM` or `GRU` on the CPU, in one direction. A stream infers: it
+            records no gradient and drops nothing, also where the layer is in training mode.
+        batch_size: B, how many rows step side by side.
+        dtype: None for the layer's; ``torch.float32``, ``float64``, ``bfloat16`` or ``float16``, as
+            torch's or by name; or ``"int8"``: int8 weights with a scale for each of their rows,
+            x and h rounded to int8 for each product with a scale for each row, exact integer sums,
+            and states, biases and the cell in float32. x is then float32.
+
+    Attributes:
+        batch_size: B.
+        dtype: by its name, ``"float32"``.
+
+    The weights are packed when the stream is made; `refresh` takes them as they are then. One
+    thread at a time may use a stream; streams of one layer are independent of each other.
+
+    Raises:
+        TypeError: layer is none of ours, batch_size no int, dtype no dtype.
+        ValueError: the layer is bidirectional, not on the CPU, or has an option that int8 lacks;
+            batch_size is below 1; dtype is another one.
+
+    >>> import torch
+    >>> import fastrnn
+    >>> layer = fastrnn.GRU(3, 4)
+    >>> stream = fastrnn.Stream(layer)
+    >>> x = torch.randn(5, 1, 3)
+    >>> steps = torch.stack([stream.step(x_t).clone() for x_t in x])
+    >>> torch.equal(steps, layer(x)[0])
+    True
+    """
+
+    batch_size: int
+    dtype: str
+
+    def __init__(self, layer: Any, batch_size: int = 1, dtype: Any = None) -> None:
+        self._open(_Layer(layer), batch_size, dtype)
+
+    @classmethod
+    def from_weights(
+        cls,
+        cell: str,
+        weights: Sequence[Any],
+        *,
+        num_layers: int = 1,
+        bias: bool = True,
+        proj_size: int = 0,
+        batch_size: int = 1,
+        dtype: Any = None,
+        **options: Any,
+    ) -> Stream:
+        """A stream of plain arrays as weights, which needs no torch.
+
+        Arguments:
+            cell: ``"RNN"``, ``"LSTM"`` or ``"GRU"``.
+            weights: the flat list of `fastrnn.functional`, arrays of any kind.
+            num_layers, bias, proj_size: as in `fastrnn.functional`.
+            batch_size, dtype: as above; None: the dtype of the weights.
+            options: the other options of the function of that cell in `fastrnn.functional`, such as
+                ``nonlinearity``, ``activation``, ``gate_activation`` or ``reset_after``.
+
+        Raises:
+            TypeError, ValueError: as above; an option does not exist or is out of its range;
+                weights are too few, too many or of another shape. The error names the argument.
+
+        >>> import numpy as np
+        >>> one = np.ones((1, 1), np.float32)
+        >>> stream = Stream.from_weights("RNN", [one, one], bias=False, nonlinearity="identity")
+        >>> [stream.step(one).item() for _ in range(3)]
+        [1.0, 2.0, 3.0]
+        """
+        if cell == "RNN" and "nonlinearity" in options:
+            options["activation"] = options.pop("nonlinearity")
+        known = {field.name for field in fields(Options)}
+        if options.pop("bidirectional", False):
+            raise ValueError("bidirectional must be False: a stream cannot run backwards")
+        for name in options:
+            if name not in known:
+                raise TypeError(f"from_weights has no option {name!r}")
+        described = Options(
+            cell,  # type: ignore[arg-type]
+            num_layers=num_layers,
+            bias=bias,
+            proj_size=proj_size,
+            **options,
+        )
+        stream = cls.__new__(cls)
+        stream._open(_Arrays(described, weights), batch_size, dtype)
+        return stream
+
+    def _open(self, source: _Layer | _Arrays, batch_size: Any, dtype: Any) -> None:
+        options = source.options
+        if options.bidirectional:
+            raise ValueError("layer must not be bidirectional: a stream cannot run backwards")
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool):
+            raise TypeError(f"batch_size must be an int, got {type(batch_size).__name__}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        weights = source.weights()
+        name = _dtype_name(weights[0].dtype if dtype is None else dtype)
+        if name == "int8":
+            _refuse_options(options)
+        self.batch_size, self.dtype = batch_size, name
+        self._source = source
+        self._storage = "float32" if name == "int8" else name
+        self._engine = _C.Stream(
+            engine_options(*scalars(options)),
+            [_converted(weight, self._storage) for weight in weights],
+            batch_size,
+            self._storage,
+            name == "int8",
+            source.threads(),
+            _view,
+        )
+        self._take_initial_state()
+        self.reset()
+        if type(self).step is Stream.step:  # without a Python frame on the way
+            self.step = self._engine.step  # type: ignore[method-assign, assignment]
+
+    def step(self, x: Any) -> Any:
+        """Feed one step of every row.
+
+        Arguments:
+            x: (B, I), a torch tensor, a NumPy array or another with ``__dlpack__``, of any strides,
+                in the stream's dtype; of an int8 stream float32.
+
+        Returns:
+            The output of the last layer, (B, O), an array of the kind of x. It is the stream's own
+            memory, **which the next step overwrites**: copy what is to be kept. It may be changed,
+            and may be the next x.
+
+        Raises:
+            TypeError: x is no array, or of another dtype.
+            ValueError: x has another shape, or is not in host memory.
+            RuntimeError: another thread is in the middle of a step.
+        """
+        return self._engine.step(x)
+
+    def reset(self, rows: Any = None) -> None:
+        """Put rows back to the initial state: zeros, or what the layer has learned for it.
+
+        Arguments:
+            rows: bool (B,), True for each row to be reset, or the indices of such rows; None: all.
+
+        Raises:
+            TypeError: rows are neither bools nor integers.
+            ValueError: a mask is not (B,).
+            IndexError: there is no such row.
+        """
+        self._engine.reset(None if rows is None else self._mask(rows))
+
+    def _mask(self, rows: Any) -> Any:
+        rows = np.asarray(rows)
+        if rows.dtype == np.bool_:
+            if rows.shape != (self.batch_size,):
+                raise ValueError(f"rows must have shape ({self.batch_size},), got {rows.shape}")
+            return rows
+        if rows.dtype.kind not in "iu" and rows.size:
+            raise TypeError(f"rows must be bools or integers, got {rows.dtype}")
+        mask = np.zeros(self.batch_size, np.bool_)
+        for row in rows.ravel().tolist():
+            if not -self.batch_size <= row < self.batch_size:
+                raise IndexError(f"rows: there is no row {row} of {self.batch_size}")
+            mask[row] = True
+        return mask
+
+    @property
+    def state(self) -> Any:
+        """A copy of the states after the last step: h (L, B, O), of an LSTM (h, c), c (L, B, H).
+
+        Torch tensors where the weights are, else NumPy arrays. Of half types c is float32, as it is
+        inside the engine, so that a state put back goes on with the same bits. To set them, give
+        arrays of the same shapes and dtypes; c may also be of the stream's dtype.
+        """
+        states = tuple(
+            state.torch() if self._source.torch else state.numpy() for state in self._engine.state()
+        )
+        return states if len(states) == 2 else states[0]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        h, c = value, None
+        if self._source.options.cell == "LSTM":
+            if not isinstance(value, (tuple, list)) or len(value) != 2:
+                got = f"{len(value)} of them" if isinstance(value, (tuple, list)) else repr(value)
+                raise TypeError(f"state must be two arrays, (h, c), got {got:.40}")
+            h, c = value
+            c = self._wide(c)
+        self._engine.set_state(h, c)
+
+    def _wide(self, c: Any) -> Any:
+        """c of a half type as float32."""
+        half = self._storage in ("bfloat16", "float16")
+        given = str(getattr(c, "dtype", "")).removeprefix("torch.")
+        return _converted(c, "float32") if half and given == self._storage else c
+
+    def refresh(self) -> None:
+        """Take the weights, and a learned initial state, as they are now. The states stay.
+
+        Raises:
+            TypeError, ValueError: the weights are of other shapes than before, or not on the CPU.
+        """
+        self._engine.pack([_converted(weight, self._storage) for weight in self._source.weights()])
+        self._take_initial_state()
+
+    def _take_initial_state(self) -> None:
+        h, c = self._source.initial_state()
+        h = None if h is None else _converted(h, self._storage)
+        wide = "float64" if self._storage == "float64" else "float32"
+        self._engine.set_initial(h, None if c is None else _converted(c, wide))
+
+    def __repr__(self) -> str:
+        return f"Stream({self._source!r}, batch_size={self.batch_size}, dtype={self.dtype!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy packs the weights as they are then, and has the state of now."""
+        return _restored, (type(self), self._source, self.batch_size, self.dtype, self.state)
+
+
+def _restored(
+    cls: type[Stream], source: _Layer | _Arrays, batch_size: int, dtype: str, state: Any
+) -> Stream:
+    stream = cls.__new__(cls)
+    stream._open(source, batch_size, dtype)
+    stream.state = state
+    return stream
+
+
+# ---- where the weights come from ----------------------------------------------------------------
+
+
+class _Layer:
+    """A layer of ours, asked for its weights whenever they are packed."""
+
+    torch = True
+
+    def __init__(self, layer: Any) -> None:
+        module = sys.modules.get("fastrnn._layer")  # a layer has imported it
+        if module is None or not isinstance(layer, module.RecurrentLayer):
+            hint = "; fastrnn.convert makes one of torch.nn's" if _is_torch_module(layer) else ""
+            raise TypeError(
+                f"layer must be a fastrnn.RNN, LSTM or GRU, got {type(layer).__name__}{hint}"
+            )
+        self._layer = layer
+
+    @property
+    def options(self) -> Options:
+        options: Options = self._layer._options
+        return options
+
+    def weights(self) -> list[Any]:
+        weights = [getattr(self._layer, name) for name in self._layer._flat_weights_names]
+        for weight in weights:
+            if weight.device.type != "cpu":
+                raise ValueError(
+                    f"layer must be on the CPU, where a stream runs, got {weight.device}; "
+                    "move it with layer.cpu()"
+                )
+        return weights
+
+    def initial_state(self) -> tuple[Any, Any]:
+        """The learned state, (L, 1, O) and (L, 1, H), or None for zeros."""
+        return getattr(self._layer, "h_0", None), getattr(self._layer, "c_0", None)
+
+    def threads(self) -> Any:
+        return sys.modules["torch"].get_num_threads
+
+    def __repr__(self) -> str:
+        return repr(self._layer)
+
+
+class _Arrays:
+    """A flat list of arrays."""
+
+    def __init__(self, options: Options, weights: Any) -> None:
+        if not isinstance(weights, (tuple, list)):
+            raise TypeError(f"weights must be a list of arrays, got {type(weights).__name__}")
+        names = weight_names(options)
+        if len(weights) != len(names):
+            raise ValueError(
+                f"weights must hold {len(names)} arrays, {', '.join(names)}; got {len(weights)}"
+            )
+        for name, weight in zip(names, weights, strict=True):
+            if not hasattr(weight, "__dlpack__") or not hasattr(weight, "dtype"):
+                raise TypeError(
+                    f"{name} must be an array (NumPy or another with __dlpack__), "
+                    f"got {weight!r:.40}"
+                )
+        self.options, self._weights = options, tuple(weights)
+        self.torch = is_torch(weights[0])
+
+    def weights(self) -> list[Any]:
+        return list(self._weights)
+
+    def initial_state(self) -> tuple[Any, Any]:
+        return None, None
+
+    def threads(self) -> Any:
+        return sys.modules["torch"].get_num_threads if self.torch else None
+
+    def __repr__(self) -> str:
+        return repr(self.options.cell)
+
+
+def _is_torch_module(x: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.nn.RNNBase)
+
+
+# ---- dtypes -------------------------------------------------------------------------------------
+
+
+def _dtype_name(dtype: Any) -> str:
+    """The name of torch's dtype, NumPy's, or of a name itself."""
+    name = dtype if isinstance(dtype, str) else str(dtype)
+    if not isinstance(dtype, str) and not name.startswith("torch."):
+        try:
+            name = np.dtype(dtype).name
+        except TypeError:
+            raise TypeError(
+                f"dtype must be a dtype or the name of one, got {dtype!r:.40}"
+            ) from None
+    name = name.removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return name
+
+
+def _converted(array: Any, dtype: str) -> Any:
+    """The array in that dtype; itself where it is of it."""
+    if str(array.dtype).removeprefix("torch.") == dtype:
+        return array
+    if is_torch(array):
+        return array.detach().to(getattr(sys.modules["torch"], dtype))
+    target: Any = dtype
+    if dtype == "bfloat16":
+        try:
+            import ml_dtypes
+        except ImportError:
+            raise TypeError(
+                "dtype: NumPy has no bfloat16: install ml_dtypes, or give torch tensors"
+            ) from None
+        target = ml_dtypes.bfloat16
+    return np.asarray(array).astype(target)
+
+
+def _refuse_options(options: Options) -> None:
+    for field in fields(options):
+        default, value = field.default, getattr(options, field.name)
+        if field.name not in _INT8_OPTIONS and default is not MISSING and value != default:
+            raise ValueError(
+                f"dtype: int8 does not compute {field.name}={value!r}; use a floating dtype"
+            )
+
+
+def _view(output: _C.Tensor, x: Any) -> Any:
+    """What steps return for arrays of the kind of x: the output's memory as that kind."""
+    if is_torch(x):
+        with sys.modules["torch"].inference_mode(False):  # also for use with a gradient later
+            return output.torch()
+    return output.numpy() if isinstance(x, np.ndarray) else output
