@@ -47,8 +47,6 @@ std::int64_t columns_of_first(py::handle weights) {
   return a.expect_axes(2, "two axes (G·H, I)").shape(1);
 }
 
-std::size_t storage_item(DType dtype) { return data_type(dtype).bits / 8; }
-
 // Holds while a step runs.
 class Busy {
  public:
@@ -77,11 +75,11 @@ Stream::Stream(const CheckedOptions& options, py::handle weights, std::int64_t b
   problem_.B = batch_size;
   problem_.I = columns_of_first(weights);
   problem_.int8 = int8;
+  item_ = storage_.bits / 8;
   pack(weights);
 
   const std::int64_t L = layers(), B = batch_size, O = output_size(), H = problem_.H;
   compute_ = data_type(problem_.dtype == DType::f64 ? DType::f64 : DType::f32);
-  item_ = storage_item(problem_.dtype);
   c_item_ = compute_.bits / 8;
   const char* format = find_type(storage_)->format;
   format_ = format != nullptr ? *format : '\0';
@@ -135,6 +133,33 @@ void Stream::pack(py::handle weights) {
     large_ = problem_.B * rows * (p.I + O + (layers() - 1) * 2 * O) >= kLarge;
   }
   backend.pack(p, packed_.data());
+  if (p.options.maths.beyond_the_cell()) keep_vectors(p);
+}
+
+// What such a step reads of the parameters beside the packed matrices: copies of the vectors.
+void Stream::keep_vectors(const Problem& p) {
+  const std::int64_t H = p.H, rows = options_.traits.gates * H;
+  const struct {
+    Weight Parameters::* vector;
+    std::int64_t size;
+  } vectors[] = {
+      {&Parameters::bias_ih, rows}, {&Parameters::bias_hh, rows}, {&Parameters::norm_ih, rows},
+      {&Parameters::norm_hh, rows}, {&Parameters::weight_ci, H},  {&Parameters::weight_cf, H},
+      {&Parameters::weight_co, H},  {&Parameters::norm_c, H},     {&Parameters::norm_c_bias, H}};
+  std::int64_t each = 0;
+  for (const auto& v : vectors) each += v.size;
+  vectors_ = Memory(static_cast<std::size_t>(layers() * each) * item_);
+  parameters_.assign(static_cast<std::size_t>(layers()), {});
+  auto* to = static_cast<char*>(vectors_.data());
+  for (std::size_t l = 0; l < parameters_.size(); ++l)
+    for (const auto& v : vectors) {
+      const Weight& from = p.parameters[l].*v.vector;
+      if (from.data == nullptr) continue;
+      copy_row(to, static_cast<const char*>(from.data), from.unit, v.size, item_);
+      parameters_[l].*v.vector = {to, 0, 1};
+      to += static_cast<std::size_t>(v.size) * item_;
+    }
+  problem_.parameters = parameters_.data();
 }
 
 // ---- x ------------------------------------------------------------------------------------------

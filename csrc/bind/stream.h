@@ -60,6 +60,7 @@ class Stream {
   class Reading;
 
   void expect_idle() const;
+  void keep_vectors(const Problem& p);
   View view_of(py::handle x);
   void make_output(View& view, py::handle x);
   Place apart_from_output(const Place& x);
@@ -81,7 +82,8 @@ class Stream {
   bool large_ = false;         // worth letting the GIL go
   bool busy_ = false;
   int now_ = 0;  // which of the states is of the last step
-  Memory packed_, workspace_, h_[2], c_[2], narrow_c_, initial_h_, initial_c_, staged_;
+  Memory packed_, workspace_, h_[2], c_[2], narrow_c_, initial_h_, initial_c_, staged_, vectors_;
+  std::vector<Parameters> parameters_;  // of a step beyond the cell: its vectors, in vectors_
   Tensor output_;
   py::object threads_, view_;
   std::vector<View> views_;
