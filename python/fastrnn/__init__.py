@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from . import functional, reference
     from ._C import Tensor, from_dlpack
     from ._convert import convert, to_torch
+    from ._gradient_flow import gradient_flow
     from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
     __version__: str
@@ -38,6 +39,7 @@ __all__ = [
     "convert",
     "from_dlpack",
     "functional",
+    "gradient_flow",
     "info",
     "reference",
     "to_torch",
@@ -48,6 +50,7 @@ _HOMES = {  # name: the module it comes from, imported when the name is first us
     **dict.fromkeys(("Tensor", "from_dlpack"), "_C"),
     **dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"), "nn"),
     **dict.fromkeys(("convert", "to_torch"), "_convert"),
+    "gradient_flow": "_gradient_flow",
 }
 
 

@@ -2,7 +2,8 @@
 
 It runs on any device and any floating or complex dtype, differentiates to any order, and works
 under the transforms of ``torch.func``. The engine computes the same numbers faster; this route
-serves where the engine cannot: complex numbers, derivatives of derivatives, transforms.
+serves where the engine cannot: complex numbers, derivatives of derivatives, transforms, and where
+the gradient of every state is to be seen.
 
 As in the engine, h is kept in the dtype of the input; with half types everything else, c included,
 is kept in float32.
@@ -10,6 +11,7 @@ is kept in float32.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -36,6 +38,17 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 State = tuple[Tensor, ...]  # (h,), or (h, c) of an LSTM, each (B, units)
+
+# Who is shown each new state: the step, the state, whether it is that of the reverse direction.
+# While there is anybody, layers that record a gradient take this route (`_recurrent.py`).
+watchers: ContextVar[tuple[Callable[[int, State, bool], None], ...]] = ContextVar(
+    "watchers", default=()
+)
+
+
+def _show(step: int, state: State, reverse: bool) -> None:
+    for watch in watchers.get():
+        watch(step, state, reverse)
 
 
 class Stack(NamedTuple):
@@ -177,6 +190,7 @@ def _recurrence(
         if steps.reset is not None and boundary < T:
             entering = tuple(torch.where(steps.reset[boundary], 0, s) for s in state)
         new = _cell(options, a[t], entering, p)
+        _show(t, new, reverse)
         if steps.active is None:
             state = states[t] = new
         else:
@@ -208,6 +222,7 @@ def _packed_recurrence(
             finished.append(tuple(s[size:] for s in state))
             state = tuple(s[:size] for s in state)
         state = states[t] = _cell(options, projected[t], state, p)
+        _show(t, state, reverse)
     last = zip(*(state, *reversed(finished)), strict=True)
     every = zip(*states, strict=True)
     return [torch.cat(parts) for parts in every], tuple(torch.cat(parts) for parts in last)
