@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ._C import Tensor, from_dlpack
     from ._convert import convert, to_torch
     from ._gradient_flow import gradient_flow
+    from ._keras import from_keras
     from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
     __version__: str
@@ -38,6 +39,7 @@ __all__ = [
     "__version__",
     "convert",
     "from_dlpack",
+    "from_keras",
     "functional",
     "gradient_flow",
     "info",
@@ -50,6 +52,7 @@ _HOMES = {  # name: the module it comes from, imported when the name is first us
     **dict.fromkeys(("Tensor", "from_dlpack"), "_C"),
     **dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"), "nn"),
     **dict.fromkeys(("convert", "to_torch"), "_convert"),
+    "from_keras": "_keras",
     "gradient_flow": "_gradient_flow",
 }
 
