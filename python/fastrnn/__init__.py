@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ._convert import convert, to_torch
     from ._gradient_flow import gradient_flow
     from ._keras import from_keras
+    from ._onnx import onnx_translation_table
     from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
     __version__: str
@@ -43,6 +44,7 @@ __all__ = [
     "functional",
     "gradient_flow",
     "info",
+    "onnx_translation_table",
     "reference",
     "to_torch",
 ]
@@ -54,6 +56,7 @@ _HOMES = {  # name: the module it comes from, imported when the name is first us
     **dict.fromkeys(("convert", "to_torch"), "_convert"),
     "from_keras": "_keras",
     "gradient_flow": "_gradient_flow",
+    "onnx_translation_table": "_onnx",
 }
 
 
