@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, nn
-from torch.nn.modules import module as module_globals
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
 
 import fastrnn
 from fastrnn import _composed
@@ -219,11 +221,11 @@ def test_flows_may_be_nested() -> None:
         pass
 
 
-def hooks() -> int:
+def hooks(layer: nn.Module) -> int:
     registries = (
-        module_globals._global_forward_hooks,
-        module_globals._global_forward_pre_hooks,
-        module_globals._global_forward_hooks_always_called,
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._forward_hooks_always_called,
     )
     return sum(map(len, registries))
 
@@ -239,7 +241,7 @@ def test_an_exception_leaves_everything_as_it_was(
 ) -> None:
     layer = fastrnn.LSTM(3, 4)
     input = torch.randn(STEPS, ROWS, 3)
-    before, state = hooks(), set(vars(layer))
+    before, state = hooks(layer), set(vars(layer))
 
     def fail(*_: Any) -> None:
         raise error
@@ -256,7 +258,7 @@ def test_an_exception_leaves_everything_as_it_was(
         use()
     monkeypatch.undo()
     assert _composed.watchers.get() == ()
-    assert hooks() == before
+    assert hooks(layer) == before == 0
     assert set(vars(layer)) - {"_prepared"} == state - {"_prepared"}
     assert type(layer(input)[0].grad_fn).__name__ == "_RecurrenceBackward"  # the engine again
 
@@ -284,6 +286,45 @@ def test_what_records_no_gradient_is_not_recorded() -> None:
     for use in (flow.table, flow.figure, lambda: flow.log(None)):
         with pytest.raises(RuntimeError, match="no gradient has been recorded"):
             use()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_made_inside_is_not_recorded(copied: Any) -> None:
+    layer, input = fastrnn.GRU(3, 4), torch.randn(STEPS, ROWS, 3)
+    with fastrnn.gradient_flow(layer) as flow:
+        copied(layer)(input)[0].sum().backward()
+    assert flow.norms == {}
+
+
+def test_a_compiled_model_runs_uncompiled_and_is_recorded() -> None:
+    model = nn.Sequential(fastrnn.GRU(3, 4))
+    model.forward = lambda x: model[0](x)[0].sum()  # type: ignore[method-assign]
+    input = torch.randn(STEPS, ROWS, 3)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for _ in range(2):
+        with fastrnn.gradient_flow(model) as flow:
+            compiled(input).backward()
+        assert list(flow.norms) == ["0.h"]
+    assert counter.frame_count == 0
+    compiled(input).backward()
+    compiled(input).backward()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_layers_are_recorded(reentrant: bool) -> None:
+    layer = fastrnn.GRU(3, 4, dtype=F64)
+    input = torch.randn(STEPS, ROWS, 3, dtype=F64, requires_grad=True)
+    expected = recorded(layer, input, loss=lambda y: y[0].sum())
+
+    def run(x: Tensor) -> Tensor:
+        return layer(x)[0].sum()
+
+    with fastrnn.gradient_flow(layer) as flow:
+        checkpoint(run, input, use_reentrant=reentrant).backward()
+    torch.testing.assert_close(flow.norms["GRU.h"], expected["GRU.h"], rtol=1e-12, atol=0)
 
 
 def test_a_model_without_recurrent_layers_is_refused() -> None:

@@ -2,20 +2,17 @@
 
 While a flow is open, the layers of its model run by the composed route (`_composed.py`), which
 shows each new state; a hook on the state then sees its whole gradient during backward. Hooks on the
-modules say which layer a state belongs to. Outside of it nothing is hooked.
+layers say which one a state belongs to. Outside of it nothing is hooked.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 
 from . import _composed
 from ._cells import RecurrentCell
@@ -23,6 +20,7 @@ from ._layer import RecurrentLayer
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Callable
 
     from matplotlib.figure import Figure
     from torch import Tensor
@@ -53,10 +51,10 @@ def gradient_flow(model: Module) -> GradientFlow:
 
     The forward pass must run inside the ``with`` block; backward may follow it. Inside, layers and
     cells run in plain torch operations, so that each state has its gradient: the same results
-    within rounding, and the same dropout, but slower. Outside, nothing is changed. A layer or
-    cell that is called several times before one backward gives one curve, its calls one after
-    another; calls without a gradient, under ``torch.func`` or of a compiled model are not
-    recorded.
+    within rounding, and the same dropout, but slower; compiled models are not compiled there.
+    Outside, nothing is changed. A layer or cell that is called several times before one backward
+    gives one curve, its calls one after another. Calls without a gradient and under ``torch.func``
+    are not recorded.
 
     Arguments:
         model: a module with fastrnn's layers or cells in it, or one of them. torch.nn's are not
@@ -104,40 +102,42 @@ class GradientFlow:
                 "model must hold a recurrent layer or cell of fastrnn "
                 f"(fastrnn.convert makes torch.nn's into such), got {type(model).__name__}"
             )
-        self._handles: list[Any] = []
+        self._open: ExitStack | None = None
         self._calls = 0
         self._passes: list[dict[_Call, _Seen]] = []
         self._task = -1  # the backward pass that the last of these belongs to
 
     def __enter__(self) -> GradientFlow:
-        if self._handles:
+        if self._open is not None:
             raise RuntimeError("this gradient_flow is open already")
-        self._handles = [
-            register_module_forward_pre_hook(self._before),
-            register_module_forward_hook(self._after, always_call=True),
-        ]
+        self._open = ExitStack()
+        for module in self._names:
+            before = module.register_forward_pre_hook(_Hook(self._before))
+            after = module.register_forward_hook(_Hook(self._after), always_call=True)
+            self._open.callback(before.remove)
+            self._open.callback(after.remove)
+        if hasattr(torch.compiler, "set_stance"):  # torch 2.6: compiled code would see no hook
+            self._open.enter_context(torch.compiler.set_stance("force_eager"))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        if self._open is not None:
+            self._open.close()
+        self._open = None
         self._unwatch()
 
     # ---- recording ----------------------------------------------------------------------------
 
     def _before(self, module: Module, args: Any) -> None:
-        name = self._names.get(module)
-        if name is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
             return
-        if torch._C._functorch.maybe_current_level() is not None:
-            return
-        self._calls += 1
-        watchers = _composed.watchers.get()
-        _composed.watchers.set((*watchers, _Call(self, name, self._calls)))
+        if torch.is_grad_enabled():
+            self._calls += 1
+            call = _Call(self, self._names[module], self._calls)
+            _composed.watchers.set((*_composed.watchers.get(), call))
 
     def _after(self, module: Module, args: Any, output: Any) -> None:
-        if module in self._names:
+        if not torch.compiler.is_compiling():
             for call in self._unwatch():
                 call.leave(output)
 
@@ -240,6 +240,23 @@ class GradientFlow:
                 "no gradient has been recorded: run the model inside the with block, then backward"
             )
         return found
+
+
+class _Hook:
+    """A hook of a layer, of which a copy of the layer, or a pickled one, gets an idle one."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self.call = call
+
+    def __call__(self, *arguments: Any) -> None:
+        self.call(*arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (_nothing,)
+
+
+def _nothing(*arguments: Any) -> None:
+    pass
 
 
 class _Seen:

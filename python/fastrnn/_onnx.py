@@ -180,8 +180,8 @@ class _Stack:
         order = _ORDER[self.options.cell]
         if len(order) == 1:
             return weight
-        parts = self.op.Split(weight, axis=0, num_outputs=len(order))
-        return self.joined([parts[k] for k in order])
+        rows = [gate * self.hidden + unit for gate in order for unit in range(self.hidden)]
+        return self.op.Gather(weight, rows, axis=0)
 
     def attributes(self) -> dict[str, Any]:
         """The node's attributes, those left out that would say what ONNX takes anyway."""
