@@ -78,6 +78,11 @@ def docstring_examples() -> list[object]:
     return [pytest.param(test, id=name) for name, test in sorted(examples.items())]
 
 
+# Of torch's exporter to ONNX, about itself.
+ignores_exporter = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+
+
+@ignores_exporter
 @pytest.mark.parametrize("page", PYTHON_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_runs_from_top_to_bottom(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -110,6 +115,7 @@ def test_a_page_shows_command_lines_that_parse(command: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@ignores_exporter
 @pytest.mark.parametrize("example", docstring_examples())
 def test_a_docstring_example_runs(
     example: doctest.DocTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from . import functional, reference
     from ._C import Tensor, from_dlpack
     from ._convert import convert, to_torch
+    from ._gradient_flow import gradient_flow
+    from ._keras import from_keras
+    from ._onnx import onnx_translation_table
     from ._stream import Stream
     from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
@@ -39,8 +42,11 @@ __all__ = [
     "__version__",
     "convert",
     "from_dlpack",
+    "from_keras",
     "functional",
+    "gradient_flow",
     "info",
+    "onnx_translation_table",
     "reference",
     "to_torch",
 ]
@@ -50,6 +56,9 @@ _HOMES = {  # name: the module it comes from, imported when the name is first us
     **dict.fromkeys(("Tensor", "from_dlpack"), "_C"),
     **dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"), "nn"),
     **dict.fromkeys(("convert", "to_torch"), "_convert"),
+    "from_keras": "_keras",
+    "gradient_flow": "_gradient_flow",
+    "onnx_translation_table": "_onnx",
     "Stream": "_stream",
 }
 

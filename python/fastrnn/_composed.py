@@ -2,7 +2,8 @@
 
 It runs on any device and any floating or complex dtype, differentiates to any order, and works
 under the transforms of ``torch.func``. The engine computes the same numbers faster; this route
-serves where the engine cannot: complex numbers, derivatives of derivatives, transforms.
+serves where the engine cannot: complex numbers, derivatives of derivatives, transforms, and where
+the gradient of every state is to be seen.
 
 As in the engine, h is kept in the dtype of the input; with half types everything else, c included,
 is kept in float32.
@@ -10,6 +11,7 @@ is kept in float32.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -40,6 +42,17 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
 
 State = tuple[Tensor, ...]  # (h,), or (h, c) of an LSTM, each (B, units)
+
+# Who is shown each new state: the step, the state, whether it is that of the reverse direction.
+# While there is anybody, layers that record a gradient take this route (`_recurrent.py`).
+watchers: ContextVar[tuple[Callable[[int, State, bool], None], ...]] = ContextVar(
+    "watchers", default=()
+)
+
+
+def _show(step: int, state: State, reverse: bool) -> None:
+    for watch in watchers.get():
+        watch(step, state, reverse)
 
 
 class Stack(NamedTuple):
@@ -228,6 +241,7 @@ def _recurrence(
             )
         keep = (None if k is None else k[t] for k in (extras.keep_h, extras.keep_c))
         new = _cell(options, a[t], entering, p, _Masks(dropout, *keep))
+        _show(t, new, reverse)
         if steps.active is None:
             state = states[t] = new
         else:
@@ -270,6 +284,7 @@ def _packed_recurrence(
             None if keep_c is None else keep_c[t],
         )
         state = states[t] = _cell(options, projected[t], state, p, masks)
+        _show(t, state, reverse)
     last = zip(*(state, *reversed(finished)), strict=True)
     every = zip(*states, strict=True)
     return [torch.cat(parts) for parts in every], tuple(torch.cat(parts) for parts in last)

@@ -3,8 +3,9 @@
 - engine: the operator ``fastrnn::forward``, for real tensors on a device that the engine knows;
 - a first gradient: the same operator, whose backward is the operator ``fastrnn::backward``;
 - composed: plain torch operations, for complex numbers, for devices without an engine, under the
-  transforms of ``torch.func`` and forward-mode differentiation; and, from inside the backward of
-  the operator, for derivatives of derivatives.
+  transforms of ``torch.func`` and forward-mode differentiation, and where the gradients of all
+  states are watched (``gradient_flow``); and, from inside the backward of the operator, for
+  derivatives of derivatives.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ def _needs_composed(input: Tensor) -> bool:
         return True
     if torch.compiler.is_compiling():
         return False
+    if torch.is_grad_enabled() and _composed.watchers.get():
+        return True
     return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
 
 

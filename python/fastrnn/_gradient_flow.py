@@ -1,0 +1,346 @@
+"""What becomes of the gradient on its way back through the steps of recurrent layers.
+
+While a flow is open, the layers of its model run by the composed route (`_composed.py`), which
+shows each new state; a hook on the state then sees its whole gradient during backward. Hooks on the
+layers say which one a state belongs to. Outside of it nothing is hooked.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from . import _composed
+from ._cells import RecurrentCell
+from ._layer import RecurrentLayer
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from matplotlib.figure import Figure
+    from torch import Tensor
+    from torch.nn import Module
+
+VANISHING, EXPLODING = 1e-3, 1e3  # the ratio below which, and above which, it is called so
+
+
+class Summary(NamedTuple):
+    """One curve of norms in short."""
+
+    steps: int
+    first: float  # the norm at the first step
+    last: float  # and at the last
+    entering: float  # the norm of the gradient of what the layer gave, of several calls the last
+    ratio: float  # the norm at the step where the way back ends over what entered
+    verdict: str  # "vanishing", "exploding", "steady" or "no gradient"
+
+
+def gradient_flow(model: Module) -> GradientFlow:
+    """Record the norm of the gradient of each recurrent layer's states, step by step.
+
+    A model that cannot learn what lies far back shows it here: over the steps of backpropagation
+    through time the gradient vanishes, or it explodes (Pascanu et al. 2013). What is recorded for
+    a step t is the Frobenius norm of the whole gradient ∂loss/∂h_t, of an LSTM also ∂loss/∂c_t:
+    what comes from the output, from the layer above and from the step after, over all rows of the
+    batch and all layers of the stack.
+
+    The forward pass must run inside the ``with`` block; backward may follow it. Inside, layers and
+    cells run in plain torch operations, so that each state has its gradient: the same results
+    within rounding, and the same dropout, but slower; compiled models are not compiled there.
+    Outside, nothing is changed. A layer or cell that is called several times before one backward
+    gives one curve, its calls one after another. Calls without a gradient and under ``torch.func``
+    are not recorded.
+
+    Arguments:
+        model: a module with fastrnn's layers or cells in it, or one of them. torch.nn's are not
+            recorded; `convert` makes them ours.
+
+    Returns:
+        A context manager:
+
+        - ``flow.norms``: of the last backward pass, ``{name: norms}``, norms float64 (T,). A name
+          is the layer's path in the model (of the model itself its class), ``.h`` or ``.c``, and
+          ``_reverse`` for the backward direction.
+        - ``flow.passes``: the same of every backward pass, in their order.
+        - ``flow.summary``: for each name the norm at the first and at the last step, and of the
+          gradient that entered the layer through its outputs; the ratio of the norm where the way
+          back ends, at the first step or in reverse at the last, to what entered; and the verdict:
+          vanishing (below 1/1000), exploding (above 1000) or steady.
+        - ``flow.table()``: the summary as text.
+        - ``flow.plot(path)``: the norms as a picture, written to a file.
+        - ``flow.log(writer, step)``: the summary and the picture for TensorBoard.
+
+    Raises:
+        ValueError: there is no layer or cell of fastrnn in the model.
+
+    >>> import torch, fastrnn
+    >>> layer = fastrnn.RNN(3, 4)
+    >>> with fastrnn.gradient_flow(layer) as flow:
+    ...     layer(torch.randn(100, 2, 3))[0][-1].sum().backward()
+    >>> flow.norms["RNN.h"].shape, flow.summary["RNN.h"].verdict
+    (torch.Size([100]), 'vanishing')
+    """
+    return GradientFlow(model)
+
+
+class GradientFlow:
+    """What `gradient_flow` gives."""
+
+    def __init__(self, model: Module) -> None:
+        self._names: dict[Module, str] = {
+            module: path or type(module).__name__
+            for path, module in model.named_modules()
+            if isinstance(module, RecurrentLayer | RecurrentCell)
+        }
+        if not self._names:
+            raise ValueError(
+                "model must hold a recurrent layer or cell of fastrnn "
+                f"(fastrnn.convert makes torch.nn's into such), got {type(model).__name__}"
+            )
+        self._open: ExitStack | None = None
+        self._calls = 0
+        self._passes: list[dict[_Call, _Seen]] = []
+        self._task = -1  # the backward pass that the last of these belongs to
+
+    def __enter__(self) -> GradientFlow:
+        if self._open is not None:
+            raise RuntimeError("this gradient_flow is open already")
+        self._open = ExitStack()
+        for module in self._names:
+            before = module.register_forward_pre_hook(_Hook(self._before))
+            after = module.register_forward_hook(_Hook(self._after), always_call=True)
+            self._open.callback(before.remove)
+            self._open.callback(after.remove)
+        if hasattr(torch.compiler, "set_stance"):  # torch 2.6: compiled code would see no hook
+            self._open.enter_context(torch.compiler.set_stance("force_eager"))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._open is not None:
+            self._open.close()
+        self._open = None
+        self._unwatch()
+
+    # ---- recording ----------------------------------------------------------------------------
+
+    def _before(self, module: Module, args: Any) -> None:
+        if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+            return
+        if torch.is_grad_enabled():
+            self._calls += 1
+            call = _Call(self, self._names[module], self._calls)
+            _composed.watchers.set((*_composed.watchers.get(), call))
+
+    def _after(self, module: Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            for call in self._unwatch():
+                call.leave(output)
+
+    def _unwatch(self) -> list[_Call]:
+        watchers = _composed.watchers.get()
+        own = [w for w in watchers if isinstance(w, _Call) and w.flow is self]
+        _composed.watchers.set(tuple(w for w in watchers if w not in own))
+        return own
+
+    def _this_pass(self) -> dict[_Call, _Seen]:
+        """What has been seen in the backward pass that runs now."""
+        task = torch._C._current_graph_task_id()
+        if not self._passes or task != self._task:
+            self._passes.append({})
+            self._task = task
+        return self._passes[-1]
+
+    # ---- results ------------------------------------------------------------------------------
+
+    @property
+    def passes(self) -> list[dict[str, Tensor]]:
+        """The norms of every backward pass so far."""
+        return [_curves(seen) for seen in self._passes]
+
+    @property
+    def norms(self) -> dict[str, Tensor]:
+        """The norms of the last backward pass; empty where there was none."""
+        return _curves(self._passes[-1]) if self._passes else {}
+
+    @property
+    def summary(self) -> dict[str, Summary]:
+        """The norms of the last backward pass in short."""
+        if not self._passes:
+            return {}
+        entering = _entering(self._passes[-1])
+        return {
+            name: _summary(name, norms, entering.get(name.rpartition(".")[0], 0.0))
+            for name, norms in self.norms.items()
+        }
+
+    def table(self) -> str:
+        """The summary as a table of plain text, a line for each layer, state and direction."""
+        rows = [["state", "steps", "first step", "last step", "entering", "ratio", "verdict"]]
+        for name, found in self._recorded().items():
+            numbers = [f"{x:.2e}" for x in found[1:5]]
+            rows.append([name, str(found.steps), *numbers, found.verdict])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for name, *middle, verdict in rows:
+            cells = [text.rjust(width) for text, width in zip(middle, widths[1:], strict=False)]
+            lines.append("  ".join([name.ljust(widths[0]), *cells, verdict]))
+        return "\n".join(lines)
+
+    def figure(self) -> Figure:
+        """The norms over the steps, on a logarithmic scale, as a matplotlib figure."""
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "the picture of a gradient flow needs matplotlib: pip install matplotlib",
+                name=error.name,
+            ) from error
+        self._recorded()
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for name, norms in self.norms.items():
+            seen = norms.where(norms > 0, math.nan)  # zero has no place on the scale
+            marker = "." if len(norms) <= 30 else None
+            style = "--" if name.endswith("_reverse") else "-"
+            axes.plot(seen.numpy(), style, marker=marker, label=name)
+        axes.set(yscale="log", xlabel="step", ylabel="norm of the gradient", title="Gradient flow")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        return figure
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Write the norms over the steps as a picture: PNG, or what the path's suffix says."""
+        self.figure().savefig(path, dpi=130)
+
+    def log(self, writer: Any, step: int | None = None, *, figure: bool = True) -> None:
+        """Write the last backward pass to TensorBoard.
+
+        Arguments:
+            writer: a ``torch.utils.tensorboard.SummaryWriter``, or what has its ``add_scalar``
+                and ``add_figure``.
+            step: the global step.
+            figure: whether to write the picture too, which takes a tenth of a second.
+        """
+        for name, found in self._recorded().items():
+            for quantity in ("first", "last", "entering", "ratio"):
+                value = getattr(found, quantity)
+                writer.add_scalar(f"gradient_flow/{name}/{quantity}", value, step)
+        if figure:
+            writer.add_figure("gradient_flow", self.figure(), step)
+
+    def _recorded(self) -> dict[str, Summary]:
+        found = self.summary
+        if not found:
+            raise RuntimeError(
+                "no gradient has been recorded: run the model inside the with block, then backward"
+            )
+        return found
+
+
+class _Hook:
+    """A hook of a layer, of which a copy of the layer, or a pickled one, gets an idle one."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self.call = call
+
+    def __call__(self, *arguments: Any) -> None:
+        self.call(*arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (_nothing,)
+
+
+def _nothing(*arguments: Any) -> None:
+    pass
+
+
+class _Seen:
+    """What one backward pass has shown of one call."""
+
+    def __init__(self) -> None:
+        self.entering: list[Tensor] = []  # norms, of each output of the layer
+        self.states: dict[tuple[str, int], list[Tensor]] = {}  # kind and step: of each layer
+
+
+class _Call:
+    """One call of a layer: shown its states by the forward pass, their gradients by backward."""
+
+    def __init__(self, flow: GradientFlow, name: str, number: int) -> None:
+        self.flow = flow
+        self.name = name
+        self.number = number
+        self.steps = 0
+        self.kinds: dict[str, None] = {}
+
+    def __call__(self, step: int, state: tuple[Tensor, ...], reverse: bool) -> None:
+        self.steps = max(self.steps, step + 1)
+        for kind, x in zip("hc", state, strict=False):
+            if x.requires_grad:
+                kind += "_reverse" if reverse else ""
+                self.kinds[kind] = None
+                x.register_hook(partial(self.see, kind, step))  # type: ignore[no-untyped-call]
+
+    def leave(self, output: Any) -> None:
+        """The call is over: take note of the gradient of what it gave."""
+        if isinstance(output, torch.Tensor):
+            if output.requires_grad:
+                output.register_hook(self.see_entering)  # type: ignore[no-untyped-call]
+        elif isinstance(output, tuple | list):
+            for part in output:
+                self.leave(part)
+
+    def see(self, kind: str, step: int, gradient: Tensor) -> None:
+        self.seen().states.setdefault((kind, step), []).append(_norm(gradient))
+
+    def see_entering(self, gradient: Tensor) -> None:
+        self.seen().entering.append(_norm(gradient))
+
+    def seen(self) -> _Seen:
+        return self.flow._this_pass().setdefault(self, _Seen())
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(gradient.detach().abs(), dtype=torch.float64)
+    return norm
+
+
+def _curves(calls: dict[_Call, _Seen]) -> dict[str, Tensor]:
+    """The norms of each layer and kind, its calls one after another."""
+    curves: dict[str, list[Tensor]] = {}
+    for call in sorted(calls, key=lambda call: call.number):
+        for kind in call.kinds:
+            curve = torch.zeros(call.steps, dtype=torch.float64)
+            for step in range(call.steps):
+                norms = calls[call].states.get((kind, step))
+                if norms is not None:
+                    curve[step] = torch.linalg.vector_norm(torch.stack(norms))
+            curves.setdefault(f"{call.name}.{kind}", []).append(curve)
+    return {name: torch.cat(parts) for name, parts in curves.items()}
+
+
+def _entering(calls: dict[_Call, _Seen]) -> dict[str, float]:
+    """The norm of what entered each layer at the last of its calls that it entered from outside."""
+    return {
+        call.name: float(torch.linalg.vector_norm(torch.stack(calls[call].entering)))
+        for call in sorted(calls, key=lambda call: call.number)
+        if calls[call].entering
+    }
+
+
+def _summary(name: str, norms: Tensor, entering: float) -> Summary:
+    far = norms[-1] if name.endswith("_reverse") else norms[0]
+    ratio = float(far) / entering if entering else math.nan
+    if not entering:
+        verdict = "no gradient"
+    elif ratio < VANISHING:
+        verdict = "vanishing"
+    elif ratio <= EXPLODING:
+        verdict = "steady"
+    else:  # also where it is not a number: both have left the range
+        verdict = "exploding"
+    return Summary(len(norms), float(norms[0]), float(norms[-1]), entering, ratio, verdict)

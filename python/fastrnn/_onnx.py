@@ -1,0 +1,227 @@
+"""Our operator in ONNX's words: one LSTM, GRU or RNN node for each layer of a stack.
+
+ONNX has the weights of a node as W [D, G·H, I], R [D, G·H, H] and B [D, 2·G·H], its gates in the
+order i, o, f, c (LSTM) and z, r, h (GRU), its output as [T, D, B, H]; see
+https://onnx.ai/onnx/operators/onnx__LSTM.html and its neighbours. What differs is turned round in
+the graph, by nodes on the weights that a runtime folds away when it loads the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from ._options import Options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+Value = Any  # onnx_ir.Value
+
+_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}  # the gates of ours, in ONNX's order
+_FUNCTIONS: dict[str, tuple[str, tuple[float, float] | None]] = {  # name, alpha and beta
+    "tanh": ("Tanh", None),
+    "relu": ("Relu", None),
+    "sigmoid": ("Sigmoid", None),
+    "identity": ("Affine", (1.0, 0.0)),
+    "hardsigmoid": ("HardSigmoid", (1 / 6, 0.5)),
+}
+_ARRAYS = ("input", "h0", "c0", "weights", "lengths")  # arguments of the operator that ONNX has
+_TRANSLATED = (  # options that ONNX has
+    "cell",
+    "num_layers",
+    "bidirectional",
+    "bias",
+    "activation",
+    "gate_activation",
+    "reset_after",
+)
+
+
+def onnx_translation_table() -> dict[Any, Callable[..., Any]]:
+    """What ``torch.onnx.export`` needs to export models with fastrnn's layers.
+
+    Each layer of a stack becomes one LSTM, GRU or RNN node of standard ONNX, both directions
+    together; ``lengths`` become its ``sequence_lens``. T and B may be dynamic.
+
+    ONNX has no equal for ``proj_size``, ``reset``, a PackedSequence (give ``lengths``), and of an
+    LSTM with ``return_states`` the c of every step: the export then fails and names it. Float64 and
+    half types are valid ONNX, but ONNX Runtime computes these nodes in float32 alone.
+
+    Returns:
+        The ``custom_translation_table`` of ``torch.onnx.export(…, dynamo=True)``.
+
+    Raises:
+        ModuleNotFoundError: onnxscript is not installed; ``pip install 'fastrnn[onnx]'`` does.
+
+    >>> import torch, fastrnn
+    >>> program = torch.onnx.export(
+    ...     fastrnn.GRU(3, 4, num_layers=2).eval(),
+    ...     (torch.randn(5, 2, 3),),
+    ...     dynamo=True,
+    ...     verbose=False,
+    ...     custom_translation_table=fastrnn.onnx_translation_table(),
+    ... )
+    >>> [node.op_type for node in program.model.graph if node.op_type == "GRU"]
+    ['GRU', 'GRU']
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "export to ONNX needs onnxscript: pip install 'fastrnn[onnx]'", name=error.name
+        ) from error
+    from ._ops import forward_op
+
+    return {forward_op: _translate}
+
+
+def _translate(*arguments: Any) -> Any:
+    """``fastrnn::forward`` as ONNX nodes, called by torch's exporter with the values of a graph."""
+    from ._ops import forward_op
+
+    names = [argument.name for argument in forward_op._schema.arguments]
+    given = dict(zip(names, arguments, strict=True))
+    options = Options(**{field.name: given.pop(field.name) for field in fields(Options)})
+    states, save = given.pop("states"), given.pop("save")
+    _check_options(options, states)
+    _check_arrays(given)
+    stack = _Stack(options, given["weights"], given["lengths"])
+    outputs, finals = stack.run(given["input"], given["h0"], given["c0"])
+    nothing = stack.empty(given["input"])
+    if not (states or save):
+        outputs = outputs[-1:]
+    hidden = stack.joined([stack.op.Unsqueeze(y, [0]) for y in outputs])
+    h_n, *c_n = (stack.joined(parts) for parts in zip(*finals, strict=True))
+    return hidden, h_n, c_n[0] if c_n else nothing, nothing, nothing
+
+
+def _check_options(options: Options, states: bool) -> None:
+    for field in fields(Options):
+        value = getattr(options, field.name)
+        if field.name not in _TRANSLATED and value != field.default:
+            raise ValueError(
+                f"{field.name}={value!r} has no equal in ONNX's {options.cell}: "
+                "the layer cannot be exported"
+            )
+    if states and options.cell == "LSTM":
+        raise ValueError(
+            "return_states=True has no equal in ONNX's LSTM, which gives no c but the last: "
+            "the layer cannot be exported"
+        )
+
+
+def _check_arrays(given: dict[str, Any]) -> None:
+    for name, value in given.items():
+        if name not in _ARRAYS and value is not None:
+            known = {"batch_sizes": "a PackedSequence (give lengths= instead)", "reset": "reset="}
+            raise ValueError(
+                f"{known.get(name, name)} has no equal in ONNX: the call cannot be exported"
+            )
+
+
+class _Stack:
+    """The nodes of one call."""
+
+    def __init__(self, options: Options, weights: Sequence[Value], lengths: Value | None) -> None:
+        from onnxscript import opset18
+
+        self.op: Any = opset18
+        self.options = options
+        self.directions = 2 if options.bidirectional else 1
+        self.gates = len(_ORDER[options.cell])
+        each = len(weights) // (options.num_layers * self.directions)
+        self.groups = [weights[k : k + each] for k in range(0, len(weights), each)]
+        self.hidden = int(weights[0].shape[0]) // self.gates
+        self.lengths = lengths
+
+    def run(
+        self, x: Value, h0: Value | None, c0: Value | None
+    ) -> tuple[list[Value], list[list[Value]]]:
+        """The outputs of each layer (T, B, D·H), and its last states (D, B, H)."""
+        op, D, options = self.op, self.directions, self.options
+        lengths = None if self.lengths is None else op.Cast(self.lengths, to=6)  # int32
+        starts = [self.of_layers(state) for state in (h0, c0)]
+        outputs, finals = [], []
+        for layer in range(options.num_layers):
+            initial = [None if start is None else start[layer] for start in starts]
+            groups = self.groups[layer * D : (layer + 1) * D]
+            inputs = [*self.weights(groups), lengths, *initial]
+            inputs = inputs if options.cell == "LSTM" else inputs[:-1]
+            node = getattr(op, options.cell)
+            y, *last = node(x, *inputs, hidden_size=self.hidden, **self.attributes())
+            x = self.side_by_side(y)
+            outputs.append(x)
+            finals.append([self.final(s, s0) for s, s0 in zip(last, initial, strict=False)])
+        return outputs, finals
+
+    def of_layers(self, state: Value | None) -> Sequence[Value] | None:
+        """(L·D, B, H) as a (D, B, H) for each layer."""
+        layers = self.options.num_layers
+        if state is None or layers == 1:
+            return None if state is None else [state]
+        parts: Sequence[Value] = self.op.Split(state, axis=0, num_outputs=layers)
+        return parts
+
+    def weights(self, groups: Sequence[Sequence[Value]]) -> list[Value | None]:
+        """W, R and B of a layer."""
+        op = self.op
+        matrices = [
+            self.joined([op.Unsqueeze(self.ordered(group[k]), [0]) for group in groups])
+            for k in range(2)
+        ]
+        if not self.options.bias:
+            return [*matrices, None]
+        biases = [self.joined([self.ordered(b) for b in group[2:4]]) for group in groups]
+        return [*matrices, self.joined([op.Unsqueeze(b, [0]) for b in biases])]
+
+    def ordered(self, weight: Value) -> Value:
+        """(G·H, …) with the gates in ONNX's order."""
+        order = _ORDER[self.options.cell]
+        if len(order) == 1:
+            return weight
+        rows = [gate * self.hidden + unit for gate in order for unit in range(self.hidden)]
+        return self.op.Gather(weight, rows, axis=0)
+
+    def attributes(self) -> dict[str, Any]:
+        """The node's attributes, those left out that would say what ONNX takes anyway."""
+        options = self.options
+        found: dict[str, Any] = {"direction": "bidirectional"} if options.bidirectional else {}
+        if options.cell == "GRU":
+            found["linear_before_reset"] = int(options.reset_after)
+        names = [options.activation]
+        if options.cell != "RNN":
+            names.insert(0, options.gate_activation)
+        if options.cell == "LSTM":
+            names.append(options.activation)  # of the candidate, then of the cell's output
+        if names not in (["tanh"], ["sigmoid", "tanh"], ["sigmoid", "tanh", "tanh"]):
+            functions = [_FUNCTIONS[name] for name in names] * self.directions
+            found["activations"] = [name for name, _ in functions]
+            slopes = [numbers for _, numbers in functions if numbers]
+            if slopes:
+                found["activation_alpha"] = [alpha for alpha, _ in slopes]
+                found["activation_beta"] = [beta for _, beta in slopes]
+        return found
+
+    def side_by_side(self, y: Value) -> Value:
+        """[T, D, B, H] as (T, B, D·H)."""
+        op = self.op
+        if self.directions == 1:
+            return op.Squeeze(y, [1])
+        return op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, self.directions * self.hidden])
+
+    def final(self, last: Value, initial: Value | None) -> Value:
+        """The last state; of a sequence of length 0 the initial one, where ONNX has zeros."""
+        op = self.op
+        if self.lengths is None or initial is None:
+            return last
+        none = op.Equal(self.lengths, op.CastLike(0, self.lengths))
+        return op.Where(op.Unsqueeze(none, [0, 2]), initial, last)
+
+    def joined(self, parts: Sequence[Value]) -> Value:
+        """The parts one after another on the first axis."""
+        return parts[0] if len(parts) == 1 else self.op.Concat(*parts, axis=0)
+
+    def empty(self, like: Value) -> Value:
+        """What stands for an output that is not wanted: (0,)."""
+        return self.op.CastLike(self.op.ConstantOfShape([0]), like)
