@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from matplotlib.figure import Figure
 
 
 def arguments(description: str, picture: str, **numbers: int) -> argparse.Namespace:
@@ -18,6 +16,15 @@ def arguments(description: str, picture: str, **numbers: int) -> argparse.Namesp
     parser.add_argument("--quick", action="store_true", help="ask for no result")
     parser.add_argument("--output", type=Path, default=Path("demo") / picture, help="the picture")
     return parser.parse_args()
+
+
+def curve(values: list[float], **labels: str) -> Figure:
+    """A line over its own index, with ``title``, ``xlabel`` and ``ylabel``."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(values)
+    axes.set(**labels)
+    return figure
 
 
 def save(figure: Figure, path: Path) -> None:
