@@ -25,7 +25,7 @@ from common import arguments, curve, save, verdict
 
 SEED, CARTS, STEPS, UNITS, LONGEST, LOWEST_RETURN = 0, 32, 128, 48, 200, 120.0
 NAMES = ("seen", "reset", "action", "chance", "value", "over", "ages")  # of what is collected
-DISCOUNT, SMOOTHING, CLIP, EPOCHS = 0.98, 0.95, 0.2, 10
+DISCOUNT, SMOOTHING, CLIP, EPOCHS = 0.98, 0.95, 0.2, 10  # a reward: 1 − DISCOUNT a step
 
 
 class CartPoles:
@@ -88,7 +88,7 @@ def collect(policy: Policy, carts: CartPoles, hx: tuple, starts: Tensor) -> dict
     values, advantage, gains = torch.cat([data["value"], last[..., 0]]), torch.zeros(CARTS), []
     for t in reversed(range(STEPS)):
         goes_on = DISCOUNT * (~data["over"][t]).float()
-        advantage = 1.0 + goes_on * (values[t + 1] + SMOOTHING * advantage) - values[t]
+        advantage = 1 - DISCOUNT + goes_on * (values[t + 1] + SMOOTHING * advantage) - values[t]
         gains.append(advantage)
     gain = torch.stack(gains[::-1])
     return data | {"gain": gain, "target": gain + values[:-1], "hx": before, "after": (hx, starts)}
@@ -102,7 +102,7 @@ def loss_of(read: Any, data: dict) -> Tensor:
     gain = (data["gain"] - data["gain"].mean()) / (data["gain"].std() + 1e-6)
     gained = torch.minimum(ratio * gain, ratio.clamp(1 - CLIP, 1 + CLIP) * gain).mean()
     off = nn.functional.smooth_l1_loss(value[..., 0], data["target"])
-    return 0.5 * off - gained - 0.01 * choice.entropy().mean()
+    return off - gained - 0.01 * choice.entropy().mean()
 
 
 def compare(policy: Policy, data: dict) -> tuple[float, float]:
