@@ -10,7 +10,7 @@
 - lengths     rows of uniform lengths through `lengths=` and as a PackedSequence, against the padded
               whole and torch's packed layers
 - step        one step for one row, layers and cells, in microseconds
-- stream      a step of a stream in each dtype, for one row, against ONNX Runtime's single step
+- stream      a step of a stream in each dtype, for one row, against the layer and ONNX Runtime
 - bfloat16    bfloat16 against our float32 and torch's bfloat16
 - scaling     one thread, two, four … up to --threads
 """
@@ -311,11 +311,13 @@ def stream(options: Options) -> list[Row]:
     """Microseconds of a step."""
     rows = []
     for cell in options.cells:
-        for H in (64, 256, 1024):
+        for H in (64,) if options.tiny else (64, 256, 1024):
             case = options.case(cell, 1, 1, H)
             layer = getattr(fastrnn, cell)(case.I, case.H)
             streams = {dtype: _stream(layer, dtype) for dtype in ("float32", "bfloat16", "int8")}
-            times = time_in_turns(options, streams | prepare(case, "inference", "onnxruntime"))
+            others = prepare(case, "inference", "fastrnn", "onnxruntime")
+            others["layer"] = others.pop("fastrnn")
+            times = time_in_turns(options, streams | others)
             row = {"case": case.label(), **columns(times, "µs")}
             row["float32 / int8"] = times["float32"] / times["int8"]
             if "onnxruntime" in times:

@@ -105,11 +105,12 @@ struct Step {
     return layer;
   }
 
+  // The team meets after the last layer too, so that a thread without a core is noticed.
   void run(int thread, int threads) const {
     for (std::int64_t l = 0; l < p.options.layers; ++l) {
       const Int8Layer now = layer(l);
       kernels.step(now, thread, threads);
-      if (l + 1 < p.options.layers) now.team->wait(threads, now.wait);
+      now.team->wait(threads, now.wait);
     }
   }
 };
