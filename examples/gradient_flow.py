@@ -37,6 +37,7 @@ class Case(NamedTuple):
     layer: nn.Module
     clip: float | None
     flow: str  # the verdict before training
+    stays: bool = True  # whether the weights stay below 100 in training
 
 
 def made(cell: str, gain: float = 1.0, **options: Any) -> nn.Module:
@@ -55,7 +56,7 @@ def made(cell: str, gain: float = 1.0, **options: Any) -> nn.Module:
 CASES = {
     "RNN": Case(made("RNN"), CLIP, "vanishing"),
     "LSTM": Case(made("LSTM"), CLIP, "steady"),
-    "RNN, large weights": Case(made("RNN", LARGE), None, "exploding"),
+    "RNN, large weights": Case(made("RNN", LARGE), None, "exploding", stays=False),
     "RNN, large weights, clipped": Case(made("RNN", LARGE), CLIP, "exploding"),
 }
 
@@ -74,7 +75,7 @@ class Run:
     """A layer with a read-out of its last output, and what is seen of it."""
 
     def __init__(self, case: Case) -> None:
-        self.layer, self.clip, self.expected = case
+        self.layer, self.clip, self.expected, self.stays = case
         torch.manual_seed(SEED)
         self.head = nn.Linear(UNITS, 1)
         self.parameters = [*self.layer.parameters(), *self.head.parameters()]
@@ -135,9 +136,8 @@ def main() -> int:
         kind, updates = (torch.optim.SGD, 100) if large else (torch.optim.Adam, options.updates)
         run.train(kind(run.parameters, lr=0.01), updates)
         error = statistics.mean(run.losses[-50:])
-        as_said = options.quick or (error < GUESS / 10) == (name == "LSTM")
-        as_said &= (run.largest[-1] < 100) == (run.clip is not None)
-        failed |= not as_said or run.verdict != run.expected
+        failed |= run.verdict != run.expected or (run.largest[-1] < 100) != run.stays
+        failed |= not options.quick and (error < GUESS / 10) != (name == "LSTM")
         print(f"{name}: {run.verdict}; trained, its error is {error:.4f}, its", end=" ")
         print(f"largest weight {run.largest[-1]:.1e}\n{run.table}\n")
     plot(runs, options.output)
