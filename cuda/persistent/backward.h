@@ -222,11 +222,12 @@ FASTRNN_ON_MACHINE void backward(Machine& machine, const Backward<S>& p) {
   for (int s = 0; s <= T; ++s) {  // loop step T makes d_h0 alone
     const int t = reverse ? s : T - 1 - s;
     for (int pass = 0; pass < p.team.passes; ++pass) {
+      const Position here = made_anew(machine, me);
       StepValues<Cell> values[C::items];
       FASTRNN_UNROLL
       for (int i = 0; i < C::items; ++i) {
         values[i].active = false;
-        if (s < T) read_values<C>(p, me, t, item_of<C>(i, pass, me), values[i]);
+        if (s < T) read_values<C>(p, here, t, item_of<C>(i, pass, here), values[i]);
       }
       float totals[C::items][1] = {};
       if (s > 0) {
@@ -237,7 +238,7 @@ FASTRNN_ON_MACHINE void backward(Machine& machine, const Backward<S>& p) {
         total<C>(machine, me, turn++, reinterpret_cast<Sums*>(shared + at.sums), sums, totals);
       }
       if (s < T)
-        step_backward<C>(machine, p, me, exchange, states, s, pass, t, values, totals);
+        step_backward<C>(machine, p, made_anew(machine, me), exchange, states, s, pass, t, values, totals);
       else
         write_first_gradients<C>(p, me, pass, states, totals);
     }

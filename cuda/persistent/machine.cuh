@@ -10,6 +10,8 @@
 //   waiting              called each time that a word or a barrier has not come yet
 //   barrier_…, send, cluster_sync   the cluster's (cluster.h); sm_90 and later
 //   prefetch             brings an address into L2
+//   opaque               its argument, of which the compiler knows nothing: what is computed from it is
+//                        computed where it stands, not kept in registers over all steps
 //
 // With FASTRNN_WATCHDOG defined, a wait of so many turns as no healthy launch needs stops the kernel
 // with an error: a word that never comes must not hang the device.
@@ -37,6 +39,10 @@ struct CudaMachine {
   }
   __device__ __forceinline__ u32 shuffle(u32 x, int lane) {
     return __shfl_sync(0xffffffffu, x, lane);
+  }
+  __device__ __forceinline__ int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
   }
   __device__ __forceinline__ void prefetch(const float* at) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(at)));

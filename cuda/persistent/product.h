@@ -118,6 +118,19 @@ FASTRNN_ON_MACHINE Position position_of(const Machine& machine, const Team& team
   return me;
 }
 
+// The same, but so that addresses made from it are not kept in registers from step to step.
+template <class Machine>
+FASTRNN_ON_MACHINE Position made_anew(Machine& machine, const Position& me) {
+  Position now = me;
+  now.thread = machine.opaque(me.thread);
+  now.rank = machine.opaque(me.rank);
+  now.group = machine.opaque(me.group);
+  now.first_row = machine.opaque(me.first_row);
+  now.lane = now.thread % kLanes;
+  now.warp = now.thread / kLanes;
+  return now;
+}
+
 template <class C>
 FASTRNN_RESIDENT Ring ring_of(const Team& team, const Position& me) {
   Ring ring;

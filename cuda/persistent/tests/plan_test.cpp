@@ -68,8 +68,8 @@ void expect_whole(const Plan& p, int B, int H, int groups, const DeviceFacts& d)
 void regimes() {
   const DeviceFacts d = hopper();
   const auto via = [&](int B, int H) { return plan(B, H, d).kernel->shape.via; };
-  expect("a block for 128 units", via(16, 128) == Via::block, plan(16, 128, d));
-  expect("a cluster for 512", via(16, 512) == Via::cluster, plan(16, 512, d));
+  expect("a block for many rows of 128 units", via(1024, 128) == Via::block, plan(1024, 128, d));
+  expect("a cluster for 256", via(16, 256) == Via::cluster, plan(16, 256, d));
   expect("the ring for 768", via(16, 768) == Via::ring, plan(16, 768, d));
   expect("two teams of 64 for 1024", plan(16, 1024, d).team.teams_per_group == 2,
          plan(16, 1024, d));
