@@ -3,8 +3,8 @@
     python benchmarks/ladder/cudnn.py --json cudnn.json
     python benchmarks/ladder/cudnn.py --suite flashrnn --mode tf32 --mode float16
 
-Modes are float32 (TF32 off), tf32, bfloat16 and float16. Nothing of fastrnn's engine runs: the cases,
-the data, the clocks and the torch provider are those of `fastrnn bench`.
+Modes are float32 (TF32 off), tf32, bfloat16 and float16. Nothing of fastrnn's engine runs: the
+cases, the data, the clocks and the torch provider are those of `fastrnn bench`.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ FASTRNN_ON_MACHINE void backward(Machine& machine, const Backward<S>& p) {
       {p.weight_hh + me.group * matrix, p.team.units, false},
       Cell::gates,
       words_per_field<C>(p.team)};
-  load_weights<C>(source, me, reinterpret_cast<Words*>(shared + at.weights), weights);
+  load_weights<C>(machine, source, me, reinterpret_cast<Words*>(shared + at.weights), weights);
 
   const Exchange exchange = open_exchange<C>(machine, p.team, me, at, T);
   read_last_gradients<C>(p, me, states);

@@ -168,7 +168,7 @@ FASTRNN_ON_MACHINE void forward(Machine& machine, const Forward<S>& p) {
   const std::int64_t matrix = static_cast<std::int64_t>(C::M) * p.team.units * p.team.units;
   const ForwardWeights<typename C::Operand> source{
       {p.weight_hh + me.group * matrix, p.team.units, p.aligned}};
-  load_weights<C>(source, me, reinterpret_cast<Words*>(shared + at.weights), weights);
+  load_weights<C>(machine, source, me, reinterpret_cast<Words*>(shared + at.weights), weights);
 
   const Exchange exchange = open_exchange<C>(machine, p.team, me, at, T);
   send_h0<C>(machine, p, me, exchange, states);

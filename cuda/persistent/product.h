@@ -290,13 +290,16 @@ struct Weights {
   }
 };
 
-template <class C, class Source>
-FASTRNN_ON_MACHINE void load_weights(const Source& source, const Position& me, Words* shared,
-                                   Weights<C>& weights) {
+// One chunk after the other: the barrier keeps the compiler from asking for all of them at once, which
+// would take the registers that the weights are to stay in.
+template <class C, class Machine, class Source>
+FASTRNN_ON_MACHINE void load_weights(Machine& machine, const Source& source, const Position& me,
+                                     Words* shared, Weights<C>& weights) {
   const int unit = (me.rank * C::tiles + me.tile) * kUnits + 2 * group_of(me.lane);
   weights.more = shared + me.thread;
   FASTRNN_UNROLL
   for (int chunk = 0; chunk < C::chunks; ++chunk) {
+    machine.sync();
     const int word = (chunk * C::slices + me.slice) * kChunk + 4 * member_of(me.lane);
     FASTRNN_UNROLL
     for (int m = 0; m < C::M; ++m) {

@@ -104,7 +104,7 @@ def _add_bench(commands: Any) -> None:
         help="time for each case and pass, all providers together (default 1)")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write the records")
     add("--keep-going", action="store_true",
-        help="list a case that fails and go on; the records are written after each case")  # fmt: skip
+        help="list a case that fails and go on; write the records after each case")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help="draw ratios and shares of the roof (matplotlib)")
     add("--roofline", type=Path, metavar="FILE",
         help="draw GFLOP/s against operations per byte of weights (matplotlib)")  # fmt: skip

@@ -73,7 +73,8 @@ def run(
 ) -> Results:
     """Measures every case and pass; `on_case` is told of each before it starts.
 
-    `after_case` gets the results so far after each. Ctrl-C ends the run and keeps what was measured.
+    `after_case` gets the results so far after each. Ctrl-C ends the run and keeps what was
+    measured.
 
     Raises:
         ValueError: a peer's name is not known, the device is not there, or a case wants TF32 on
