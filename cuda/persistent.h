@@ -6,8 +6,8 @@
 //   cluster  a cluster of up to 16 blocks shares h through distributed shared memory (sm_90)
 //   ring     up to all multiprocessors share h through L2, under a cooperative launch
 //
-// Whatever does not fit, or cannot be launched (a device that is shared, without cooperative launches
-// or with too little shared memory), has `kernel` null and the reason in `why`.
+// Whatever does not fit, or cannot be launched (a device that is shared, without cooperative
+// launches or with too little shared memory), has `kernel` null and the reason in `why`.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -23,7 +23,8 @@ namespace fastrnn::resident {
 // The kernels of this build, `count` of them.
 const Kernel* kernels(int* count);
 
-// Asks the current device for its facts, chooses, and checks that all blocks can be resident at once.
+// Asks the current device for its facts, chooses, and checks that all blocks can be resident at
+// once.
 cudaError_t plan_persistent(const Sizes& sizes, Plan* plan, const Via* only = nullptr);
 
 // The arrays as forward.h and backward.h describe them; their `team` is ignored.

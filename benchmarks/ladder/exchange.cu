@@ -7,8 +7,8 @@
 //   3. how many clusters of 8 and 16 blocks run at once, with all of the shared memory
 //   4. whether a launch may be cooperative and have clusters, and be captured in a graph
 //
-// Usage: exchange [FILE.json]. A step writes 16 units of 8 rows in 16 bits (256 bytes) for each block,
-// and each block reads what all have written, as the ring's kernels do.
+// Usage: exchange [FILE.json]. A step writes 16 units of 8 rows in 16 bits (256 bytes) for each
+// block, and each block reads what all have written, as the ring's kernels do.
 #include <cooperative_groups.h>
 
 #include "persistent/machine.cuh"
@@ -28,7 +28,8 @@ enum class Method { data_is_flag, flag_barrier, grid_sync };
 // Every step, what a thread has read goes into what it writes, so that nothing can be left out.
 __device__ u32 mixed(u32 sum) { return (sum * 2654435761u) >> 1; }  // never the sentinel
 
-__device__ void step_ring(CudaMachine& machine, const Ring& ring, int message, int blocks, u32& sum) {
+__device__ void step_ring(CudaMachine& machine, const Ring& ring, int message, int blocks,
+                          u32& sum) {
   const u32* const words = ring.slot(message);
   for (int i = 4 * static_cast<int>(threadIdx.x); i < blocks * kBlockWords; i += 4 * kThreads) {
     Words w;
@@ -139,7 +140,8 @@ void exchanges(ladder::Report& report, int blocks) {
              &status);
       check(status, "the exchange by the ring");
     });
-    add_step(report, "exchange, data is its flag, epochs of " + std::to_string(period) + ", " + at, ms);
+    add_step(report, "exchange, data is its flag, epochs of " + std::to_string(period) + ", " + at,
+             ms);
     cudaFree(ring.words);
   }
   u32* const words = allocate<u32>(static_cast<std::size_t>(2 * blocks * kBlockWords));
@@ -238,8 +240,10 @@ __global__ void __launch_bounds__(kThreads, 1) send_cluster(long long* clocks, u
 double cluster_clocks(ladder::Report& report, const void* kernel, int cluster, int clusters,
                       const std::string& what) {
   const int blocks = cluster * clusters, shared = kClusterWords * 4;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), what.c_str());
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), what.c_str());
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+        what.c_str());
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+        what.c_str());
   long long* clocks = allocate<long long>(static_cast<std::size_t>(blocks));
   u32* out = allocate<u32>(static_cast<std::size_t>(blocks) * kThreads);
   void* arguments[] = {&clocks, &out};
@@ -269,13 +273,13 @@ void clusters(ladder::Report& report, int cluster, int most) {
   for (const int count : {1, most}) {
     const std::string at =
         "clusters of " + std::to_string(cluster) + ", " + std::to_string(count) + " at once";
-    const double read = cluster_clocks(report, reinterpret_cast<const void*>(&read_cluster), cluster,
-                                       count, "reads, " + at);
+    const double read = cluster_clocks(report, reinterpret_cast<const void*>(&read_cluster),
+                                       cluster, count, "reads, " + at);
     if (read > 0)
       report.add("distributed shared memory, reads, " + at,
                  double(kRounds) * cluster * kClusterWords * 4 / read, "bytes a clock and block");
-    const double sent = cluster_clocks(report, reinterpret_cast<const void*>(&send_cluster), cluster,
-                                       count, "exchange, " + at);
+    const double sent = cluster_clocks(report, reinterpret_cast<const void*>(&send_cluster),
+                                       cluster, count, "exchange, " + at);
     if (sent > 0) report.add("exchange of 1 KiB a block, " + at, sent / kRounds, "clocks a step");
     if (count == most) break;
   }
@@ -285,8 +289,10 @@ void clusters(ladder::Report& report, int cluster, int most) {
 
 int clusters_at_once(int cluster, int shared) {
   const auto kernel = reinterpret_cast<const void*>(&read_cluster);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "shared");
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "clusters");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+        "shared");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+        "clusters");
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute attributes[1]{};
   config.gridDim = dim3(static_cast<unsigned>(cluster));
@@ -311,7 +317,8 @@ __global__ void __launch_bounds__(kThreads, 1) meet(unsigned* counter, unsigned*
 
 std::string launches(int blocks, int cluster, bool cooperative, bool captured) {
   const auto kernel = reinterpret_cast<const void*>(&meet);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "clusters");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+        "clusters");
   unsigned* counter = allocate<unsigned>(1);
   unsigned* out = allocate<unsigned>(static_cast<std::size_t>(blocks));
   void* arguments[] = {&counter, &out};
@@ -339,7 +346,8 @@ std::string launches(int blocks, int cluster, bool cooperative, bool captured) {
   cudaGetLastError();
   if (status == cudaSuccess) {
     std::vector<unsigned> got(static_cast<std::size_t>(blocks));
-    check(cudaMemcpy(got.data(), out, got.size() * sizeof(unsigned), cudaMemcpyDeviceToHost), "copy");
+    check(cudaMemcpy(got.data(), out, got.size() * sizeof(unsigned), cudaMemcpyDeviceToHost),
+          "copy");
     for (const unsigned seen : got)
       if (seen != static_cast<unsigned>(blocks)) result = "runs, but a block went on too early";
   }

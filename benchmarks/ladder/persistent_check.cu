@@ -1,8 +1,9 @@
-// Every persistent kernel on a GPU against plain kernels, then its time for a step beside the estimate.
+// Every persistent kernel on a GPU against plain kernels, then its time for a step beside the
+// estimate.
 //
 // The plain kernels launch once for each step and multiply by a loop; they share the cells and the
-// addressing with the persistent ones, which cuda/persistent/tests checks on a CPU, and nothing of the
-// products, the exchange and the teams. Cases have rows of unequal lengths and resets, and one
+// addressing with the persistent ones, which cuda/persistent/tests checks on a CPU, and nothing of
+// the products, the exchange and the teams. Cases have rows of unequal lengths and resets, and one
 // group in each direction.
 //
 // Usage: persistent_check [--small] [--json FILE]
@@ -23,7 +24,8 @@ using ladder::check;
 
 int failures = 0;
 
-// ---- memory ---------------------------------------------------------------------------------------
+// ---- memory
+// ---------------------------------------------------------------------------------------
 
 __device__ float uniform_at(std::uint64_t i, unsigned seed) {  // [-1, 1), splitmix64
   std::uint64_t z = i * 0x9e3779b97f4a7c15ull + seed * 0xd1b54a32d192ed03ull;
@@ -82,7 +84,8 @@ std::vector<T> fetched(const T* from, std::int64_t n) {
   return values;
 }
 
-// ---- the plain kernels ----------------------------------------------------------------------------
+// ---- the plain kernels
+// ----------------------------------------------------------------------------
 
 template <class Cell, class Operand>
 using Plain = Config<Cell, Operand, Via::block, Cell::gates, 8, 1, 0, 1>;
@@ -128,7 +131,8 @@ __global__ void plain_forward(Forward<Storage<Operand>> p, int groups, int s, co
   to[row + at.unit] = h;
 }
 
-// A step backward: the cell. d_h, d_c, from_product float [groups][B][H]; out [groups][B][gates][H].
+// A step backward: the cell. d_h, d_c, from_product float [groups][B][H]; out
+// [groups][B][gates][H].
 template <class Cell, class Operand>
 __global__ void plain_backward(Backward<Storage<Operand>> p, int groups, int s, float* d_h,
                                float* d_c, const float* from_product, float* out) {
@@ -169,7 +173,8 @@ __global__ void plain_product(Backward<Storage<Operand>> p, int groups, const fl
   product[pair * H + at.unit] = sum;
 }
 
-// ---- a case ---------------------------------------------------------------------------------------
+// ---- a case
+// ---------------------------------------------------------------------------------------
 
 struct Size {
   int T, B, H, groups;
@@ -223,7 +228,8 @@ struct Case {
     f.h0 = {stored(units, 1, 4), B * H, H};
     f.c0 = {stored(units, 1, 5), B * H, H};
     const S* const d_output = stored(D * N * H, 1, 6);
-    const StateOf<const S> d_h_n{stored(units, 1, 7), B * H, H}, d_c_n{stored(units, 1, 8), B * H, H};
+    const StateOf<const S> d_h_n{stored(units, 1, 7), B * H, H},
+        d_c_n{stored(units, 1, 8), B * H, H};
     const std::int64_t step = steps.offset ? H : B * H;
     for (int k = 0; k < 2; ++k) {
       f.hidden = {memory.poisoned<S>(D * N * H), N * H, step, H};
@@ -238,7 +244,8 @@ struct Case {
       b.steps = steps;
       b.reverse_from = f.reverse_from;
       b.weight_hh = f.weight_hh;
-      b.hidden = {forward[0].hidden.data, N * H, step, H};  // both passes back from the same forward
+      b.hidden = {forward[0].hidden.data, N * H, step,
+                  H};  // both passes back from the same forward
       b.cell = {forward[0].cell.data, N * H, step, H};
       b.saved = {forward[0].saved.data, N * Cell::saved * H, Cell::saved * H, H};
       b.h0 = f.h0, b.c0 = f.c0;
@@ -316,7 +323,8 @@ struct Case {
     for (const auto& [from, to] : {std::pair{h, h_to}, std::pair{c, c_to}}) {
       std::vector<S> values;
       for (const float x : fetched(from, units)) values.push_back(Operand::store(x));
-      check(cudaMemcpy(to, values.data(), values.size() * sizeof(S), cudaMemcpyHostToDevice), "copy");
+      check(cudaMemcpy(to, values.data(), values.size() * sizeof(S), cudaMemcpyHostToDevice),
+            "copy");
     }
   }
   void add(float* to, const float* more) {
@@ -364,7 +372,8 @@ double backward_error(const Case<Cell, Operand>& c) {
   const auto &a = c.backward[1], &b = c.backward[0];
   double most = difference(a.d_gates.data, b.d_gates.data, n * Cell::gradients, stored);
   most = std::fmax(most, difference(a.d_h0.data, b.d_h0.data, c.units, stored));
-  if (Cell::states > 1) most = std::fmax(most, difference(a.d_c0.data, b.d_c0.data, c.units, stored));
+  if (Cell::states > 1)
+    most = std::fmax(most, difference(a.d_c0.data, b.d_c0.data, c.units, stored));
   return most;
 }
 
@@ -393,10 +402,10 @@ void check_pass(ladder::Report& report, Case<Cell, Operand>& c, Pass pass, Via v
   Plan plan;
   const Sizes sizes{Cell::name, Precision<Operand>::kind, pass, s.T, s.B, s.H, s.groups};
   check(plan_persistent(sizes, &plan, &via), "plan_persistent");
-  const std::string what = std::string(Cell::name) + (pass == Pass::forward ? " forward" : " backward") +
-                           " T" + std::to_string(s.T) + " B" + std::to_string(s.B) + " H" +
-                           std::to_string(s.H) + (s.groups > 1 ? " two directions" : "") + ", " +
-                           name_of_via(via);
+  const std::string what =
+      std::string(Cell::name) + (pass == Pass::forward ? " forward" : " backward") + " T" +
+      std::to_string(s.T) + " B" + std::to_string(s.B) + " H" + std::to_string(s.H) +
+      (s.groups > 1 ? " two directions" : "") + ", " + name_of_via(via);
   if (!plan.kernel) return;
   void* const workspace = c.memory.template take<char>(std::int64_t(plan.workspace_bytes) + 16);
   check(launch(plan, arrays, workspace), what.c_str());
@@ -407,10 +416,14 @@ void check_pass(ladder::Report& report, Case<Cell, Operand>& c, Pass pass, Via v
   const bool same = first == written();
   const bool right = found <= tolerance && same;
   failures += !right;
-  report.add(what + ", " + plan.why + (right ? "" : same ? ", WRONG" : ", NOT REPEATABLE"), found,
-             "largest error");
+  report.add(what + ", " + plan.why +
+                 (right  ? ""
+                  : same ? ", WRONG"
+                         : ", NOT REPEATABLE"),
+             found, "largest error");
   if (!timed) return;
-  const double ms = ladder::median_ms([&] { check(launch(plan, arrays, workspace), what.c_str()); });
+  const double ms =
+      ladder::median_ms([&] { check(launch(plan, arrays, workspace), what.c_str()); });
   report.add("  time", ms * 1e3 / s.T, "us a step");
   report.add("  estimate at 1.75 GHz", plan.clocks / 1750, "us a step");
 }
@@ -420,15 +433,21 @@ void check_size(ladder::Report& report, const Size& size, bool timed) {
   Case<Cell, Operand> c(size);
   c.run_plain();
   for (const Via via : {Via::block, Via::cluster, Via::ring}) {
-    check_pass(report, c, Pass::forward, via, timed, c.forward[1], Precision<Operand>::forward,
-               [&] { return forward_error(c); },
-               [&] { return fetched(reinterpret_cast<const unsigned char*>(c.forward[1].hidden.data),
-                                    c.size.groups * c.N * c.size.H * sizeof(Storage<Operand>)); });
-    check_pass(report, c, Pass::backward, via, timed, c.backward[1], Precision<Operand>::backward,
-               [&] { return backward_error(c); },
-               [&] { return fetched(reinterpret_cast<const unsigned char*>(c.backward[1].d_gates.data),
-                                    c.size.groups * c.N * c.size.H * Cell::gradients *
-                                        sizeof(Storage<Operand>)); });
+    check_pass(
+        report, c, Pass::forward, via, timed, c.forward[1], Precision<Operand>::forward,
+        [&] { return forward_error(c); },
+        [&] {
+          return fetched(reinterpret_cast<const unsigned char*>(c.forward[1].hidden.data),
+                         c.size.groups * c.N * c.size.H * sizeof(Storage<Operand>));
+        });
+    check_pass(
+        report, c, Pass::backward, via, timed, c.backward[1], Precision<Operand>::backward,
+        [&] { return backward_error(c); },
+        [&] {
+          return fetched(
+              reinterpret_cast<const unsigned char*>(c.backward[1].d_gates.data),
+              c.size.groups * c.N * c.size.H * Cell::gradients * sizeof(Storage<Operand>));
+        });
   }
 }
 
@@ -450,10 +469,13 @@ int main(int count, char** arguments) {
   bool small = false;
   const char* json = nullptr;
   for (int i = 1; i < count; ++i) {
-    if (!std::strcmp(arguments[i], "--small")) small = true;
-    else if (!std::strcmp(arguments[i], "--json") && i + 1 < count) json = arguments[++i];
+    if (!std::strcmp(arguments[i], "--small"))
+      small = true;
+    else if (!std::strcmp(arguments[i], "--json") && i + 1 < count)
+      json = arguments[++i];
     else {
-      std::fprintf(stderr, "persistent_check: %s is not known; [--small] [--json FILE]\n", arguments[i]);
+      std::fprintf(stderr, "persistent_check: %s is not known; [--small] [--json FILE]\n",
+                   arguments[i]);
       return 2;
     }
   }

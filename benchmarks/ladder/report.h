@@ -52,10 +52,11 @@ class Report {
     for (std::size_t i = 0; i < rows_.size(); ++i) {
       const Row& r = rows_[i];
       if (!r.text.empty())
-        std::fprintf(file, "  {\"what\": \"%s\", \"text\": \"%s\"}", r.what.c_str(), r.text.c_str());
+        std::fprintf(file, "  {\"what\": \"%s\", \"text\": \"%s\"}", r.what.c_str(),
+                     r.text.c_str());
       else if (std::isfinite(r.value))
-        std::fprintf(file, "  {\"what\": \"%s\", \"value\": %.9g, \"unit\": \"%s\"}", r.what.c_str(),
-                     r.value, r.unit.c_str());
+        std::fprintf(file, "  {\"what\": \"%s\", \"value\": %.9g, \"unit\": \"%s\"}",
+                     r.what.c_str(), r.value, r.unit.c_str());
       else
         std::fprintf(file, "  {\"what\": \"%s\", \"text\": \"not a number\"}", r.what.c_str());
       std::fprintf(file, "%s\n", i + 1 < rows_.size() ? "," : "");
@@ -93,7 +94,8 @@ double median_ms(Run run, int runs = 5) {
   cudaEventDestroy(start);
   cudaEventDestroy(end);
   for (std::size_t i = 1; i < times.size(); ++i)
-    for (std::size_t j = i; j > 0 && times[j] < times[j - 1]; --j) std::swap(times[j], times[j - 1]);
+    for (std::size_t j = i; j > 0 && times[j] < times[j - 1]; --j)
+      std::swap(times[j], times[j - 1]);
   return times[times.size() / 2];
 }
 

@@ -1,5 +1,5 @@
-// Messages as both passes of the recurrence use them: opening the exchange, waiting for a message, and
-// summing it. The three ways differ here and in product.h, nowhere else.
+// Messages as both passes of the recurrence use them: opening the exchange, waiting for a message,
+// and summing it. The three ways differ here and in product.h, nowhere else.
 #pragma once
 
 #include "persistent/product.h"
@@ -71,9 +71,8 @@ FASTRNN_ON_MACHINE void await_message(Machine& machine, const Team& team, const 
 // The sums of message m for a pass.
 template <class C, class Machine>
 FASTRNN_ON_MACHINE void sum_message(Machine& machine, const Team& team, const Position& me,
-                                    const Weights<C>& weights,
-                                    const Exchange& exchange, int m, int pass,
-                                    const bool (&drop)[C::batch], Accumulators<C>& sums) {
+                                    const Weights<C>& weights, const Exchange& exchange, int m,
+                                    int pass, const bool (&drop)[C::batch], Accumulators<C>& sums) {
   FASTRNN_UNROLL
   for (int n = 0; n < C::batch; ++n) {
     FASTRNN_UNROLL

@@ -1,17 +1,22 @@
 // The recurrence forward: all steps of a sequence in one launch, W_hh loaded once.
 //
 // Maths        for each step:  a = x_gates + h·W_hhᵀ, then the cell (csrc/cells/)
-// Read         x_gates   float [N][gates·H] by strides: x·W_ihᵀ and the biases, but not the hidden bias
+// Read         x_gates   float [N][gates·H] by strides: x·W_ihᵀ and the biases, but not the hidden
+// bias
 //                        of a gate that the cell keeps apart (the GRU's b_hn), which is hidden_bias
 //              weight_hh storage [groups][gates·H][H]
 //              h0, c0    storage, absent: zeros
-// Written      hidden    storage, every h;  cell (float, every c) and saved (float, the cell's values)
+// Written      hidden    storage, every h;  cell (float, every c) and saved (float, the cell's
+// values)
 //              where wanted;  h_n, c_n. Pairs that are not active are not written.
-// Saved        what Cell::forward puts into `saved`, plane after plane, as problem.h says of `gates`.
-// Owner        of a (row, unit): one thread, for the whole sequence. It keeps h and c in shared memory
+// Saved        what Cell::forward puts into `saved`, plane after plane, as problem.h says of
+// `gates`. Owner        of a (row, unit): one thread, for the whole sequence. It keeps h and c in
+// shared memory
 //              that no other thread touches, h rounded to storage, c in float.
-// Steps        a row that is not active at a step carries its state through it; a row that starts anew
-//              takes zeros for h and c. So lengths, packed rows and resets in either direction are data.
+// Steps        a row that is not active at a step carries its state through it; a row that starts
+// anew
+//              takes zeros for h and c. So lengths, packed rows and resets in either direction are
+//              data.
 // Exchange     message s is the h that step s multiplies (product.h says by what way); message
 //              0 is h0.
 // Cost         product.h's product, one message, and per item gates loads of x_gates that are
@@ -50,8 +55,8 @@ struct StepInputs {
 };
 
 template <class C, class Machine, class S>
-FASTRNN_ON_MACHINE void read_inputs(Machine& machine, const Forward<S>& p, const Position& me, int t,
-                                    int pass, StepInputs<C>& in) {
+FASTRNN_ON_MACHINE void read_inputs(Machine& machine, const Forward<S>& p, const Position& me,
+                                    int t, int pass, StepInputs<C>& in) {
   const bool reverse = me.group >= p.reverse_from;
   const int next = reverse ? t - 1 : t + 1;
   FASTRNN_UNROLL
@@ -70,8 +75,7 @@ FASTRNN_ON_MACHINE void read_inputs(Machine& machine, const Forward<S>& p, const
     if ((me.lane & 12) == 0 && p.steps.is_active(next, row)) {
       const std::int64_t after = p.steps.pair(next, row);
       FASTRNN_UNROLL
-      for (int m = 0; m < C::M; ++m)
-        machine.prefetch(p.x_gates.at(me.group, after, m, x.unit));
+      for (int m = 0; m < C::M; ++m) machine.prefetch(p.x_gates.at(me.group, after, m, x.unit));
     }
   }
 }
@@ -126,14 +130,15 @@ FASTRNN_ON_MACHINE void send_h0(Machine& machine, const Forward<S>& p, const Pos
       const Item x = item_of<C>(i, pass, me);
       const bool valid = x.exists && x.row < me.rows && x.unit < p.team.units;
       const int row = me.first_row + x.row;
-      h[i][0] = valid && p.h0.data
-                    ? C::Operand::load(*p.h0.at(p.steps, me.group, row, x.unit)) : 0.0f;
+      h[i][0] =
+          valid && p.h0.data ? C::Operand::load(*p.h0.at(p.steps, me.group, row, x.unit)) : 0.0f;
       states.at(0, pass, i, me.thread) = h[i][0];
       if (C::Cell::states > 1)
         states.at(1, pass, i, me.thread) =
             valid && p.c0.data ? C::Operand::load(*p.c0.at(p.steps, me.group, row, x.unit)) : 0.0f;
     }
-    send<C, 1>(machine, p.team, me, exchange.ring, exchange.messages, exchange.barriers, 0, pass, h);
+    send<C, 1>(machine, p.team, me, exchange.ring, exchange.messages, exchange.barriers, 0, pass,
+               h);
   }
 }
 

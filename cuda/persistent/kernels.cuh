@@ -41,15 +41,23 @@ inline constexpr OperandKind kind_of<Tf32> = OperandKind::tf32;
 
 template <class C>
 Kernel forward_entry() {
-  return {C::Cell::name,  kind_of<typename C::Operand>, Pass::forward,
-          shape_of<C>(),  C::Cell::gates,               C::Cell::states,
+  return {C::Cell::name,
+          kind_of<typename C::Operand>,
+          Pass::forward,
+          shape_of<C>(),
+          C::Cell::gates,
+          C::Cell::states,
           reinterpret_cast<const void*>(&resident_forward<C>)};
 }
 
 template <class C>
 Kernel backward_entry() {
-  return {C::Cell::name,  kind_of<typename C::Operand>, Pass::backward,
-          shape_of<C>(),  C::Cell::gates,               C::Cell::states,
+  return {C::Cell::name,
+          kind_of<typename C::Operand>,
+          Pass::backward,
+          shape_of<C>(),
+          C::Cell::gates,
+          C::Cell::states,
           reinterpret_cast<const void*>(&resident_backward<C>)};
 }
 
@@ -73,11 +81,16 @@ struct Kernels<Lstm, Operand> {
 
   static const Kernel* list(int* count) {
     static const Kernel all[] = {
-        forward_entry<F<Via::block, 8, 4, 0, 1>>(),    forward_entry<F<Via::cluster, 2, 4, 0, 1>>(),
-        forward_entry<F<Via::ring, 1, 4, 0, 2>>(),     forward_entry<F<Via::ring, 1, 5, 1, 1>>(),
-        forward_entry<F<Via::ring, 1, 4, 4, 1>>(),     backward_entry<B<Via::block, 8, 11, 5, 1>>(),
-        backward_entry<B<Via::cluster, 2, 11, 5, 1>>(), backward_entry<B<Via::ring, 1, 11, 5, 2>>(),
-        backward_entry<B<Via::ring, 1, 10, 14, 1>>(),   backward_entry<B<Via::ring, 1, 10, 22, 1>>(),
+        forward_entry<F<Via::block, 8, 4, 0, 1>>(),
+        forward_entry<F<Via::cluster, 2, 4, 0, 1>>(),
+        forward_entry<F<Via::ring, 1, 4, 0, 2>>(),
+        forward_entry<F<Via::ring, 1, 5, 1, 1>>(),
+        forward_entry<F<Via::ring, 1, 4, 4, 1>>(),
+        backward_entry<B<Via::block, 8, 12, 4, 1>>(),
+        backward_entry<B<Via::cluster, 2, 12, 4, 1>>(),
+        backward_entry<B<Via::ring, 1, 13, 3, 2>>(),
+        backward_entry<B<Via::ring, 1, 12, 12, 1>>(),
+        backward_entry<B<Via::ring, 1, 12, 20, 1>>(),
     };
     *count = sizeof all / sizeof all[0];
     return all;
@@ -93,10 +106,14 @@ struct Kernels<Gru, Operand> {
 
   static const Kernel* list(int* count) {
     static const Kernel all[] = {
-        forward_entry<F<Via::block, 8, 4, 0, 1>>(),    forward_entry<F<Via::cluster, 2, 4, 0, 1>>(),
-        forward_entry<F<Via::ring, 1, 4, 0, 2>>(),     forward_entry<F<Via::ring, 1, 6, 3, 1>>(),
-        backward_entry<B<Via::block, 8, 10, 2, 1>>(),  backward_entry<B<Via::cluster, 2, 10, 2, 1>>(),
-        backward_entry<B<Via::ring, 1, 10, 2, 2>>(),   backward_entry<B<Via::ring, 1, 10, 17, 1>>(),
+        forward_entry<F<Via::block, 8, 4, 0, 1>>(),
+        forward_entry<F<Via::cluster, 2, 4, 0, 1>>(),
+        forward_entry<F<Via::ring, 1, 4, 0, 2>>(),
+        forward_entry<F<Via::ring, 1, 6, 3, 1>>(),
+        backward_entry<B<Via::block, 8, 10, 2, 1>>(),
+        backward_entry<B<Via::cluster, 2, 10, 2, 1>>(),
+        backward_entry<B<Via::ring, 1, 10, 2, 2>>(),
+        backward_entry<B<Via::ring, 1, 12, 15, 1>>(),
     };
     *count = sizeof all / sizeof all[0];
     return all;
@@ -112,10 +129,10 @@ struct Kernels<Elman, Operand> {
 
   static const Kernel* list(int* count) {
     static const Kernel all[] = {
-        forward_entry<F<Via::block, 8, 8, 0, 1>>(),   forward_entry<F<Via::cluster, 2, 8, 0, 1>>(),
-        forward_entry<F<Via::ring, 1, 9, 0, 2>>(),    forward_entry<F<Via::ring, 1, 14, 3, 1>>(),
-        backward_entry<B<Via::block, 8, 8, 0, 1>>(),  backward_entry<B<Via::cluster, 2, 8, 0, 1>>(),
-        backward_entry<B<Via::ring, 1, 9, 0, 2>>(),   backward_entry<B<Via::ring, 1, 14, 3, 1>>(),
+        forward_entry<F<Via::block, 8, 8, 0, 1>>(),  forward_entry<F<Via::cluster, 2, 8, 0, 1>>(),
+        forward_entry<F<Via::ring, 1, 9, 0, 2>>(),   forward_entry<F<Via::ring, 1, 14, 3, 1>>(),
+        backward_entry<B<Via::block, 8, 8, 0, 1>>(), backward_entry<B<Via::cluster, 2, 8, 0, 1>>(),
+        backward_entry<B<Via::ring, 1, 9, 0, 2>>(),  backward_entry<B<Via::ring, 1, 14, 3, 1>>(),
     };
     *count = sizeof all / sizeof all[0];
     return all;

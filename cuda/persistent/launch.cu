@@ -1,15 +1,14 @@
 // Persistent kernels: what the device can hold, and the launches (persistent.h).
-#include "persistent.h"
-
 #include <vector>
 
+#include "persistent.h"
 
 namespace fastrnn::resident {
 
 // Of *_*.cu, one for each cell and operand.
-#define FASTRNN_UNITS(f)                                                                   \
-  f(lstm_bf16) f(lstm_f16) f(lstm_tf32) f(lstm_f32) f(gru_bf16) f(gru_f16) f(gru_tf32)      \
-      f(gru_f32) f(rnn_bf16) f(rnn_f16) f(rnn_tf32) f(rnn_f32)
+#define FASTRNN_UNITS(f)                                                                          \
+  f(lstm_bf16) f(lstm_f16) f(lstm_tf32) f(lstm_f32) f(gru_bf16) f(gru_f16) f(gru_tf32) f(gru_f32) \
+      f(rnn_bf16) f(rnn_f16) f(rnn_tf32) f(rnn_f32)
 #define FASTRNN_DECLARE(unit) const Kernel* unit##_kernels(int* count);
 FASTRNN_UNITS(FASTRNN_DECLARE)
 

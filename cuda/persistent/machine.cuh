@@ -1,5 +1,5 @@
-// What the persistent kernels ask of a machine, on a GPU. cuda/persistent/tests/host_machine.h is the same on a
-// CPU; the two have the same members.
+// What the persistent kernels ask of a machine, on a GPU. cuda/persistent/tests/host_machine.h is
+// the same on a CPU; the two have the same members.
 //
 //   thread, block        the number of the thread in its block, of the block in the launch
 //   shared               the block's shared memory
@@ -10,11 +10,12 @@
 //   waiting              called each time that a word or a barrier has not come yet
 //   barrier_…, send, cluster_sync   the cluster's (cluster.h); sm_90 and later
 //   prefetch             brings an address into L2
-//   opaque               its argument, of which the compiler knows nothing: what is computed from it is
+//   opaque               its argument, of which the compiler knows nothing: what is computed from
+//   it is
 //                        computed where it stands, not kept in registers over all steps
 //
-// With FASTRNN_WATCHDOG defined, a wait of so many turns as no healthy launch needs stops the kernel
-// with an error: a word that never comes must not hang the device.
+// With FASTRNN_WATCHDOG defined, a wait of so many turns as no healthy launch needs stops the
+// kernel with an error: a word that never comes must not hang the device.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -51,7 +52,8 @@ struct CudaMachine {
   __device__ __forceinline__ void waiting() {
 #if defined(FASTRNN_WATCHDOG)
     if (++turns == FASTRNN_WATCHDOG) {
-      printf("fastrnn: block %d, thread %d waited for a word that does not come\n", block(), thread());
+      printf("fastrnn: block %d, thread %d waited for a word that does not come\n", block(),
+             thread());
       __trap();
     }
 #endif
@@ -59,8 +61,10 @@ struct CudaMachine {
 
   // ---- products -------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void multiply(BFloat16, float (&c)[4], const Words& a, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+  __device__ __forceinline__ void multiply(BFloat16, float (&c)[4], const Words& a, u32 b0,
+                                           u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, "
         "{%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b0), "r"(b1));
@@ -101,7 +105,8 @@ struct CudaMachine {
     return w;
   }
   __device__ __forceinline__ void store(u32* at, u32 word) {
-    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(at)), "r"(word)
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(at)),
+                 "r"(word)
                  : "memory");
   }
   __device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }

@@ -1,7 +1,10 @@
-// Which kernel, how many teams, how large a message: plain arithmetic, so that it is tested on a CPU.
+// Which kernel, how many teams, how large a message: plain arithmetic, so that it is tested on a
+// CPU.
 //
-// The estimate of a step, in clocks, for a team's rows R (padded to 8) and a message of b bytes a row:
-//   products   gates·16·tiles·K·R / rate, K = H forward and gates·H (gates: 1) backward; the rate in
+// The estimate of a step, in clocks, for a team's rows R (padded to 8) and a message of b bytes a
+// row:
+//   products   gates·16·tiles·K·R / rate, K = H forward and gates·H (gates: 1) backward; the rate
+//   in
 //              multiply-adds of a multiprocessor and clock: 16-bit 1280, TF32 640, three TF32 213
 //   exchange   ring 600 + R·b / 34, cluster 240 + R·b / 16, block 60
 //   sums       their way through shared memory, 128 bytes a clock, there and back
@@ -18,7 +21,8 @@
 
 namespace fastrnn::resident {
 
-// What an operand multiplies as: float32 in one TF32 product where the user allows it, else in three.
+// What an operand multiplies as: float32 in one TF32 product where the user allows it, else in
+// three.
 enum class OperandKind { bfloat16, float16, tf32, float32 };
 
 // A compiled kernel.
@@ -41,7 +45,7 @@ struct Sizes {
 // What the choice needs to know of a device.
 struct DeviceFacts {
   int multiprocessors = 0;
-  int shared_bytes = 0;      // of a block, at most
+  int shared_bytes = 0;  // of a block, at most
   int compute_major = 0;
   bool cooperative = false;
   int clusters_of_16 = 0, clusters_of_8 = 0;  // that run at once; zero: none
@@ -51,7 +55,7 @@ struct DeviceFacts {
 struct Plan {
   const Kernel* kernel = nullptr;
   Team team;
-  int blocks = 0;                   // of the launch
+  int blocks = 0;  // of the launch
   int shared_bytes = 0;
   std::size_t workspace_bytes = 0;  // 16-byte aligned; what it holds does not matter
   double clocks = 0;                // of a step, by estimate (docs/kernels-cuda-persistent.md)
@@ -62,7 +66,8 @@ inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 inline double step_clocks(const Kernel& k, const Team& team) {
   const Shape& c = k.shape;
-  const int rows = divide_up(team.rows_per_team, kRows) * kRows, used = team.chunks * kChunk * c.per_word;
+  const int rows = divide_up(team.rows_per_team, kRows) * kRows,
+            used = team.chunks * kChunk * c.per_word;
   const bool half = c.per_word == 2;
   const double rate = half ? 1280 : k.operand == OperandKind::tf32 ? 640 : 213;
   const double products = double(c.M) * kUnits * c.tiles * used * rows / rate;
@@ -182,7 +187,8 @@ inline Plan plan_for(const Kernel& k, const Sizes& s, const DeviceFacts& d) {
   }
   plan.kernel = &k;
   plan.blocks = all * blocks;
-  const int waves = divide_up(all, teams_at_once(k, blocks, d) > 0 ? teams_at_once(k, blocks, d) : 1);
+  const int waves =
+      divide_up(all, teams_at_once(k, blocks, d) > 0 ? teams_at_once(k, blocks, d) : 1);
   plan.clocks = step_clocks(k, plan.team) * waves;
   plan.why = std::string(name_of(k.shape.via)) + ", " + name_of(k.operand) + ", " +
              std::to_string(all) + " team" + (all == 1 ? "" : "s") + " of " +

@@ -1,6 +1,6 @@
-// One step's product of a persistent kernel: the state of a few rows of the batch, times the weights
-// that a block keeps for the whole sequence. Forward multiplies h by the rows of W_hh that make the
-// gates of the block's units; backward multiplies the gates' gradients by their columns.
+// One step's product of a persistent kernel: the state of a few rows of the batch, times the
+// weights that a block keeps for the whole sequence. Forward multiplies h by the rows of W_hh that
+// make the gates of the block's units; backward multiplies the gates' gradients by their columns.
 //
 // Maths        sums[m][unit][row] = Σ_k A[m][unit][k] · B[k][row]
 //                forward   m: the gates, K = H:    A = W_hh[m·H + unit][k],  B = h[row][k]
@@ -8,20 +8,22 @@
 // Teams        the rows of the batch are independent, so blocks form teams, each with all of the
 //              weights and its own rows. A team's blocks divide the hidden units: block `rank` has
 //              units rank·tiles·16 and on. Groups (directions, heads) have teams of their own.
-// A block      8 warps: `tiles` tiles of 16 units × `slices` slices of K (tiles · slices = 8). Slice i
+// A block      8 warps: `tiles` tiles of 16 units × `slices` slices of K (tiles · slices = 8).
+// Slice i
 //              takes chunks i, i + slices, … A warp keeps its part of A in registers (`registers`
-//              chunks) and what does not fit in shared memory (`shared` chunks), as fragments, so that
-//              a step reads no weights from anywhere else.
-// Messages     B comes as words [row][row_words], row_words = fields · blocks · tiles · 16 / per_word:
-//              field f, unit u at f·unit_words + u / per_word. Forward has one field, backward one for
-//              each gate. All units up to the padding are sent, those above H as zeros.
+//              chunks) and what does not fit in shared memory (`shared` chunks), as fragments, so
+//              that a step reads no weights from anywhere else.
+// Messages     B comes as words [row][row_words], row_words = fields · blocks · tiles · 16 /
+// per_word:
+//              field f, unit u at f·unit_words + u / per_word. Forward has one field, backward one
+//              for each gate. All units up to the padding are sent, those above H as zeros.
 //                ring     through L2 (ring.h): the words that a lane polls are its operand
 //                cluster  into the shared memory of every block of the cluster (cluster.h)
 //                block    a team of one block: its own shared memory, and the block's barrier
 // A pass       `batch` tiles of 8 rows at a time. Its sums over the slices meet in shared memory,
-//              added slice after slice: the order depends on H alone. Two buffers take turns, so one
-//              barrier a pass is enough: whoever writes a buffer again has passed the barrier that
-//              comes after its last reading.
+//              added slice after slice: the order depends on H alone. Two buffers take turns, so
+//              one barrier a pass is enough: whoever writes a buffer again has passed the barrier
+//              that comes after its last reading.
 // Any size     rows beyond the batch, units beyond H and words beyond K are zeros that nobody waits
 //              for and nobody stores.
 //
@@ -49,7 +51,7 @@ struct Config {
   static constexpr int M = M_, tiles = tiles_, registers = registers_, shared = shared_;
   static constexpr int batch = batch_;
   static constexpr int slices = kWarps / tiles;
-  static constexpr int chunks = registers + shared;  // of a warp, at most
+  static constexpr int chunks = registers + shared;              // of a warp, at most
   static constexpr int unit_words = kUnits / Operand::per_word;  // of a tile
   static constexpr int fragments = batch * tiles;                // of a pass, for each m
   static constexpr int items = (fragments * kFragment + kThreads - 1) / kThreads;  // of a thread
@@ -78,16 +80,16 @@ FASTRNN_RESIDENT Shape shape_of() {
 
 // The sizes of a launch, the same for every team.
 struct Team {
-  int rows_total = 0;          // B
-  int rows_per_team = 0;       // a multiple of 8
+  int rows_total = 0;     // B
+  int rows_per_team = 0;  // a multiple of 8
   int teams_per_group = 1;
-  int blocks = 1;              // of a team
-  int units = 0;               // H
-  int chunks = 0;              // of K, all slices together
-  int row_words = 0;           // of a message
-  int stride = 0;              // of a row in shared memory: 16 · an odd number
+  int blocks = 1;     // of a team
+  int units = 0;      // H
+  int chunks = 0;     // of K, all slices together
+  int row_words = 0;  // of a message
+  int stride = 0;     // of a row in shared memory: 16 · an odd number
   int passes = 1;
-  u32* ring_words = nullptr;   // [teams][4·period][rows_per_team][row_words]
+  u32* ring_words = nullptr;  // [teams][4·period][rows_per_team][row_words]
   int period = 1;
 };
 
@@ -192,16 +194,15 @@ FASTRNN_RESIDENT SharedLayout shared_layout(const Shape& c, const Team& team, in
   at.sums = c.shared * c.M * 2 * kThreads * 16;
   at.states = at.sums + (c.slices() > 1 ? 2 * kWarps * c.batch * c.M * kLanes * 16 : 0);
   at.messages = at.states + states * team.passes * c.items() * kThreads * 4;
-  at.barriers =
-      at.messages + (c.via == Via::ring ? 0 : 2 * team.rows_per_team * team.stride * 4);
+  at.barriers = at.messages + (c.via == Via::ring ? 0 : 2 * team.rows_per_team * team.stride * 4);
   at.bytes = at.barriers + 16;
   return at;
 }
 
 // ---- weights ----------------------------------------------------------------------------------
 
-// W_hh of one group, row-major [gates·H][H]. `aligned`: H is a multiple of the values of 16 bytes, and
-// so is the address.
+// W_hh of one group, row-major [gates·H][H]. `aligned`: H is a multiple of the values of 16 bytes,
+// and so is the address.
 template <class Operand>
 struct Matrix {
   const Storage<Operand>* data;
@@ -290,8 +291,8 @@ struct Weights {
   }
 };
 
-// One chunk after the other: the barrier keeps the compiler from asking for all of them at once, which
-// would take the registers that the weights are to stay in.
+// One chunk after the other: the barrier keeps the compiler from asking for all of them at once,
+// which would take the registers that the weights are to stay in.
 template <class C, class Machine, class Source>
 FASTRNN_ON_MACHINE void load_weights(Machine& machine, const Source& source, const Position& me,
                                      Words* shared, Weights<C>& weights) {
@@ -323,7 +324,7 @@ using Accumulators = float[C::batch][C::M][4];
 
 template <class C, int chunk, class Machine>
 FASTRNN_ON_MACHINE void multiply(Machine& machine, const Weights<C>& weights, const Words& b,
-                               float (&sums)[C::M][4]) {
+                                 float (&sums)[C::M][4]) {
   FASTRNN_UNROLL
   for (int q = 0; q < 2; ++q) {
     FASTRNN_UNROLL
@@ -342,13 +343,13 @@ FASTRNN_ON_MACHINE void each(F&& f) {
   }
 }
 
-// From the ring. A lane asks for `kWindow` pieces of 16 bytes at a time, the next ones before it waits
-// for these; while it waits it asks again for all that have not come.
+// From the ring. A lane asks for `kWindow` pieces of 16 bytes at a time, the next ones before it
+// waits for these; while it waits it asks again for all that have not come.
 template <class C, class Machine>
 FASTRNN_ON_MACHINE void sum_from_ring(Machine& machine, const Team& team, const Position& me,
-                                    const Weights<C>& weights, const Ring& ring, int message,
-                                    int pass, const bool (&drop)[C::batch],
-                                    Accumulators<C>& sums) {
+                                      const Weights<C>& weights, const Ring& ring, int message,
+                                      int pass, const bool (&drop)[C::batch],
+                                      Accumulators<C>& sums) {
   constexpr int kWindow = 4, kLoads = C::chunks * C::batch;
   constexpr int kGroups = (kLoads + kWindow - 1) / kWindow;
   const u32* const words = ring.slot(message) + 4 * member_of(me.lane);
@@ -362,7 +363,8 @@ FASTRNN_ON_MACHINE void sum_from_ring(Machine& machine, const Team& team, const 
   };
   const auto wanted = [&](int load) {
     const int chunk = load / C::batch * C::slices + me.slice;
-    return load < kLoads && chunk < team.chunks && chunk * kChunk + 4 * member_of(me.lane) < team.row_words &&
+    return load < kLoads && chunk < team.chunks &&
+           chunk * kChunk + 4 * member_of(me.lane) < team.row_words &&
            row + load % C::batch * kRows < me.rows;
   };
   const auto ask = [&](int group, Words(&into)[kWindow]) {
@@ -393,7 +395,8 @@ FASTRNN_ON_MACHINE void sum_from_ring(Machine& machine, const Team& team, const 
     wait(group);
     each<kWindow>([&](auto k_constant) {
       constexpr int k = decltype(k_constant)::value;
-      constexpr int load = decltype(group_constant)::value * kWindow + k, chunk = load / C::batch, n = load % C::batch;
+      constexpr int load = decltype(group_constant)::value * kWindow + k, chunk = load / C::batch,
+                    n = load % C::batch;
       if constexpr (load < kLoads) {
         if (chunk * C::slices + me.slice < team.chunks) {
           const Words b = drop[n] ? Words{{0, 0, 0, 0}} : now[k];
@@ -409,8 +412,8 @@ FASTRNN_ON_MACHINE void sum_from_ring(Machine& machine, const Team& team, const 
 // From a message in the block's own shared memory.
 template <class C, class Machine>
 FASTRNN_ON_MACHINE void sum_from_shared(Machine& machine, const Team& team, const Position& me,
-                                      const Weights<C>& weights, const u32* words, int pass,
-                                      const bool (&drop)[C::batch], Accumulators<C>& sums) {
+                                        const Weights<C>& weights, const u32* words, int pass,
+                                        const bool (&drop)[C::batch], Accumulators<C>& sums) {
   const int row = pass * C::batch * kRows + group_of(me.lane);
   each<C::chunks>([&](auto chunk_constant) {
     constexpr int chunk = decltype(chunk_constant)::value;
@@ -431,7 +434,7 @@ FASTRNN_ON_MACHINE void sum_from_shared(Machine& machine, const Team& team, cons
 // The sums of a thread's items, over all slices: totals[item][m]. `turn` counts the passes.
 template <class C, class Machine>
 FASTRNN_ON_MACHINE void total(Machine& machine, const Position& me, unsigned turn, Sums* shared,
-                            const Accumulators<C>& sums, float (&totals)[C::items][C::M]) {
+                              const Accumulators<C>& sums, float (&totals)[C::items][C::M]) {
   if constexpr (C::slices == 1) {
     FASTRNN_UNROLL
     for (int n = 0; n < C::batch; ++n) {
@@ -477,9 +480,9 @@ FASTRNN_ON_MACHINE void total(Machine& machine, const Position& me, unsigned tur
 
 // Values of a thread's items of a pass go out as words of a message: values[item][field].
 template <class C, int fields, class Machine>
-FASTRNN_ON_MACHINE void send(Machine& machine, const Team& team, const Position& me, const Ring& ring,
-                           u32* messages, Barrier* barriers, int message, int pass,
-                           const float (&values)[C::items][fields]) {
+FASTRNN_ON_MACHINE void send(Machine& machine, const Team& team, const Position& me,
+                             const Ring& ring, u32* messages, Barrier* barriers, int message,
+                             int pass, const float (&values)[C::items][fields]) {
   using Operand = typename C::Operand;
   constexpr int kPer = Operand::per_word;
   if constexpr (C::via == Via::ring) begin_message(machine, ring, message);
@@ -505,11 +508,11 @@ FASTRNN_ON_MACHINE void send(Machine& machine, const Team& team, const Position&
         } else if constexpr (C::via == Via::block) {
           if (valid && me.lane % kPer == 0) buffer[x.row * team.stride + at] = word;
         } else {
-          send_to_cluster<C::unit_words>(machine, me.lane, me.warp % 4, word, team.blocks,
-                                         x.exists ? me.rows : 0, x.row / kRows * kRows,
-                                         buffer + f * words_per_field<C>(team) +
-                                             (me.rank * C::tiles + x.tile) * C::unit_words,
-                                         team.stride, barriers + (message & 1));
+          send_to_cluster<C::unit_words>(
+              machine, me.lane, me.warp % 4, word, team.blocks, x.exists ? me.rows : 0,
+              x.row / kRows * kRows,
+              buffer + f * words_per_field<C>(team) + (me.rank * C::tiles + x.tile) * C::unit_words,
+              team.stride, barriers + (message & 1));
         }
       }
     }

@@ -1,5 +1,5 @@
-// Which rows a step concerns, and where their values stand: csrc/steps.h as kernels read it, and the
-// arrays of one pass of a persistent kernel.
+// Which rows a step concerns, and where their values stand: csrc/steps.h as kernels read it, and
+// the arrays of one pass of a persistent kernel.
 #pragma once
 
 #include "persistent/words.h"

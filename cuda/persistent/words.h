@@ -1,5 +1,5 @@
-// How the persistent kernels hold numbers: 32-bit words, the operands of the tensor cores' products,
-// and who holds which element of a product. Everything here runs on the host too, where
+// How the persistent kernels hold numbers: 32-bit words, the operands of the tensor cores'
+// products, and who holds which element of a product. Everything here runs on the host too, where
 // cuda/persistent/tests/ checks it.
 //
 // Word        two bfloat16 or float16 values of neighbouring places (the lower one in the lower
@@ -9,11 +9,13 @@
 //               A (weights)  a0 (row g, word t)  a1 (g + 8, t)  a2 (g, t + 4)  a3 (g + 8, t + 4)
 //               B (state)    b0 (word t, column g)  b1 (word t + 4, column g)
 //               C (sums)     c0 (row g, column 2t)  c1 (g, 2t + 1)  c2 (g + 8, 2t)  c3 (g+8, 2t+1)
-// Chunk       16 words of K, two products. The order in which K is summed is free as long as A and B
+// Chunk       16 words of K, two products. The order in which K is summed is free as long as A and
+// B
 //             agree, so that product q takes for word t of the instruction word 4t + 2q of the
 //             chunk, and for word t + 4 word 4t + 2q + 1. A lane then holds words 4t … 4t + 3: one
 //             16-byte access, straight from memory into the product.
-// Rows of A   a warp computes `M` tiles of 16 rows, each one gate of the same 16 hidden units. Row g
+// Rows of A   a warp computes `M` tiles of 16 rows, each one gate of the same 16 hidden units. Row
+// g
 //             is unit 2g and row g + 8 unit 2g + 1, so that a lane's sums are of neighbours, which
 //             share a word.
 // Columns     rows of the batch, 8 to a tile.
@@ -159,20 +161,19 @@ FASTRNN_RESIDENT float rounded(float x) {
 template <class Operand>
 FASTRNN_RESIDENT u32 word_of(float first, float second) {
   if constexpr (Operand::per_word == 2)
-    return static_cast<u32>(Operand::store(first)) |
-           static_cast<u32>(Operand::store(second)) << 16;
+    return static_cast<u32>(Operand::store(first)) | static_cast<u32>(Operand::store(second)) << 16;
   else
     return Operand::word(first);
 }
 
 // ---- who holds what ---------------------------------------------------------------------------
 
-FASTRNN_RESIDENT int group_of(int lane) { return lane >> 2; }   // g
-FASTRNN_RESIDENT int member_of(int lane) { return lane & 3; }   // t
+FASTRNN_RESIDENT int group_of(int lane) { return lane >> 2; }  // g
+FASTRNN_RESIDENT int member_of(int lane) { return lane & 3; }  // t
 
-// A fragment's sums stand in shared memory as one Sums per lane, (c0, c2, c1, c3): unit 2g and 2g + 1
-// of row 2t, then of row 2t + 1. The place of lane (g, t) is such that writing (8 lanes at a time)
-// and reading 16 units of two rows (32 words at a time) both touch each bank once.
+// A fragment's sums stand in shared memory as one Sums per lane, (c0, c2, c1, c3): unit 2g and 2g +
+// 1 of row 2t, then of row 2t + 1. The place of lane (g, t) is such that writing (8 lanes at a
+// time) and reading 16 units of two rows (32 words at a time) both touch each bank once.
 FASTRNN_RESIDENT int place_of_lane(int lane) {
   const int g = group_of(lane), t = member_of(lane);
   return 8 * t + (g ^ (2 * t));
@@ -206,8 +207,8 @@ struct Value {
 FASTRNN_RESIDENT Value operator+(Value a, Value b) { return Value(a.v + b.v); }
 FASTRNN_RESIDENT Value operator-(Value a, Value b) { return Value(a.v - b.v); }
 FASTRNN_RESIDENT Value operator*(Value a, Value b) { return Value(a.v * b.v); }
-// On a GPU by the reciprocal, within 2 ULP for divisors up to 2^126; zero beyond, where a sigmoid would
-// be subnormal.
+// On a GPU by the reciprocal, within 2 ULP for divisors up to 2^126; zero beyond, where a sigmoid
+// would be subnormal.
 FASTRNN_RESIDENT Value operator/(Value a, Value b) {
 #if defined(__CUDA_ARCH__)
   return Value(__fdividef(a.v, b.v));

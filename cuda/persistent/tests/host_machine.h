@@ -3,8 +3,8 @@
 // A block is a thread of the operating system, and its 256 threads are fibers that give way to each
 // other wherever a GPU's would wait; so blocks race each other as on a GPU, with the same words,
 // sentinels, buffers and barriers. What orders memory is ordered by atomic operations of the same
-// strength, and nothing else is: ThreadSanitizer, which is told of the fibers, sees a missing barrier
-// of a block, of the team or of a cluster as a data race.
+// strength, and nothing else is: ThreadSanitizer, which is told of the fibers, sees a missing
+// barrier of a block, of the team or of a cluster as a data race.
 //
 // Products are those of the PTX manual's tables for mma.sync, element by element, written
 // independently of words.h. Shared memory starts as NaNs.
@@ -52,9 +52,7 @@ struct HostMachine {
 
   int thread() const { return number; }
   int block() const { return index; }
-  unsigned char* shared() const {
-    return launch->memory[static_cast<std::size_t>(index)];
-  }
+  unsigned char* shared() const { return launch->memory[static_cast<std::size_t>(index)]; }
   int opaque(int x) { return x; }
   void prefetch(const float*) {}
 
@@ -81,8 +79,8 @@ struct HostMachine {
 #endif
   }
 
-  // A barrier: the phase in the top bit, whether thread 0 has yet to arrive in the next, and the bytes
-  // still to come, offset so that they may be negative, in the rest.
+  // A barrier: the phase in the top bit, whether thread 0 has yet to arrive in the next, and the
+  // bytes still to come, offset so that they may be negative, in the rest.
   static constexpr std::uint64_t kPhase = 1ull << 63, kPending = 1ull << 62, kNone = 1ull << 40;
   static std::uint64_t settled(std::uint64_t state) {
     return (state & ~kPhase) == kNone ? ((state & kPhase) ^ kPhase) | kPending | kNone : state;
@@ -97,9 +95,8 @@ struct HostMachine {
     __atomic_store_n(&barrier->opaque, kPending | kNone, __ATOMIC_RELEASE);
   }
   void barrier_expect(Barrier* barrier, int bytes) {
-    change(barrier, [&](std::uint64_t s) {
-      return (s & ~kPending) + static_cast<std::uint64_t>(bytes);
-    });
+    change(barrier,
+           [&](std::uint64_t s) { return (s & ~kPending) + static_cast<std::uint64_t>(bytes); });
   }
   void barrier_wait(Barrier* barrier, unsigned parity) {
     while (((__atomic_load_n(&barrier->opaque, __ATOMIC_ACQUIRE) & kPhase) != 0) == (parity != 0))
@@ -117,15 +114,16 @@ struct HostMachine {
   }
   void cluster_sync() {
     const int all = launch->blocks_of_team * kThreads;
-    std::atomic<int>& come = launch->clusters[static_cast<std::size_t>(index / launch->blocks_of_team)];
+    std::atomic<int>& come =
+        launch->clusters[static_cast<std::size_t>(index / launch->blocks_of_team)];
     come.fetch_add(1, std::memory_order_acq_rel);
     ++cluster_turn;
     while (come.load(std::memory_order_acquire) < cluster_turn * all) waiting();
   }
 };
 
-// The meeting of the 32 lanes of a warp, or of the threads of a block: the last one to come works for
-// all, then all go on.
+// The meeting of the 32 lanes of a warp, or of the threads of a block: the last one to come works
+// for all, then all go on.
 struct Meeting {
   std::atomic<int> come{0};
   std::atomic<unsigned> turn{0};
@@ -354,8 +352,8 @@ void HostMachine::multiply(Operand, float (&c)[4], const Words& a, u32 b0, u32 b
 
 // ---- a launch -----------------------------------------------------------------------------------
 
-// Runs kernel(machine) on every thread of every block. A team's blocks run at the same time; so many
-// teams as `teams_at_once` do, the others after them.
+// Runs kernel(machine) on every thread of every block. A team's blocks run at the same time; so
+// many teams as `teams_at_once` do, the others after them.
 inline void run_on_host(int blocks, int blocks_of_team, int shared_bytes, int teams_at_once,
                         unsigned delays, const std::function<void(HostMachine&)>& kernel) {
   HostLaunch launch;

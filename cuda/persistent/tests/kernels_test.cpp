@@ -1,6 +1,6 @@
 // The persistent kernels by their own source on the CPU (host_machine.h), against plain loops: each
-// cell, operand and way of exchange, forward and backward, over sizes that do not fit evenly, rows of
-// unequal lengths, resets, two directions; and the same bits whatever the blocks' delays.
+// cell, operand and way of exchange, forward and backward, over sizes that do not fit evenly, rows
+// of unequal lengths, resets, two directions; and the same bits whatever the blocks' delays.
 #include <cstdio>
 #include <cstring>
 
@@ -72,7 +72,8 @@ void launch(const Plan& plan, Arrays arrays, const Run& how, Body body) {
   Team team = plan.team;
   if (how.period) team.period = how.period;
   const int teams = plan.blocks / team.blocks;
-  const auto words = static_cast<std::size_t>(teams * kEpochs * team.period * message_bytes(team) / 4);
+  const auto words =
+      static_cast<std::size_t>(teams * kEpochs * team.period * message_bytes(team) / 4);
   std::vector<u32> ring(C::via == Via::ring ? words : 0, kSentinel);
   team.ring_words = ring.data();
   arrays.team = team;
@@ -129,7 +130,8 @@ void same_bits(const char* what, const std::vector<T>& a, const std::vector<T>& 
   check::that(what, std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
-// Units and blocks: even and odd H, one tile and a part, fewer rows than a tile and more than a pass.
+// Units and blocks: even and odd H, one tile and a part, fewer rows than a tile and more than a
+// pass.
 struct Sizes3 {
   int T, B, H;
 };

@@ -1,10 +1,11 @@
 // Which persistent kernel a case gets on a device like an H200, and why none where there is none.
+#include "persistent/plan.h"
+
 #include <cstdio>
 #include <string>
 #include <vector>
 
 #include "../../../csrc/tests/check.h"
-#include "persistent/plan.h"
 
 namespace {
 
@@ -50,8 +51,9 @@ void expect_whole(const Plan& p, int B, int H, int groups, const DeviceFacts& d)
   if (!p.kernel) return;
   const Team& t = p.team;
   const Shape& c = p.kernel->shape;
-  expect("rows", t.teams_per_group * t.rows_per_team >= B &&
-                     (t.teams_per_group - 1) * t.rows_per_team < B, p);
+  expect("rows",
+         t.teams_per_group * t.rows_per_team >= B && (t.teams_per_group - 1) * t.rows_per_team < B,
+         p);
   expect("units", t.blocks * c.tiles * kUnits >= H, p);
   expect("passes", t.passes * c.batch * kRows >= t.rows_per_team, p);
   expect("weights", t.chunks <= c.chunks() * c.slices(), p);

@@ -1,5 +1,6 @@
-// The recurrence by plain loops in double, with the cells of csrc/cells/: what the persistent kernels
-// are compared with, on a CPU (kernels_test.cpp) and on a GPU (benchmarks/ladder/persistent_check.cu).
+// The recurrence by plain loops in double, with the cells of csrc/cells/: what the persistent
+// kernels are compared with, on a CPU (kernels_test.cpp) and on a GPU
+// (benchmarks/ladder/persistent_check.cu).
 #pragma once
 
 #include <cmath>
@@ -32,7 +33,9 @@ inline Number exp_minus(Number x) { return Number(std::exp(-x.v)); }
 inline Number maximum(Number a, Number b) { return a.v < b.v ? b : a; }
 inline Number minimum(Number a, Number b) { return a.v > b.v ? b : a; }
 inline Number positive(Number x) { return Number(x.v > 0 ? 1 : 0); }
-inline Number between(Number x, Number l, Number h) { return Number(x.v > l.v && x.v < h.v ? 1 : 0); }
+inline Number between(Number x, Number l, Number h) {
+  return Number(x.v > l.v && x.v < h.v ? 1 : 0);
+}
 inline Number absolute(Number x) { return Number(std::fabs(x.v)); }
 inline Number copy_sign(Number x, Number s) { return Number(std::copysign(x.v, s.v)); }
 
@@ -220,8 +223,7 @@ class Reference {
       for (int m = 0; m < G; ++m) {
         double sum = 0;
         for (int k = 0; k < p_.H; ++k) sum += weight(g, m, u, k) * before[std::size_t(k)];
-        const double in =
-            p_.x_gates[static_cast<std::size_t>(((g * N_ + n) * G + m) * p_.H + u)];
+        const double in = p_.x_gates[static_cast<std::size_t>(((g * N_ + n) * G + m) * p_.H + u)];
         const double bias =
             p_.hidden_bias[static_cast<std::size_t>((std::int64_t(g) * G + m) * p_.H + u)];
         x[m] = Number(in);

@@ -1,13 +1,16 @@
 // The ring's protocol (ring.h) where memory is weak, and what happens when it is broken.
 //
 // WeakMemory keeps every value that a word has had. A relaxed load may return any of them that its
-// thread has not yet been forced past; a fence, as in C++ and PTX, hands on what the thread has seen:
-// what was stored after a fence carries the view at that fence, and who loads it and then fences has
-// that view too. So an order that the protocol does not enforce is broken here sooner or later, on any
-// processor, and the reader takes a value of another message.
+// thread has not yet been forced past; a fence, as in C++ and PTX, hands on what the thread has
+// seen: what was stored after a fence carries the view at that fence, and who loads it and then
+// fences has that view too. So an order that the protocol does not enforce is broken here sooner or
+// later, on any processor, and the reader takes a value of another message.
 //
-// Threads are small blocks: one writes its words of a message after it has received all of the message
-// before. The words say which message they are of, so a stale one is caught where it is taken.
+// Threads are small blocks: one writes its words of a message after it has received all of the
+// message before. The words say which message they are of, so a stale one is caught where it is
+// taken.
+#include "persistent/ring.h"
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -20,7 +23,6 @@
 #include <vector>
 
 #include "../../../csrc/tests/check.h"
-#include "persistent/ring.h"
 
 namespace {
 
@@ -44,8 +46,13 @@ class WeakMemory {
   class Thread {
    public:
     Thread(WeakMemory& home, const u32* base, unsigned seed, bool fences)
-        : home_(home), base_(base), random_(seed), fences_(fences),
-          seen_(home.histories_.size(), 0), received_(seen_), released_(seen_) {}
+        : home_(home),
+          base_(base),
+          random_(seed),
+          fences_(fences),
+          seen_(home.histories_.size(), 0),
+          received_(seen_),
+          released_(seen_) {}
 
     u32 load(const u32* at) {
       const std::lock_guard<std::mutex> lock(home_.mutex_);
@@ -54,8 +61,10 @@ class WeakMemory {
       const int newest = static_cast<int>(history.size()) - 1;
       int from = seen_[word];
       // Mostly the oldest that is allowed: the worst of weak machines. Now and then the newest.
-      if (random_() % 4 == 0) from = newest;
-      else if (random_() % 4 == 0) from += static_cast<int>(random_() % unsigned(newest - from + 1));
+      if (random_() % 4 == 0)
+        from = newest;
+      else if (random_() % 4 == 0)
+        from += static_cast<int>(random_() % unsigned(newest - from + 1));
       seen_[word] = from;
       join(received_, history[static_cast<std::size_t>(from)].view);
       return history[static_cast<std::size_t>(from)].value;
@@ -188,7 +197,8 @@ Outcome run(const Setup& s, u32* words, MakeMemory make) {
       ++done;
     });
   // A fault may also lose a word: then everybody waits, and the clock ends it.
-  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(s.fault == Fault::none ? 500 : 10);
+  const auto end =
+      std::chrono::steady_clock::now() + std::chrono::seconds(s.fault == Fault::none ? 500 : 10);
   while (done < s.blocks && std::chrono::steady_clock::now() < end)
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   if (done < s.blocks) stop = true;

@@ -5,8 +5,8 @@ the dtype, and besides them only options that differ from the default (nonlinear
 reset_rate, tf32). Times are milliseconds per call. ``peak_gflops`` is the machine's peak beside
 the case and ``peak_fraction`` the share of it; ``roof_fraction`` is the time of the roof (see
 roof.py) over the provider's. ``header["roof"]`` has the median peak of each dtype,
-``header["bandwidth"]`` the GB/s of all threads by the bytes that each reads. ``ratio_to_best_peer`` is the fastest peer's
-median over this provider's: above 1 it is faster.
+``header["bandwidth"]`` the GB/s of all threads by the bytes that each reads.
+``ratio_to_best_peer`` is the fastest peer's median over this provider's: above 1 it is faster.
 """
 
 from __future__ import annotations
