@@ -4,27 +4,22 @@
 //              the cell's backward gives d_gates and what passes the cell by (a GRU's dh·z, an
 //              LSTM's dc·f);  dh of the step before = d_gates·W_hh + what passes by
 // Read         weight_hh storage [groups][gates·H][H]; what forward wrote: hidden, cell, saved; h0,
-// c0;
-//              gradients, absent: zeros: d_output and d_hidden (storage), d_cell (float), d_h_n,
-//              d_c_n
+//              c0; gradients, absent: zeros: d_output and d_hidden (storage), d_cell (float),
+//              d_h_n, d_c_n
 // Written      d_gates   storage, the cell's gradients plane after plane, for every active pair
 //              d_h0, d_c0  storage, where wanted
 //              The gradients of weights, biases and input are products of d_gates with hidden and x
 //              over all steps at once, and are not made here.
 // Owner        of a (row, unit): one thread, for the whole sequence. It keeps dh past the product
-// and
-//              dc, in float, in shared memory that no other thread touches.
+//              and dc, in float, in shared memory that no other thread touches.
 // Steps        at a step at which a row is not active its gradients wait. Where a row starts anew,
-// the
-//              gradient of the state before is zero: the row's d_gates go out as zeros.
+//              the gradient of the state before is zero: the row's d_gates go out as zeros.
 // Exchange     message s is the d_gates of loop step s, rounded to the operand, one field for each
-// gate:
-//              what loop step s + 1 multiplies. After the last one comes d_h0.
+//              gate: what loop step s + 1 multiplies. After the last one comes d_h0.
 // Cost         gates times forward's message: gathering d_gates rather than h. The weights in
-// registers
-//              and the products are as many as forward's. A split of K over a cluster's blocks,
-//              with the partial sums added through distributed shared memory, would read 1 /
-//              cluster of it.
+//              registers and the products are as many as forward's. A split of K over a cluster's
+//              blocks, with the partial sums added through distributed shared memory, would read 1
+//              / cluster of it.
 #pragma once
 
 #include "cells/elman.h"

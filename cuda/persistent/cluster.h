@@ -1,8 +1,7 @@
 // How the blocks of a cluster hand the state on: straight into each other's shared memory.
 //
 // What travels   message m, [rows][row_words], into buffer m mod 2 of every block of the cluster,
-// by
-//                asynchronous stores of 16 bytes (st.async), each of which counts its bytes on
+//                by asynchronous stores of 16 bytes (st.async), each of which counts its bytes on
 //                barrier m mod 2 of the block that it goes to (mbarrier transactions).
 // A reader       waits until its barrier's phase m / 2 is complete: the one arrival, its own thread
 //                0's, which also said how many bytes to expect, and all the bytes. The wait

@@ -2,21 +2,18 @@
 //
 // Maths        for each step:  a = x_gates + h·W_hhᵀ, then the cell (csrc/cells/)
 // Read         x_gates   float [N][gates·H] by strides: x·W_ihᵀ and the biases, but not the hidden
-// bias
-//                        of a gate that the cell keeps apart (the GRU's b_hn), which is hidden_bias
+//                        bias of a gate that the cell keeps apart (the GRU's b_hn): hidden_bias
 //              weight_hh storage [groups][gates·H][H]
 //              h0, c0    storage, absent: zeros
 // Written      hidden    storage, every h;  cell (float, every c) and saved (float, the cell's
-// values)
-//              where wanted;  h_n, c_n. Pairs that are not active are not written.
+//              values) where wanted;  h_n, c_n. Pairs that are not active are not written.
 // Saved        what Cell::forward puts into `saved`, plane after plane, as problem.h says of
-// `gates`. Owner        of a (row, unit): one thread, for the whole sequence. It keeps h and c in
-// shared memory
-//              that no other thread touches, h rounded to storage, c in float.
+//              `gates`.
+// Owner        of a (row, unit): one thread, for the whole sequence. It keeps h and c in shared
+//              memory that no other thread touches, h rounded to storage, c in float.
 // Steps        a row that is not active at a step carries its state through it; a row that starts
-// anew
-//              takes zeros for h and c. So lengths, packed rows and resets in either direction are
-//              data.
+//              anew takes zeros for h and c. So lengths, packed rows and resets in either direction
+//              are data.
 // Exchange     message s is the h that step s multiplies (product.h says by what way); message
 //              0 is h0.
 // Cost         product.h's product, one message, and per item gates loads of x_gates that are

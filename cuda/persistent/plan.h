@@ -4,8 +4,8 @@
 // The estimate of a step, in clocks, for a team's rows R (padded to 8) and a message of b bytes a
 // row:
 //   products   gates·16·tiles·K·R / rate, K = H forward and gates·H (gates: 1) backward; the rate
-//   in
-//              multiply-adds of a multiprocessor and clock: 16-bit 1280, TF32 640, three TF32 213
+//              in multiply-adds of a multiprocessor and clock: 16-bit 1280, TF32 640, three TF32
+//              213
 //   exchange   ring 600 + R·b / 34, cluster 240 + R·b / 16, block 60
 //   sums       their way through shared memory, 128 bytes a clock, there and back
 //   cell       200 for each item of a thread

@@ -9,14 +9,13 @@
 //              weights and its own rows. A team's blocks divide the hidden units: block `rank` has
 //              units rank·tiles·16 and on. Groups (directions, heads) have teams of their own.
 // A block      8 warps: `tiles` tiles of 16 units × `slices` slices of K (tiles · slices = 8).
-// Slice i
-//              takes chunks i, i + slices, … A warp keeps its part of A in registers (`registers`
-//              chunks) and what does not fit in shared memory (`shared` chunks), as fragments, so
-//              that a step reads no weights from anywhere else.
+//              Slice i takes chunks i, i + slices, … A warp keeps its part of A in registers
+//              (`registers` chunks) and what does not fit in shared memory (`shared` chunks), as
+//              fragments, so that a step reads no weights from anywhere else.
 // Messages     B comes as words [row][row_words], row_words = fields · blocks · tiles · 16 /
-// per_word:
-//              field f, unit u at f·unit_words + u / per_word. Forward has one field, backward one
-//              for each gate. All units up to the padding are sent, those above H as zeros.
+//              per_word: field f, unit u at f·unit_words + u / per_word. Forward has one field,
+//              backward one for each gate. All units up to the padding are sent, those above H as
+//              zeros.
 //                ring     through L2 (ring.h): the words that a lane polls are its operand
 //                cluster  into the shared memory of every block of the cluster (cluster.h)
 //                block    a team of one block: its own shared memory, and the block's barrier

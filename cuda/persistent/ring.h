@@ -13,8 +13,7 @@
 //                atomic read-modify-write, no second round trip. All accesses are 32-bit words that
 //                are relaxed at device scope, so each is seen whole and goes to L2.
 // The sentinel   is a NaN pattern that no rounding makes. A word that has it all the same is stored
-// as
-//                another NaN.
+//                as another NaN.
 //
 // Why a reader takes the word of its own message, and never an older one.
 //   Slot m mod 4P holds, one after the other: the word of message m − 4P, the sentinel stored with

@@ -10,14 +10,12 @@
 //               B (state)    b0 (word t, column g)  b1 (word t + 4, column g)
 //               C (sums)     c0 (row g, column 2t)  c1 (g, 2t + 1)  c2 (g + 8, 2t)  c3 (g+8, 2t+1)
 // Chunk       16 words of K, two products. The order in which K is summed is free as long as A and
-// B
-//             agree, so that product q takes for word t of the instruction word 4t + 2q of the
+//             B agree, so that product q takes for word t of the instruction word 4t + 2q of the
 //             chunk, and for word t + 4 word 4t + 2q + 1. A lane then holds words 4t … 4t + 3: one
 //             16-byte access, straight from memory into the product.
 // Rows of A   a warp computes `M` tiles of 16 rows, each one gate of the same 16 hidden units. Row
-// g
-//             is unit 2g and row g + 8 unit 2g + 1, so that a lane's sums are of neighbours, which
-//             share a word.
+//             g is unit 2g and row g + 8 unit 2g + 1, so that a lane's sums are of neighbours,
+//             which share a word.
 // Columns     rows of the batch, 8 to a tile.
 #pragma once
 
