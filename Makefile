@@ -21,7 +21,7 @@ CPP := $(shell find csrc cuda tests -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 INSTALLED := $(VENV)/.installed
 
 .PHONY: help setup demo bench test test-cpp test-python test-numpy lint typecheck format sanitize \
-        docs benchmark-docs wheel cuda clean
+        docs benchmark-docs wheel cuda gpu-check clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,7 +97,7 @@ define sanitized
 endef
 
 sanitize: $(INSTALLED)  ## the C++ tests under ASan and UBSan, the barrier's under TSan
-	$(call sanitized,tsan,thread,barrier_test,^barrier$$)
+	$(call sanitized,tsan,thread,barrier_test persistent_kernels_test persistent_ring_test,^(barrier|persistent\.ring|persistent\.kernels\.RNN)$$)
 	$(call sanitized,asan,address$(comma)undefined,all,.*)
 
 # ---- publish ----------------------------------------------------------------------------------
@@ -117,6 +117,12 @@ cuda: $(INSTALLED)  ## compile the CUDA sources, where there is a CUDA compiler
 	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release \
 	    -DFASTRNN_PYTHON=OFF -DFASTRNN_CUDA=ON -DFASTRNN_WERROR=ON
 	$(BIN)/cmake --build build/cuda --target fastrnn_cuda
+
+# On a machine with a GPU: nothing is installed but the package itself, into PYTHON. PARTS of build,
+# tests, sanitizer, ladder, bench; SUITES of `fastrnn bench --list`; results in OUT.
+OUT ?= build/gpu-check
+gpu-check:  ## build, test, sanitize and time on this machine's GPU, in under ten minutes
+	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) --parts '$(PARTS)' --suites '$(SUITES)' --dtypes '$(DTYPES)'
 
 clean:  ## remove everything that these targets made
 	rm -rf .venv .venv-numpy build dist demo docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -16,6 +16,7 @@ from fastrnn import _C, cli
 from fastrnn.bench import cases, compare, records, report, roof, runner, timing
 from fastrnn.bench.cases import Case
 from fastrnn.bench.data import Data, make_data
+from fastrnn.bench.precision import precision
 from fastrnn.bench.providers import Fastrnn, Prepared, Torch, UnsupportedError
 
 TINY = [Case("LSTM", 3, 2, 5, 4), Case("GRU", 3, 2, 5, 4), Case("RNN", 3, 2, 5, 4)]
@@ -110,14 +111,69 @@ def test_what_the_installed_version_cannot_do_is_listed_with_the_reason() -> Non
     assert [(e["provider"], "heads" in e["reason"]) for e in results.not_run] == [("fastrnn", True)]
 
 
-def test_resets_run_and_peers_without_them_are_listed() -> None:
-    case = Case("GRU", 6, 2, 5, 4, reset_rate=0.3)
+@pytest.mark.parametrize("cell", cases.CELLS)
+def test_resets_run_against_torch_called_for_each_step(cell: str) -> None:
+    """Both agree, or the run would stop."""
+    case = Case(cell, 6, 2, 5, 4, reset_rate=0.3)
     results = runner.run(request(case, peers=("torch", "onnxruntime")))
-    assert [(r["provider"], r["ratio_to_best_peer"]) for r in results.records] == [
-        ("fastrnn", None),
-        ("fastrnn", None),
-    ]
-    assert {e["provider"] for e in results.not_run} == {"torch", "onnxruntime"}
+    assert [r["provider"] for r in results.records] == ["fastrnn", "torch"] * 2
+    kernels = {r["kernel"] for r in results.records if r["provider"] == "torch"}
+    assert all(kernel.endswith(", a step at a time") for kernel in kernels)
+    assert {e["provider"] for e in results.not_run} == {"onnxruntime"}
+
+
+def test_tf32_is_a_precision_of_its_own() -> None:
+    suites = {"tiny": TINY}
+    (_, case), *_ = cases.select(suites, ["tiny"], ["LSTM"], ["tf32"])
+    assert (case.dtype, case.tf32, case.precision) == ("float32", True, "tf32")
+    assert case.label().endswith(" tf32")
+    assert Case(**case.as_record()) == case
+    assert "tf32" not in TINY[0].as_record()
+    with pytest.raises(ValueError, match="only CUDA devices multiply in TF32"):
+        runner.run(request(case))
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_precision_is_set_for_its_block_alone(tf32: bool) -> None:
+    def settings() -> tuple[bool, bool, bool]:
+        cudnn = torch.backends.cudnn
+        return torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+
+    before = settings()
+    with precision(tf32):
+        assert settings() == (tf32, tf32, True)
+    assert settings() == before
+
+
+def test_a_run_that_keeps_going_lists_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "make_provider", lambda name: WrongByOneWeight())
+    seen: list[int] = []
+    results = runner.run(
+        request(*TINY[:2], passes=("inference",), peers=("torch",), keep_going=True),
+        after_case=lambda results: seen.append(len(results.not_run)),
+    )
+    assert seen == [1, 2]
+    assert results.records == []
+    assert all(e["reason"].startswith("failed: ") for e in results.not_run)
+
+
+@pytest.mark.usefixtures("tiny_suite")
+def test_a_run_that_keeps_going_writes_after_each_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "new.json"
+    sizes: list[int] = []
+    save = records.save
+
+    def counted(document: dict[str, Any], to: Path) -> None:
+        sizes.append(len(document["records"]))
+        save(document, to)
+
+    monkeypatch.setattr(records, "save", counted)
+    options = ["--seconds", "0.01", "--against", "torch", "--pass", "inference", "--keep-going"]
+    assert cli.main(["bench", *options, "--json", str(path)]) == 0
+    assert sizes == [2, 4, 6, 6]
+    assert len(records.load(path)["records"]) == 6
 
 
 def test_the_thread_count_holds_for_the_run_alone() -> None:

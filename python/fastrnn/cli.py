@@ -22,7 +22,7 @@ examples:
   fastrnn bench --suite cpu --roofline roofline.png
   fastrnn bench --suite cpu --cell LSTM,GRU --pass inference --compare old.json
   fastrnn bench --suite stacks --suite fastrnns --against torch --seconds 3
-  fastrnn bench --device cuda --suite deepbench-training --dtype float16
+  fastrnn bench --device cuda --suite deepbench-training --dtype float16,tf32
   fastrnn bench --list
 """
 INFO_EXAMPLES = """\
@@ -94,7 +94,7 @@ def _add_bench(commands: Any) -> None:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--cell", type=_names, metavar="LSTM,GRU,RNN", help="only these cells")
     add("--dtype", type=_names, default=["float32"], metavar="NAMES",
-        help="float32 (default), float64, bfloat16, float16")  # fmt: skip
+        help="float32 (default), float64, bfloat16, float16; on CUDA also tf32")  # fmt: skip
     add("--pass", dest="passes", type=_names, default=["inference", "training"], metavar="NAMES",
         help="inference,training (default both)")  # fmt: skip
     add("--threads", type=_positive(int), metavar="N", help="default: torch's")
@@ -103,6 +103,8 @@ def _add_bench(commands: Any) -> None:
     add("--seconds", type=_positive(float), default=1.0, metavar="S",
         help="time for each case and pass, all providers together (default 1)")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write the records")
+    add("--keep-going", action="store_true",
+        help="list a case that fails and go on; write the records after each case")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help="draw ratios and shares of the roof (matplotlib)")
     add("--roofline", type=Path, metavar="FILE",
         help="draw GFLOP/s against operations per byte of weights (matplotlib)")  # fmt: skip
@@ -151,7 +153,7 @@ def _bench(parsed: argparse.Namespace) -> int:
         old = records.load(parsed.compare) if parsed.compare else None
         request = _request(parsed)
         with progress(len(request.cases) * len(request.passes)) as on_case:
-            results = run(request, on_case)
+            results = run(request, on_case, _writer(parsed))
     except (ValueError, MissingPeerError, MismatchError) as error:
         raise CommandError(error) from error
     document = records.document(results)
@@ -167,6 +169,17 @@ def _bench(parsed: argparse.Namespace) -> int:
     return INTERRUPTED if results.interrupted else 0
 
 
+def _writer(parsed: argparse.Namespace) -> Callable[[Any], None]:
+    """What happens after each case: nothing, or the records so far are written."""
+    from fastrnn.bench import records
+
+    def write(results: Any) -> None:
+        if parsed.keep_going and parsed.json:
+            records.save(records.document(results), parsed.json)
+
+    return write
+
+
 def _request(parsed: argparse.Namespace) -> Any:
     """What the options ask for.
 
@@ -179,7 +192,7 @@ def _request(parsed: argparse.Namespace) -> Any:
     cells = [name.upper() for name in parsed.cell or cases.CELLS]
     for option, chosen, known in (
         ("--cell", cells, cases.CELLS),
-        ("--dtype", parsed.dtype, cases.DTYPES),
+        ("--dtype", parsed.dtype, cases.PRECISIONS),
         ("--pass", parsed.passes, cases.PASSES),
     ):
         for name in chosen:
@@ -193,6 +206,7 @@ def _request(parsed: argparse.Namespace) -> Any:
         threads=parsed.threads,
         peers=parsed.against,
         seconds=parsed.seconds,
+        keep_going=parsed.keep_going,
     )
 
 

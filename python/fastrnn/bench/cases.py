@@ -14,6 +14,7 @@ Pass = Literal["inference", "training"]
 PASSES: tuple[Pass, ...] = ("inference", "training")
 CELLS = ("LSTM", "GRU", "RNN")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+PRECISIONS = (*DTYPES, "tf32")  # tf32: float32 in which a CUDA device multiplies by TF32
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 ELEMENT_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
@@ -32,8 +33,9 @@ class Products:
 class Case:
     """One stack of recurrent layers on one size of data.
 
-    `T` steps, `B` rows, `I` input size, `H` hidden size. The last three fields are options that
-    only some suites use: `reset_rate` is the share of (step, row) pairs at which an episode begins.
+    `T` steps, `B` rows, `I` input size, `H` hidden size. The last four fields are options that
+    only some runs use: `reset_rate` is the share of (step, row) pairs at which an episode begins,
+    `tf32` lets a CUDA device multiply float32 by TF32 products.
     """
 
     cell: str
@@ -47,6 +49,7 @@ class Case:
     nonlinearity: str = "tanh"
     heads: int = 1
     reset_rate: float = 0.0
+    tf32: bool = False
 
     @property
     def gates(self) -> int:
@@ -55,6 +58,11 @@ class Case:
     @property
     def directions(self) -> int:
         return 2 if self.bidirectional else 1
+
+    @property
+    def precision(self) -> str:
+        """What `--dtype` calls it: the dtype, or tf32."""
+        return "tf32" if self.tf32 else self.dtype
 
     def as_record(self) -> dict[str, Any]:
         """The case as the JSON names it: eight entries, and options that are not the default."""
@@ -70,7 +78,7 @@ class Case:
             (self.nonlinearity != "tanh", self.nonlinearity),
             (self.heads != 1, f"heads{self.heads}"),
             (self.reset_rate > 0, f"reset{self.reset_rate:g}"),
-            (self.dtype != "float32", self.dtype),
+            (self.precision != "float32", self.precision),
         )
         return " ".join([sizes, *(text for shown, text in extras if shown)])
 
@@ -130,7 +138,7 @@ def select(
     cells: Sequence[str],
     dtypes: Sequence[str],
 ) -> list[tuple[str, Case]]:
-    """The cases of the named suites whose cell is wanted, once per dtype.
+    """The cases of the named suites whose cell is wanted, once per dtype of `PRECISIONS`.
 
     Raises:
         ValueError: a name is not a suite, or nothing is left.
@@ -139,7 +147,7 @@ def select(
         if name not in suites:
             raise ValueError(f"suite {name!r} is not known; there are: {', '.join(suites)}")
     chosen = [
-        (name, replace(case, dtype=dtype))
+        (name, replace(case, dtype="float32" if dtype == "tf32" else dtype, tf32=dtype == "tf32"))
         for name in dict.fromkeys(names)
         for dtype in dtypes
         for case in suites[name]

@@ -74,7 +74,7 @@ class Fastrnn:
 
 
 class Torch:
-    """torch.nn: oneDNN or ATen on the CPU, cuDNN on CUDA."""
+    """torch.nn: oneDNN or ATen on the CPU, cuDNN on CUDA; with resets, called for each step."""
 
     name: ClassVar[str] = "torch"
 
@@ -84,9 +84,10 @@ class Torch:
     def prepare(self, case: Case, data: Data, pass_: Pass) -> Prepared:
         if case.heads > 1:
             raise UnsupportedError("torch.nn has no heads")
+        layer = _layer(torch.nn, case, data)
         if data.reset is not None:
-            raise UnsupportedError("torch.nn has no reset")
-        prepared = prepare_layer(_layer(torch.nn, case, data), data, pass_, {})
+            layer = _StepByStep(layer, data.reset)
+        prepared = prepare_layer(layer, data, pass_, {})
         names = operators(prepared, pass_)
         if "aten._cudnn_rnn.default" in names:
             prepared.kernel = "cuDNN"
@@ -94,7 +95,34 @@ class Torch:
             prepared.kernel = "oneDNN"
         else:
             prepared.kernel = "ATen"
+        if data.reset is not None:
+            prepared.kernel += ", a step at a time"
         return prepared
+
+
+class _StepByStep(torch.nn.Module):
+    """What torch.nn leaves to do where episodes begin inside a sequence: a call for each step, with
+    the states of the rows that start anew set to zero before it."""
+
+    def __init__(self, layer: torch.nn.Module, reset: Tensor) -> None:
+        super().__init__()
+        self._layer = [layer]  # its parameters keep their names
+        for name, parameter in layer.named_parameters():
+            self.register_parameter(name, parameter)
+        self._keep = ~reset[:, None, :, None]  # (T, 1, B, 1)
+
+    def train(self, mode: bool = True) -> _StepByStep:
+        self._layer[0].train(mode)
+        return super().train(mode)
+
+    def forward(self, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
+        outputs = []
+        for t in range(x.shape[0]):
+            keep = self._keep[t]
+            hx = tuple(keep * h for h in hx) if isinstance(hx, tuple) else keep * hx
+            output, hx = self._layer[0](x[t : t + 1], hx)
+            outputs.append(output)
+        return torch.cat(outputs), hx
 
 
 def prepare_layer(

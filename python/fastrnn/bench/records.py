@@ -2,11 +2,11 @@
 
 Top level: ``header``, ``records``, ``not_run``. A record's ``case`` names the cell, the sizes and
 the dtype, and besides them only options that differ from the default (nonlinearity, heads,
-reset_rate). Times are milliseconds per call. ``peak_gflops`` is the machine's peak beside the case
-and ``peak_fraction`` the share of it; ``roof_fraction`` is the time of the roof (see roof.py) over
-the provider's. ``header["roof"]`` has the median peak of each dtype, ``header["bandwidth"]`` the
-GB/s of all threads by the bytes that each reads. ``ratio_to_best_peer`` is the fastest peer's
-median over this provider's: above 1 it is faster.
+reset_rate, tf32). Times are milliseconds per call. ``peak_gflops`` is the machine's peak beside
+the case and ``peak_fraction`` the share of it; ``roof_fraction`` is the time of the roof (see
+roof.py) over the provider's. ``header["roof"]`` has the median peak of each dtype,
+``header["bandwidth"]`` the GB/s of all threads by the bytes that each reads.
+``ratio_to_best_peer`` is the fastest peer's median over this provider's: above 1 it is faster.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fastrnn
+from fastrnn.bench.cases import Case
 from fastrnn.bench.report import ours
 from fastrnn.info import info
 
@@ -78,7 +79,7 @@ def _peaks(results: Results) -> dict[str, dict[str, Any]]:
     """By dtype: the median of what was measured beside each case, and how."""
     found: dict[str, list[float]] = {}
     for record in ours(results.records):
-        found.setdefault(record["case"]["dtype"], []).append(record["peak_gflops"])
+        found.setdefault(Case(**record["case"]).precision, []).append(record["peak_gflops"])
     return {
         dtype: {"gflops": statistics.median(peaks), "method": results.roof.method(dtype)}
         for dtype, peaks in found.items()

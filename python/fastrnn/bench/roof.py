@@ -23,6 +23,7 @@ import torch
 
 from fastrnn import _C
 from fastrnn.bench.cases import ELEMENT_BYTES
+from fastrnn.bench.precision import precision
 from fastrnn.bench.timing import make_clock
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class Roof(Protocol):
     bandwidth: dict[int, float]  # by the bytes of each thread's array
 
     def sample_peak(self, dtype: str) -> float:
-        """The peak here and now: a case takes the median of one sample in each round."""
+        """The peak here and now, of one of `cases.PRECISIONS`: a case takes the median of one
+        sample in each round."""
 
     def seconds(self, case: Case, pass_: Pass, peak: float) -> float:
         """The roof of a case during which that peak was measured."""
@@ -140,11 +142,11 @@ CUDA_SECONDS = 0.3
 
 def _best_product(dtype: str) -> float:
     """GFLOP/s of the best of torch's square products."""
-    kind = getattr(torch, dtype)
+    kind = getattr(torch, "float32" if dtype == "tf32" else dtype)
     a, b = (torch.rand(CUDA_SIZE, CUDA_SIZE, device="cuda").to(kind) for _ in range(2))
     clock = make_clock("cuda")
     best = math.inf
-    with torch.inference_mode():
+    with torch.inference_mode(), precision(dtype == "tf32"):
         end = time.perf_counter() + CUDA_SECONDS
         while time.perf_counter() < end:
             best = min(best, *clock.time(lambda _: torch.mm(a, b), 1, 3))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrnn.bench.data import Data, make_data
+from fastrnn.bench.precision import precision
 from fastrnn.bench.providers import (
     Fastrnn,
     MissingPeerError,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 DEFAULT_PEERS = {"cpu": ("torch", "onnxruntime"), "cuda": ("torch",)}
 
 # Largest difference from ours, as a share of the largest value of the array. Peers may keep the
-# cell state in half precision, and cuDNN may use TF32 for float32.
+# cell state in half precision.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 TOLERANCE_TF32 = 2e-2
 
@@ -49,6 +50,7 @@ class Request:
     threads: int | None = None
     peers: Sequence[str] | None = None
     seconds: float = 1.0
+    keep_going: bool = False  # a case that fails is listed with the reason, and the next one runs
 
 
 @dataclass
@@ -64,18 +66,26 @@ class Results:
     interrupted: bool = False
 
 
-def run(request: Request, on_case: Callable[[str], None] = lambda label: None) -> Results:
+def run(
+    request: Request,
+    on_case: Callable[[str], None] = lambda label: None,
+    after_case: Callable[[Results], None] = lambda results: None,
+) -> Results:
     """Measures every case and pass; `on_case` is told of each before it starts.
 
-    Ctrl-C ends the run and keeps what was measured.
+    `after_case` gets the results so far after each. Ctrl-C ends the run and keeps what was
+    measured.
 
     Raises:
-        ValueError: a peer's name is not known, or the device is not there.
+        ValueError: a peer's name is not known, the device is not there, or a case wants TF32 on
+            a CPU.
         MissingPeerError: a peer that was asked for by name is not installed.
         MismatchError: a peer's result differs from ours.
     """
     if request.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device on this machine")
+    if request.device == "cpu" and any(case.tf32 for _, case in request.cases):
+        raise ValueError("--dtype tf32: only CUDA devices multiply in TF32")
     with _threads(request.threads) as threads:
         roof = make_roof(request.device, threads)
         results = Results(request.device, threads, request.seconds, roof)
@@ -84,7 +94,8 @@ def run(request: Request, on_case: Callable[[str], None] = lambda label: None) -
             for suite, case in request.cases:
                 for pass_ in request.passes:
                     on_case(f"{case.label()} {pass_}")
-                    _run_case(suite, case, pass_, peers, results)
+                    _attempt(suite, case, pass_, peers, results, request.keep_going)
+                    after_case(results)
         except KeyboardInterrupt:
             results.interrupted = True
     return results
@@ -116,6 +127,27 @@ def _installed(name: str, results: Results) -> Provider | None:
         return None
 
 
+def _attempt(
+    suite: str,
+    case: Case,
+    pass_: Pass,
+    peers: Sequence[Provider],
+    results: Results,
+    keep_going: bool,
+) -> None:
+    try:
+        with precision(case.tf32):
+            _run_case(suite, case, pass_, peers, results)
+    except (MismatchError, RuntimeError) as error:
+        if not keep_going:
+            raise
+        reason = f"failed: {str(error).splitlines()[0]}"
+        place = {"suite": suite, "case": case.as_record(), "pass": pass_}
+        results.not_run.append({**place, "provider": "fastrnn", "reason": reason})
+        if results.device == "cuda":
+            torch.cuda.empty_cache()
+
+
 def _run_case(
     suite: str, case: Case, pass_: Pass, peers: Sequence[Provider], results: Results
 ) -> None:
@@ -137,7 +169,7 @@ def _run_case(
     peaks: list[float] = []
 
     def sample_peak() -> None:
-        peaks.append(results.roof.sample_peak(case.dtype))
+        peaks.append(results.roof.sample_peak(case.precision))
 
     timings = measure(prepared, clock, len(data.inputs), results.seconds, sample_peak)
     peak = statistics.median(peaks)
@@ -184,7 +216,7 @@ def check(case: Case, data: Data, pass_: Pass, prepared: dict[str, Prepared]) ->
         MismatchError: naming provider, case, pass, array and difference.
     """
     tolerance = TOLERANCE[case.dtype]
-    if data.d_output.is_cuda and case.dtype == "float32":
+    if case.tf32:
         tolerance = TOLERANCE_TF32
     ours = prepared["fastrnn"].results()
     for name, peer in prepared.items():

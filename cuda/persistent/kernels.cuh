@@ -1,0 +1,142 @@
+// The kernels and their list: one unit of compilation for each cell and operand (*_*.cu).
+#pragma once
+
+#include "persistent.h"
+#include "persistent/machine.cuh"
+
+namespace fastrnn::resident {
+
+template <class C>
+__global__ void __launch_bounds__(kThreads, 1)
+    resident_forward(const __grid_constant__ Forward<Storage<typename C::Operand>> p) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (C::via != Via::cluster || __CUDA_ARCH__ >= 900) {
+    extern __shared__ Words shared[];
+    CudaMachine machine{reinterpret_cast<unsigned char*>(shared)};
+    forward<C>(machine, p);
+  }
+#endif
+}
+
+template <class C>
+__global__ void __launch_bounds__(kThreads, 1)
+    resident_backward(const __grid_constant__ Backward<Storage<typename C::Operand>> p) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (C::via != Via::cluster || __CUDA_ARCH__ >= 900) {
+    extern __shared__ Words shared[];
+    CudaMachine machine{reinterpret_cast<unsigned char*>(shared)};
+    backward<C>(machine, p);
+  }
+#endif
+}
+
+template <class Operand>
+inline constexpr OperandKind kind_of = OperandKind::float32;
+template <>
+inline constexpr OperandKind kind_of<BFloat16> = OperandKind::bfloat16;
+template <>
+inline constexpr OperandKind kind_of<Float16> = OperandKind::float16;
+template <>
+inline constexpr OperandKind kind_of<Tf32> = OperandKind::tf32;
+
+template <class C>
+Kernel forward_entry() {
+  return {C::Cell::name,
+          kind_of<typename C::Operand>,
+          Pass::forward,
+          shape_of<C>(),
+          C::Cell::gates,
+          C::Cell::states,
+          reinterpret_cast<const void*>(&resident_forward<C>)};
+}
+
+template <class C>
+Kernel backward_entry() {
+  return {C::Cell::name,
+          kind_of<typename C::Operand>,
+          Pass::backward,
+          shape_of<C>(),
+          C::Cell::gates,
+          C::Cell::states,
+          reinterpret_cast<const void*>(&resident_backward<C>)};
+}
+
+// A cell's kernels with one operand. How many chunks fit: product.h says what each takes of
+// the registers; a 16-bit operand has 32 places of K in a chunk, float32 16, so that the same sizes
+// of H need twice the chunks.
+template <class Cell, class Operand>
+struct Kernels;
+
+template <class Cell, class Operand, Via via, int tiles, int registers, int shared, int batch>
+using ForwardConfig = Config<Cell, Operand, via, Cell::gates, tiles, registers, shared, batch>;
+template <class Cell, class Operand, Via via, int tiles, int registers, int shared, int batch>
+using BackwardConfig = Config<Cell, Operand, via, 1, tiles, registers, shared, batch>;
+
+template <class Operand>
+struct Kernels<Lstm, Operand> {
+  template <Via via, int tiles, int registers, int shared, int batch>
+  using F = ForwardConfig<Lstm, Operand, via, tiles, registers, shared, batch>;
+  template <Via via, int tiles, int registers, int shared, int batch>
+  using B = BackwardConfig<Lstm, Operand, via, tiles, registers, shared, batch>;
+
+  static const Kernel* list(int* count) {
+    static const Kernel all[] = {
+        forward_entry<F<Via::block, 8, 4, 0, 1>>(),
+        forward_entry<F<Via::cluster, 2, 4, 0, 1>>(),
+        forward_entry<F<Via::ring, 1, 4, 0, 2>>(),
+        forward_entry<F<Via::ring, 1, 5, 1, 1>>(),
+        forward_entry<F<Via::ring, 1, 4, 4, 1>>(),
+        backward_entry<B<Via::block, 8, 12, 4, 1>>(),
+        backward_entry<B<Via::cluster, 2, 12, 4, 1>>(),
+        backward_entry<B<Via::ring, 1, 13, 3, 2>>(),
+        backward_entry<B<Via::ring, 1, 12, 12, 1>>(),
+        backward_entry<B<Via::ring, 1, 12, 20, 1>>(),
+    };
+    *count = sizeof all / sizeof all[0];
+    return all;
+  }
+};
+
+template <class Operand>
+struct Kernels<Gru, Operand> {
+  template <Via via, int tiles, int registers, int shared, int batch>
+  using F = ForwardConfig<Gru, Operand, via, tiles, registers, shared, batch>;
+  template <Via via, int tiles, int registers, int shared, int batch>
+  using B = BackwardConfig<Gru, Operand, via, tiles, registers, shared, batch>;
+
+  static const Kernel* list(int* count) {
+    static const Kernel all[] = {
+        forward_entry<F<Via::block, 8, 4, 0, 1>>(),
+        forward_entry<F<Via::cluster, 2, 4, 0, 1>>(),
+        forward_entry<F<Via::ring, 1, 4, 0, 2>>(),
+        forward_entry<F<Via::ring, 1, 6, 3, 1>>(),
+        backward_entry<B<Via::block, 8, 10, 2, 1>>(),
+        backward_entry<B<Via::cluster, 2, 10, 2, 1>>(),
+        backward_entry<B<Via::ring, 1, 10, 2, 2>>(),
+        backward_entry<B<Via::ring, 1, 12, 15, 1>>(),
+    };
+    *count = sizeof all / sizeof all[0];
+    return all;
+  }
+};
+
+template <class Operand>
+struct Kernels<Elman, Operand> {
+  template <Via via, int tiles, int registers, int shared, int batch>
+  using F = ForwardConfig<Elman, Operand, via, tiles, registers, shared, batch>;
+  template <Via via, int tiles, int registers, int shared, int batch>
+  using B = BackwardConfig<Elman, Operand, via, tiles, registers, shared, batch>;
+
+  static const Kernel* list(int* count) {
+    static const Kernel all[] = {
+        forward_entry<F<Via::block, 8, 8, 0, 1>>(),  forward_entry<F<Via::cluster, 2, 8, 0, 1>>(),
+        forward_entry<F<Via::ring, 1, 9, 0, 2>>(),   forward_entry<F<Via::ring, 1, 14, 3, 1>>(),
+        backward_entry<B<Via::block, 8, 8, 0, 1>>(), backward_entry<B<Via::cluster, 2, 8, 0, 1>>(),
+        backward_entry<B<Via::ring, 1, 9, 0, 2>>(),  backward_entry<B<Via::ring, 1, 14, 3, 1>>(),
+    };
+    *count = sizeof all / sizeof all[0];
+    return all;
+  }
+};
+
+}  // namespace fastrnn::resident

@@ -1,0 +1,220 @@
+// Which kernel, how many teams, how large a message: plain arithmetic, so that it is tested on a
+// CPU.
+//
+// The estimate of a step, in clocks, for a team's rows R (padded to 8) and a message of b bytes a
+// row:
+//   products   gates·16·tiles·K·R / rate, K = H forward and gates·H (gates: 1) backward; the rate
+//              in multiply-adds of a multiprocessor and clock: 16-bit 1280, TF32 640, three TF32
+//              213
+//   exchange   ring 600 + R·b / 34, cluster 240 + R·b / 16, block 60
+//   sums       their way through shared memory, 128 bytes a clock, there and back
+//   cell       200 for each item of a thread
+//   passes     each after the first waits for its words once more: 400 by the ring, 60 otherwise
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "backend.h"
+#include "persistent/product.h"
+
+namespace fastrnn::resident {
+
+// What an operand multiplies as: float32 in one TF32 product where the user allows it, else in
+// three.
+enum class OperandKind { bfloat16, float16, tf32, float32 };
+
+// A compiled kernel.
+struct Kernel {
+  const char* cell;  // as in csrc/cells/list.h
+  OperandKind operand;
+  Pass pass;
+  Shape shape;
+  int gates, states;
+  const void* function;
+};
+
+struct Sizes {
+  const char* cell = "LSTM";
+  OperandKind operand = OperandKind::float32;
+  Pass pass = Pass::forward;
+  int T = 0, B = 0, H = 0, groups = 1;
+};
+
+// What the choice needs to know of a device.
+struct DeviceFacts {
+  int multiprocessors = 0;
+  int shared_bytes = 0;  // of a block, at most
+  int compute_major = 0;
+  bool cooperative = false;
+  int clusters_of_16 = 0, clusters_of_8 = 0;  // that run at once; zero: none
+  std::size_t cache_bytes = 0;                // of L2
+};
+
+struct Plan {
+  const Kernel* kernel = nullptr;
+  Team team;
+  int blocks = 0;  // of the launch
+  int shared_bytes = 0;
+  std::size_t workspace_bytes = 0;  // 16-byte aligned; what it holds does not matter
+  double clocks = 0;                // of a step, by estimate (docs/kernels-cuda-persistent.md)
+  std::string why;                  // the kernel and its teams in words, or why there is none
+};
+
+inline int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+inline double step_clocks(const Kernel& k, const Team& team) {
+  const Shape& c = k.shape;
+  const int rows = divide_up(team.rows_per_team, kRows) * kRows,
+            used = team.chunks * kChunk * c.per_word;
+  const bool half = c.per_word == 2;
+  const double rate = half ? 1280 : k.operand == OperandKind::tf32 ? 640 : 213;
+  const double products = double(c.M) * kUnits * c.tiles * used * rows / rate;
+  const double bytes = double(rows) * team.row_words * 4;
+  const double exchange = c.via == Via::ring      ? 600 + bytes / 34
+                          : c.via == Via::cluster ? 240 + bytes / 16
+                                                  : 60;
+  const double sums =
+      c.slices() > 1 ? 2.0 * kWarps * c.M * kFragment * 4 * (rows / kRows) / 128 : 0;
+  const double cell = 200.0 * c.items() * team.passes;
+  const double passes = (team.passes - 1) * (c.via == Via::ring ? 400.0 : 60.0);
+  return products + exchange + sums + cell + passes;
+}
+
+inline const char* name_of(Via via) {
+  return via == Via::ring ? "ring" : via == Via::cluster ? "cluster" : "block";
+}
+
+inline const char* name_of(OperandKind operand) {
+  switch (operand) {
+    case OperandKind::bfloat16:
+      return "bfloat16";
+    case OperandKind::float16:
+      return "float16";
+    case OperandKind::tf32:
+      return "TF32";
+    case OperandKind::float32:
+      break;
+  }
+  return "3xTF32";
+}
+
+// Blocks of a team, or 0 with the reason in `why`.
+inline int blocks_of_team(const Kernel& k, const Sizes& s, const DeviceFacts& d, std::string* why) {
+  const int needed = divide_up(s.H, kUnits * k.shape.tiles);
+  if (k.shape.via == Via::block) {
+    if (needed > 1) *why = "more units than a block has";
+    return needed > 1 ? 0 : 1;
+  }
+  if (k.shape.via == Via::ring) {
+    if (!d.cooperative)
+      *why = "the device has no cooperative launches";
+    else if (needed * s.groups > d.multiprocessors)
+      *why = "more blocks than multiprocessors";
+    return why->empty() ? needed : 0;
+  }
+  int blocks = 2;
+  while (blocks < needed) blocks *= 2;
+  if (d.compute_major < 9)
+    *why = "the device has no clusters";
+  else if (blocks > 16 || (blocks == 16 && !d.clusters_of_16))
+    *why = "more blocks than a cluster has";
+  return why->empty() ? blocks : 0;
+}
+
+// Teams that run at once.
+inline int teams_at_once(const Kernel& k, int blocks, const DeviceFacts& d) {
+  if (k.shape.via == Via::cluster) {
+    if (blocks == 16) return d.clusters_of_16;
+    return d.clusters_of_8 * (8 / blocks);
+  }
+  return d.multiprocessors / blocks;
+}
+
+// The team's sizes with so many rows.
+inline Team team_of(const Kernel& k, const Sizes& s, int blocks, int rows) {
+  const int fields = k.pass == Pass::forward ? 1 : k.gates;
+  Team team;
+  team.rows_total = s.B;
+  team.rows_per_team = rows;
+  team.teams_per_group = divide_up(s.B, rows);
+  team.blocks = blocks;
+  team.units = s.H;
+  team.row_words = fields * blocks * k.shape.tiles * k.shape.unit_words();
+  const int used = fields > 1 ? team.row_words : divide_up(s.H, k.shape.per_word);
+  team.chunks = divide_up(used, kChunk);  // of one field the padding at the end is left out
+  team.stride = kChunk * (divide_up(team.row_words, kChunk) | 1);
+  team.passes = divide_up(divide_up(rows, kRows), k.shape.batch);
+  return team;
+}
+
+inline std::int64_t message_bytes(const Team& team) {
+  return std::int64_t(team.rows_per_team) * team.row_words * 4;
+}
+
+// The kernel for the case, or a plan without one that says why not.
+inline Plan plan_for(const Kernel& k, const Sizes& s, const DeviceFacts& d) {
+  Plan plan;
+  const int blocks = blocks_of_team(k, s, d, &plan.why);
+  if (!blocks) return plan;
+  int teams = teams_at_once(k, blocks, d) / s.groups;
+  if (teams < 1) teams = 1;  // clusters and blocks queue; a ring has been seen to fit
+  int rows = divide_up(divide_up(s.B, teams), kRows) * kRows;
+  plan.team = team_of(k, s, blocks, rows);
+  if (plan.team.chunks > k.shape.chunks() * k.shape.slices()) {
+    plan.why = "more weights than a block keeps";
+    return plan;
+  }
+  // Where the rows of a team do not fit in shared memory, more teams with fewer rows queue.
+  while ((plan.shared_bytes = shared_layout(k.shape, plan.team, k.states).bytes) > d.shared_bytes) {
+    if (rows == kRows || k.shape.via == Via::ring) {
+      plan.why = "more shared memory than a block has";
+      return plan;
+    }
+    rows -= kRows;
+    plan.team = team_of(k, s, blocks, rows);
+  }
+  const int all = s.groups * plan.team.teams_per_group;
+  if (k.shape.via == Via::ring) {
+    plan.team.period = 8;
+    const std::int64_t most = std::int64_t(d.cache_bytes / 4);
+    while (plan.team.period > 1 &&
+           all * kEpochs * plan.team.period * message_bytes(plan.team) > most)
+      plan.team.period /= 2;
+    plan.workspace_bytes =
+        std::size_t(all) * kEpochs * plan.team.period * std::size_t(message_bytes(plan.team));
+  }
+  plan.kernel = &k;
+  plan.blocks = all * blocks;
+  const int waves =
+      divide_up(all, teams_at_once(k, blocks, d) > 0 ? teams_at_once(k, blocks, d) : 1);
+  plan.clocks = step_clocks(k, plan.team) * waves;
+  plan.why = std::string(name_of(k.shape.via)) + ", " + name_of(k.operand) + ", " +
+             std::to_string(all) + " team" + (all == 1 ? "" : "s") + " of " +
+             std::to_string(blocks) + " block" + (blocks == 1 ? "" : "s") + ", " +
+             std::to_string(plan.team.rows_per_team) + " rows each";
+  return plan;
+}
+
+// The fastest of the kernels that fit, by estimate; `only` leaves one way of exchange alone.
+inline Plan choose_kernel(const Sizes& s, const DeviceFacts& d, const Kernel* kernels, int count,
+                          const Via* only = nullptr) {
+  Plan best;
+  best.why = "no persistent kernel of this cell and type";
+  if (s.T < 1 || s.B < 1 || s.H < 1 || s.groups < 1) {
+    best.why = "an empty problem";
+    return best;
+  }
+  for (int i = 0; i < count; ++i) {
+    const Kernel& k = kernels[i];
+    if (std::string(k.cell) != s.cell || k.operand != s.operand || k.pass != s.pass) continue;
+    if (only && k.shape.via != *only) continue;
+    Plan plan = plan_for(k, s, d);
+    const bool better = plan.kernel && (!best.kernel || plan.clocks < best.clocks);
+    if (better || !best.kernel) best = plan;
+  }
+  return best;
+}
+
+}  // namespace fastrnn::resident

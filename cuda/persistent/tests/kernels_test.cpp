@@ -1,0 +1,200 @@
+// The persistent kernels by their own source on the CPU (host_machine.h), against plain loops: each
+// cell, operand and way of exchange, forward and backward, over sizes that do not fit evenly, rows
+// of unequal lengths, resets, two directions; and the same bits whatever the blocks' delays.
+#include <cstdio>
+#include <cstring>
+
+#include "../../../csrc/tests/check.h"
+#include "host_machine.h"
+#include "persistent/plan.h"
+#include "reference.h"
+
+namespace {
+
+using namespace fastrnn;
+using namespace fastrnn::resident;
+
+long checks = 0;
+
+template <class Operand>
+struct Precision;
+template <>
+struct Precision<BFloat16> {
+  static constexpr OperandKind kind = OperandKind::bfloat16;
+  static constexpr double forward = 1e-2, backward = 3e-2;
+};
+template <>
+struct Precision<Float16> {
+  static constexpr OperandKind kind = OperandKind::float16;
+  static constexpr double forward = 1.5e-3, backward = 4e-3;
+};
+template <>
+struct Precision<Tf32> {
+  static constexpr OperandKind kind = OperandKind::tf32;
+  static constexpr double forward = 2e-3, backward = 4e-3;
+};
+template <>
+struct Precision<Float32> {
+  static constexpr OperandKind kind = OperandKind::float32;
+  static constexpr double forward = 3e-6, backward = 6e-6;
+};
+
+// A device small enough for several teams of few blocks.
+DeviceFacts small_device() {
+  DeviceFacts d;
+  d.multiprocessors = 8;
+  d.shared_bytes = 227 << 10;
+  d.compute_major = 9;
+  d.cooperative = true;
+  d.clusters_of_16 = d.clusters_of_8 = 1;
+  d.cache_bytes = 1 << 16;  // short epochs
+  return d;
+}
+
+struct Run {
+  unsigned delays = 0;
+  int period = 0;  // zero: the plan's
+};
+
+template <class C>
+Plan plan_of(Pass pass, int T, int B, int H, int groups) {
+  static const Kernel kernels[2] = {
+      {C::Cell::name, Precision<typename C::Operand>::kind, Pass::forward, shape_of<C>(),
+       C::Cell::gates, C::Cell::states, nullptr},
+      {C::Cell::name, Precision<typename C::Operand>::kind, Pass::backward, shape_of<C>(),
+       C::Cell::gates, C::Cell::states, nullptr}};
+  const Kernel& kernel = kernels[pass == Pass::backward];
+  return plan_for(kernel, {C::Cell::name, kernel.operand, pass, T, B, H, groups}, small_device());
+}
+
+template <class C, class Arrays, class Body>
+void launch(const Plan& plan, Arrays arrays, const Run& how, Body body) {
+  Team team = plan.team;
+  if (how.period) team.period = how.period;
+  const int teams = plan.blocks / team.blocks;
+  const auto words =
+      static_cast<std::size_t>(teams * kEpochs * team.period * message_bytes(team) / 4);
+  std::vector<u32> ring(C::via == Via::ring ? words : 0, kSentinel);
+  team.ring_words = ring.data();
+  arrays.team = team;
+  run_on_host(plan.blocks, team.blocks, plan.shared_bytes, C::via == Via::ring ? teams : 1,
+              how.delays, [&](HostMachine& machine) { body(machine, arrays); });
+}
+
+template <class Cell, class Operand>
+StepTable table_of(const Trial<Cell, Operand>& p) {
+  StepTable steps;
+  steps.T = p.T, steps.B = p.B;
+  if (!p.active.empty())
+    steps.active = p.active.data(), steps.offset = steps.position = p.offset.data();
+  if (!p.fresh.empty()) steps.fresh = p.fresh.data();
+  return steps;
+}
+
+const auto in_place = [](const auto& v) { return v.data(); };
+
+template <class F, class B>
+bool run(Trial<typename F::Cell, typename F::Operand>& p, const Run& how) {
+  const Plan forth = plan_of<F>(Pass::forward, p.T, p.B, p.H, p.groups);
+  const Plan back = plan_of<B>(Pass::backward, p.T, p.B, p.H, p.groups);
+  check::that(("a plan: " + forth.why + "; " + back.why).c_str(), forth.kernel && back.kernel);
+  if (!forth.kernel || !back.kernel) return false;
+  const StepTable steps = table_of(p);
+  launch<F>(forth, forward_arrays(p, steps, true, in_place), how,
+            [](HostMachine& machine, const auto& a) { forward<F>(machine, a); });
+  launch<B>(back, backward_arrays(p, steps, in_place), how,
+            [](HostMachine& machine, const auto& a) { backward<B>(machine, a); });
+  return true;
+}
+
+template <class Cell, class Operand>
+void compare(const Trial<Cell, Operand>& p, const Expected& e) {
+  const auto load = [](Storage<Operand> s) { return Operand::load(s); };
+  const auto close = [&](const char* what, const auto& got, const auto& expected, double most) {
+    ++checks;
+    const double d = difference(got, expected, load);
+    if (!(d <= most)) check::close(what, d, 0, 0);
+  };
+  const double forth = Precision<Operand>::forward, back = Precision<Operand>::backward;
+  close("hidden", p.hidden, e.hidden, forth);
+  close("h_n", p.h_n, e.h_n, forth);
+  if (Cell::states > 1) close("c_n", p.c_n, e.c_n, forth);
+  close("d_gates", p.d_gates, e.d_gates, back);
+  close("d_h0", p.d_h0, e.d_h0, back);
+  if (Cell::states > 1) close("d_c0", p.d_c0, e.d_c0, back);
+}
+
+template <class T>
+void same_bits(const char* what, const std::vector<T>& a, const std::vector<T>& b) {
+  ++checks;
+  check::that(what, std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+// Units and blocks: even and odd H, one tile and a part, fewer rows than a tile and more than a
+// pass.
+struct Sizes3 {
+  int T, B, H;
+};
+
+template <class F, class B>
+void check_config(const char* name, const std::vector<Sizes3>& sizes) {
+  unsigned seed = 1;
+  for (const Sizes3& size : sizes) {
+    Trial<typename F::Cell, typename F::Operand> p;
+    p.T = size.T, p.B = size.B, p.H = size.H;
+    p.groups = seed % 3 == 0 ? 2 : 1;
+    p.reverse_from = seed % 2 == 0 ? p.groups - 1 : 1 << 30;
+    p.states = seed % 4 != 3;
+    choose_rows(p, seed % 2 == 0, seed % 3 != 1, seed);
+    fill(p, seed);
+    check::context() = std::string(name) + " " + p.text();
+    auto again = p;
+    if (!run<F, B>(p, {})) continue;
+    compare(p, Reference<typename F::Cell, typename F::Operand>(p).run());
+    if (run<F, B>(again, {50 + 20 * seed, 1})) {
+      same_bits("hidden after delays", again.hidden, p.hidden);
+      same_bits("saved after delays", again.saved, p.saved);
+      same_bits("d_gates after delays", again.d_gates, p.d_gates);
+      same_bits("d_h0 after delays", again.d_h0, p.d_h0);
+    }
+    ++seed;
+  }
+  std::printf("%s: %d failures so far\n", name, check::failures());
+}
+
+const std::vector<Sizes3> kRing = {{7, 3, 21}, {5, 17, 40}, {6, 33, 33}, {40, 9, 16}};
+const std::vector<Sizes3> kCluster = {{7, 3, 37}, {5, 17, 70}, {6, 9, 64}};
+const std::vector<Sizes3> kBlock = {{7, 3, 21}, {5, 17, 40}, {6, 9, 64}};
+
+// Registers and shared chunks both take part, more than one chunk for each slice where H allows.
+template <class Cell, class Operand>
+void check_cell(const char* name, const char* operand) {
+  constexpr int G = Cell::gates;
+  const std::string text = std::string(name) + " " + operand + " ";
+  check_config<Config<Cell, Operand, Via::ring, G, 1, 1, 1, 2>,
+               Config<Cell, Operand, Via::ring, 1, 1, 1, 2, 2>>((text + "ring").c_str(), kRing);
+  check_config<Config<Cell, Operand, Via::cluster, G, 2, 1, 1, 1>,
+               Config<Cell, Operand, Via::cluster, 1, 2, 3, 5, 1>>((text + "cluster").c_str(),
+                                                                   kCluster);
+  check_config<Config<Cell, Operand, Via::block, G, 8, 3, 1, 1>,
+               Config<Cell, Operand, Via::block, 1, 8, 32, 1, 1>>((text + "block").c_str(), kBlock);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const std::string cell = count > 1 ? arguments[1] : "LSTM";
+  const bool every_operand = cell == "LSTM";  // the others differ in the cell alone
+  const auto all = [&](auto tag) {
+    using Cell = decltype(tag);
+    check_cell<Cell, BFloat16>(Cell::name, "bfloat16");
+    check_cell<Cell, Float32>(Cell::name, "3xTF32");
+    if (!every_operand) return;
+    check_cell<Cell, Float16>(Cell::name, "float16");
+    check_cell<Cell, Tf32>(Cell::name, "TF32");
+  };
+  if (cell == "LSTM") all(Lstm{});
+  if (cell == "GRU") all(Gru{});
+  if (cell == "RNN") all(Elman{});
+  return check::result("persistent kernels", checks);
+}

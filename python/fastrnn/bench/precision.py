@@ -1,0 +1,43 @@
+"""How a CUDA device may multiply float32: the switch between IEEE products and TF32's.
+
+torch lets cuDNN's recurrent layers use TF32 unless it is told not to, and its matrix products only
+if it is told to. Here both follow the case: `Case.tf32`.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass(frozen=True)
+class Mode:
+    dtype: str
+    tf32: bool
+
+
+# What `--dtype` may name beside the dtypes themselves is tf32: float32 by TF32 products.
+MODES = {
+    "float32": Mode("float32", False),
+    "tf32": Mode("float32", True),
+    "bfloat16": Mode("bfloat16", False),
+    "float16": Mode("float16", False),
+}
+
+
+@contextmanager
+def precision(tf32: bool) -> Iterator[None]:
+    """TF32 as asked, and cuDNN free to try its algorithms; as it was, afterwards."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = tf32, tf32, True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before

@@ -1,0 +1,160 @@
+"""`make gpu-check`, without a GPU: what it would run, its time limits, and what it writes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def gpu_check(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("gpu_check")
+
+
+@pytest.fixture
+def options(gpu_check: Any, tmp_path: Path) -> Any:
+    return gpu_check.Options(tmp_path)
+
+
+def python_command(gpu_check: Any, name: str, code: str, **more: Any) -> Any:
+    return gpu_check.Command(name, (sys.executable, "-c", code), **more)
+
+
+def test_a_dry_run_names_every_command(gpu_check: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.main(["--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    for part in gpu_check.PARTS:
+        assert f"{part}: " in printed
+    for suite in gpu_check.SUITES:
+        assert f"--suite {suite} --dtype bfloat16,float16,tf32,float32" in printed
+    assert "--tool racecheck" in printed
+
+
+def test_parts_and_suites_can_be_chosen(gpu_check: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--dry-run", "--parts", "bench,tests", "--suites", "stacks", "--dtypes", "tf32"]
+    assert gpu_check.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["tests", "bench"]
+    assert "--suite stacks --dtype tf32 --pass inference,training" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("option", "what"), [("--parts", "part"), ("--suites", "suite"), ("--dtypes", "dtype")]
+)
+def test_a_name_that_is_not_known_is_an_error(
+    gpu_check: Any, capsys: pytest.CaptureFixture[str], option: str, what: str
+) -> None:
+    assert gpu_check.main([option, "everything"]) == 2
+    assert f"{what} 'everything' is not known; there are: " in capsys.readouterr().err
+
+
+def test_every_suite_it_names_exists(gpu_check: Any) -> None:
+    from fastrnn.bench.cases import load_suites
+
+    assert set(gpu_check.SUITES) <= set(load_suites())
+
+
+def test_without_a_gpu_it_says_so_and_runs_nothing(
+    gpu_check: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gpu_check, "device", lambda: "")
+    out = tmp_path / "results"
+    assert gpu_check.main(["--out", str(out)]) == 77
+    assert "no GPU on this machine" in capsys.readouterr().out
+    assert not out.exists()
+
+
+def test_a_command_that_hangs_ends_at_its_limit_with_all_it_started(
+    gpu_check: Any, tmp_path: Path
+) -> None:
+    log = tmp_path / "part.log"
+    code = (
+        "import subprocess, sys, time\n"
+        "print('started', flush=True)\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "time.sleep(600)"
+    )
+    start = time.monotonic()
+    _, timed_out = gpu_check.run_command(python_command(gpu_check, "hangs", code), log, 2.0)
+    assert timed_out
+    assert time.monotonic() - start < 60
+    text = log.read_text()
+    assert "started" in text
+    assert "ended after 2 s, its limit" in text
+
+
+def test_a_tool_that_is_not_there_is_skipped(gpu_check: Any, tmp_path: Path) -> None:
+    command = gpu_check.Command("none", ("no-such-tool-anywhere",))
+    assert gpu_check.run_command(command, tmp_path / "log", 5.0) == (gpu_check.SKIPPED, False)
+
+
+def test_a_part_that_fails_leaves_the_others_their_results(
+    gpu_check: Any,
+    options: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    case = {
+        "cell": "LSTM", "T": 3, "B": 2, "I": 4, "H": 4, "layers": 1, "bidirectional": False,
+        "dtype": "float32", "tf32": True,
+    }  # fmt: skip
+    record = {"suite": "tiny", "case": case, "pass": "training", "provider": "fastrnn"}
+    written = {
+        "header": {"roof": {}, "complete": True},
+        "records": [{**record, "ratio_to_best_peer": ratio} for ratio in (4.0, 1.0)],
+        "not_run": [{"provider": "torch", "reason": "torch.nn has no heads"}],
+    }
+    save = f"import pathlib; pathlib.Path({str(options.out / 'b.json')!r}).write_text"
+    rows = [{"what": "exchange", "value": 1.5, "unit": "us a step"}]
+    save_rows = f"import pathlib; pathlib.Path({str(options.out / 'l.json')!r}).write_text"
+
+    def commands(part: str, _: Any) -> list[Any]:
+        return {
+            "tests": [python_command(gpu_check, "pytest", "raise SystemExit(3)")],
+            "ladder": [
+                python_command(
+                    gpu_check, "exchange", f"{save_rows}({json.dumps(rows)!r})", json="l.json"
+                )
+            ],
+            "bench": [
+                python_command(gpu_check, "tiny", f"{save}({json.dumps(written)!r})", json="b.json")
+            ],
+        }[part]
+
+    monkeypatch.setattr(gpu_check, "commands", commands)
+    monkeypatch.setattr(gpu_check, "device", lambda: "A device, 1.0, 1 MiB")
+    chosen = replace(options, parts=("tests", "ladder", "bench"))
+    assert gpu_check.check(chosen) == 1
+    document = json.loads((options.out / "gpu-check.json").read_text())
+    assert [(o["part"], o["rc"]) for o in document["outcomes"]] == [
+        ("tests", 3), ("ladder", 0), ("bench", 0),
+    ]  # fmt: skip
+    assert document["records"] == written["records"]
+    assert document["ladder"] == {"exchange": rows}
+    summary = (options.out / "summary.md").read_text()
+    assert summary in capsys.readouterr().out
+    assert "| tests | pytest | FAILED (3) in" in summary
+    assert "| tiny | tf32 | training | 2 | 2.00 | 1.00 | 0 |" in summary
+    assert "exchange: 1.5 us a step" in summary
+    assert "- torch: torch.nn has no heads" in summary
+
+
+def test_the_suites_share_the_time_that_is_left(gpu_check: Any, options: Any) -> None:
+    shares = [command.share for command in gpu_check.commands("bench", options)]
+    left = 1.0
+    for share in shares:
+        assert left * share == pytest.approx(1.0 / len(shares))
+        left -= left * share
