@@ -33,9 +33,10 @@ class Products:
 class Case:
     """One stack of recurrent layers on one size of data.
 
-    `T` steps, `B` rows, `I` input size, `H` hidden size. The last four fields are options that
-    only some runs use: `reset_rate` is the share of (step, row) pairs at which an episode begins,
-    `tf32` lets a CUDA device multiply float32 by TF32 products.
+    `T` steps, `B` rows, `I` input size, `H` hidden size. The fields after `dtype` are options that
+    only some cases use: `reset_rate` is the share of (step, row) pairs at which an episode begins,
+    `lengths` gives each row a length from 1 to T, `members` is the size of an ensemble that reads
+    the same input, `tf32` lets a CUDA device multiply float32 by TF32 products.
     """
 
     cell: str
@@ -49,6 +50,9 @@ class Case:
     nonlinearity: str = "tanh"
     heads: int = 1
     reset_rate: float = 0.0
+    lengths: bool = False
+    layer_norm: bool = False
+    members: int = 1
     tf32: bool = False
 
     @property
@@ -58,6 +62,18 @@ class Case:
     @property
     def directions(self) -> int:
         return 2 if self.bidirectional else 1
+
+    @property
+    def options(self) -> list[str]:
+        """What of the case torch.nn's layers have no argument for."""
+        chosen = {
+            "heads": self.heads > 1,
+            "resets": self.reset_rate > 0,
+            "lengths": self.lengths,
+            "layer norm": self.layer_norm,
+            "members": self.members > 1,
+        }
+        return [name for name, is_on in chosen.items() if is_on]
 
     @property
     def precision(self) -> str:
@@ -78,6 +94,9 @@ class Case:
             (self.nonlinearity != "tanh", self.nonlinearity),
             (self.heads != 1, f"heads{self.heads}"),
             (self.reset_rate > 0, f"reset{self.reset_rate:g}"),
+            (self.lengths, "lengths"),
+            (self.layer_norm, "layernorm"),
+            (self.members != 1, f"members{self.members}"),
             (self.precision != "float32", self.precision),
         )
         return " ".join([sizes, *(text for shown, text in extras if shown)])
@@ -85,10 +104,12 @@ class Case:
     def flops(self, pass_: Pass) -> float:
         """Multiplications and additions of the matrix products, cells not counted.
 
-        Forward: 2·G·H·(I + H/heads) per step, row and direction, I being D·H above the first layer.
+        Forward: 2·G·H·(I + H/heads) per step, row and direction, I being D·H above the first layer,
+        for each member; of rows with lengths, half of that, as their steps are on average.
         Training is three times as much: forward, gradients of data, gradients of weights.
         """
         forward = sum(p.projection + p.recurrence for p in self.products())
+        forward *= self.members * (0.5 * (self.T + 1) / self.T if self.lengths else 1.0)
         return forward * (3.0 if pass_ == "training" else 1.0)
 
     def products(self) -> list[Products]:

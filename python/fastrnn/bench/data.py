@@ -24,9 +24,12 @@ class Data:
 
     inputs: list[Tensor]  # each (T, B, I); more than one on CUDA
     hx: tuple[Tensor, ...]  # (h0,) or (h0, c0), each (L·D, B, H)
-    weights: list[Tensor]  # torch's order: w_ih, w_hh, b_ih, b_hh per layer and direction
-    d_output: Tensor  # (T, B, D·H)
+    # torch's order: w_ih, w_hh, b_ih, b_hh per layer and direction, then layer norm's; of an
+    # ensemble with an axis for the members before the others
+    weights: list[Tensor]
+    d_output: Tensor  # (T, B, D·H), of an ensemble (members, T, B, D·H)
     reset: Tensor | None  # bool (T, B)
+    lengths: Tensor | None  # int64 (B,)
 
 
 def make_data(case: Case, device: str) -> Data:
@@ -39,6 +42,7 @@ def make_data(case: Case, device: str) -> Data:
 
     def weight(*shape: int) -> Tensor:
         bound = 1.0 / math.sqrt(case.H)
+        shape = (case.members, *shape) if case.members > 1 else shape
         drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
         return drawn.to(device, dtype)
 
@@ -51,9 +55,13 @@ def make_data(case: Case, device: str) -> Data:
         inputs = case.I if layer == 0 else case.directions * units
         for _ in range(case.directions):
             weights += [weight(rows, inputs), weight(*recurrent), weight(rows), weight(rows)]
+            if case.layer_norm:
+                weights += [1 + weight(rows), 1 + weight(rows)]
+                weights += [1 + weight(units), weight(units)] if case.cell == "LSTM" else []
 
     states = 2 if case.cell == "LSTM" else 1
     groups = case.layers * case.directions
+    members = (case.members,) if case.members > 1 else ()
     first = normal(case.T, case.B, case.I)
     copies = 1
     if device != "cpu":
@@ -62,8 +70,9 @@ def make_data(case: Case, device: str) -> Data:
         inputs=[first] + [first.clone() for _ in range(copies - 1)],
         hx=tuple(normal(groups, case.B, units) for _ in range(states)),
         weights=weights,
-        d_output=normal(case.T, case.B, case.directions * units),
+        d_output=normal(*members, case.T, case.B, case.directions * units),
         reset=_reset(case, device, generator),
+        lengths=_lengths(case, device, generator),
     )
 
 
@@ -72,3 +81,9 @@ def _reset(case: Case, device: str, generator: torch.Generator) -> Tensor | None
         return None
     drawn = torch.rand((case.T, case.B), generator=generator)
     return (drawn < case.reset_rate).to(device)
+
+
+def _lengths(case: Case, device: str, generator: torch.Generator) -> Tensor | None:
+    if not case.lengths:
+        return None
+    return torch.randint(1, case.T + 1, (case.B,), generator=generator).to(device)

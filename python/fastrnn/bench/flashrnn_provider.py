@@ -83,5 +83,6 @@ def _require_supported(case: Case, data: Data) -> None:
         raise UnsupportedError("FlashRNN runs on CUDA alone")
     if case.cell != "LSTM" or case.layers > 1 or case.bidirectional:
         raise UnsupportedError("FlashRNN is compared on one layer of LSTM in one direction")
-    if data.reset is not None:
-        raise UnsupportedError("FlashRNN has no reset")
+    others = [option for option in case.options if option != "heads"]
+    if others:
+        raise UnsupportedError(f"FlashRNN has no {' and no '.join(others)}")

@@ -8,7 +8,6 @@ is forward and backward with gradients to the input, the states and all weights.
 from __future__ import annotations
 
 import importlib.util
-import inspect
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
 from fastrnn import _C
+from fastrnn.bench import by_hand
 from fastrnn.info import COMPOSED
 
 if TYPE_CHECKING:
@@ -63,18 +63,30 @@ class Fastrnn:
         self.version = fastrnn.__version__
 
     def prepare(self, case: Case, data: Data, pass_: Pass) -> Prepared:
-        options = {} if case.heads == 1 else {"heads": case.heads}
-        _require_parameters(getattr(fastrnn, case.cell).__init__, options)
+        options: dict[str, Any] = {} if case.heads == 1 else {"heads": case.heads}
+        if case.layer_norm:
+            options["layer_norm"] = True
         layer = _layer(fastrnn, case, data, **options)
-        call = {} if data.reset is None else {"reset": data.reset}
-        prepared = prepare_layer(layer, data, pass_, call)
+        if case.members > 1:
+            layer = _Ensemble(layer, case, data)
+        call = {"reset": data.reset, "lengths": data.lengths}
+        given = {name: value for name, value in call.items() if value is not None}
+        prepared = prepare_layer(layer, data, pass_, given)
         engine = any(name.startswith("fastrnn.") for name in operators(prepared, pass_))
         prepared.kernel = f"engine {_C.isa()}" if engine else COMPOSED
         return prepared
 
 
+class _Ensemble(by_hand.Members):
+    """An ensemble of our layers, by ``torch.func.vmap``: one call of the engine."""
+
+    def forward(self, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
+        found: tuple[Tensor, Any] = torch.func.vmap(self._call, (0, None, None))(self._own(), x, hx)
+        return found
+
+
 class Torch:
-    """torch.nn: oneDNN or ATen on the CPU, cuDNN on CUDA; with resets, called for each step."""
+    """torch.nn: oneDNN or ATen on the CPU, cuDNN on CUDA; what it has no option for by hand."""
 
     name: ClassVar[str] = "torch"
 
@@ -82,11 +94,13 @@ class Torch:
         self.version = str(torch.__version__)
 
     def prepare(self, case: Case, data: Data, pass_: Pass) -> Prepared:
-        if case.heads > 1:
-            raise UnsupportedError("torch.nn has no heads")
+        several = case.layers * case.directions > 1
+        if len(case.options) > 1 or (several and (case.layer_norm or case.heads > 1)):
+            raise UnsupportedError(f"torch.nn has no {' and no '.join(case.options)}")
         layer = _layer(torch.nn, case, data)
-        if data.reset is not None:
-            layer = _StepByStep(layer, data.reset)
+        by = BY_HAND[case.options[0]] if case.options else None
+        if by is not None:
+            layer = by(layer, case, data)
         prepared = prepare_layer(layer, data, pass_, {})
         names = operators(prepared, pass_)
         if "aten._cudnn_rnn.default" in names:
@@ -95,34 +109,18 @@ class Torch:
             prepared.kernel = "oneDNN"
         else:
             prepared.kernel = "ATen"
-        if data.reset is not None:
-            prepared.kernel += ", a step at a time"
+        if by is not None:
+            prepared.kernel += f", {by.way}"
         return prepared
 
 
-class _StepByStep(torch.nn.Module):
-    """What torch.nn leaves to do where episodes begin inside a sequence: a call for each step, with
-    the states of the rows that start anew set to zero before it."""
-
-    def __init__(self, layer: torch.nn.Module, reset: Tensor) -> None:
-        super().__init__()
-        self._layer = [layer]  # its parameters keep their names
-        for name, parameter in layer.named_parameters():
-            self.register_parameter(name, parameter)
-        self._keep = ~reset[:, None, :, None]  # (T, 1, B, 1)
-
-    def train(self, mode: bool = True) -> _StepByStep:
-        self._layer[0].train(mode)
-        return super().train(mode)
-
-    def forward(self, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
-        outputs = []
-        for t in range(x.shape[0]):
-            keep = self._keep[t]
-            hx = tuple(keep * h for h in hx) if isinstance(hx, tuple) else keep * hx
-            output, hx = self._layer[0](x[t : t + 1], hx)
-            outputs.append(output)
-        return torch.cat(outputs), hx
+BY_HAND: dict[str, type[Any]] = {  # of `Case.options`
+    "heads": by_hand.Heads,
+    "resets": by_hand.StepByStep,
+    "lengths": by_hand.Packed,
+    "layer norm": by_hand.LayerNorm,
+    "members": by_hand.Members,
+}
 
 
 def prepare_layer(
@@ -163,26 +161,23 @@ def _layer(library: Any, case: Case, data: Data, **options: Any) -> torch.nn.Mod
     """The library's layer for the case, holding the case's weights."""
     if case.cell == "RNN":
         options["nonlinearity"] = case.nonlinearity
+    heads = 1 if library is fastrnn else case.heads  # torch's is one head of several
     layer: torch.nn.Module = getattr(library, case.cell)(
         case.I,
-        case.H,
+        case.H // heads,
         num_layers=case.layers,
         bidirectional=case.bidirectional,
         device=data.d_output.device,
         dtype=data.d_output.dtype,
         **options,
     )
-    with torch.no_grad():
-        for parameter, weight in zip(layer.parameters(), data.weights, strict=True):
-            parameter.copy_(weight)
+    parameters = list(layer.parameters())
+    # The weights of what is made by hand, and of an ensemble, are those of the module around it.
+    if [p.shape for p in parameters] == [w.shape for w in data.weights]:
+        with torch.no_grad():
+            for parameter, weight in zip(parameters, data.weights, strict=True):
+                parameter.copy_(weight)
     return layer
-
-
-def _require_parameters(function: Callable[..., Any], options: dict[str, Any]) -> None:
-    known = inspect.signature(function).parameters
-    for option in options:
-        if option not in known:
-            raise UnsupportedError(f"fastrnn {fastrnn.__version__} has no option {option!r}")
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -1,0 +1,188 @@
+"""What torch.nn has no option for, as its users do it: the peers of our options' cases.
+
+Each is a module that is called as a layer is and whose parameters are named as our layer's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fastrnn.bench.cases import Case
+    from fastrnn.bench.data import Data
+
+
+class _ByHand(torch.nn.Module):
+    """Over a layer of torch.nn that it calls; `names` and `weights` are its own parameters."""
+
+    way: ClassVar[str]
+
+    def __init__(
+        self, layer: torch.nn.Module, names: Sequence[str], weights: Sequence[Tensor]
+    ) -> None:
+        super().__init__()
+        self._layer = [layer]  # whose parameters are not this module's
+        for name, weight in zip(names, weights, strict=True):
+            self.register_parameter(name, torch.nn.Parameter(weight.clone()))
+
+    def train(self, mode: bool = True) -> _ByHand:
+        self._layer[0].train(mode)
+        return super().train(mode)
+
+    def _call(self, weights: dict[str, Tensor], x: Tensor, hx: Any) -> tuple[Tensor, Any]:
+        output: tuple[Tensor, Any] = functional_call(self._layer[0], weights, (x, hx))
+        return output
+
+    def _own(self) -> dict[str, Tensor]:
+        return dict(self.named_parameters())
+
+
+def names_of(case: Case) -> list[str]:
+    """The parameters of our layer for the case, in its order."""
+    names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
+    if case.layer_norm:
+        names += ["norm_ih", "norm_hh"]
+        names += ["norm_c", "norm_c_bias"] if case.cell == "LSTM" else []
+    suffixes = ("", "_reverse")[: case.directions]
+    return [f"{n}_l{k}{s}" for k in range(case.layers) for s in suffixes for n in names]
+
+
+class StepByStep(_ByHand):
+    """Episodes that begin inside a sequence: a call for each step, with the states of the rows that
+    start anew set to zero before it."""
+
+    way = "a step at a time"
+
+    def __init__(self, layer: torch.nn.Module, case: Case, data: Data) -> None:
+        super().__init__(layer, names_of(case), data.weights)
+        assert data.reset is not None
+        self._keep = ~data.reset[:, None, :, None]  # (T, 1, B, 1)
+
+    def forward(self, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
+        own, outputs = self._own(), []
+        for t in range(x.shape[0]):
+            keep = self._keep[t]
+            hx = tuple(keep * h for h in hx) if isinstance(hx, tuple) else keep * hx
+            output, hx = self._call(own, x[t : t + 1], hx)
+            outputs.append(output)
+        return torch.cat(outputs), hx
+
+
+class Packed(_ByHand):
+    """Rows of different lengths: packed before the layer, padded after it."""
+
+    way = "packed"
+
+    def __init__(self, layer: torch.nn.Module, case: Case, data: Data) -> None:
+        super().__init__(layer, names_of(case), data.weights)
+        assert data.lengths is not None
+        self._lengths = data.lengths.cpu()
+
+    def forward(self, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
+        packed = pack_padded_sequence(x, self._lengths, enforce_sorted=False)
+        output, hx_n = functional_call(self._layer[0], self._own(), (packed, hx))
+        return pad_packed_sequence(output, total_length=x.shape[0])[0], hx_n
+
+
+class Heads(_ByHand):
+    """A block-diagonal recurrence: a layer for each head, their outputs side by side."""
+
+    way = "a head at a time"
+
+    def __init__(self, layer: torch.nn.Module, case: Case, data: Data) -> None:
+        super().__init__(layer, names_of(case), data.weights)
+        self._heads = case.heads
+
+    def forward(self, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
+        heads, own = self._heads, self._own()
+        states = [h.chunk(heads, -1) for h in (hx if isinstance(hx, tuple) else (hx,))]
+        outputs, finals = [], []
+        for k in range(heads):
+            weights = {
+                name: p[k] if name.startswith("weight_hh") else self._rows(p, k)
+                for name, p in own.items()
+            }
+            mine = tuple(s[k].contiguous() for s in states)
+            output, last = self._call(weights, x, mine if len(mine) > 1 else mine[0])
+            outputs.append(output)
+            finals.append(last if isinstance(last, tuple) else (last,))
+        whole = tuple(torch.cat(parts, -1) for parts in zip(*finals, strict=True))
+        return torch.cat(outputs, -1), whole if len(whole) > 1 else whole[0]
+
+    def _rows(self, p: Tensor, k: int) -> Tensor:
+        """Head k's rows of W_ih or a bias, every gate's: a copy of a small part, once a call."""
+        gates = p.unflatten(0, (-1, self._heads, self._layer[0].hidden_size))
+        return gates[:, k].flatten(0, 1)
+
+
+class Members(_ByHand):
+    """An ensemble: one layer after the other over the same input."""
+
+    way = "a member at a time"
+
+    def __init__(self, layer: torch.nn.Module, case: Case, data: Data) -> None:
+        super().__init__(layer, names_of(case), data.weights)
+        self._members = case.members
+
+    def forward(self, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
+        own = self._own()
+        found = [
+            self._call({name: p[e] for name, p in own.items()}, x, hx) for e in range(self._members)
+        ]
+        outputs, finals = zip(*found, strict=True)
+        if isinstance(finals[0], tuple):
+            whole: Any = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
+        else:
+            whole = torch.stack(finals)
+        return torch.stack(outputs), whole
+
+
+class LayerNorm(_ByHand):
+    """A normalised recurrence (Ba et al. 2016): the projection at once, then a loop of torch's
+    operations; one layer, one direction."""
+
+    way = "operations"
+
+    def __init__(self, layer: torch.nn.Module, case: Case, data: Data) -> None:
+        super().__init__(layer, names_of(case), data.weights)
+        self._cell = case.cell
+
+    def forward(self, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
+        p = {name.removesuffix("_l0"): w for name, w in self._own().items()}
+        projected = x @ p["weight_ih"].T
+        size = projected.shape[-1:]
+        a = F.layer_norm(projected, size, p["norm_ih"], p["bias_ih"])
+        step = {"LSTM": self._lstm, "GRU": self._gru, "RNN": self._rnn}[self._cell]
+        state = tuple(h[0] for h in (hx if isinstance(hx, tuple) else (hx,)))
+        outputs = []
+        for a_t in a.unbind():
+            b = F.layer_norm(state[0] @ p["weight_hh"].T, size, p["norm_hh"], p["bias_hh"])
+            state = step(a_t, b, state, p)
+            outputs.append(state[0])
+        last = tuple(s[None] for s in state)
+        return torch.stack(outputs), last if len(last) > 1 else last[0]
+
+    @staticmethod
+    def _rnn(a: Tensor, b: Tensor, state: Any, p: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return (torch.tanh(a + b),)
+
+    @staticmethod
+    def _gru(a: Tensor, b: Tensor, state: Any, p: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        (a_r, a_z, a_n), (b_r, b_z, b_n) = a.chunk(3, -1), b.chunk(3, -1)
+        z, n = torch.sigmoid(a_z + b_z), torch.tanh(a_n + torch.sigmoid(a_r + b_r) * b_n)
+        return (n + z * (state[0] - n),)
+
+    @staticmethod
+    def _lstm(a: Tensor, b: Tensor, state: Any, p: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        i, f, g, o = (a + b).chunk(4, -1)
+        c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
+        normal = F.layer_norm(c, c.shape[-1:], p["norm_c"], p["norm_c_bias"])
+        return torch.sigmoid(o) * torch.tanh(normal), c
