@@ -103,23 +103,35 @@ def test_training_times_gradients_to_input_states_and_all_weights() -> None:
     assert set(prepared.results()) == {"d_input", "d_h0", "d_c0"} | {f"d_{n}" for n in weights}
 
 
-def test_what_the_installed_version_cannot_do_is_listed_with_the_reason() -> None:
-    results = runner.run(
-        request(replace(TINY[0], heads=2), passes=("inference",), peers=("torch",))
-    )
-    assert results.records == []
-    assert [(e["provider"], "heads" in e["reason"]) for e in results.not_run] == [("fastrnn", True)]
+def test_what_no_peer_does_is_listed_with_the_reason() -> None:
+    case = replace(TINY[0], heads=2, lengths=True)
+    results = runner.run(request(case, passes=("inference",), peers=("torch",)))
+    assert [r["provider"] for r in results.records] == ["fastrnn"]
+    reasons = [(e["provider"], e["reason"]) for e in results.not_run]
+    assert reasons == [("torch", "torch.nn has no heads and no lengths")]
 
 
 @pytest.mark.parametrize("cell", cases.CELLS)
-def test_resets_run_against_torch_called_for_each_step(cell: str) -> None:
-    """Both agree, or the run would stop."""
-    case = Case(cell, 6, 2, 5, 4, reset_rate=0.3)
+@pytest.mark.parametrize(
+    ("option", "way"),
+    [
+        ({"reset_rate": 0.3}, "a step at a time"),
+        ({"lengths": True}, "packed"),
+        ({"heads": 2}, "a head at a time"),
+        ({"layer_norm": True}, "operations"),
+        ({"members": 3}, "a member at a time"),
+    ],
+)
+def test_options_run_against_torchs_own_way(cell: str, option: dict[str, Any], way: str) -> None:
+    """Both agree, outputs and every gradient, or the run would stop."""
+    case = Case(cell, 6, 2, 5, 4, **option)
     results = runner.run(request(case, peers=("torch", "onnxruntime")))
     assert [r["provider"] for r in results.records] == ["fastrnn", "torch"] * 2
     kernels = {r["kernel"] for r in results.records if r["provider"] == "torch"}
-    assert all(kernel.endswith(", a step at a time") for kernel in kernels)
+    assert all(kernel.endswith(f", {way}") for kernel in kernels)
+    assert all(r["kernel"].startswith("engine") for r in results.records[::2])
     assert {e["provider"] for e in results.not_run} == {"onnxruntime"}
+    assert Case(**case.as_record()) == case
 
 
 def test_tf32_is_a_precision_of_its_own() -> None:
