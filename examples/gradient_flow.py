@@ -58,6 +58,7 @@ CASES = {
     "LSTM": Case(made("LSTM"), CLIP, "steady"),
     "RNN, large weights": Case(made("RNN", LARGE), None, "exploding", stays=False),
     "RNN, large weights, clipped": Case(made("RNN", LARGE), CLIP, "exploding"),
+    "RNN, large weights, grad_clip": Case(made("RNN", LARGE, grad_clip=1e-3), None, "steady"),
 }
 
 

@@ -26,7 +26,8 @@ _FUNCTIONS: dict[str, tuple[str, tuple[float, float] | None]] = {  # name, alpha
     "identity": ("Affine", (1.0, 0.0)),
     "hardsigmoid": ("HardSigmoid", (1 / 6, 0.5)),
 }
-_ARRAYS = ("input", "h0", "c0", "weights", "lengths")  # arguments of the operator that ONNX has
+# Arguments of the operator that ONNX has, and states after a reset, which it never reaches.
+_ARRAYS = ("input", "h0", "c0", "weights", "lengths", "reset_h", "reset_c")
 _TRANSLATED = (  # options that ONNX has
     "cell",
     "num_layers",
@@ -35,6 +36,8 @@ _TRANSLATED = (  # options that ONNX has
     "activation",
     "gate_activation",
     "reset_after",
+    "grad_clip",  # of no effect on inference, as the next
+    "recompute",
 )
 
 
