@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import fastrnn
+from common import save
 
 SEED, BATCH, UNITS, STEPS = 0, 32, 64, 200
 CLIP = 1.0  # the largest norm of the gradient of all weights together
@@ -120,8 +121,7 @@ def plot(runs: dict[str, Run], path: Path) -> None:
     clipping.set(title="the largest weight, by SGD", xlabel="update")
     for axes in (flow, learning, clipping):
         axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def main() -> int:
@@ -142,7 +142,6 @@ def main() -> int:
         print(f"{name}: {run.verdict}; trained, its error is {error:.4f}, its", end=" ")
         print(f"largest weight {run.largest[-1]:.1e}\n{run.table}\n")
     plot(runs, options.output)
-    print("picture:", options.output)
     return int(failed)
 
 
