@@ -131,8 +131,7 @@ struct Workspace {
   }
 };
 
-void run_forward(Case& c, bool save) {
-  std::vector<Parameters> parameters;
+Problem forward_problem(Case& c, std::vector<Parameters>& parameters, bool save) {
   Problem p = problem_of(c, parameters);
   if (save) {
     c.gates.assign(
@@ -140,14 +139,20 @@ void run_forward(Case& c, bool save) {
         std::nan(""));
     p.gates = c.gates.data();
   }
+  return p;
+}
+
+void run_forward(Case& c, bool save) {
+  std::vector<Parameters> parameters;
+  Problem p = forward_problem(c, parameters, save);
   Workspace w;
   p.workspace = w.take(p, Pass::forward);
   cpu_backend().forward(p);
 }
 
-void run_backward(Case& c) {
+Problem backward_problem(Case& c, std::vector<Parameters>& parameters,
+                         std::vector<Parameters>& d_parameters) {
   const Values hidden = c.hidden, h_n = c.h_n, c_n = c.c_n, cell = c.cell;
-  std::vector<Parameters> parameters, d_parameters;
   Problem p = problem_of(c, parameters);
   c.hidden = hidden, c.h_n = h_n, c.c_n = c_n, c.cell = cell;
   p.hidden = c.hidden.data(), p.h_n = c.h_n.data();
@@ -167,9 +172,33 @@ void run_backward(Case& c) {
   p.d_h0 = c.d_h0.data();
   if (c.has_c()) p.d_c0 = c.d_c0.data();
   p.d_parameters = d_parameters.data();
+  return p;
+}
+
+void run_backward(Case& c) {
+  std::vector<Parameters> parameters, d_parameters;
+  Problem p = backward_problem(c, parameters, d_parameters);
   Workspace w;
   p.workspace = w.take(p, Pass::backward);
   cpu_backend().backward(p);
+}
+
+// The members of an ensemble, in one run for each pass.
+void run_together(std::vector<Case>& members) {
+  for (const Pass pass : {Pass::forward, Pass::backward}) {
+    std::vector<std::vector<Parameters>> parameters(members.size()), d_parameters(members.size());
+    std::vector<Problem> problems;
+    for (std::size_t i = 0; i < members.size(); ++i)
+      problems.push_back(pass == Pass::forward
+                             ? forward_problem(members[i], parameters[i], true)
+                             : backward_problem(members[i], parameters[i], d_parameters[i]));
+    const auto count = static_cast<std::int64_t>(members.size());
+    const std::size_t bytes = cpu_backend().ensemble_workspace_size(problems.data(), count, pass);
+    Values memory(bytes / sizeof(double) + 8, std::nan(""));
+    const auto at = reinterpret_cast<std::uintptr_t>(memory.data());
+    problems[0].workspace = reinterpret_cast<void*>((at + 63) / 64 * 64);
+    cpu_backend().run_ensemble(problems.data(), count, pass);
+  }
 }
 
 // ---- plain loops ------------------------------------------------------------------------------
@@ -323,6 +352,20 @@ void check_backward(Case& c) {
     check_gradient("d_weight", c, c.weights[w], c.d_weights[w]);
 }
 
+void check_bits(const std::string& where, const Case& a, const Case& b) {
+  const auto same = [&](const char* what, const Values& x, const Values& y) {
+    ++checks;
+    check::that((what + (" " + where)).c_str(),
+                x.empty() || std::memcmp(x.data(), y.data(), x.size() * sizeof(double)) == 0);
+  };
+  same("hidden", a.hidden, b.hidden);
+  same("h_n", a.h_n, b.h_n);
+  same("d_input", a.d_input, b.d_input);
+  same("d_h0", a.d_h0, b.d_h0);
+  for (std::size_t w = 0; w < a.d_weights.size(); ++w)
+    same("d_weight", a.d_weights[w], b.d_weights[w]);
+}
+
 // The same bits on one thread and on two, directions, rows or units being split.
 void check_threads(Case c) {
   c.threads = 1;
@@ -332,16 +375,25 @@ void check_threads(Case c) {
   other.threads = 2;
   run_forward(other, true);
   run_backward(other);
-  const auto same = [](const char* what, const Values& a, const Values& b) {
-    ++checks;
-    check::that(what, a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0);
-  };
-  same("hidden on two threads", c.hidden, other.hidden);
-  same("h_n on two threads", c.h_n, other.h_n);
-  same("d_input on two threads", c.d_input, other.d_input);
-  same("d_h0 on two threads", c.d_h0, other.d_h0);
-  for (std::size_t w = 0; w < c.d_weights.size(); ++w)
-    same("d_weight on two threads", c.d_weights[w], other.d_weights[w]);
+  check_bits("on two threads", c, other);
+}
+
+// The same bits in an ensemble, on one thread and shared out over several.
+void check_ensemble(const Case& like, unsigned seed) {
+  std::vector<Case> apart(5, like);
+  for (Case& c : apart) {
+    fill(c, ++seed);
+    run_forward(c, true);
+    run_backward(c);
+  }
+  for (const int threads : {1, 2, 8}) {
+    std::vector<Case> together = apart;
+    for (Case& c : together) c.threads = threads;
+    run_together(together);
+    for (std::size_t i = 0; i < apart.size(); ++i)
+      check_bits("in an ensemble on " + std::to_string(threads) + " threads", apart[i],
+                 together[i]);
+  }
 }
 
 std::vector<Options> all_options() {
@@ -392,6 +444,7 @@ int main() {
       static constexpr const char* names[] = {"padded", "lengths", "packed", "reset",
                                               "lengths and reset"};
       name_case(c, names[kind]);
+      check_ensemble(c, seed);
       fill(c, ++seed);
       check_forward(c);
       check_backward(c);
@@ -405,6 +458,9 @@ int main() {
     fill(wide, ++seed);
     check_forward(wide);
     check_threads(wide);
+    Case members = wide;  // enough work to be shared out
+    members.weights.clear();
+    check_ensemble(members, seed);
     Case tall;  // many rows of different lengths: rows are dealt
     tall.options = options;
     name_case(tall, "many rows");
