@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -29,11 +30,12 @@ from torch.func import (
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
-from fastrnn import _C, _composed, _ops, functional
-from fastrnn._engine import scalars
+from fastrnn import _C, _composed, _masks, _ops, functional
+from fastrnn._engine import Extras, scalars
 from fastrnn._options import Options
 from fastrnn._recurrent import recurrent
-from stacks import STACKS, STEPS, Case, make
+from option_cases import ALONE, PAIRS, OptionCase
+from stacks import EXTRAS, STACKS, STEPS, Case, make
 from tolerances import assert_close
 
 if TYPE_CHECKING:
@@ -48,18 +50,32 @@ every_step = pytest.mark.parametrize("steps", STEPS)
 MAPPED = {
     "input": ("input",),
     "states": ("hx",),
-    "rows": ("input", "hx", "lengths", "reset"),
+    "rows": ("input", "hx", "lengths", "reset", *Extras._fields[2:]),
     "weights": ("weights",),
-    "everything": ("input", "hx", "weights", "lengths", "reset"),
+    "everything": ("input", "hx", "weights", "lengths", "reset", *Extras._fields),
 }
 every_mapping = pytest.mark.parametrize("mapped", MAPPED)
+every_option = pytest.mark.parametrize(
+    "case", [*ALONE, *(case for case in PAIRS if case.layout == "packed")], ids=str
+)
+# Every option that has a derivative, in each cell.
+TOGETHER = [
+    OptionCase(
+        Options(cell, layer_norm=True, heads=2, peephole=cell == "LSTM", zoneout_h=0.3),
+        layout,
+        EXTRAS if cell == "LSTM" else EXTRAS[:-1],
+    )
+    for cell, layout in (("RNN", "packed"), ("LSTM", "reset"), ("GRU", "lengths and reset"))
+]
+options_together = pytest.mark.parametrize("case", TOGETHER, ids=str)
 
 
 # ---- A stack as a function of a dictionary of arguments ------------------------------------------
 
 
 def arguments_of(case: Case) -> dict[str, Any]:
-    return {"input": case.input, "hx": case.hx, "weights": case.weights, **case.steps}
+    extras = {name: x for name, x in case.extras._asdict().items() if x is not None}
+    return {"input": case.input, "hx": case.hx, "weights": case.weights, **case.steps, **extras}
 
 
 def several(options: Options, steps: str, size: int = SIZE, **how: Any) -> list[dict[str, Any]]:
@@ -71,6 +87,12 @@ def several(options: Options, steps: str, size: int = SIZE, **how: Any) -> list[
             given["lengths"] = given["lengths"].roll(k)
         found.append(given)
     return found
+
+
+def several_with(case: OptionCase, size: int = SIZE, **how: Any) -> list[dict[str, Any]]:
+    """The same of a case with options; the masks and the states after a reset differ."""
+    how = {"sizes": (4, 3, 2, 6), "extras": case.extras, **how}
+    return several(case.options, case.layout.replace(" and ", "-"), size, **how)
 
 
 def choose(several: Sequence[dict[str, Any]], mapped: str) -> tuple[list[dict[str, Any]], Any]:
@@ -100,7 +122,9 @@ def stacked(each: Sequence[dict[str, Any]], dims: dict[str, Any]) -> dict[str, A
 
 def run(options: Options, given: dict[str, Any], **extra: Any) -> tuple[Tensor, ...]:
     """Output, final states and all states, flat."""
-    output, hx_n, states = recurrent(options, return_states=True, **given, **extra)
+    extras = Extras(**{name: given[name] for name in Extras._fields if name in given})
+    rest = {name: value for name, value in given.items() if name not in Extras._fields}
+    output, hx_n, states = recurrent(options, return_states=True, extras=extras, **rest, **extra)
     return (output, *hx_n, *(s for s in states or () if s is not None))
 
 
@@ -183,6 +207,31 @@ def test_gradients_through_vmap_equal_those_of_a_loop(cell: str, mapped: str) ->
     assert_near(got, expected, "d_weight")
 
 
+@every_option
+@pytest.mark.parametrize("mapped", ["rows", "everything"])
+def test_vmap_of_options_equals_a_loop(case: OptionCase, mapped: str) -> None:
+    each, dims = choose(several_with(case), mapped)
+    given = stacked(each, dims)
+    leaves = leaves_of(given)
+    for x in leaves:
+        x.requires_grad_()
+    with counted() as calls:
+        got = vmap(partial(run, case.options), in_dims=(dims,))(given)
+        found = torch.autograd.grad(weighted(got), leaves)
+    kind = "_members" if mapped == "everything" else ""
+    assert calls == {f"forward{kind}": 1, f"backward{kind}": 1}
+    part = partial(part_of, given, dims)
+    loop = transposed([run(case.options, part(k)) for k in range(SIZE)])
+    assert_equal(got, loop)
+    assert_near(found, torch.autograd.grad(weighted(loop), leaves), "d_weight")
+
+
+def leaves_of(given: dict[str, Any]) -> list[Tensor]:
+    """The arguments that have gradients."""
+    anew = [given[name] for name in ("reset_h", "reset_c") if name in given]
+    return [given["input"], *given["hx"], *given["weights"], *anew]
+
+
 def part_of(given: dict[str, Any], dims: dict[str, Any], k: int) -> dict[str, Any]:
     def select(value: Any, dim: Any) -> Any:
         if isinstance(dim, (tuple, list)):
@@ -208,6 +257,24 @@ def test_second_derivatives_through_vmap(options: Options, steps: str) -> None:
             "weights": list(leaves[1 + states :]),
         }
         return vmap(partial(run, options), in_dims=(dims,))(now)
+
+    assert gradgradcheck(function, leaves, fast_mode=True)
+
+
+@options_together
+def test_second_derivatives_through_vmap_of_options(case: OptionCase) -> None:
+    each, dims = choose(several_with(case, 2, sizes=(3, 3, 2, 4)), "everything")
+    given = stacked(each, dims)
+    names = ("input", "hx", "weights", *(n for n in ("reset_h", "reset_c") if n in given))
+    counts = [len(given[n]) if n in ("hx", "weights") else 1 for n in names]
+    leaves = tuple(x.requires_grad_() for x in leaves_of(given))
+
+    def function(*leaves: Tensor) -> tuple[Tensor, ...]:
+        rest, now = list(leaves), dict(given)
+        for name, count in zip(names, counts, strict=True):
+            taken, rest = rest[:count], rest[count:]
+            now[name] = type(given[name])(taken) if name in ("hx", "weights") else taken[0]
+        return vmap(partial(run, case.options), in_dims=(dims,))(now)
 
     assert gradgradcheck(function, leaves, fast_mode=True)
 
@@ -349,7 +416,36 @@ LAYERS = {
     "RNNCell": lambda: fastrnn.RNNCell(2, 3),
     "LSTMCell": lambda: fastrnn.LSTMCell(2, 3),
     "GRUCell": lambda: fastrnn.GRUCell(2, 3, bias=False),
+    "options RNN": lambda: drawn(
+        fastrnn.RNN(2, 4, layer_norm=True, heads=2, learn_initial_state=True, grad_clip=0.5)
+    ),
+    "options LSTM": lambda: drawn(
+        fastrnn.LSTM(
+            *(2, 4),
+            num_layers=2,
+            bidirectional=True,
+            peephole=True,
+            layer_norm=True,
+            learn_initial_state=True,
+        )
+    ),
+    "heads LSTM": lambda: fastrnn.LSTM(2, 4, heads=2, proj_size=2, zoneout=(0.1, 0.3)).eval(),
+    "options GRU": lambda: drawn(
+        fastrnn.GRU(*(2, 4), heads=2, reset_after=False, learn_initial_state=True, recompute=True)
+    ),
+    "options LSTMCell": lambda: drawn(
+        fastrnn.LSTMCell(2, 4, peephole=True, layer_norm=True, learn_initial_state=True)
+    ),
 }
+
+
+def drawn(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with other parameters: gains and learned states start alike in all of them."""
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return model
+
+
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
@@ -412,6 +508,28 @@ def test_per_sample_gradients_equal_a_loop(name: str) -> None:
     own = tuple(model.parameters())
     each = [torch.autograd.grad(weighted(flat(model(x))), own) for x in many]
     assert_near(list(got.values()), transposed(each), "d_weight")
+
+
+def test_members_begin_anew_with_their_own_learned_states(cell: str) -> None:
+    options = {"bidirectional": True, "learn_initial_state": True}
+    models = [drawn(getattr(fastrnn, cell)(2, 3, **options)) for _ in range(SIZE)]
+    parameters, _ = stack_module_state(models)
+    x, reset = torch.randn(SIZE, 5, 4, 2), torch.rand(SIZE, 5, 4) < 0.4
+
+    def one(parameters: dict[str, Tensor], x: Tensor, reset: Tensor) -> Tensor:
+        return weighted(flat(functional_call(models[0], parameters, (x,), {"reset": reset})))
+
+    with counted() as calls:
+        got = vmap(one)(parameters, x, reset)
+        got.sum().backward()
+    assert calls == {"forward_members": 1, "backward_members": 1}
+    losses = [weighted(flat(m(x, reset=r))) for m, x, r in zip(models, x, reset, strict=True)]
+    assert_near([got], [torch.stack(losses)], "output")
+    each = [
+        torch.autograd.grad(y, tuple(m.parameters())) for m, y in zip(models, losses, strict=True)
+    ]
+    own = [parameters[n].grad for n, _ in models[0].named_parameters()]
+    assert_near(own, transposed(each), "d_weight")
 
 
 def test_layers_take_lengths_resets_and_single_sequences_under_vmap(cell: str) -> None:
@@ -689,6 +807,47 @@ def test_per_sample_gradients_of_every_member(cell: str) -> None:
             assert_near([d[m, k] for d in got], expected, "d_weight")
 
 
+@every_option
+def test_per_sample_gradients_of_options(case: OptionCase) -> None:
+    each, dims = choose(several_with(case), "rows")
+    given = stacked(each, dims)
+    shared = [name for name in ("weights", "reset_h", "reset_c") if name in given]
+    leaves = {name: given.pop(name) for name in shared}
+
+    def loss(leaves: dict[str, Any], given: dict[str, Any]) -> Tensor:
+        return weighted(run(case.options, {**given, **leaves}))
+
+    rest = {name: dims[name] for name in given}
+    with counted() as calls:
+        got = vmap(grad(loss), in_dims=(None, rest))(leaves, given)
+    assert calls == {"forward_members": 1, "backward_members": 1}
+    own = [x.requires_grad_() for x in flat(leaves.values())]
+    loop = [torch.autograd.grad(loss(leaves, part_of(given, rest, k)), own) for k in range(SIZE)]
+    assert_near(flat(got.values()), transposed(loop), "d_weight")
+
+
+@options_together
+def test_forward_mode_of_an_ensemble_with_options(case: OptionCase) -> None:
+    each, dims = choose(several_with(case), "everything")
+    given = stacked(each, dims)
+
+    def along(given: dict[str, Any], weights: list[Tensor]) -> tuple[Tensor, ...]:
+        def function(weights: list[Tensor]) -> tuple[Tensor, ...]:
+            return run(case.options, {**given, "weights": weights})
+
+        return jvp(function, (given["weights"],), (weights,))[1]
+
+    tangents = [torch.randn_like(w) for w in given["weights"]]
+    got = vmap(along, in_dims=(dims, 0))(given, tangents)
+    loop = [along(one, [t[k] for t in tangents]) for k, one in enumerate(each)]
+    assert_near(got, transposed(loop), "d_input")
+
+    def ensemble(weights: list[Tensor]) -> tuple[Tensor, ...]:
+        return vmap(partial(run, case.options), in_dims=(dims,))({**given, "weights": weights})
+
+    assert_near(jvp(ensemble, (given["weights"],), (tangents,))[1], got, "d_input")
+
+
 def test_a_gradient_penalty_over_an_ensemble(cell: str) -> None:
     """Autograd outside, vmap of grad inside: a loss that holds per-sample gradients."""
     options = Options(cell)  # type: ignore[arg-type]
@@ -802,6 +961,78 @@ def test_dropout_masks_of_an_ensemble_are_those_of_torch(cell: str) -> None:
         assert_equal(got, vmap(by_hand, randomness=randomness)(parameters))
 
 
+def layer_that_draws(cell: str) -> Any:
+    zoneout = (0.3, 0.2) if cell == "LSTM" else 0.3
+    options = {"bidirectional": True, "recurrent_dropout": 0.5, "zoneout": zoneout}
+    return getattr(fastrnn, cell)(2, 8, num_layers=2, **options).train()
+
+
+def test_masks_follow_the_randomness_of_vmap(cell: str) -> None:
+    layer = layer_that_draws(cell)
+    many = torch.randn(1, 5, 4, 2).expand(SIZE, 5, 4, 2)
+
+    def one(x: Tensor) -> Tensor:
+        return layer(x)[0]
+
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="random operation"):
+            vmap(one)(many)
+        torch.manual_seed(1)
+        with counted() as calls:
+            same = vmap(one, randomness="same")(many)
+            different = vmap(one, randomness="different")(many)
+        assert calls == {"forward": 2}  # the masks join the rows
+        torch.manual_seed(1)
+        assert_equal(same, one(many[0]).expand_as(same))
+        assert not torch.equal(different[0], different[1])
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+@pytest.mark.parametrize("mapped", ["input", "weights"])
+def test_masks_drawn_under_vmap_mask_as_those_of_a_loop(
+    cell: str, randomness: str, mapped: str
+) -> None:
+    """Values, and gradients of each sample or member by itself."""
+    layers = [layer_that_draws(cell) for _ in range(SIZE)]
+    options, weights = layers[0]._options, [layer._flat_weights for layer in layers]
+    x = torch.randn(SIZE, 5, 4, 2)
+    over_input = mapped == "input"
+    given = (
+        ([w.detach() for w in weights[0]], x)
+        if over_input
+        else ([torch.stack(ws).detach() for ws in zip(*weights, strict=True)], x[0])
+    )
+    over = {"in_dims": (None, 0) if over_input else (0, None), "randomness": randomness}
+
+    def one(weights: list[Tensor], x: Tensor) -> Tensor:
+        named = dict(zip(layers[0]._flat_weights_names, weights, strict=True))
+        return functional_call(layers[0], named, (x,))[0].pow(2).sum()
+
+    def masks(weights: list[Tensor], x: Tensor) -> tuple[Tensor, ...]:
+        drawn = _masks.draw(options, x, x.shape[1], 8, 0.5)
+        return tuple(mask for mask in drawn if mask is not None)
+
+    def by_hand(weights: list[Tensor], x: Tensor, extras: Extras) -> Tensor:
+        return recurrent(options, x, None, weights, extras=extras)[0].pow(2).sum()
+
+    torch.manual_seed(3)
+    drawn = vmap(masks, **over)(*given)
+    assert torch.equal(drawn[0][0], drawn[0][1]) == (randomness == "same")
+    extras = [Extras(None, None, *(mask[k] for mask in drawn)) for k in range(SIZE)]
+    each = [
+        (given[0], x[k]) if over_input else ([w[k] for w in given[0]], x[0]) for k in range(SIZE)
+    ]
+    expected = torch.stack([by_hand(*v, e) for v, e in zip(each, extras, strict=True)])
+    torch.manual_seed(3)
+    assert_near([vmap(one, **over)(*given)], [expected], "output")
+    torch.manual_seed(3)
+    with counted() as calls:
+        got = vmap(grad(one), **over)(*given)
+    assert calls == {"forward_members": 1, "backward_members": 1}
+    loop = [grad(by_hand)(*v, e) for v, e in zip(each, extras, strict=True)]
+    assert_near(got, transposed(loop), "d_weight")
+
+
 # ---- Errors --------------------------------------------------------------------------------------
 
 
@@ -893,32 +1124,42 @@ def test_a_compiled_ensemble_trains(cell: str) -> None:
     assert_near(got, expected, "d_weight")
 
 
-def members_arguments(options: Options, steps: str, requires_grad: bool) -> tuple[Any, ...]:
-    """The arguments of the operators of ensembles, up to the options."""
-    each, dims = choose(several(options, steps), "everything")
+@pytest.mark.usefixtures("_fresh_compiler")
+@options_together
+def test_compiled_per_sample_gradients_of_options_equal_eager(case: OptionCase) -> None:
+    each, dims = choose(several_with(case), "everything")
     given = stacked(each, dims)
-    h0, c0 = (*given["hx"], None)[:2]
-    leaves = (given["input"], h0, c0, given["weights"])
-    for x in flat_states(leaves):
+
+    def loss(given: dict[str, Any]) -> Tensor:
+        return weighted(run(case.options, given))
+
+    def gradients(given: dict[str, Any]) -> Any:
+        def one(given: dict[str, Any]) -> Any:
+            return grad(lambda w: loss({**given, "weights": w}))(given["weights"])
+
+        return vmap(one, in_dims=(dims,))(given)
+
+    got = torch.compile(gradients, fullgraph=True, backend="aot_eager")(given)
+    torch.testing.assert_close(got, gradients(given), rtol=1e-12, atol=1e-12)
+
+
+def members_arguments(each: list[dict[str, Any]], requires_grad: bool) -> tuple[Any, ...]:
+    """The arguments of the operators of ensembles, up to the options."""
+    each, dims = choose(each, "everything")
+    given = stacked(each, dims)
+    for x in leaves_of(given):
         x.requires_grad_(requires_grad)
-    return (*leaves, *(given.get(name) for name in ("batch_sizes", "lengths", "reset")))
+    h0, c0 = (*given["hx"], None)[:2]
+    names = ("batch_sizes", "lengths", "reset", *Extras._fields)
+    return (given["input"], h0, c0, given["weights"], *(given.get(name) for name in names))
 
 
-@every_stack
-@pytest.mark.parametrize("steps", ["padded", "lengths-reset", "packed"])
-@pytest.mark.parametrize("save", [False, True])
-def test_opcheck_forward_members(options: Options, steps: str, save: bool) -> None:
-    arguments = members_arguments(options, steps, requires_grad=True)
-    torch.library.opcheck(_ops.forward_members_op, (*arguments, *scalars(options), True, save))
-
-
-@every_stack
-@pytest.mark.parametrize("steps", ["padded", "lengths-reset", "packed"])
-def test_opcheck_backward_members(options: Options, steps: str) -> None:
-    arguments = members_arguments(options, steps, requires_grad=False)
+def opcheck_backward_members(options: Options, each: list[dict[str, Any]]) -> None:
+    arguments = members_arguments(each, requires_grad=False)
     hidden, h_n, _, cell, gates = _ops.forward_members_op(*arguments, *scalars(options), True, True)
     two = options.cell == "LSTM"
-    needs = [True, True, two, *[True] * len(arguments[3])]
+    anew = [x is not None for x in arguments[7:9]]
+    needs = [True, True, two, *anew, *[True] * len(arguments[3])]
     cotangents = (
         torch.randn_like(hidden[:, -1]),
         torch.randn_like(hidden),
@@ -930,3 +1171,26 @@ def test_opcheck_backward_members(options: Options, steps: str) -> None:
         _ops.backward_members_op,
         (*arguments, hidden, cell, gates, *cotangents, *scalars(options), needs),
     )
+
+
+@options_together
+@pytest.mark.parametrize("recompute", [False, True])
+def test_opcheck_members_with_options(case: OptionCase, recompute: bool) -> None:
+    options = replace(case.options, recompute=recompute)
+    arguments = members_arguments(several_with(case), requires_grad=True)
+    torch.library.opcheck(_ops.forward_members_op, (*arguments, *scalars(options), True, True))
+    opcheck_backward_members(options, several_with(case))
+
+
+@every_stack
+@pytest.mark.parametrize("steps", ["padded", "lengths-reset", "packed"])
+@pytest.mark.parametrize("save", [False, True])
+def test_opcheck_forward_members(options: Options, steps: str, save: bool) -> None:
+    arguments = members_arguments(several(options, steps), requires_grad=True)
+    torch.library.opcheck(_ops.forward_members_op, (*arguments, *scalars(options), True, save))
+
+
+@every_stack
+@pytest.mark.parametrize("steps", ["padded", "lengths-reset", "packed"])
+def test_opcheck_backward_members(options: Options, steps: str) -> None:
+    opcheck_backward_members(options, several(options, steps))
