@@ -176,8 +176,8 @@ def _map_backward(
     return [d for d, _ in mapped], [dim for _, dim in mapped]
 
 
-# torch.autograd.grad(is_grads_batched=True), and with it torch.autograd.functional's vectorize=True,
-# maps by an older vmap than torch.func's, one without rules for operators.
+# torch.autograd.grad(is_grads_batched=True), of which torch.autograd.functional's vectorize=True is
+# made, maps by an older vmap than torch.func's, one without rules for operators.
 
 
 class _Info(NamedTuple):
