@@ -407,6 +407,32 @@ def test_a_backward_pass_is_mapped_by_itself(cell: str) -> None:
     assert_near(second[:1], second[1:], "d_weight")
 
 
+@pytest.mark.parametrize("return_states", [False, True])
+def test_is_grads_batched(cell: str, return_states: bool) -> None:
+    """The vmap of autograd itself, which is not torch.func's."""
+    case = make(Options(cell, num_layers=2))  # type: ignore[arg-type]
+    output, *_ = recurrent(**arguments_of(case), options=case.options, return_states=return_states)
+    many = torch.randn(SIZE, *output.shape, dtype=torch.float64)
+    loop = [torch.autograd.grad(output, case.leaves, d, retain_graph=True) for d in many]
+    with counted() as calls:
+        got = torch.autograd.grad(output, case.leaves, many, is_grads_batched=True)
+    assert calls["backward_members"] == 1
+    assert_near(got, transposed(loop), "d_weight")
+
+    def function(x: Tensor) -> Tensor:
+        return recurrent(case.options, x, case.hx, case.weights)[0]
+
+    jacobian = torch.autograd.functional.jacobian
+    by_rows, at_once = (jacobian(function, case.input, vectorize=v) for v in (False, True))
+    assert_near([at_once], [by_rows], "d_input")
+
+
+def test_an_axis_without_places_is_refused(cell: str) -> None:
+    layer = getattr(fastrnn, cell)(2, 3)
+    with pytest.raises(RuntimeError, match="expected a mapped axis of size 1 or more, got size 0"):
+        vmap(lambda x: layer(x)[0])(torch.randn(0, 5, 4, 2))
+
+
 # ---- Modules -------------------------------------------------------------------------------------
 
 LAYERS = {
@@ -1077,18 +1103,25 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
     "grad": grad,
     "per-sample": lambda f: vmap(grad(f), in_dims=(None, 0)),
     "jacrev": jacrev,
+    "jacrev of vmap": lambda f: jacrev(vmap(f, in_dims=(None, 0)), argnums=1),
+    "jvp": lambda f: lambda w, x: jvp(partial(f, w), (x,), (torch.ones_like(x),)),
+    "jvp of an ensemble": lambda f: (
+        lambda w, x: jvp(lambda x: vmap(f, in_dims=(0, None))(w, x), (x,), (torch.ones_like(x),))
+    ),
+    "hessian": lambda f: hessian(f, argnums=1),
+    "grad of grad": lambda f: grad(lambda w, x: grad(f, argnums=1)(w, x).pow(2).sum()),
 }
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_compiled_transforms_equal_eager(cell: str, transform: str) -> None:
-    options = Options(cell, num_layers=2)  # type: ignore[arg-type]
-    members = several(options, "padded")
+    options = Options(cell)  # type: ignore[arg-type]
+    members = several(options, "padded", sizes=(2, 2, 2, 2))
     weights, x = members[0]["weights"], members[0]["input"]
-    if transform == "ensemble":
+    if "ensemble" in transform:
         weights = [torch.stack(ws) for ws in zip(*(m["weights"] for m in members), strict=True)]
-    if transform in ("vmap", "per-sample"):
+    if transform in ("vmap", "per-sample", "jacrev of vmap"):
         x = torch.stack([m["input"] for m in members])
 
     def loss(weights: list[Tensor], x: Tensor) -> Tensor:

@@ -553,15 +553,21 @@ class _Recurrence(torch.autograd.Function):
                     found = _run_backward(
                         *arguments, *saved, *d_states, *ctx.options, needs, consume_gates=True
                     )
-                except TypeError:  # a gradient that a transform has wrapped
-                    if torch._C._functorch.maybe_current_level() is None:
+                except TypeError:  # a gradient that vmap has wrapped, or what cannot be read at all
+                    from . import _transforms
+
+                    if not _transforms.is_mapped(d_states):
                         raise
             if found is None:
                 hidden, cell, gates = saved
                 hidden = hidden if hidden.dim() > input.dim() else hidden.unsqueeze(0)
                 cell = input.new_empty(0) if cell is None else cell
                 gates = input.new_empty(0) if gates is None else gates
-                found = backward_op(*arguments, hidden, cell, gates, *d_states, *ctx.options, needs)
+                from . import _transforms
+
+                found = _transforms.backward(
+                    *arguments, hidden, cell, gates, *d_states, *ctx.options, needs
+                )
         return (*(None,) * 9, *(d if need else None for d, need in zip(found, needs, strict=True)))
 
 

@@ -89,6 +89,10 @@ def _leaf_count(arguments: Sequence[Any]) -> int:
     return len(_LEAVES) + len(arguments[_WEIGHTS])
 
 
+def _transforming() -> bool:
+    return torch._C._functorch.maybe_current_level() is not None
+
+
 def _records(tensors: Iterable[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
@@ -100,7 +104,9 @@ def _is_mapped(dim: Any) -> bool:
     return any(d is not None for d in dim) if isinstance(dim, list) else dim is not None
 
 
-def _refuse_mapped_batch_sizes(in_dims: Sequence[Any]) -> None:
+def _check_mapped(size: int, in_dims: Sequence[Any]) -> None:
+    if size == 0:
+        raise RuntimeError("vmap: expected a mapped axis of size 1 or more, got size 0")
     if in_dims[_FORWARD.index("batch_sizes")] is not None:
         raise RuntimeError(_checks.MAPPED_BATCH_SIZES)
 
@@ -117,7 +123,8 @@ def _among_rows(name: str, x: Any, dim: int | None, size: int) -> Any:
         x = x.unsqueeze(rows + 1).expand(*shape[: rows + 1], size, *shape[rows + 1 :])
     else:
         x = x.movedim(dim, rows + 1)
-    return x.flatten(rows, rows + 1)
+    x = x.flatten(rows, rows + 1)
+    return x.contiguous() if name == "lengths" else x  # as the engine asks
 
 
 def _from_rows(y: Tensor, size: int) -> tuple[Tensor, int | None]:
@@ -133,7 +140,8 @@ def _as_members(operators: _Operators, name: str, x: Any, dim: Any, size: int) -
     if name in ("cell_state", "gates") and x.dim() == 1:  # there are none
         return x
     if isinstance(x, list):
-        return [_as_members(operators, name, w, d, size) for w, d in zip(x, dim, strict=True)]
+        dims = [None] * len(x) if dim is None else dim
+        return [_as_members(operators, name, w, d, size) for w, d in zip(x, dims, strict=True)]
     x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
     return x.flatten(0, 1) if operators.members else x
 
@@ -147,8 +155,8 @@ def _from_members(operators: _Operators, y: Tensor, size: int) -> tuple[Tensor, 
 def _map_forward(
     operators: _Operators, info: Any, in_dims: tuple[Any, ...], *arguments: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    _refuse_mapped_batch_sizes(in_dims)
     size, save = info.batch_size, arguments[-1]
+    _check_mapped(size, in_dims)
     named = list(zip(_FORWARD, arguments, in_dims, strict=False))
     scalars = arguments[len(_FORWARD) :]
     # What a gradient reads (save) must be each member's own.
@@ -168,8 +176,8 @@ def _map_forward(
 def _map_backward(
     operators: _Operators, info: Any, in_dims: tuple[Any, ...], *arguments: Any
 ) -> tuple[list[Tensor], list[int | None]]:
-    _refuse_mapped_batch_sizes(in_dims)
     size = info.batch_size
+    _check_mapped(size, in_dims)
     named = zip(_BACKWARD, arguments, in_dims, strict=False)
     found = _ENSEMBLE.backward(
         *(_as_members(operators, name, x, dim, size) for name, x, dim in named),
@@ -177,6 +185,46 @@ def _map_backward(
     )
     mapped = [_from_members(operators, d, size) for d in found]
     return [d for d, _ in mapped], [dim for _, dim in mapped]
+
+
+# torch.autograd.grad(is_grads_batched=True), of which torch.autograd.functional's vectorize=True is
+# made, maps by an older vmap than torch.func's, one without rules for operators.
+
+
+class _Info(NamedTuple):
+    batch_size: int
+
+
+def _is_grads_batched(tensors: Iterable[Tensor | None]) -> bool:
+    is_mapped = torch._C._functorch.is_legacy_batchedtensor
+    return any(x is not None and is_mapped(x) for x in tensors)
+
+
+def is_mapped(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether one of the tensors may be a transform's, without memory of its own."""
+    return _transforming() or _is_grads_batched(tensors)
+
+
+def backward(*arguments: Any) -> list[Tensor]:
+    """The operator ``backward``, also where autograd itself maps the cotangents."""
+    end = len(_BACKWARD)
+    places = range(end - len(_COTANGENTS), end)
+    if not _is_grads_batched(arguments[i] for i in places):
+        found: list[Tensor] = _ops.backward_op(*arguments)
+        return found
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    given, size = list(arguments), 0
+    dims: list[int | None] = [None] * len(given)
+    for i in places:
+        if _is_grads_batched(given[i : i + 1]):
+            given[i] = torch._remove_batch_dim(given[i], level, 0, 0)
+            dims[i], size = 0, given[i].shape[0]
+    found, mapped = _map_backward(ONE, _Info(size), tuple(dims), *given)
+    return [
+        d if dim is None else torch._add_batch_dim(d, dim, level)
+        for d, dim in zip(found, mapped, strict=True)
+    ]
 
 
 # ---- grad ----------------------------------------------------------------------------------------
@@ -202,10 +250,6 @@ def _as_asked(
         hidden = hidden.narrow(operators.members, hidden.shape[operators.members] - 1, 1)
         cell = cell.new_empty(0)
     return hidden, h_n, c_n, cell, gates.new_empty(0)
-
-
-def _transforming() -> bool:
-    return torch._C._functorch.maybe_current_level() is not None
 
 
 def _further_out(function: Callable[..., Any], *arguments: Any) -> Any:
