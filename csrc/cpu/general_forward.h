@@ -64,7 +64,8 @@ class GeneralForward : Forward<Cell, S> {
       }
     }
     const Index many = sums_of_x(layer.plan), alone = sums_of_x(layer.single);
-    x_sums_of_all_ = arena.take<C>(many > alone ? many : alone);
+    x_sums_count_ = many > alone ? many : alone;
+    x_sums_of_all_ = arena.take<C>(x_sums_count_);
     rows_of_all_ = arena.take<C>(layer.plan.threads * Hp_);
     before_of_all_ = arena.take<const E*>(layer.plan.threads * before_count());
     used_ = arena.used();
@@ -105,10 +106,23 @@ class GeneralForward : Forward<Cell, S> {
     Base::prepare(thread, threads);
     if (thread == 0)
       for (Index d = 0; d < layer_.directions; ++d) load_constants(d);
+    if (layer_.gates) clear_lanes(thread, threads);
     if (!layer_.dropout_mask.data) return;
     const Range mine = split(steps_.B, thread, threads);
     for (Index d = 0; d < layer_.directions; ++d)
       for (Index i = mine.begin; i < mine.end; ++i) seen_states(d, i);
+  }
+
+  // What the sums hold beyond H is never written, but comes out in the saved planes.
+  void clear_lanes(int thread, int threads) {
+    const auto clear_planes = [&](C* sums, Index count) {
+      const Range mine = split(count / Hp_, thread, threads);
+      for (Index plane = mine.begin; plane < mine.end; ++plane)
+        for (Index unit = layer_.H; unit < Hp_; ++unit) sums[plane * Hp_ + unit] = C(0);
+    };
+    clear_planes(x_sums_of_all_, x_sums_count_);
+    for (Index d = 0; d < layer_.directions; ++d)
+      clear_planes(constants_[d].sums, steps_.B * width_);
   }
 
   void load_constants(Index d) {
@@ -471,6 +485,7 @@ class GeneralForward : Forward<Cell, S> {
   const Zoneout<C> zoneout_h_, zoneout_c_;
   Constants constants_[2] = {};
   C *x_sums_of_all_ = nullptr, *rows_of_all_ = nullptr;
+  Index x_sums_count_ = 0;
   const E** before_of_all_ = nullptr;
   std::size_t used_ = 0;
   // The thread's own.

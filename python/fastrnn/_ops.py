@@ -113,7 +113,7 @@ def _sizes(
         c_n=(groups, rows, hidden) if two else None,
         cell=(layers, *entries, directions * hidden) if two and every else None,
         gates=gates,
-        padding=hidden % 16 != 0,
+        padding=hidden % 16 != 0 or options[9],  # of layer norm a plane holds a few values
     )
 
 
