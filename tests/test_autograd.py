@@ -234,7 +234,7 @@ def test_graph_is_freed_without_the_garbage_collector(cell: str) -> None:
         gc.enable()
 
 
-def test_operator_without_save_computes_again_in_backward() -> None:
+def test_operator_saves_by_itself_where_a_gradient_is_recorded() -> None:
     options = Options("LSTM", num_layers=2)
     case = make(options)
     hidden, *finals = _ops.forward_op(

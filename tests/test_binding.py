@@ -480,3 +480,60 @@ def test_every_array_is_let_go_after_the_call() -> None:
         refused(given | {"reset": "text"}, TypeError, "^reset")
     gc.collect()
     assert [sys.getrefcount(array) for array in held] == before
+
+
+# ---- ensembles ----------------------------------------------------------------------------------
+
+MEMBERS = 3
+
+
+def of_members(given: Arguments, shared: tuple[str, ...] = ()) -> Arguments:
+    """The same arguments for each member, in memory of their own or shared."""
+
+    def widen(name: str, x: Any) -> Any:
+        if x is None or name in ("batch_sizes", "all_layers"):
+            return x
+        if isinstance(x, list):
+            return [widen(name, w) for w in x]
+        wide = np.broadcast_to(x, (MEMBERS, *x.shape))
+        return wide if name in shared else wide.copy()
+
+    return {name: widen(name, x) for name, x in given.items()}
+
+
+@pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("shared", [(), ("input", "weights", "h0", "gates", "hidden")])
+def test_members_give_what_each_gives(cell: str, packed: bool, shared: tuple[str, ...]) -> None:
+    one = backward_arguments(cell, packed=packed)
+    run_backward(one, options(cell))
+    read = tuple(name for name in shared if name not in ("gates", "hidden"))
+    given = of_members(forward_arguments(cell, packed=packed), read)
+    _C.forward_members(options(cell), MEMBERS, *(given[name] for name in FORWARD))
+    for name in ("hidden", "h_n", "c_n", "cell", "gates"):
+        assert one[name] is None or all(np.array_equal(part, one[name]) for part in given[name])
+    given = of_members(backward_arguments(cell, packed=packed), shared)
+    _C.backward_members(options(cell), MEMBERS, *(given[name] for name in BACKWARD))
+    for name in ("d_input", "d_h0", "d_c0"):
+        assert one[name] is None or all(np.array_equal(part, one[name]) for part in given[name])
+    for d, expected in zip(given["d_weights"], one["d_weights"], strict=True):
+        assert all(np.array_equal(part, expected) for part in d)
+
+
+def test_members_that_do_not_fit_are_refused_by_name() -> None:
+    given = of_members(forward_arguments())
+
+    def refused(message: str, members: int = MEMBERS, **changes: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            _C.forward_members(
+                options(), members, *({**given, **changes}[name] for name in FORWARD)
+            )
+
+    refused(r"members: expected 1 or more, got 0", members=0)
+    refused(r"input: expected a leading axis of 2 members, got shape \(3, ", members=2)
+    refused(r"h0: expected a leading axis of 3 members", h0=given["h0"][:2])
+    refused(r"lengths: expected values from 0 to .* got 9", lengths=np.full((MEMBERS, B), 9))
+    refused(r"reset: expected shape", reset=given["reset"][:, :, :1])
+    weights = [w[:2] if k == 2 else w for k, w in enumerate(given["weights"])]
+    refused(r"weights\[2\] \(bias_ih_l0\): expected a leading axis of 3 members", weights=weights)
+    refused(r"hidden: expected an array to write to", hidden=read_only(given["hidden"]))

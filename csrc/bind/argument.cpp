@@ -59,7 +59,9 @@ Array::Array(py::handle object, const Name& name, Owners& owners) : name_(name) 
   dtype_ = view.dtype;
   ndim_ = view.ndim;
   read_only_ = import.read_only;
-  if (ndim_ > kMostAxes) complain("at most 4 axes", "shape " + text_of(view.shape, ndim_));
+  if (ndim_ > kMostAxes)
+    complain("at most " + std::to_string(kMostAxes) + " axes",
+             "shape " + text_of(view.shape, ndim_));
   std::copy(view.shape, view.shape + ndim_, shape_);
   std::int64_t size = 1;
   for (std::int64_t i = ndim_; i-- > 0;) {
@@ -92,6 +94,18 @@ bool Array::contiguous() const {
     size *= shape_[i];
   }
   return dense || size == 0;
+}
+
+Array Array::member(std::int64_t index, std::int64_t members) const {
+  if (ndim_ < 1 || shape_[0] != members)
+    complain("a leading axis of " + std::to_string(members) + " members", shape_text());
+  Array part = *this;
+  if (data_ != nothing)
+    part.data_ = static_cast<char*>(data_) + index * strides_[0] * (dtype_.bits / 8);
+  part.ndim_ = ndim_ - 1;
+  std::copy(shape_ + 1, shape_ + ndim_, part.shape_);
+  std::copy(strides_ + 1, strides_ + ndim_, part.strides_);
+  return part;
 }
 
 std::string Array::shape_text() const { return "shape " + text_of(shape_, ndim_); }

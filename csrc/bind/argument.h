@@ -41,6 +41,10 @@ class Array {
   dlpack::DataType dtype() const { return dtype_; }
   std::size_t bytes() const;
 
+  // The part of member `index` of `members`, without the leading axis. ValueError where that axis
+  // has another size.
+  Array member(std::int64_t index, std::int64_t members) const;
+
   // Each returns the array, so that they read as one sentence.
   const Array& expect_dtype(dlpack::DataType dtype) const;  // TypeError
   const Array& expect_shape(Shape shape) const;             // ValueError, as all that follow
@@ -51,7 +55,7 @@ class Array {
   [[noreturn]] void complain(const std::string& expected, const std::string& got) const;
 
  private:
-  static constexpr int kMostAxes = 4;
+  static constexpr int kMostAxes = 5;  // (members, L, T, B, units)
 
   bool contiguous() const;
   std::string shape_text() const;

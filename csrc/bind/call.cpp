@@ -67,11 +67,22 @@ class List {
   py::object items_;
 };
 
+// The arrays of an ensemble, in the order in which a call asks for them: borrowed once, after which
+// each member takes its part, found by the leading axis.
+struct Members {
+  std::int64_t count;
+  std::vector<Array> arrays;
+  Owners owners;
+};
+
 // ---- the Problem, filled and checked ------------------------------------------------------------
 
 class Call {
  public:
-  Call(const CheckedOptions& checked, int threads) : traits_(checked.traits) {
+  // With `members` the call of number `index` among them; the calls before it are filled by then.
+  Call(const CheckedOptions& checked, int threads, Members* members = nullptr,
+       std::int64_t index = 0)
+      : traits_(checked.traits), members_(members), index_(index) {
     problem_.options = checked.options;
     L_ = checked.options.layers;
     D_ = checked.options.directions;
@@ -103,9 +114,15 @@ class Call {
   CheckedWeights checked_weights() {
     return {problem_, std::move(parameters_), std::move(owners_)};
   }
+  static void run_together(const std::vector<Call>& calls, Pass pass);
 
  private:
-  Array array(py::handle object, const Name& name) { return Array(object, name, owners_); }
+  Array array(py::handle object, const Name& name) {
+    if (members_ == nullptr) return Array(object, name, owners_);
+    if (index_ == 0) members_->arrays.emplace_back(object, name, members_->owners);
+    return members_->arrays.at(asked_++).member(index_, members_->count);
+  }
+  static bool same_weights(const Call& a, const Call& b);
   void* result(py::handle object, const char* name, dlpack::DataType dtype, Shape shape,
                bool written);
   void* wanted(py::handle object, const char* name, Shape shape);
@@ -138,6 +155,9 @@ class Call {
 
   Problem problem_;
   CellTraits traits_;
+  Members* members_;  // null: a call by itself
+  std::int64_t index_;
+  std::size_t asked_ = 0;  // of the members' arrays
   std::int64_t L_, D_, N_ = 0;
   std::int64_t per_group_ = 0;  // parameters of one layer and direction
   bool has_biases_ = false;     // among them
@@ -156,7 +176,7 @@ void Call::expect_absent(py::handle object, const char* name) const {
 }
 
 void Call::set_batch_sizes(py::handle batch_sizes, std::int64_t rows) {
-  const Array sizes = array(batch_sizes, {"batch_sizes"});
+  const Array sizes(batch_sizes, {"batch_sizes"}, owners_);  // those of every member
   sizes.expect_dtype({dlpack::kInt, 64, 1}).expect_axes(1, "one axis (T,)").expect_contiguous();
   problem_.T = sizes.shape(0);
   const std::int64_t* values = problem_.batch_sizes = kept(sizes, problem_.T);
@@ -388,8 +408,11 @@ void Call::set_results(py::handle hidden, py::handle cell, py::handle gates, boo
   else if (!cell.is_none())
     problem_.cell = sequence_result(cell, "cell", compute_, L_, D_ * H, written);
   const bool no_cell = traits_.states >= 2 && problem_.cell == nullptr;
-  if (problem_.options.recompute && !written && no_cell)
+  const bool recompute = problem_.options.recompute;
+  if (recompute && !written && no_cell)
     throw py::value_error("cell: expected the one that forward kept, got None");
+  if (gates.is_none() && !written && !recompute)
+    throw py::value_error("gates: expected those that forward saved, got None");
   if (gates.is_none()) return;
   const std::int64_t planes = traits_.saved_planes * padded(H);
   void* data =
@@ -485,23 +508,100 @@ void Call::run(Pass pass, py::handle workspace) {
   (pass == Pass::forward ? backend.forward : backend.backward)(problem_);
 }
 
+// Whether the parameters lie in the same place. Those of an ensemble lie apart by one stride each,
+// so that two members tell of all.
+bool Call::same_weights(const Call& a, const Call& b) {
+  for (std::size_t i = 0; i < a.weights_.size(); ++i)
+    if (a.weights_[i].data() != b.weights_[i].data()) return false;
+  return true;
+}
+
+void Call::run_together(const std::vector<Call>& calls, Pass pass) {
+  std::vector<Problem> problems;
+  problems.reserve(calls.size());
+  for (const Call& call : calls) problems.push_back(call.problem_);
+  const auto count = static_cast<std::int64_t>(calls.size());
+  const bool pack = pass == Pass::forward && count > 1 && same_weights(calls[0], calls[1]);
+  const Backend& backend = cpu_backend();
+  py::gil_scoped_release no_gil;
+  const Memory packed(pack ? backend.packed_size(problems[0]) : 0);
+  if (pack) backend.pack(problems[0], packed.data());
+  for (Problem& problem : problems) problem.packed = pack ? packed.data() : nullptr;
+  const Scratch scratch(backend.ensemble_workspace_size(problems.data(), count, pass));
+  problems[0].workspace = scratch.data();
+  backend.run_ensemble(problems.data(), count, pass);
+}
+
 // ---- the entry points ---------------------------------------------------------------------------
 
 using Arg = py::handle;
+
+struct ForwardArguments {
+  Arg input, h0, c0, weights, batch_sizes, lengths, reset, extras;
+  Arg hidden, h_n, c_n, cell, gates;
+  bool all_layers;
+};
+
+void fill(Call& call, const ForwardArguments& a) {
+  call.set_input(a.input, a.batch_sizes);
+  call.set_weights(a.weights);
+  call.set_rows(a.lengths, a.reset);
+  call.set_states(a.h0, a.c0);
+  call.set_extras(a.extras);
+  call.set_finals(a.h_n, a.c_n);
+  call.set_results(a.hidden, a.cell, a.gates, a.all_layers, true);
+}
+
+struct BackwardArguments {
+  Arg input, h0, c0, weights, batch_sizes, lengths, reset, extras, hidden, cell, gates;
+  Arg d_output, d_hidden, d_cell, d_h_n, d_c_n;
+  Arg d_input, d_h0, d_c0, d_weights, d_reset_h, d_reset_c;
+  bool consume_gates;
+};
+
+void fill(Call& call, const BackwardArguments& a) {
+  call.set_input(a.input, a.batch_sizes);
+  call.set_weights(a.weights);
+  call.set_rows(a.lengths, a.reset);
+  call.set_states(a.h0, a.c0);
+  call.set_extras(a.extras);
+  call.consume_gates(a.consume_gates);
+  call.set_results(a.hidden, a.cell, a.gates, true, false);
+  call.set_gradients(a.d_output, a.d_hidden, a.d_cell, a.d_h_n, a.d_c_n);
+  call.set_wanted(a.d_input, a.d_h0, a.d_c0, a.d_weights);
+  call.set_wanted_resets(a.d_reset_h, a.d_reset_c);
+}
+
+// Every member's call, then all of them in one run.
+template <class Arguments>
+void run_members(const CheckedOptions& options, std::int64_t count, const Arguments& arguments,
+                 Pass pass, int threads) {
+  if (count < 1) throw py::value_error("members: expected 1 or more, got " + std::to_string(count));
+  Members members{count, {}, {}};
+  std::vector<Call> calls;
+  calls.reserve(static_cast<std::size_t>(count));
+  for (std::int64_t index = 0; index < count; ++index)
+    fill(calls.emplace_back(options, threads, &members, index), arguments);
+  Call::run_together(calls, pass);
+}
 
 void forward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg weights, Arg batch_sizes,
              Arg lengths, Arg reset, Arg hidden, Arg h_n, Arg c_n, Arg cell, Arg gates,
              bool all_layers, int threads, Arg workspace, PackCache* cache, Arg extras) {
   Call call(options, threads);
-  call.set_input(input, batch_sizes);
-  call.set_weights(weights);
-  call.set_rows(lengths, reset);
-  call.set_states(h0, c0);
-  call.set_extras(extras);
-  call.set_finals(h_n, c_n);
-  call.set_results(hidden, cell, gates, all_layers, true);
+  fill(call, ForwardArguments{input, h0, c0, weights, batch_sizes, lengths, reset, extras, hidden,
+                              h_n, c_n, cell, gates, all_layers});
   if (cache != nullptr) call.use_cache(weights, *cache);
   call.run(Pass::forward, workspace);
+}
+
+void forward_members(const CheckedOptions& options, std::int64_t members, Arg input, Arg h0, Arg c0,
+                     Arg weights, Arg batch_sizes, Arg lengths, Arg reset, Arg hidden, Arg h_n,
+                     Arg c_n, Arg cell, Arg gates, bool all_layers, int threads, Arg extras) {
+  run_members(options, members,
+              ForwardArguments{input, h0, c0, weights, batch_sizes, lengths, reset, extras, hidden,
+                               h_n, c_n, cell, gates, all_layers},
+              Pass::forward, threads);
 }
 
 void backward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg weights,
@@ -509,20 +609,25 @@ void backward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg weig
               Arg d_output, Arg d_hidden, Arg d_cell, Arg d_h_n, Arg d_c_n, Arg d_input, Arg d_h0,
               Arg d_c0, Arg d_weights, bool consume_gates, int threads, Arg workspace, Arg extras,
               Arg d_reset_h, Arg d_reset_c) {
-  if (gates.is_none() && !options.options.recompute)
-    throw py::value_error("gates: expected those that forward saved, got None");
   Call call(options, threads);
-  call.set_input(input, batch_sizes);
-  call.set_weights(weights);
-  call.set_rows(lengths, reset);
-  call.set_states(h0, c0);
-  call.set_extras(extras);
-  call.consume_gates(consume_gates);
-  call.set_results(hidden, cell, gates, true, false);
-  call.set_gradients(d_output, d_hidden, d_cell, d_h_n, d_c_n);
-  call.set_wanted(d_input, d_h0, d_c0, d_weights);
-  call.set_wanted_resets(d_reset_h, d_reset_c);
+  fill(call, BackwardArguments{input,    h0,        c0,        weights,   batch_sizes,  lengths,
+                               reset,    extras,    hidden,    cell,      gates,        d_output,
+                               d_hidden, d_cell,    d_h_n,     d_c_n,     d_input,      d_h0,
+                               d_c0,     d_weights, d_reset_h, d_reset_c, consume_gates});
   call.run(Pass::backward, workspace);
+}
+
+void backward_members(const CheckedOptions& options, std::int64_t members, Arg input, Arg h0,
+                      Arg c0, Arg weights, Arg batch_sizes, Arg lengths, Arg reset, Arg hidden,
+                      Arg cell, Arg gates, Arg d_output, Arg d_hidden, Arg d_cell, Arg d_h_n,
+                      Arg d_c_n, Arg d_input, Arg d_h0, Arg d_c0, Arg d_weights, int threads,
+                      Arg extras, Arg d_reset_h, Arg d_reset_c) {
+  run_members(
+      options, members,
+      BackwardArguments{input,   h0,   c0,    weights,   batch_sizes, lengths,   reset, extras,
+                        hidden,  cell, gates, d_output,  d_hidden,    d_cell,    d_h_n, d_c_n,
+                        d_input, d_h0, d_c0,  d_weights, d_reset_h,   d_reset_c, false},
+      Pass::backward, threads);
 }
 
 }  // namespace
@@ -557,6 +662,16 @@ void register_call(py::module_& module) {
              arg("consume_gates") = false, arg("threads") = 0, arg("workspace") = py::none(),
              arg("extras") = py::none(), arg("d_reset_h") = py::none(),
              arg("d_reset_c") = py::none());
+  module.def("forward_members", forward_members, arg("options"), arg("members"), arg("input"),
+             arg("h0"), arg("c0"), arg("weights"), arg("batch_sizes"), arg("lengths"), arg("reset"),
+             arg("hidden"), arg("h_n"), arg("c_n"), arg("cell"), arg("gates"), arg("all_layers"),
+             arg("threads") = 0, arg("extras") = py::none());
+  module.def("backward_members", backward_members, arg("options"), arg("members"), arg("input"),
+             arg("h0"), arg("c0"), arg("weights"), arg("batch_sizes"), arg("lengths"), arg("reset"),
+             arg("hidden"), arg("cell"), arg("gates"), arg("d_output"), arg("d_hidden"),
+             arg("d_cell"), arg("d_h_n"), arg("d_c_n"), arg("d_input"), arg("d_h0"), arg("d_c0"),
+             arg("d_weights"), arg("threads") = 0, arg("extras") = py::none(),
+             arg("d_reset_h") = py::none(), arg("d_reset_c") = py::none());
 }
 
 }  // namespace fastrnn::bind

@@ -2,6 +2,8 @@
 // layer, each one parallel region.
 #include "../backend.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -645,10 +647,73 @@ void backward(const Problem& p) {
   }
 }
 
+// ---- ensembles --------------------------------------------------------------------------------
+
+// How many threads share the problems out, each running one by itself: all of them, or one where a
+// team for each problem in turn is faster, by the estimate above.
+int sharing_threads(const Problem& p, std::int64_t count, Pass pass) {
+  const auto threads = static_cast<int>(std::min<std::int64_t>(p.threads, count));
+  if (threads <= 1) return 1;
+  const Stack s = prepare(p, pass, false);
+  const double alone = static_cast<double>(p.options.directions) * layer_time(s, 1, 1);
+  const double team = layer_time(s, s.plan.row_threads, s.plan.column_threads) *
+                      static_cast<double>(p.options.directions) / s.plan.direction_threads;
+  const double rounds = std::ceil(static_cast<double>(count) / threads);
+  const double layers = static_cast<double>(p.options.layers);
+  const bool apart = rounds * layers * alone + kRegion < static_cast<double>(count) * layers * team;
+  return apart ? threads : 1;
+}
+
+// Scratch of one problem at a time.
+std::size_t most_workspace(const Problem* problems, std::int64_t count, Pass pass, bool by_itself) {
+  std::size_t most = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    Problem p = problems[i];
+    if (by_itself) p.threads = 1;
+    most = std::max(most, workspace_size(p, pass));
+  }
+  return (most + 63) / 64 * 64;
+}
+
+std::size_t ensemble_workspace_size(const Problem* problems, std::int64_t count, Pass pass) {
+  const int threads = sharing_threads(problems[0], count, pass);
+  return most_workspace(problems, count, pass, threads > 1) * static_cast<std::size_t>(threads);
+}
+
+struct Ensemble {
+  const Problem* problems;
+  std::int64_t count;
+  Pass pass;
+  bool by_itself;     // each on one thread
+  std::size_t bytes;  // of a thread's scratch
+  std::atomic<std::int64_t> next{0};
+
+  void run(int thread) {
+    for (std::int64_t i = next++; i < count; i = next++) {
+      Problem p = problems[i];
+      if (by_itself) p.threads = 1;
+      p.workspace =
+          static_cast<char*>(problems[0].workspace) + bytes * static_cast<std::size_t>(thread);
+      (pass == Pass::forward ? forward : backward)(p);
+    }
+  }
+};
+
+void run_ensemble(const Problem* problems, std::int64_t count, Pass pass) {
+  const int threads = sharing_threads(problems[0], count, pass);
+  Ensemble ensemble{problems, count, pass, threads > 1, 0};
+  ensemble.bytes = most_workspace(problems, count, pass, threads > 1);
+  run_threads(
+      threads,
+      [](void* argument, int thread, int) { static_cast<Ensemble*>(argument)->run(thread); },
+      &ensemble);
+}
+
 }  // namespace
 
 const Backend& cpu_backend() {
-  static constexpr Backend backend{workspace_size, packed_size, pack, forward, backward};
+  static constexpr Backend backend{workspace_size,          packed_size, pack, forward, backward,
+                                   ensemble_workspace_size, run_ensemble};
   return backend;
 }
 

@@ -1,7 +1,7 @@
 // The engine through its Backend table, in double: forward against plain loops, backward against
 // central differences of forward, over cells, directions, layers, projection, lengths, packed rows
 // and resets; the same for options that add to the cell, alone and in random company; then the
-// bits: on one thread and more, and of gates that backward makes again.
+// bits: on one thread and more, in ensembles, and of gates that backward makes again.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -172,8 +172,7 @@ struct Workspace {
   }
 };
 
-void run_forward(Case& c, bool save) {
-  std::vector<Parameters> parameters;
+Problem forward_problem(Case& c, std::vector<Parameters>& parameters, bool save) {
   Problem p = problem_of(c, parameters);
   if (save && !c.options.recompute) {
     c.gates.assign(
@@ -181,14 +180,20 @@ void run_forward(Case& c, bool save) {
         std::nan(""));
     p.gates = c.gates.data();
   }
+  return p;
+}
+
+void run_forward(Case& c, bool save) {
+  std::vector<Parameters> parameters;
+  Problem p = forward_problem(c, parameters, save);
   Workspace w;
   p.workspace = w.take(p, Pass::forward);
   cpu_backend().forward(p);
 }
 
-void run_backward(Case& c) {
+Problem backward_problem(Case& c, std::vector<Parameters>& parameters,
+                         std::vector<Parameters>& d_parameters) {
   const Values hidden = c.hidden, h_n = c.h_n, c_n = c.c_n, cell = c.cell;
-  std::vector<Parameters> parameters, d_parameters;
   Problem p = problem_of(c, parameters);
   c.hidden = hidden, c.h_n = h_n, c.c_n = c_n, c.cell = cell;
   p.hidden = c.hidden.data(), p.h_n = c.h_n.data();
@@ -211,9 +216,33 @@ void run_backward(Case& c) {
   p.d_h0 = c.d_h0.data();
   if (c.has_c()) p.d_c0 = c.d_c0.data();
   p.d_parameters = d_parameters.data();
+  return p;
+}
+
+void run_backward(Case& c) {
+  std::vector<Parameters> parameters, d_parameters;
+  Problem p = backward_problem(c, parameters, d_parameters);
   Workspace w;
   p.workspace = w.take(p, Pass::backward);
   cpu_backend().backward(p);
+}
+
+// The members of an ensemble, in one run for each pass.
+void run_together(std::vector<Case>& members) {
+  for (const Pass pass : {Pass::forward, Pass::backward}) {
+    std::vector<std::vector<Parameters>> parameters(members.size()), d_parameters(members.size());
+    std::vector<Problem> problems;
+    for (std::size_t i = 0; i < members.size(); ++i)
+      problems.push_back(pass == Pass::forward
+                             ? forward_problem(members[i], parameters[i], true)
+                             : backward_problem(members[i], parameters[i], d_parameters[i]));
+    const auto count = static_cast<std::int64_t>(members.size());
+    const std::size_t bytes = cpu_backend().ensemble_workspace_size(problems.data(), count, pass);
+    Values memory(bytes / sizeof(double) + 8, std::nan(""));
+    const auto at = reinterpret_cast<std::uintptr_t>(memory.data());
+    problems[0].workspace = reinterpret_cast<void*>((at + 63) / 64 * 64);
+    cpu_backend().run_ensemble(problems.data(), count, pass);
+  }
 }
 
 // ---- plain loops ------------------------------------------------------------------------------
@@ -398,6 +427,46 @@ Plain plain_forward(const Case& c) {
   return r;
 }
 
+// ---- options that add to the cell ---------------------------------------------------------------
+
+enum Extra {
+  kPeephole = 1,
+  kLayerNorm = 2,
+  kHeads = 4,
+  kZoneout = 8,
+  kMasks = 16,
+  kDropout = 32,
+  kResetStates = 64,
+  kAllExtras = 127
+};
+
+// Fills a case with the options of `extras` on.
+void fill_with(Case& c, int extras, unsigned seed) {
+  std::mt19937 random(seed);
+  std::uniform_real_distribution<double> uniform(-0.8, 0.8);
+  CellOptions& maths = c.options.maths;
+  maths.peephole = c.has_c() && (extras & kPeephole);
+  maths.layer_norm = extras & kLayerNorm;
+  maths.heads = extras & kHeads ? 2 : 1;
+  if (extras & kZoneout) maths.zoneout_h = 0.3;
+  if (extras & kZoneout && c.has_c()) maths.zoneout_c = 0.4;
+  fill(c, seed);
+  const auto bits = [&](std::int64_t units) {
+    std::vector<unsigned char> mask(size_of(c.groups() * c.pairs() * units));
+    for (unsigned char& bit : mask) bit = random() % 3 == 0;
+    return mask;
+  };
+  if (extras & kMasks) c.zoneout_h_mask = bits(c.O());
+  if (extras & kMasks && c.has_c()) c.zoneout_c_mask = bits(c.H);
+  if (extras & kDropout)
+    for (std::int64_t i = 0; i < c.groups() * c.B * c.O(); ++i)
+      c.dropout_mask.push_back(random() % 4 == 0 ? 0 : 1.25);
+  if (!(extras & kResetStates)) return;
+  for (std::int64_t i = 0; i < c.groups() * c.O(); ++i) c.reset_h.push_back(uniform(random));
+  for (std::int64_t i = 0; i < c.groups() * c.H && c.has_c(); ++i)
+    c.reset_c.push_back(uniform(random));
+}
+
 // ---- the checks -------------------------------------------------------------------------------
 
 void all_close(const char* what, const Values& got, const Values& expected, double tolerance) {
@@ -471,6 +540,18 @@ void same_results(const Case& c, const Case& other) {
   if (c.has_c()) same("d_c0", c.d_c0, other.d_c0);
 }
 
+// The same bits in everything.
+void same_everywhere(const char* where, const Case& c, const Case& other) {
+  const std::string context = check::context();
+  check::context() += where + std::to_string(other.threads) + " threads";
+  same_results(c, other);
+  for (std::size_t w = 0; w < c.d_weights.size(); ++w)
+    same("d_weight", c.d_weights[w], other.d_weights[w]);
+  same("d_reset_h", c.d_reset_h, other.d_reset_h);
+  same("d_reset_c", c.d_reset_c, other.d_reset_c);
+  check::context() = context;
+}
+
 // The same bits on one thread and on more, directions, rows or units being split.
 void check_threads(Case c, int threads = 2) {
   c.threads = 1;
@@ -480,14 +561,29 @@ void check_threads(Case c, int threads = 2) {
   other.threads = threads;
   run_forward(other, true);
   run_backward(other);
-  const std::string context = check::context();
-  check::context() += " on " + std::to_string(threads) + " threads";
-  same_results(c, other);
-  for (std::size_t w = 0; w < c.d_weights.size(); ++w)
-    same("d_weight", c.d_weights[w], other.d_weights[w]);
-  same("d_reset_h", c.d_reset_h, other.d_reset_h);
-  same("d_reset_c", c.d_reset_c, other.d_reset_c);
-  check::context() = context;
+  same_everywhere(" on ", c, other);
+}
+
+// The same bits in an ensemble, on one thread and shared out over several.
+void check_ensemble(std::vector<Case> apart) {
+  for (Case& c : apart) {
+    run_forward(c, true);
+    run_backward(c);
+  }
+  for (const int threads : {1, 2, 8}) {
+    std::vector<Case> together = apart;
+    for (Case& c : together) c.threads = threads;
+    run_together(together);
+    for (std::size_t i = 0; i < apart.size(); ++i)
+      same_everywhere(" in an ensemble on ", apart[i], together[i]);
+  }
+}
+
+// Members with the options of `extras` on.
+std::vector<Case> members_like(const Case& like, int extras, unsigned seed) {
+  std::vector<Case> members(5, like);
+  for (Case& c : members) fill_with(c, extras, ++seed);
+  return members;
 }
 
 // Gates that backward makes again have the bits that they had; sums over the pairs are added up in
@@ -538,46 +634,6 @@ void name_case(const Case& c, const char* rows) {
       (c.reset_c.empty() ? "" : " reset_c");
 }
 
-// ---- options that add to the cell ---------------------------------------------------------------
-
-enum Extra {
-  kPeephole = 1,
-  kLayerNorm = 2,
-  kHeads = 4,
-  kZoneout = 8,
-  kMasks = 16,
-  kDropout = 32,
-  kResetStates = 64,
-  kAllExtras = 127
-};
-
-// Fills a case with the options of `extras` on.
-void fill_with(Case& c, int extras, unsigned seed) {
-  std::mt19937 random(seed);
-  std::uniform_real_distribution<double> uniform(-0.8, 0.8);
-  CellOptions& maths = c.options.maths;
-  maths.peephole = c.has_c() && (extras & kPeephole);
-  maths.layer_norm = extras & kLayerNorm;
-  maths.heads = extras & kHeads ? 2 : 1;
-  if (extras & kZoneout) maths.zoneout_h = 0.3;
-  if (extras & kZoneout && c.has_c()) maths.zoneout_c = 0.4;
-  fill(c, seed);
-  const auto bits = [&](std::int64_t units) {
-    std::vector<unsigned char> mask(size_of(c.groups() * c.pairs() * units));
-    for (unsigned char& bit : mask) bit = random() % 3 == 0;
-    return mask;
-  };
-  if (extras & kMasks) c.zoneout_h_mask = bits(c.O());
-  if (extras & kMasks && c.has_c()) c.zoneout_c_mask = bits(c.H);
-  if (extras & kDropout)
-    for (std::int64_t i = 0; i < c.groups() * c.B * c.O(); ++i)
-      c.dropout_mask.push_back(random() % 4 == 0 ? 0 : 1.25);
-  if (!(extras & kResetStates)) return;
-  for (std::int64_t i = 0; i < c.groups() * c.O(); ++i) c.reset_h.push_back(uniform(random));
-  for (std::int64_t i = 0; i < c.groups() * c.H && c.has_c(); ++i)
-    c.reset_c.push_back(uniform(random));
-}
-
 void rows(Case& c, int kind) {
   if (kind == 1) c.lengths = {4, 0, 5};
   if (kind == 2) c.batch_sizes = {3, 3, 2, 1, 1};
@@ -599,6 +655,7 @@ void check_plain() {
       c.options = options;
       rows(c, kind);
       name_case(c, kRows[kind]);
+      check_ensemble(members_like(c, 0, seed));
       fill(c, ++seed);
       check_forward(c);
       check_backward(c);
@@ -613,6 +670,9 @@ void check_plain() {
     fill(wide, ++seed);
     check_forward(wide);
     check_threads(wide);
+    Case like = wide;  // enough work to be shared out
+    like.weights.clear();
+    check_ensemble(members_like(like, 0, seed));
     Case tall;  // many rows of different lengths: rows are dealt
     tall.options = options;
     name_case(tall, "many rows");
@@ -624,7 +684,7 @@ void check_plain() {
   }
 }
 
-// Every option alone, then some together.
+// Every option alone, then some together; ensembles of a few of these.
 void check_options() {
   unsigned seed = 1000;
   for (const Options& options : all_options())
@@ -638,8 +698,10 @@ void check_options() {
       c.options = options;
       c.H = 6;
       rows(c, kind);
+      const Case like = c;
       fill_with(c, extras, seed);
       name_case(c, kRows[kind]);
+      if (turn % 4 == 3) check_ensemble(members_like(like, extras, seed));
       check_forward(c);
       check_backward(c);
       check_recompute(c);
@@ -667,6 +729,7 @@ void check_parts() {
         check_recompute(c);
         c.options.recompute = true;
         check_threads(c);
+        if (options.layers > 1) check_ensemble({c, c, c});
       }
 }
 

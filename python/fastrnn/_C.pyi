@@ -246,6 +246,64 @@ def backward(
     Raises TypeError or ValueError, naming the argument, for what does not fit.
     """
 
+# Of an ensemble: every array but `batch_sizes` has a leading axis, the members; those that are read
+# may have a stride of 0 there, which shares one array among them all. One run of the engine.
+def forward_members(
+    options: Options,
+    members: int,
+    input: _Array,
+    h0: _Array | None,
+    c0: _Array | None,
+    weights: Sequence[_Array],
+    batch_sizes: _Array | None,
+    lengths: _Array | None,
+    reset: _Array | None,
+    hidden: _Array,
+    h_n: _Array,
+    c_n: _Array | None,
+    cell: _Array | None,
+    gates: _Array | None,
+    all_layers: bool,
+    threads: int = 0,
+    extras: _Extras | None = None,
+) -> None:
+    """`forward` for each of the members, 1 or more, which the threads share out among them.
+
+    Raises TypeError or ValueError, naming the argument, for what does not fit.
+    """
+
+def backward_members(
+    options: Options,
+    members: int,
+    input: _Array,
+    h0: _Array | None,
+    c0: _Array | None,
+    weights: Sequence[_Array],
+    batch_sizes: _Array | None,
+    lengths: _Array | None,
+    reset: _Array | None,
+    hidden: _Array,
+    cell: _Array | None,
+    gates: _Array | None,
+    d_output: _Array | None,
+    d_hidden: _Array | None,
+    d_cell: _Array | None,
+    d_h_n: _Array | None,
+    d_c_n: _Array | None,
+    d_input: _Array | None,
+    d_h0: _Array | None,
+    d_c0: _Array | None,
+    d_weights: Sequence[_Array | None] | None,
+    threads: int = 0,
+    extras: _Extras | None = None,
+    d_reset_h: _Array | None = None,
+    d_reset_c: _Array | None = None,
+) -> None:
+    """`backward` for each of the members.
+
+    Raises TypeError or ValueError, naming the argument, for what does not fit.
+    """
+
 @final
 class Stream:
     """A stack fed one step at a time (csrc/bind/stream.h)."""

@@ -18,6 +18,11 @@ from . import _autocast
 Lengths = Tensor | Sequence[int]
 Shape = tuple[int, ...]
 
+MAPPED_BATCH_SIZES = (
+    "batch_sizes of a PackedSequence cannot be mapped by vmap: they must be the same all along the "
+    "axis. Give a padded tensor and lengths= instead"
+)
+
 
 # ---- the input and the states of a layer ------------------------------------------------------
 
@@ -74,6 +79,8 @@ def check_batch_sizes(batch_sizes: Tensor) -> None:
             f"batch_sizes of a PackedSequence must be int64 (T,), "
             f"got {batch_sizes.dtype} of shape {tuple(batch_sizes.shape)}"
         )
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(batch_sizes):
+        raise RuntimeError(MAPPED_BATCH_SIZES)
 
 
 def refuse_with_packed(**arguments: Tensor | Sequence[int] | None) -> None:
@@ -162,7 +169,7 @@ def lengths_tensor(lengths: Lengths, input: Tensor, unbatched: bool) -> Tensor:
             f"got {tuple(lengths.shape)}"
         )
     lengths = lengths.to(torch.int64)
-    if batch > 0 and _has_values(lengths):
+    if batch > 0 and has_values(lengths):
         low, high = (int(bound) for bound in lengths.aminmax())
         if low < 0 or high > steps:
             raise ValueError(
@@ -172,7 +179,7 @@ def lengths_tensor(lengths: Lengths, input: Tensor, unbatched: bool) -> Tensor:
     return lengths.to(input.device)
 
 
-def _has_values(tensor: Tensor) -> bool:
+def has_values(tensor: Tensor) -> bool:
     """Whether the tensor's values can be read at once: on the CPU, and not while tracing."""
     return (
         tensor.device.type == "cpu"

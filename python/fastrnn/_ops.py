@@ -19,6 +19,12 @@ gates   (L·D, T·B or N, saved values)        what backward needs besides, comp
 
 ``backward`` gives the gradients of input, h0, c0, reset_h, reset_c and each weight, (0,) where
 ``needs`` is False. The arrays of `Extras` stand after ``reset``, then the fields of `Options`.
+
+``forward_members`` and ``backward_members`` do the same for an ensemble in one call of the engine:
+every tensor but batch_sizes, and every tensor that comes out, has a leading axis, the members. An
+array that members share has a stride of 0 there.
+
+Their autograd, and what they do under the transforms of ``torch.func``, is in _transforms.py.
 """
 
 from __future__ import annotations
@@ -51,17 +57,20 @@ _EXTRAS = (
     "Tensor? zoneout_c_mask"
 )
 
-_library: Any = torch.library.Library("fastrnn", "DEF")  # type: ignore[no-untyped-call]
-_library.define(
-    f"forward(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, {_STEPS}, {_EXTRAS}, "
-    f"{_OPTIONS}, bool states, bool save) -> "
-    "(Tensor hidden, Tensor h_n, Tensor c_n, Tensor cell, Tensor gates)"
+_FORWARD = (
+    f"(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, {_STEPS}, {_EXTRAS}, {_OPTIONS}, "
+    "bool states, bool save) -> (Tensor hidden, Tensor h_n, Tensor c_n, Tensor cell, Tensor gates)"
 )
-_library.define(
-    f"backward(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, {_STEPS}, {_EXTRAS}, "
+_BACKWARD = (
+    f"(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, {_STEPS}, {_EXTRAS}, "
     "Tensor hidden, Tensor cell_state, Tensor gates, Tensor? d_output, Tensor? d_hidden, "
     f"Tensor? d_cell, Tensor? d_h_n, Tensor? d_c_n, {_OPTIONS}, bool[] needs) -> Tensor[]"
 )
+
+library: Any = torch.library.Library("fastrnn", "DEF")  # type: ignore[no-untyped-call]
+for _members in ("", "_members"):
+    library.define(f"forward{_members}{_FORWARD}")
+    library.define(f"backward{_members}{_BACKWARD}")
 
 
 # ---- Kernels -------------------------------------------------------------------------------------
@@ -203,15 +212,22 @@ def _forward_fake(
     else:  # a value of batch_sizes, not known here
         rows = torch.library.get_ctx().new_dynamic_size()
     sizes = _sizes(engine_options(*options), input, rows, weights, options, states, save)
+    return _whole(_new_outputs(input, sizes), input)
+
+
+def _new_outputs(input: Tensor, sizes: _Sizes, members: tuple[int, ...] = ()) -> ForwardOutputs:
     compute = _compute_dtype(input.dtype)
-    outputs = (
-        input.new_empty(sizes.hidden),
-        input.new_empty(sizes.h_n),
-        None if sizes.c_n is None else input.new_empty(sizes.c_n),
-        None if sizes.cell is None else input.new_empty(sizes.cell, dtype=compute),
-        None if sizes.gates is None else input.new_empty(sizes.gates, dtype=compute),
+
+    def new(shape: tuple[int, ...] | None, dtype: torch.dtype) -> Tensor | None:
+        return None if shape is None else input.new_empty(members + shape, dtype=dtype)
+
+    return (
+        input.new_empty(members + sizes.hidden),
+        input.new_empty(members + sizes.h_n),
+        new(sizes.c_n, input.dtype),
+        new(sizes.cell, compute),
+        new(sizes.gates, compute),
     )
-    return _whole(outputs, input)
 
 
 def _run_backward(
@@ -290,23 +306,164 @@ def _backward_fake(
     ]
 
 
-# ---- Autograd ------------------------------------------------------------------------------------
+# ---- Kernels of ensembles ------------------------------------------------------------------------
+
+
+def _first(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.select(0, 0)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``x`` with the part of each member contiguous; shared ones stay shared."""
+    return x if x.select(0, 0).is_contiguous() else x.contiguous()
+
+
+def _forward_members_cpu(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    extras, options, (states, save) = rest[:5], rest[5:-2], rest[-2:]
+    engine = engine_options(*options)
+    members, one = input.shape[0], input.select(0, 0)
+    rows = one.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    first = [w.select(0, 0) for w in weights]
+    sizes = _sizes(engine, one, rows, first, options, states, save)
+    outputs = _new_outputs(input, sizes, (members,))
+    hidden, h_n, c_n, cell, gates = outputs
+    if gates is not None and (sizes.padding or lengths is not None):
+        gates.zero_()  # for the reason in _run_forward
+    _C.forward_members(
+        engine,
+        members,
+        input,
+        h0,
+        c0,
+        weights,
+        batch_sizes,
+        None if lengths is None else _dense(lengths),
+        reset,
+        hidden,
+        h_n,
+        c_n,
+        cell,
+        gates,
+        states or save,
+        torch.get_num_threads(),
+        extras,
+    )
+    return _whole(outputs, input)
+
+
+def _forward_members_fake(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    one = _forward_fake(
+        input.select(0, 0),
+        _first(h0),
+        _first(c0),
+        [w.select(0, 0) for w in weights],
+        batch_sizes,
+        _first(lengths),
+        _first(reset),
+        *map(_first, rest[:5]),
+        *rest[5:],
+    )
+    return tuple(y if y.dim() == 1 else y.new_empty((input.shape[0], *y.shape)) for y in one)
+
+
+def _backward_members_cpu(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reset_h: Tensor | None,
+    reset_c: Tensor | None,
+    dropout_mask: Tensor | None,
+    zoneout_h_mask: Tensor | None,
+    zoneout_c_mask: Tensor | None,
+    hidden: Tensor,
+    cell: Tensor,
+    gates: Tensor,
+    d_output: Tensor | None,
+    d_hidden: Tensor | None,
+    d_cell: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    *rest: Any,
+) -> list[Tensor]:
+    *options, needs = rest
+    engine = engine_options(*options)
+    gradients = [
+        input.new_empty(x.shape) if x is not None and needed else None
+        for x, needed in zip((input, h0, c0, reset_h, reset_c, *weights), needs, strict=True)
+    ]
+    d_input, d_h0, d_c0, d_reset_h, d_reset_c, *d_weights = gradients
+    _C.backward_members(
+        engine,
+        input.shape[0],
+        input,
+        h0,
+        c0,
+        weights,
+        batch_sizes,
+        None if lengths is None else _dense(lengths),
+        reset,
+        _dense(hidden),
+        _dense(cell) if engine.states == 2 else None,
+        None if gates.dim() == 1 else _dense(gates),
+        d_output,
+        d_hidden,
+        d_cell,
+        d_h_n,
+        d_c_n,
+        d_input,
+        d_h0,
+        d_c0,
+        d_weights if any(needs[5:]) else None,
+        torch.get_num_threads(),
+        (reset_h, reset_c, dropout_mask, zoneout_h_mask, zoneout_c_mask),
+        d_reset_h,
+        d_reset_c,
+    )
+    return [input.new_empty(0) if d is None else d for d in gradients]
+
+
+# ---- Autograd of calls by themselves -------------------------------------------------------------
 
 
 def forward(*arguments: Any, cache: _C.PackCache | None = None) -> ForwardOutputs:
     """``fastrnn::forward``, by the shorter way where that is the same; for its arguments see there.
 
     What is not wanted may come back as None, hidden of one layer without its first axis. The
-    operator itself knows no ``cache``.
+    operator itself knows no ``cache``, and saves by itself where a gradient is recorded.
     """
     outputs: ForwardOutputs
-    tensors = (*arguments[:3], *arguments[3], *arguments[7:12])
-    if torch.compiler.is_compiling() or not _C.nothing_listens(tensors):
-        outputs = forward_op(*arguments)
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.maybe_current_level() is not None
+        or not _C.nothing_listens((*arguments[:3], *arguments[3], *arguments[7:12]))
+    ):
+        outputs = forward_op(*arguments[:-1], False)
     else:
         save = arguments[-1]
         if save:
-            outputs = _apply(*arguments, keep_gates=False, cache=cache)
+            outputs = _apply(*arguments[:-1], cache=cache)
         else:
             outputs = _run_forward(*arguments, cache=cache)
     return outputs
@@ -339,11 +496,9 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        keep_gates: bool,  # backward leaves the output `gates` as it is
         cache: _C.PackCache | None,
         options: Scalars,
         states: bool,
-        save: bool,
         batch_sizes: Tensor | None,
         lengths: Tensor | None,
         reset: Tensor | None,
@@ -359,75 +514,72 @@ class _Recurrence(torch.autograd.Function):
     ) -> ForwardOutputs:
         steps = (batch_sizes, lengths, reset)
         masks = (dropout_mask, zoneout_h_mask, zoneout_c_mask)
-        given = (input, h0, c0, weights, *steps, reset_h, reset_c, *masks)
-        arguments = (*given, *options, states, save)
-        outputs: ForwardOutputs
-        if _C.nothing_listens((input, h0, c0, *weights, *given[7:])):
-            outputs = _run_forward(*arguments, cache=cache)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                outputs = forward_op(*arguments)
+        arguments = (input, h0, c0, weights, *steps, reset_h, reset_c, *masks)
+        outputs = _run_forward(*arguments, *options, states, True, cache=cache)
         hidden, h_n, c_n, cell, gates = outputs
         ctx.options = options
         ctx.set_materialize_grads(False)
-        saved = (hidden, cell, gates) if save else (None,) * 3
-        if keep_gates:
-            outputs = _whole(outputs, input)  # type: ignore[assignment]
-            empty = [x for x in outputs[2:4] if x is not None and x.dim() == 1]
-            ctx.mark_non_differentiable(*empty, outputs[4])
-        else:
-            outputs = (hidden, h_n, c_n, cell if states else None, None)
-        ctx.keep_gates = keep_gates
-        ctx.fresh = save  # `gates` is as forward left it
-        ctx.save_for_backward(*given[:3], *given[4:], *saved, *weights)
-        return outputs
+        ctx.fresh = True  # `gates` is as forward left it
+        ctx.save_for_backward(*arguments[:3], *arguments[4:], hidden, cell, gates, *weights)
+        return hidden, h_n, c_n, cell if states else None, None
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         given, saved, weights = tensors[:11], tensors[11:14], tensors[14:]
-        needs = ctx.needs_input_grad[11:]
+        needs = ctx.needs_input_grad[9:]
         if all(d is None for d in gradients):
-            return (None,) * (11 + len(needs))
+            return (None,) * (9 + len(needs))
         input = given[0]
         arguments = (*given[:3], weights, *given[3:])
-        found: Sequence[Tensor | None]
-        if torch.is_grad_enabled():  # create_graph=True
-            found = _composed_gradients(arguments, ctx.options, gradients, needs)
-        else:
+        found: Sequence[Tensor | None] | None = None
+        recorded = torch.is_grad_enabled()  # create_graph=True
+        if recorded or forward_ad._current_level >= 0:
+            found = _differentiable_gradients(arguments, ctx.options, gradients, needs)
+        if found is None:
             # The gradients of the gates take the place of the gates, where nobody else has these.
             # A second backward (retain_graph=True) runs forward again; `pop` gives them away once.
-            kept = ctx.keep_gates or ctx.options[-1]  # there are none with `recompute`
-            fresh = ctx.fresh if kept else ctx.__dict__.pop("fresh", False)
-            if not fresh:
+            # With `recompute`, the last option, there are none.
+            if not (ctx.options[-1] or ctx.__dict__.pop("fresh", False)):
                 again = (*arguments, *ctx.options, False, True)
                 by_itself = _C.nothing_listens((*given[:3], *weights, *given[6:]))
                 outputs = _run_forward(*again) if by_itself else forward_op(*again)
                 hidden, _, _, cell, gates = outputs
                 saved = (hidden, cell, gates)
-            d_hidden, d_h_n, d_c_n, d_cell, _ = gradients
-            d_output = None
-            if d_hidden is not None and d_hidden.dim() == input.dim():
-                d_output, d_hidden = d_hidden, None
-            elif d_hidden is not None and d_hidden.shape[0] == 1:  # the last layer's alone
-                d_output, d_hidden = d_hidden[0], None
-            d_states = (d_output, d_hidden, d_cell, d_h_n, d_c_n)
-            if _C.nothing_listens((*given[:3], *weights, *given[6:], *d_states)):
-                found = _run_backward(
-                    *arguments,
-                    *saved,
-                    *d_states,
-                    *ctx.options,
-                    needs,
-                    consume_gates=not (fresh and ctx.keep_gates),
-                )
-            else:
+            d_states = _cotangents(input, gradients)
+            tensors = (*given[:3], *weights, *given[6:], *d_states)
+            if not recorded and _C.nothing_listens(tensors):
+                try:
+                    found = _run_backward(
+                        *arguments, *saved, *d_states, *ctx.options, needs, consume_gates=True
+                    )
+                except TypeError:  # a gradient that vmap has wrapped, or what cannot be read at all
+                    from . import _transforms
+
+                    if not _transforms.is_mapped(d_states):
+                        raise
+            if found is None:
                 hidden, cell, gates = saved
                 hidden = hidden if hidden.dim() > input.dim() else hidden.unsqueeze(0)
                 cell = input.new_empty(0) if cell is None else cell
                 gates = input.new_empty(0) if gates is None else gates
-                found = backward_op(*arguments, hidden, cell, gates, *d_states, *ctx.options, needs)
-        return (*(None,) * 11, *(d if need else None for d, need in zip(found, needs, strict=True)))
+                from . import _transforms
+
+                found = _transforms.backward(
+                    *arguments, hidden, cell, gates, *d_states, *ctx.options, needs
+                )
+        return (*(None,) * 9, *(d if need else None for d, need in zip(found, needs, strict=True)))
+
+
+def _cotangents(input: Tensor, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
+    """d_output, d_hidden, d_cell, d_h_n, d_c_n, from the gradients of `_Recurrence`'s outputs."""
+    d_hidden, d_h_n, d_c_n, d_cell, _ = gradients
+    d_output = None
+    if d_hidden is not None and d_hidden.dim() == input.dim():
+        d_output, d_hidden = d_hidden, None
+    elif d_hidden is not None and d_hidden.shape[0] == 1:  # the last layer's alone
+        d_output, d_hidden = d_hidden[0], None
+    return d_output, d_hidden, d_cell, d_h_n, d_c_n
 
 
 def _apply(
@@ -439,19 +591,30 @@ def _apply(
     lengths: Tensor | None,
     reset: Tensor | None,
     *rest: Any,
-    keep_gates: bool,
     cache: _C.PackCache | None = None,
 ) -> Any:
     steps, (reset_h, reset_c, *masks) = (batch_sizes, lengths, reset), rest[:5]
     differentiable = (input, h0, c0, reset_h, reset_c, *weights)
     return _Recurrence.apply(  # type: ignore[no-untyped-call]
-        keep_gates, cache, rest[5:-2], *rest[-2:], *steps, *masks, *differentiable
+        cache, rest[5:-1], rest[-1], *steps, *masks, *differentiable
     )
 
 
-def _forward_autograd(input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    outputs: tuple[Tensor, ...] = _apply(input, *rest, keep_gates=True)
-    return outputs
+def _differentiable_gradients(
+    arguments: tuple[Any, ...],
+    options: Scalars,
+    gradients: tuple[Tensor | None, ...],
+    needs: Sequence[bool],
+) -> list[Tensor | None] | None:
+    """The gradients as functions of their arguments; None where the operator gives them so."""
+    if forward_ad._current_level >= 0:
+        from . import _transforms
+
+        cotangents = _cotangents(arguments[0], gradients)
+        return _transforms.gradients_of(_transforms.ONE, options, arguments, needs, cotangents)
+    if torch._C._functorch.maybe_current_level() is not None:
+        return None
+    return _composed_gradients(arguments, options, gradients, needs)
 
 
 def _composed_gradients(
@@ -501,11 +664,17 @@ def _composed_gradients(
 # ---- Registration --------------------------------------------------------------------------------
 
 
-_library.impl("forward", _forward_cpu, "CPU")
-_library.impl("forward", _forward_autograd, "Autograd")
-_library.impl("backward", _backward_cpu, "CPU")
-torch.library.register_fake("fastrnn::forward", _forward_fake, lib=_library)
-torch.library.register_fake("fastrnn::backward", _backward_fake, lib=_library)
+_kernels: tuple[tuple[str, Any, Any], ...] = (
+    ("forward", _forward_cpu, _forward_fake),
+    ("backward", _backward_cpu, _backward_fake),
+    ("forward_members", _forward_members_cpu, _forward_members_fake),
+    ("backward_members", _backward_members_cpu, _backward_fake),
+)
+for _name, _kernel, _fake in _kernels:
+    library.impl(_name, _kernel, "CPU")
+    torch.library.register_fake(f"fastrnn::{_name}", _fake, lib=library)
 
 forward_op = torch.ops.fastrnn.forward.default
 backward_op = torch.ops.fastrnn.backward.default
+forward_members_op = torch.ops.fastrnn.forward_members.default
+backward_members_op = torch.ops.fastrnn.backward_members.default

@@ -1,11 +1,12 @@
 """The one place that chooses how a stack of torch tensors is computed.
 
 - engine: the operator ``fastrnn::forward``, for real tensors on a device that the engine knows;
-- a first gradient: the same operator, whose backward is the operator ``fastrnn::backward``;
-- composed: plain torch operations, for complex numbers, for devices without an engine, under the
-  transforms of ``torch.func`` and forward-mode differentiation, and where the gradients of all
-  states are watched (``gradient_flow``); and, from inside the backward of the operator, for
-  derivatives of derivatives.
+- a first gradient: the same operator, whose backward is the operator ``fastrnn::backward``; under
+  ``torch.func``'s vmap, grad and vjp too, by the rules of _transforms.py;
+- composed: plain torch operations, for complex numbers, for devices without an engine, in
+  forward-mode differentiation, and where the gradients of all states are watched
+  (``gradient_flow``); and, from inside the backward of the operator, for derivatives of
+  derivatives.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _composed, _ops
+from . import _composed, _ops, _transforms
 from ._C import PackCache
 from ._engine import NO_EXTRAS, Extras, States, scalars
 from ._options import Options
@@ -80,9 +81,9 @@ def _needs_composed(input: Tensor) -> bool:
         return True
     if torch.compiler.is_compiling():
         return False
-    if torch.is_grad_enabled() and _composed.watchers.get():
+    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _composed.watchers.get()):
         return True
-    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+    return not _transforms.REGISTERED and torch._C._functorch.maybe_current_level() is not None
 
 
 def _engine_route(

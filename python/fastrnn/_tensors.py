@@ -17,6 +17,7 @@ from ._arguments import (
     check_lengths,
     check_shape,
 )
+from ._checks import has_values
 from ._engine import Extras, States
 from ._recurrent import recurrent
 
@@ -63,6 +64,11 @@ def forward(
     given = _prepared(given, batch_first)
     if not return_saved:
         return _run(options, given, batch_first, return_states)
+    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
+        raise RuntimeError(
+            "return_saved must be False under the transforms of torch.func: take gradients with "
+            "torch.func.grad or torch.func.vjp"
+        )
     with torch.enable_grad():
         own = Arguments(
             _leaf(given.input),
@@ -156,7 +162,7 @@ def _prepared(given: Arguments, batch_first: bool) -> Arguments:
             raise TypeError(f"lengths must be integers, got {lengths.dtype}")
         check_shape("lengths", tuple(lengths.shape), (B,))
         lengths = lengths.to(torch.int64)
-        if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        if has_values(lengths):
             check_lengths(lengths.tolist(), T)
     if reset is not None:
         reset = torch.as_tensor(reset, device=given.input.device)
