@@ -327,7 +327,10 @@ def test_a_step_allocates_nothing(dtype: str) -> None:
 
 
 def test_memory_does_not_grow() -> None:
-    resource = pytest.importorskip("resource")
+    if sys.platform != "linux":
+        pytest.skip("what is resident is counted in another unit here")
+    import resource
+
     stream = fastrnn.Stream(fastrnn.LSTM(64, 64))
     x = uniform(1, 64)
 
