@@ -138,10 +138,10 @@ class HostBlock {
 
   // Runs all threads of the block to their end.
   void run() {
-    for (int i = 0; i < kThreads; ++i) start(i);
 #if defined(__SANITIZE_THREAD__)
     scheduler_ = __tsan_get_current_fiber();
 #endif
+    for (int i = 0; i < kThreads; ++i) start(i);
     for (int left = kThreads; left > 0;) {
       for (Fiber& f : fibers_) {
         if (f.done.load(std::memory_order_acquire)) continue;
