@@ -87,8 +87,9 @@ struct CudaMachine {
     Words high, low;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      high.v[i] = Float32::high(a.v[i]);
-      low.v[i] = Float32::low(a.v[i], high.v[i]);
+      const u32 word = static_cast<u32>(opaque(static_cast<int>(a.v[i])));  // split at each step
+      high.v[i] = Float32::high(word);
+      low.v[i] = Float32::low(word, high.v[i]);
     }
     const u32 high0 = Float32::high(b0), high1 = Float32::high(b1);
     multiply(Tf32{}, c, low, high0, high1);

@@ -13,12 +13,12 @@
 #include <ucontext.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <random>
 #include <thread>
 #include <vector>
 
@@ -49,6 +49,8 @@ struct HostMachine {
   HostLaunch* launch;
   int number, index;  // of the thread, of the block
   int cluster_turn = 0;
+  long turns = 0;       // of waiting
+  unsigned random = 1;  // which of them sleep
 
   int thread() const { return number; }
   int block() const { return index; }
@@ -132,20 +134,19 @@ struct Meeting {
 class HostBlock {
  public:
   HostBlock(HostLaunch& launch, int index, std::function<void(HostMachine&)> kernel)
-      : launch_(launch), index_(index), kernel_(std::move(kernel)), random_(unsigned(index) + 1) {}
+      : launch_(launch), index_(index), kernel_(std::move(kernel)) {}
 
   // Runs all threads of the block to their end.
   void run() {
-    for (int i = 0; i < kThreads; ++i) start(i);
 #if defined(__SANITIZE_THREAD__)
     scheduler_ = __tsan_get_current_fiber();
 #endif
+    for (int i = 0; i < kThreads; ++i) start(i);
     for (int left = kThreads; left > 0;) {
-      for (current_ = 0; current_ < kThreads; ++current_) {
-        Fiber& f = fibers_[current_];
-        if (f.done) continue;
+      for (Fiber& f : fibers_) {
+        if (f.done.load(std::memory_order_acquire)) continue;
         enter(f);
-        if (f.done) --left;
+        if (f.done.load(std::memory_order_acquire)) --left;
       }
       std::this_thread::yield();
     }
@@ -154,10 +155,11 @@ class HostBlock {
 #endif
   }
 
-  // To the next fiber; comes back in its turn.
-  void give_way() {
-    Fiber& f = fibers_[current_];
-    if (launch_.delays && random_() % launch_.delays == 0)
+  // From thread `number` to the next; comes back in its turn.
+  void give_way(int number) {
+    Fiber& f = fibers_[number];
+    f.machine.random = f.machine.random * 1664525u + 1013904223u;
+    if (launch_.delays && (f.machine.random >> 8) % launch_.delays == 0)
       std::this_thread::sleep_for(std::chrono::microseconds(200));
 #if defined(__SANITIZE_THREAD__)
     __tsan_switch_to_fiber(scheduler_, __tsan_switch_to_fiber_no_sync);
@@ -166,7 +168,7 @@ class HostBlock {
   }
 
   template <class Work>
-  void meet(Meeting& meeting, int size, Work&& work) {
+  void meet(Meeting& meeting, int size, int number, Work&& work) {
     const unsigned turn = meeting.turn.load(std::memory_order_relaxed);
     if (meeting.come.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
       work();
@@ -175,7 +177,7 @@ class HostBlock {
     } else {
       for (long turns = 0; meeting.turn.load(std::memory_order_acquire) == turn; ++turns) {
         expect_less(turns);
-        give_way();
+        give_way(number);
       }
     }
   }
@@ -201,7 +203,7 @@ class HostBlock {
     std::unique_ptr<unsigned char[]> stack;
     HostMachine machine;
     HostBlock* home;
-    bool done = false;
+    std::atomic<bool> done{false};
     void* tsan = nullptr;
   };
 
@@ -209,6 +211,7 @@ class HostBlock {
     Fiber& f = fibers_[i];
     f.stack.reset(new unsigned char[kStack]);  // untouched, so that most of it is never there
     f.machine = HostMachine{this, &launch_, i, index_};
+    f.machine.random = static_cast<unsigned>(index_ * kThreads + i);
     f.home = this;
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
@@ -232,7 +235,7 @@ class HostBlock {
   static void enter_fiber(unsigned high, unsigned low) {
     Fiber& f = *reinterpret_cast<Fiber*>(static_cast<std::uintptr_t>(high) << 32 | low);
     f.home->kernel_(f.machine);
-    f.done = true;
+    f.done.store(true, std::memory_order_release);
 #if defined(__SANITIZE_THREAD__)
     __tsan_switch_to_fiber(f.home->scheduler_, __tsan_switch_to_fiber_no_sync);
 #endif
@@ -243,31 +246,28 @@ class HostBlock {
   HostLaunch& launch_;
   int index_;
   std::function<void(HostMachine&)> kernel_;
-  std::minstd_rand random_;
   Fiber fibers_[kThreads];
   ucontext_t context_;
-  int current_ = 0;
   [[maybe_unused]] void* scheduler_ = nullptr;
 };
 
 inline void HostMachine::waiting() {
-  static thread_local long turns = 0;
   home->expect_less(++turns);
-  home->give_way();
+  home->give_way(number);
 }
 
 inline void HostMachine::sync() {
-  home->meet(home->all, kThreads, [] {});
+  home->meet(home->all, kThreads, number, [] {});
 }
 
 inline void HostMachine::converge() {
-  home->meet(home->warps[number / kLanes].meeting, kLanes, [] {});
+  home->meet(home->warps[number / kLanes].meeting, kLanes, number, [] {});
 }
 
 inline u32 HostMachine::shuffle(u32 x, int lane) {
   HostBlock::Warp& w = home->warps[number / kLanes];
   w.in[number % kLanes] = x;
-  home->meet(w.meeting, kLanes, [&] { std::memcpy(w.out, w.in, sizeof w.in); });
+  home->meet(w.meeting, kLanes, number, [&] { std::memcpy(w.out, w.in, sizeof w.in); });
   return w.out[lane];
 }
 
@@ -345,7 +345,7 @@ void HostMachine::multiply(Operand, float (&c)[4], const Words& a, u32 b0, u32 b
     w.a[lane] = a;
     w.b[lane][0] = b0, w.b[lane][1] = b1;
     std::memcpy(w.c[lane], c, sizeof c);
-    home->meet(w.meeting, kLanes, [&] { product<Operand>(w); });
+    home->meet(w.meeting, kLanes, number, [&] { product<Operand>(w); });
     std::memcpy(c, w.sums[lane], sizeof c);
   }
 }
