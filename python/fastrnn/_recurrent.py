@@ -2,7 +2,8 @@
 
 - engine: the operator ``fastrnn::forward``, for real tensors on a device that the engine knows;
 - a first gradient: the same operator, whose backward is the operator ``fastrnn::backward``;
-- composed: plain torch operations, for complex numbers, for devices without an engine, under the
+- composed: plain torch operations, for complex numbers, for devices without an engine (CUDA among
+  them where its kernels are not turned on, see ``_engine.cuda_route``), under the
   transforms of ``torch.func`` and forward-mode differentiation; and, from inside the backward of
   the operator, for derivatives of derivatives.
 """
@@ -19,7 +20,7 @@ from torch.autograd import forward_ad
 
 from . import _composed, _ops
 from ._C import PackCache
-from ._engine import States, scalars
+from ._engine import States, cuda_route, scalars
 from ._options import Options
 
 Result = tuple[Tensor, tuple[Tensor, ...], States | None]
@@ -72,7 +73,10 @@ _ENGINE_DEVICES = frozenset({"cpu", "meta"})  # on meta the operator only works 
 
 
 def _needs_composed(input: Tensor) -> bool:
-    if input.device.type not in _ENGINE_DEVICES or input.is_complex():
+    device = input.device.type
+    if input.is_complex() or not (
+        device in _ENGINE_DEVICES or (device == "cuda" and cuda_route().kernels)
+    ):
         return True
     if torch.compiler.is_compiling():
         return False

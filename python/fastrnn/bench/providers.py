@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
 from fastrnn import _C
-from fastrnn.info import COMPOSED
+from fastrnn.info import COMPOSED, CUDA_ENGINE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -69,7 +69,8 @@ class Fastrnn:
         call = {} if data.reset is None else {"reset": data.reset}
         prepared = prepare_layer(layer, data, pass_, call)
         engine = any(name.startswith("fastrnn.") for name in operators(prepared, pass_))
-        prepared.kernel = f"engine {_C.isa()}" if engine else COMPOSED
+        own = CUDA_ENGINE if data.d_output.is_cuda else f"engine {_C.isa()}"
+        prepared.kernel = own if engine else COMPOSED
         return prepared
 
 
