@@ -174,6 +174,8 @@ def test_a_hundred_thousand_steps(gpu: torch.device, cell: str) -> None:
     """cuDNN gives up from 65,536 on."""
     options = Options(cell)  # type: ignore[arg-type]
     case = make(options, dtype=torch.float32, sizes=(100_000, 2, 3, 8))
+    # Small weights: large ones would make the recurrence chaotic, and any rounding grow.
+    case = case._replace(weights=[w.detach().mul(0.3).requires_grad_() for w in case.weights])
     expected = run(case)
     device_case = moved(case, gpu)
     actual = run(device_case)
