@@ -471,10 +471,11 @@ class Backward : Shape<Cell, S> {
     } else {
       launch_product(stream(), first);
     }
-    if constexpr (K::two_products)
+    if constexpr (K::two_products) {
       launch_product(stream(), BackwardSecond<Cell, S>{{}, a});
-    else if (Cell::projects && layer_.P)
-      launch_product(stream(), BackwardProjection<Cell, S>{{}, a});
+    } else if constexpr (Cell::projects) {
+      if (layer_.P) launch_product(stream(), BackwardProjection<Cell, S>{{}, a});
+    }
   }
 
   const Layer& layer_;

@@ -287,7 +287,7 @@ struct Workspace {
 
   void* take(std::size_t size) {
     bytes = size;
-    memory.assign(size + 128, 0xff);
+    memory = std::vector<unsigned char>(size + 128, 0xff);  // fresh: not as the last call left it
     const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
     at = reinterpret_cast<unsigned char*>((address + 63) / 64 * 64);
     return at;
