@@ -14,6 +14,7 @@ enum class Pass { forward, backward };
 struct Backend {
   // Bytes of scratch the pass needs. Reads sizes, options, pointers for presence only.
   std::size_t (*workspace_size)(const Problem&, Pass);
+  // The two that follow are null where a device keeps no packed weights.
   // Bytes that the stack's parameters take in the order in which the device's kernels read them,
   // and their packing, which forward then need not do (`Problem::packed`). Both read options,
   // dtype, I, H and, for pack, parameters and threads; the result serves any T and B.
@@ -30,6 +31,7 @@ struct Backend {
 };
 
 const Backend& cpu_backend();
+const Backend& cuda_backend();  // of builds with CUDA alone
 
 // What the engine knows of a cell, for callers that size arrays by it.
 struct CellTraits {

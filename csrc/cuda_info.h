@@ -21,7 +21,8 @@ struct CudaInfo {
   int runtime_version = 0;  // the runtime's inside this library
   int driver_version = 0;   // the newest CUDA the installed driver supports
   std::vector<CudaDevice> devices;
-  std::string error;  // why `devices` is empty; empty when nothing went wrong
+  std::string error;     // why `devices` is empty; empty when nothing went wrong
+  std::string cublaslt;  // the library of matrix products in use, or why there is none
 };
 
 // Never throws for a missing driver or device: says so in `error`.

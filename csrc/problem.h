@@ -116,10 +116,18 @@ struct Problem {
   // the states contiguous; `hidden` of the last layer alone, no `cell`, no `gates`.
   bool int8 = false;
 
+  // ---- on a GPU -----------------------------------------------------------------------------
+  // All arrays lie in the memory of `device`, batch_sizes apart, which the host reads. The call
+  // does its work in the order of `stream` and waits for nothing.
+  int device = 0;
+  void* stream = nullptr;   // a cudaStream_t
+  bool allow_tf32 = false;  // float32 products may round their factors to TF32
+
   // ---- which rows are active at each step (csrc/steps.h) ------------------------------------
   // At most one of the first two is given; neither: every row is active at every step.
   const std::int64_t* batch_sizes = nullptr;  // [T], not increasing: PackedSequence, data is packed
-  const std::int64_t* lengths = nullptr;      // [B], 0…T, any order: data is padded
+  // [B], 0…T, any order: data is padded. On a GPU what lies outside counts as the nearest of these.
+  const std::int64_t* lengths = nullptr;
   const bool* reset = nullptr;  // reset[t·reset_step + b·reset_row]; padded data only.
   std::int64_t reset_step = 0, reset_row = 0;  // True: reset_h, reset_c replace the state before
 

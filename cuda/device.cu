@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda_info.h"
+#include "library.h"
 
 namespace fastrnn {
 namespace {
@@ -18,6 +19,7 @@ CudaInfo cuda_info() {
   info.build_version = CUDART_VERSION;
   cudaRuntimeGetVersion(&info.runtime_version);
   cudaDriverGetVersion(&info.driver_version);
+  info.cublaslt = cuda::library_origin();
 
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);

@@ -35,7 +35,7 @@ def engine_array(x: npt.ArrayLike, dtype: str) -> Any:
 
 def to_float64(x: Any) -> npt.NDArray[np.float64]:
     """The exact values of an `engine_array`."""
-    return np.array(x if isinstance(x, np.ndarray) else x.double().numpy(), dtype=np.float64)
+    return np.array(x if isinstance(x, np.ndarray) else x.double().cpu().numpy(), dtype=np.float64)
 
 
 def rounded(problem: Problem, dtype: str) -> Problem:
@@ -76,11 +76,23 @@ def same(x: Any) -> Any:
     return x
 
 
+def on_device(device: Any) -> tuple[Callable[[Any], Any], dict[str, Any]]:
+    """What brings arrays to a CUDA device, and what a call there is given besides."""
+    import torch
+
+    def workspace(size: int) -> Any:
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return lambda x: torch.as_tensor(x).to(device), {"workspace": workspace, "stream": stream}
+
+
 class Call:
     """One problem in the engine's arrays. Results are filled with NaN before each pass, so that
     an element that the engine leaves out shows.
 
-    `arrange` may change the memory behind the arrays that the engine reads.
+    `arrange` may change the memory behind the arrays that the engine reads. On a CUDA `device` all
+    arrays are torch's, there.
     """
 
     def __init__(
@@ -90,19 +102,24 @@ class Call:
         *,
         threads: int = 1,
         arrange: Callable[[Any], Any] = same,
+        device: Any = None,
     ) -> None:
         self.problem, self.dtype, self.threads = problem, dtype, threads
         self.options = engine_options(problem.options)
-        self.storage = lambda x: None if x is None else arrange(engine_array(x, dtype))
+        self.place, self.work = same, {}
+        if device is not None:
+            self.place, self.work = on_device(device)
+        place = self.place
+        self.storage = lambda x: None if x is None else arrange(place(engine_array(x, dtype)))
         self.compute = lambda x: (
-            None if x is None else arrange(engine_array(x, compute_dtype(dtype)))
+            None if x is None else arrange(place(engine_array(x, compute_dtype(dtype))))
         )
         rows = problem.rows
         self.batch_sizes = (
             np.array(rows["batch_sizes"], np.int64) if "batch_sizes" in rows else None
         )
-        self.lengths = np.array(rows["lengths"], np.int64) if "lengths" in rows else None
-        self.reset = arrange(np.array(rows["reset"], np.bool_)) if "reset" in rows else None
+        self.lengths = place(np.array(rows["lengths"], np.int64)) if "lengths" in rows else None
+        self.reset = arrange(place(np.array(rows["reset"], np.bool_))) if "reset" in rows else None
 
         self.L = problem.options.num_layers
         self.D = 2 if problem.options.bidirectional else 1
@@ -133,7 +150,7 @@ class Call:
         return (*map(self.storage, anew), dropout, *keep)
 
     def blank(self, *shape: int, dtype: str = "") -> Any:
-        return engine_array(np.full(shape, np.nan), dtype or self.dtype)
+        return self.place(engine_array(np.full(shape, np.nan), dtype or self.dtype))
 
     def states_blank(self) -> tuple[Any, Any]:
         groups, B = self.L * self.D, self.problem.batch
@@ -162,6 +179,7 @@ class Call:
             all_layers=all_layers,
             threads=self.threads,
             extras=self.extras,
+            **self.work,
         )
 
     def backward(
@@ -205,6 +223,7 @@ class Call:
             extras=self.extras,
             d_reset_h=d_reset_h,
             d_reset_c=d_reset_c,
+            **self.work,
         )
 
     def solution(self) -> Solution:
@@ -228,9 +247,10 @@ def run_engine(
     *,
     threads: int = 1,
     arrange: Callable[[Any], Any] = same,
+    device: Any = None,
 ) -> Solution:
     """Forward and backward."""
-    call = Call(problem, dtype, threads=threads, arrange=arrange)
+    call = Call(problem, dtype, threads=threads, arrange=arrange, device=device)
     call.forward()
     call.backward()
     return call.solution()
@@ -242,11 +262,12 @@ def check_against_reference(
     *,
     threads: int = 1,
     arrange: Callable[[Any], Any] = same,
+    device: Any = None,
 ) -> None:
     """Both passes of the engine agree with the reference on the same, rounded values."""
     problem = rounded(problem, dtype)
     expected = problem.solve().named()
-    actual = run_engine(problem, dtype, threads=threads, arrange=arrange).named()
+    actual = run_engine(problem, dtype, threads=threads, arrange=arrange, device=device).named()
     for name, (quantity, value) in expected.items():
         assert_close(actual[name][1], value, dtype, quantity, name)
 

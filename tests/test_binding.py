@@ -466,6 +466,7 @@ def test_the_build_tells_what_it_is() -> None:
     if cuda is not None:
         assert re.fullmatch(r"\d+\.\d", cuda["build"])
         assert bool(cuda["devices"]) != bool(cuda["error"])
+        assert cuda["cublaslt"]
 
 
 # ---- nothing is left behind ---------------------------------------------------------------------

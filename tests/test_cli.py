@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import fastrnn
-from fastrnn import cli
+from fastrnn import _engine, cli
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -31,8 +31,21 @@ def test_info_json_parses_and_names_what_runs() -> None:
     known = json.loads(done.stdout)
     assert known["fastrnn"] == fastrnn.__version__
     assert known["cpu"]["isa"] in known["cpu"]["isas"]
-    assert known["routes"]["cuda"] == "composed torch operations"
+    assert known["routes"]["cuda"].startswith("composed torch operations (")
     assert known["cuda"]["devices"] is not None
+
+
+def test_info_says_which_route_cuda_tensors_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    def route() -> str:
+        return str(fastrnn.info()["routes"]["cuda"])
+
+    monkeypatch.setattr(_engine, "built_with_cuda", lambda: False)
+    assert route() == "composed torch operations (this build has no CUDA kernels)"
+    monkeypatch.setattr(_engine, "built_with_cuda", lambda: True)
+    monkeypatch.delenv("FASTRNN_CUDA_KERNELS", raising=False)
+    assert route().startswith("composed torch operations (FASTRNN_CUDA_KERNELS=1 turns on")
+    monkeypatch.setenv("FASTRNN_CUDA_KERNELS", "1")
+    assert route() == "engine CUDA, a launch for each step (FASTRNN_CUDA_KERNELS is set)"
 
 
 def test_info_is_a_function_of_the_package() -> None:

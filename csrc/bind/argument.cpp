@@ -68,7 +68,10 @@ Array::Array(py::handle object, const Name& name, Owners& owners) : name_(name) 
     strides_[i] = view.strides != nullptr ? view.strides[i] : size;
     size *= shape_[i];
   }
-  if (!on_host(view.device)) complain("host memory", "an array on " + device_name(view.device));
+  cuda_ = view.device.type == dlpack::kCUDA;
+  cuda_device_ = cuda_ ? view.device.id : 0;
+  if (!cuda_ && !on_host(view.device))
+    complain("host or CUDA memory", "an array on " + device_name(view.device));
   data_ = static_cast<char*>(view.data) + view.byte_offset;
   if (size == 0) {
     data_ = nothing;
@@ -141,6 +144,21 @@ const Array& Array::expect_contiguous() const {
 
 const Array& Array::expect_writable() const {
   if (read_only_) complain("an array to write to", "a read-only one");
+  return *this;
+}
+
+std::string Array::memory_text() const {
+  return cuda_ ? "memory of cuda:" + std::to_string(cuda_device_) : "host memory";
+}
+
+const Array& Array::expect_host() const {
+  if (cuda_) complain("host memory", "an array on cuda:" + std::to_string(cuda_device_));
+  return *this;
+}
+
+const Array& Array::expect_with(const Array& other) const {
+  if (cuda_ != other.cuda_ || cuda_device_ != other.cuda_device_)
+    complain(other.memory_text() + ", as " + other.name_.text() + " is in", memory_text());
   return *this;
 }
 

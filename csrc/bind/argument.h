@@ -31,7 +31,8 @@ using Owners = std::vector<Owner>;
 
 class Array {
  public:
-  // TypeError where `object` is no array, ValueError where the engine cannot read its memory.
+  // TypeError where `object` is no array, ValueError where no engine can read its memory: it is
+  // neither the host's nor on a CUDA device.
   Array(py::handle object, const Name& name, Owners& owners);
 
   std::int64_t ndim() const { return ndim_; }
@@ -40,6 +41,8 @@ class Array {
   void* data() const { return data_; }  // never null
   dlpack::DataType dtype() const { return dtype_; }
   std::size_t bytes() const;
+  bool host() const { return !cuda_; }
+  int cuda_device() const { return cuda_device_; }  // of an array that is not the host's
 
   // The part of member `index` of `members`, without the leading axis. ValueError where that axis
   // has another size.
@@ -51,6 +54,8 @@ class Array {
   const Array& expect_axes(std::int64_t ndim, const char* meaning) const;
   const Array& expect_contiguous() const;
   const Array& expect_writable() const;
+  const Array& expect_host() const;
+  const Array& expect_with(const Array& other) const;  // on the other's device
 
   [[noreturn]] void complain(const std::string& expected, const std::string& got) const;
 
@@ -59,6 +64,7 @@ class Array {
 
   bool contiguous() const;
   std::string shape_text() const;
+  std::string memory_text() const;
 
   Name name_;
   void* data_ = nullptr;
@@ -67,6 +73,8 @@ class Array {
   std::int64_t shape_[kMostAxes] = {};
   std::int64_t strides_[kMostAxes] = {};  // in elements
   bool read_only_ = false;
+  bool cuda_ = false;
+  int cuda_device_ = 0;
 };
 
 std::string text_of(const std::int64_t* shape, std::int64_t ndim);

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -110,18 +111,26 @@ class Call {
   void set_wanted_resets(py::handle d_reset_h, py::handle d_reset_c);
 
   void consume_gates(bool consume) { problem_.consume_gates = consume; }
-  void run(Pass pass, py::handle workspace);
+  // `workspace`: an array, or a function that gives one for a number of bytes. `stream`: a
+  // cudaStream_t as an integer.
+  void run(Pass pass, py::handle workspace, std::uintptr_t stream, bool allow_tf32);
   CheckedWeights checked_weights() {
     return {problem_, std::move(parameters_), std::move(owners_)};
   }
   static void run_together(const std::vector<Call>& calls, Pass pass);
 
  private:
+  // On the device of the input, which is the first; of members in host memory.
   Array array(py::handle object, const Name& name) {
-    if (members_ == nullptr) return Array(object, name, owners_);
-    if (index_ == 0) members_->arrays.emplace_back(object, name, members_->owners);
+    if (members_ == nullptr) {
+      Array a(object, name, owners_);
+      if (input_) a.expect_with(*input_);
+      return a;
+    }
+    if (index_ == 0) members_->arrays.emplace_back(object, name, members_->owners).expect_host();
     return members_->arrays.at(asked_++).member(index_, members_->count);
   }
+  bool host() const { return input_->host(); }
   static bool same_weights(const Call& a, const Call& b);
   void* result(py::handle object, const char* name, dlpack::DataType dtype, Shape shape,
                bool written);
@@ -129,6 +138,8 @@ class Call {
   State state(py::handle object, const char* name, std::int64_t units);
   State reset_state(py::handle object, const char* name, std::int64_t units);
   Mask mask(py::handle object, const char* name, std::int64_t units);
+  const Backend& backend() const;
+  void expect_kernels_for_options() const;
   Parameters parameters(const List& list, const char* argument, std::int64_t group, bool written);
   void set_batch_sizes(py::handle batch_sizes, std::int64_t rows);
   void expect_absent(py::handle object, const char* name) const;
@@ -164,6 +175,7 @@ class Call {
   dlpack::DataType storage_{}, compute_{};
   std::vector<std::int64_t> row_counts_;  // lengths or batch_sizes, of which there is one at most
   std::vector<Parameters> parameters_, d_parameters_;
+  std::optional<Array> input_;
   std::vector<Array> weights_;
   std::shared_ptr<const Memory> packed_;
   Owners owners_;
@@ -177,7 +189,10 @@ void Call::expect_absent(py::handle object, const char* name) const {
 
 void Call::set_batch_sizes(py::handle batch_sizes, std::int64_t rows) {
   const Array sizes(batch_sizes, {"batch_sizes"}, owners_);  // those of every member
-  sizes.expect_dtype({dlpack::kInt, 64, 1}).expect_axes(1, "one axis (T,)").expect_contiguous();
+  sizes.expect_host()
+      .expect_dtype({dlpack::kInt, 64, 1})
+      .expect_axes(1, "one axis (T,)")
+      .expect_contiguous();
   problem_.T = sizes.shape(0);
   const std::int64_t* values = problem_.batch_sizes = kept(sizes, problem_.T);
   problem_.B = problem_.T > 0 ? values[0] : 0;
@@ -197,7 +212,8 @@ void Call::set_batch_sizes(py::handle batch_sizes, std::int64_t rows) {
 }
 
 void Call::set_input(py::handle input, py::handle batch_sizes) {
-  const Array x = array(input, {"input"});
+  const Array& x = input_.emplace(array(input, {"input"}));
+  problem_.device = x.cuda_device();
   problem_.dtype = storage_of(x);
   storage_ = data_type(problem_.dtype);
   compute_ = data_type(problem_.dtype == DType::f64 ? DType::f64 : DType::f32);
@@ -293,6 +309,7 @@ void Call::set_weights(py::handle weights) {
 }
 
 void Call::use_cache(py::handle weights, PackCache& cache) {
+  if (!host()) return;
   const List list(weights, "weights");
   std::vector<py::object> objects;
   for (std::int64_t i = 0; i < list.size(); ++i)
@@ -306,8 +323,8 @@ void Call::set_rows(py::handle lengths, py::handle reset) {
     if (packed()) throw py::value_error("lengths: expected None with batch_sizes");
     const Array a = array(lengths, {"lengths"});
     a.expect_dtype({dlpack::kInt, 64, 1}).expect_shape({problem_.B}).expect_contiguous();
-    problem_.lengths = kept(a, problem_.B);
-    for (std::int64_t b = 0; b < problem_.B; ++b)
+    problem_.lengths = host() ? kept(a, problem_.B) : static_cast<const std::int64_t*>(a.data());
+    for (std::int64_t b = 0; host() && b < problem_.B; ++b)
       if (problem_.lengths[b] < 0 || problem_.lengths[b] > problem_.T)
         a.complain("values from 0 to the number of steps, " + std::to_string(problem_.T),
                    std::to_string(problem_.lengths[b]) + " in row " + std::to_string(b));
@@ -491,11 +508,38 @@ void Call::set_wanted_resets(py::handle d_reset_h, py::handle d_reset_c) {
     problem_.d_reset_c = wanted(d_reset_c, "d_reset_c", {L_ * D_, problem_.H});
 }
 
-void Call::run(Pass pass, py::handle workspace) {
-  const Backend& backend = cpu_backend();
-  const std::size_t bytes = backend.workspace_size(problem_, pass);
-  if (!workspace.is_none()) {
-    const Array a = array(workspace, {"workspace"});
+void Call::expect_kernels_for_options() const {
+  const Problem& p = problem_;
+  const bool more = p.options.maths.beyond_the_cell() || p.options.recompute || p.reset_h.data ||
+                    p.reset_c.data || p.dropout_mask.data || p.zoneout_h_mask.data ||
+                    p.zoneout_c_mask.data;
+  if (more && !host())
+    throw py::value_error("options: expected those that the CUDA kernels know, got more");
+}
+
+const Backend& Call::backend() const {
+  if (host()) return cpu_backend();
+#ifdef FASTRNN_HAS_CUDA
+  return cuda_backend();
+#else
+  input_->complain("host memory: this build has no kernels for CUDA",
+                   "an array on cuda:" + std::to_string(input_->cuda_device()));
+#endif
+}
+
+void Call::run(Pass pass, py::handle workspace, std::uintptr_t stream, bool allow_tf32) {
+  const Backend& device = backend();
+  expect_kernels_for_options();
+  problem_.stream = reinterpret_cast<void*>(stream);
+  problem_.allow_tf32 = allow_tf32;
+  const std::size_t bytes = device.workspace_size(problem_, pass);
+  py::object given = py::reinterpret_borrow<py::object>(workspace);
+  if (PyCallable_Check(given.ptr())) given = given(bytes);
+  if (given.is_none() && !host())
+    throw py::value_error("workspace: expected " + std::to_string(bytes) +
+                          " bytes on the device of input, got None");
+  if (!given.is_none()) {
+    const Array a = array(given, {"workspace"});
     a.expect_writable().expect_contiguous();
     if (a.bytes() < bytes || reinterpret_cast<std::uintptr_t>(a.data()) % 64 != 0)
       a.complain(std::to_string(bytes) + " bytes, 64-byte aligned",
@@ -503,9 +547,9 @@ void Call::run(Pass pass, py::handle workspace) {
     problem_.workspace = a.data();
   }
   py::gil_scoped_release no_gil;
-  const Scratch scratch(workspace.is_none() ? bytes : 0);
-  if (workspace.is_none()) problem_.workspace = scratch.data();
-  (pass == Pass::forward ? backend.forward : backend.backward)(problem_);
+  const Scratch scratch(given.is_none() ? bytes : 0);
+  if (given.is_none()) problem_.workspace = scratch.data();
+  (pass == Pass::forward ? device.forward : device.backward)(problem_);
 }
 
 // Whether the parameters lie in the same place. Those of an ensemble lie apart by one stride each,
@@ -587,12 +631,13 @@ void run_members(const CheckedOptions& options, std::int64_t count, const Argume
 
 void forward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg weights, Arg batch_sizes,
              Arg lengths, Arg reset, Arg hidden, Arg h_n, Arg c_n, Arg cell, Arg gates,
-             bool all_layers, int threads, Arg workspace, PackCache* cache, Arg extras) {
+             bool all_layers, int threads, Arg workspace, PackCache* cache, Arg extras,
+             std::uintptr_t stream, bool allow_tf32) {
   Call call(options, threads);
   fill(call, ForwardArguments{input, h0, c0, weights, batch_sizes, lengths, reset, extras, hidden,
                               h_n, c_n, cell, gates, all_layers});
   if (cache != nullptr) call.use_cache(weights, *cache);
-  call.run(Pass::forward, workspace);
+  call.run(Pass::forward, workspace, stream, allow_tf32);
 }
 
 void forward_members(const CheckedOptions& options, std::int64_t members, Arg input, Arg h0, Arg c0,
@@ -608,13 +653,13 @@ void backward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg weig
               Arg batch_sizes, Arg lengths, Arg reset, Arg hidden, Arg cell, Arg gates,
               Arg d_output, Arg d_hidden, Arg d_cell, Arg d_h_n, Arg d_c_n, Arg d_input, Arg d_h0,
               Arg d_c0, Arg d_weights, bool consume_gates, int threads, Arg workspace, Arg extras,
-              Arg d_reset_h, Arg d_reset_c) {
+              Arg d_reset_h, Arg d_reset_c, std::uintptr_t stream, bool allow_tf32) {
   Call call(options, threads);
   fill(call, BackwardArguments{input,    h0,        c0,        weights,   batch_sizes,  lengths,
                                reset,    extras,    hidden,    cell,      gates,        d_output,
                                d_hidden, d_cell,    d_h_n,     d_c_n,     d_input,      d_h0,
                                d_c0,     d_weights, d_reset_h, d_reset_c, consume_gates});
-  call.run(Pass::backward, workspace);
+  call.run(Pass::backward, workspace, stream, allow_tf32);
 }
 
 void backward_members(const CheckedOptions& options, std::int64_t members, Arg input, Arg h0,
@@ -654,14 +699,15 @@ void register_call(py::module_& module) {
   module.def("forward", forward, arg("options"), arg("input"), arg("h0"), arg("c0"), arg("weights"),
              arg("batch_sizes"), arg("lengths"), arg("reset"), arg("hidden"), arg("h_n"),
              arg("c_n"), arg("cell"), arg("gates"), arg("all_layers"), arg("threads") = 0,
-             arg("workspace") = py::none(), arg("cache") = py::none(), arg("extras") = py::none());
+             arg("workspace") = py::none(), arg("cache") = py::none(), arg("extras") = py::none(),
+             arg("stream") = 0, arg("allow_tf32") = false);
   module.def("backward", backward, arg("options"), arg("input"), arg("h0"), arg("c0"),
              arg("weights"), arg("batch_sizes"), arg("lengths"), arg("reset"), arg("hidden"),
              arg("cell"), arg("gates"), arg("d_output"), arg("d_hidden"), arg("d_cell"),
              arg("d_h_n"), arg("d_c_n"), arg("d_input"), arg("d_h0"), arg("d_c0"), arg("d_weights"),
              arg("consume_gates") = false, arg("threads") = 0, arg("workspace") = py::none(),
              arg("extras") = py::none(), arg("d_reset_h") = py::none(),
-             arg("d_reset_c") = py::none());
+             arg("d_reset_c") = py::none(), arg("stream") = 0, arg("allow_tf32") = false);
   module.def("forward_members", forward_members, arg("options"), arg("members"), arg("input"),
              arg("h0"), arg("c0"), arg("weights"), arg("batch_sizes"), arg("lengths"), arg("reset"),
              arg("hidden"), arg("h_n"), arg("c_n"), arg("cell"), arg("gates"), arg("all_layers"),

@@ -88,13 +88,16 @@ bool negation_pending(py::handle tensor) {
 namespace {
 
 // Whether calling the engine itself cannot be told from going through torch's dispatcher: the
-// tensors (or None) are plain ones in this machine's memory, and nothing traces, fakes or profiles.
+// tensors (or None) are plain ones in this machine's memory or a GPU's, and nothing traces, fakes
+// or profiles.
 bool nothing_listens(const py::tuple& tensors) {
   static PyObject* const is_cpu = interned("is_cpu");
+  static PyObject* const is_cuda = interned("is_cuda");
   if (!all_quiet(torch.listening)) return false;
   for (const py::handle tensor : tensors) {
     if (tensor.is_none()) continue;
-    if (!is_plain(tensor) || !holds(tensor, is_cpu, false) || negation_pending(tensor))
+    if (!is_plain(tensor) || !(holds(tensor, is_cpu, false) || holds(tensor, is_cuda, false)) ||
+        negation_pending(tensor))
       return false;
   }
   return true;
@@ -131,7 +134,7 @@ class Inference {
   // (T, B, I); with batch_first (B, T, I); a cell's (B, I).
   void set_input(py::handle input, bool batch_first, bool cell) {
     expect_settled(input);
-    const Array x(input, {"input"}, owners_);
+    const Array x = host_array(input, {"input"});
     expect(x.ndim() == (cell ? 2 : 3));
     dtype_ = x.dtype();
     expect(find_dtype(dtype_));
@@ -162,7 +165,7 @@ class Inference {
       expect(weight != nullptr);
       expect(is_plain(weight));
       objects_.push_back(py::reinterpret_borrow<py::object>(weight));
-      arrays_.emplace_back(weight, Name{"weights"}, owners_);
+      arrays_.push_back(host_array(weight, {"weights"}));
       expect(same(arrays_.back().dtype(), dtype_));
     }
     expect(arrays_[1].ndim() == 2);
@@ -229,6 +232,12 @@ class Inference {
   }
 
  private:
+  Array host_array(py::handle object, const Name& name) {
+    Array a(object, name, owners_);
+    expect(a.host());
+    return a;
+  }
+
   bool find_dtype(dlpack::DataType dtype) {
     for (const DType known : {DType::f32, DType::f64, DType::bf16, DType::f16})
       if (same(dtype, data_type(known))) {
@@ -245,7 +254,7 @@ class Inference {
   State state(py::handle object, std::int64_t units, bool cell) {
     const std::int64_t groups = problem_.options.layers * problem_.options.directions;
     expect_settled(object);
-    const Array a(object, {"hx"}, owners_);
+    const Array a = host_array(object, {"hx"});
     expect(same(a.dtype(), dtype_));
     if (cell) {
       expect(has_shape(a, {problem_.B, units}));

@@ -41,6 +41,7 @@ py::object cuda() {
   result["driver"] = version(info.driver_version);
   result["devices"] = devices;
   result["error"] = info.error.empty() ? py::none() : py::object(py::str(info.error));
+  result["cublaslt"] = info.cublaslt;
   return result;
 }
 #else

@@ -9,13 +9,8 @@
 // small arguments keep all their digits (2σ(2x) − 1 would lose them).
 #pragma once
 
+#include "../inline.h"
 #include "../problem.h"
-
-#if defined(__CUDACC__)
-#define FASTRNN_CELL __host__ __device__ __forceinline__
-#else
-#define FASTRNN_CELL inline __attribute__((always_inline))
-#endif
 
 namespace fastrnn {
 

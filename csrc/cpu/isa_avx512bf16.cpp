@@ -7,7 +7,6 @@
 namespace fastrnn {
 const InstructionSet avx512bf16_set = {
     "avx512bf16",
-    avx512bf16::Table<AllCells,
-                      avx512bf16::StorageList<void, void, avx512bf16::Bf16, void>>::kernels,
+    avx512bf16::Table<AllCells, avx512bf16::StorageList<void, void, Bf16, void>>::kernels,
     avx512bf16::roof_loops, nullptr, &avx512vnni_set};
 }

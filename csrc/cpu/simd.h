@@ -11,6 +11,7 @@
 
 #include "../problem.h"
 #include "../steps.h"
+#include "../storage.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -190,72 +191,7 @@ FASTRNN_INLINE Vec<T> exp_minus(Vec<T> x) {
   return Vec<T>(y.v > limit.v ? Vec<T>(__builtin_inf()).v : value.v);
 }
 
-// ---- storage types --------------------------------------------------------------------------
-
-struct Bf16 {
-  std::uint16_t bits;
-};
-struct F16 {
-  std::uint16_t bits;
-};
-
-template <class S>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-
-FASTRNN_INLINE float as_float(std::uint32_t bits) {
-  float x;
-  __builtin_memcpy(&x, &bits, 4);
-  return x;
-}
-FASTRNN_INLINE std::uint32_t as_bits(float x) {
-  std::uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
-  return bits;
-}
-
-FASTRNN_INLINE float widen(float x) { return x; }
-FASTRNN_INLINE double widen(double x) { return x; }
-FASTRNN_INLINE float widen(Bf16 x) { return as_float(static_cast<std::uint32_t>(x.bits) << 16); }
-FASTRNN_INLINE float widen(F16 x) {
-  const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
-  const std::uint32_t magnitude = static_cast<std::uint32_t>(x.bits & 0x7fffu) << 13;
-  if (magnitude > 0x0f800000u) return as_float(sign | magnitude | 0x7fc00000u);  // NaN, made quiet
-  if (magnitude == 0x0f800000u) return as_float(sign | 0x7f800000u);             // infinity
-  if (magnitude < 0x00800000u)  // subnormal: 2^-14·(1 + m) − 2^-14, no subnormal float on the way
-    return as_float(sign | as_bits(as_float(0x38800000u | magnitude) - as_float(0x38800000u)));
-  return as_float(sign | (magnitude + 0x38000000u));
-}
-
-FASTRNN_INLINE void narrow(float x, float* to) { *to = x; }
-FASTRNN_INLINE void narrow(double x, double* to) { *to = x; }
-// Round to nearest, ties to even; NaN stays NaN.
-FASTRNN_INLINE void narrow(float x, Bf16* to) {
-  const std::uint32_t bits = as_bits(x);
-  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  to->bits = static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
-FASTRNN_INLINE void narrow(float x, F16* to) {
-  const std::uint32_t bits = as_bits(x);
-  const std::uint32_t sign = (bits >> 16) & 0x8000u;
-  const std::uint32_t magnitude = bits & 0x7fffffffu;
-  std::uint32_t half;
-  if (magnitude > 0x7f800000u) {
-    half = 0x7e00u | ((magnitude >> 13) & 0x1ffu);  // NaN, made quiet
-  } else if (magnitude >= 0x477ff000u) {            // rounds to 2^16 or more
-    half = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves the digits at the end
-    half = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u;
-  } else {
-    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  }
-  to->bits = static_cast<std::uint16_t>(sign | half);
-}
+// ---- storage types (csrc/storage.h) -----------------------------------------------------------
 
 // A vector's worth of a 16-bit type.
 typedef std::uint16_t Halves __attribute__((vector_size(FASTRNN_VECTOR_BYTES / 2)));

@@ -161,8 +161,9 @@ def set_torch(
 def nothing_listens(tensors: tuple[Any, ...]) -> bool:
     """Whether calling a kernel itself cannot be told from going through torch's dispatcher.
 
-    So it is where the tensors are plain ones in this machine's memory and nothing traces, fakes or
-    profiles. The short way costs an LSTM of one step and 16 units less than half of the long one.
+    So it is where the tensors are plain ones in this machine's memory or a GPU's, and nothing
+    traces, fakes or profiles. The short way costs an LSTM of one step and 16 units less than half
+    of the long one.
     """
 
 def infer(
@@ -201,11 +202,17 @@ def forward(
     gates: _Array | None,
     all_layers: bool,
     threads: int = 0,
-    workspace: _Array | None = None,
+    workspace: _Array | Callable[[int], _Array] | None = None,
     cache: PackCache | None = None,
     extras: _Extras | None = None,
+    stream: int = 0,
+    allow_tf32: bool = False,
 ) -> None:
     """Runs the stack; writes `hidden`, `h_n` and, where given, `c_n`, `cell`, `gates`.
+
+    All arrays are the host's, or all but `batch_sizes` are on one CUDA device: then `workspace`
+    must be given, an array there or a function that makes one of so many bytes, and the work is
+    done in the order of `stream`, a cudaStream_t as an integer, without waiting for it.
 
     Raises TypeError or ValueError, naming the argument, for what does not fit.
     """
@@ -233,10 +240,12 @@ def backward(
     d_weights: Sequence[_Array | None] | None,
     consume_gates: bool = False,
     threads: int = 0,
-    workspace: _Array | None = None,
+    workspace: _Array | Callable[[int], _Array] | None = None,
     extras: _Extras | None = None,
     d_reset_h: _Array | None = None,
     d_reset_c: _Array | None = None,
+    stream: int = 0,
+    allow_tf32: bool = False,
 ) -> None:
     """Gradients of what `forward` computed, written where an array is given for them.
 
@@ -382,6 +391,7 @@ class _CudaInfo(TypedDict):
     driver: str | None
     devices: list[_CudaDevice]
     error: str | None
+    cublaslt: str  # the library of matrix products in use, or why there is none
 
 def cuda_info() -> _CudaInfo | None:
     """The CUDA of this build and its devices; None in a build for the CPU alone."""

@@ -61,6 +61,10 @@ def forward(
     return_saved: bool,
 ) -> Outputs:
     given = _taken(options, arguments(options, input, hx, weights, lengths, reset, extras))
+    if given.input.device.startswith("cuda"):
+        raise ValueError(
+            f"input must be in host memory, got {given.input.device}: on a GPU, pass torch tensors"
+        )
     check(options, given, _describe, batch_first=batch_first)
     given = _time_major(given, batch_first)
     engine = engine_options(*scalars(options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -109,3 +110,35 @@ def engine_options(
 def saved_size(engine: _C.Options, hidden_size: int) -> int:
     """How many values forward saves for each row of each step; its vectors fill up to 16 units."""
     return engine.saved_planes * ((hidden_size + 15) // 16 * 16)
+
+
+class CudaRoute(NamedTuple):
+    """How tensors on a CUDA device are computed, and why."""
+
+    kernels: bool  # the engine's own
+    reason: str
+
+
+CUDA_SWITCH = "FASTRNN_CUDA_KERNELS"
+
+
+def cuda_route() -> CudaRoute:
+    """The route of CUDA tensors: composed torch operations, unless the kernels are asked for.
+
+    They are the default once they have been seen right on a GPU. Until then ``1`` in the
+    environment variable FASTRNN_CUDA_KERNELS turns them on; it is read at every call.
+
+    >>> cuda_route().reason != ""
+    True
+    """
+    if not built_with_cuda():
+        return CudaRoute(False, "this build has no CUDA kernels")
+    if os.environ.get(CUDA_SWITCH, "0") in ("", "0"):
+        return CudaRoute(False, f"{CUDA_SWITCH}=1 turns on the kernels, not yet the default")
+    return CudaRoute(True, f"{CUDA_SWITCH} is set")
+
+
+@lru_cache(maxsize=1)
+def built_with_cuda() -> bool:
+    """Whether the engine was compiled with its CUDA kernels."""
+    return _C.cuda_info() is not None

@@ -1,8 +1,9 @@
 """The engine as torch operators, ``fastrnn::forward`` and ``fastrnn::backward``.
 
 One operator runs a whole stack, so that torch.compile and torch.export see one node. Registered
-here: the schema; the CPU kernel, which allocates the outputs and calls the engine; the fake kernel,
-which allocates alone; and autograd. The compute dtype of half types is float32, of others itself.
+here: the schema; the kernel for CPU and CUDA, which allocates the outputs and calls the engine;
+the fake kernel, which allocates alone; and autograd. The compute dtype of half types is float32, of
+others itself.
 
 ``forward`` gives, each contiguous and, where not wanted, of shape (0,):
 
@@ -41,7 +42,7 @@ from ._engine import Extras, Scalars, engine_options, saved_size
 from ._options import Options
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 # hidden, h_n, c_n, cell, gates; a kernel called by itself gives None for what is not wanted.
 ForwardOutputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -117,6 +118,35 @@ def _sizes(
     )
 
 
+class _Device(NamedTuple):
+    """What the engine is told of the device, the last arguments of its calls."""
+
+    workspace: Callable[[int], Tensor] | None = None  # None: the engine's own
+    cache: _C.PackCache | None = None
+    stream: int = 0
+    allow_tf32: bool = False
+
+
+def _device(input: Tensor, cache: _C.PackCache | None = None) -> _Device:
+    if not input.is_cuda:
+        return _Device(cache=cache)
+    return _Device(
+        # On the current stream, so that the memory is used again only after the call.
+        lambda size: torch.empty(size, dtype=torch.uint8, device=input.device),
+        None,
+        torch.cuda.current_stream(input.device).cuda_stream,
+        input.dtype == torch.float32 and _allows_tf32(),
+    )
+
+
+def _allows_tf32() -> bool:
+    """Whether torch lets cuDNN's recurrent layers round float32 factors to TF32."""
+    try:
+        return bool(torch.backends.cudnn.allow_tf32)
+    except RuntimeError:  # set by operator, which this setting does not know
+        return bool(torch._C._get_fp32_precision_getter("cuda", "rnn") == "tf32")
+
+
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
@@ -148,12 +178,14 @@ def _run_forward(
     if sizes.c_n is not None:
         c_n = input.new_empty(sizes.c_n)
     if sizes.cell is not None:
-        cell = torch.empty(sizes.cell, dtype=compute)
+        cell = input.new_empty(sizes.cell, dtype=compute)
     if sizes.gates is not None:
         # The engine leaves the padding of vectors and the rows that do not run as they are, but
         # an operator must give the same outputs every time.
-        allocate = torch.zeros if sizes.padding or lengths is not None else torch.empty
+        incomplete = sizes.padding or lengths is not None
+        allocate = input.new_zeros if incomplete else input.new_empty
         gates = allocate(sizes.gates, dtype=compute)
+    device = _device(input, cache)
     _C.forward(
         engine,
         input,
@@ -170,9 +202,11 @@ def _run_forward(
         gates,
         states or save,
         torch.get_num_threads(),
-        None,
-        cache,
+        device.workspace,
+        device.cache,
         extras,
+        device.stream,
+        device.allow_tf32,
     )
     return hidden, h_n, c_n, cell, gates
 
@@ -190,7 +224,7 @@ def _whole(outputs: ForwardOutputs, input: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def _forward_cpu(input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _forward_kernel(input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return _whole(_run_forward(input, *rest), input)
 
 
@@ -262,6 +296,7 @@ def _run_backward(
     ]
     d_input, d_h0, d_c0, d_reset_h, d_reset_c, *d_weights = gradients
     engine = engine_options(*options)
+    device = _device(input)
     _C.backward(
         engine,
         input,
@@ -285,15 +320,17 @@ def _run_backward(
         d_weights if any(needs[5:]) else None,
         consume_gates,
         torch.get_num_threads(),
-        None,
+        device.workspace,
         (reset_h, reset_c, dropout_mask, zoneout_h_mask, zoneout_c_mask),
         d_reset_h,
         d_reset_c,
+        device.stream,
+        device.allow_tf32,
     )
     return gradients
 
 
-def _backward_cpu(input: Tensor, *rest: Any) -> list[Tensor]:
+def _backward_kernel(input: Tensor, *rest: Any) -> list[Tensor]:
     return [input.new_empty(0) if d is None else d for d in _run_backward(input, *rest)]
 
 
@@ -665,13 +702,15 @@ def _composed_gradients(
 
 
 _kernels: tuple[tuple[str, Any, Any], ...] = (
-    ("forward", _forward_cpu, _forward_fake),
-    ("backward", _backward_cpu, _backward_fake),
+    ("forward", _forward_kernel, _forward_fake),
+    ("backward", _backward_kernel, _backward_fake),
     ("forward_members", _forward_members_cpu, _forward_members_fake),
     ("backward_members", _backward_members_cpu, _backward_fake),
 )
 for _name, _kernel, _fake in _kernels:
     library.impl(_name, _kernel, "CPU")
+    if not _name.endswith("_members"):
+        library.impl(_name, _kernel, "CUDA")
     torch.library.register_fake(f"fastrnn::{_name}", _fake, lib=library)
 
 forward_op = torch.ops.fastrnn.forward.default

@@ -3,10 +3,10 @@
 - engine: the operator ``fastrnn::forward``, for real tensors on a device that the engine knows;
 - a first gradient: the same operator, whose backward is the operator ``fastrnn::backward``; under
   ``torch.func``'s vmap, grad and vjp too, by the rules of _transforms.py;
-- composed: plain torch operations, for complex numbers, for devices without an engine, in
-  forward-mode differentiation, and where the gradients of all states are watched
-  (``gradient_flow``); and, from inside the backward of the operator, for derivatives of
-  derivatives.
+- composed: plain torch operations, for complex numbers, for devices without an engine (CUDA among
+  them where its kernels are not turned on, see ``_engine.cuda_route``), in forward-mode
+  differentiation, and where the gradients of all states are watched (``gradient_flow``); and, from
+  inside the backward of the operator, for derivatives of derivatives.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 from . import _composed, _ops, _transforms
 from ._C import PackCache
-from ._engine import NO_EXTRAS, Extras, States, scalars
+from ._engine import NO_EXTRAS, Extras, States, cuda_route, scalars
 from ._options import Options
 
 Result = tuple[Tensor, tuple[Tensor, ...], States | None]
@@ -60,7 +60,7 @@ def recurrent(
         ``output`` (T, B, D·O) or packed (N, D·O); ``(h_n,)`` or ``(h_n, c_n)``, shaped as ``hx``;
         the states, or None.
     """
-    run = _composed_route if _needs_composed(input) else _engine_route
+    run = _composed_route if _needs_composed(options, input, extras) else _engine_route
     steps = (batch_sizes, lengths, reset, extras)
     if dropout > 0 and options.num_layers > 1:
         return _layer_by_layer(run, options, input, hx, weights, steps, return_states, dropout)
@@ -76,14 +76,26 @@ _Route = Callable[
 _ENGINE_DEVICES = frozenset({"cpu", "meta"})  # on meta the operator only works out shapes
 
 
-def _needs_composed(input: Tensor) -> bool:
-    if input.device.type not in _ENGINE_DEVICES or input.is_complex():
+def _needs_composed(options: Options, input: Tensor, extras: Extras) -> bool:
+    device = input.device.type
+    if input.is_complex() or not (
+        device in _ENGINE_DEVICES or (device == "cuda" and _cuda_knows(options, extras))
+    ):
         return True
     if torch.compiler.is_compiling():
         return False
     if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _composed.watchers.get()):
         return True
     return not _transforms.REGISTERED and torch._C._functorch.maybe_current_level() is not None
+
+
+def _cuda_knows(options: Options, extras: Extras) -> bool:
+    """Whether the CUDA kernels are on and compute what is asked for."""
+    beyond = options.peephole or options.layer_norm or options.heads > 1 or options.recompute
+    beyond = beyond or bool(options.zoneout_h or options.zoneout_c or options.grad_clip)
+    if beyond or any(extra is not None for extra in extras):
+        return False
+    return cuda_route().kernels and torch._C._functorch.maybe_current_level() is None
 
 
 def _engine_route(

@@ -25,6 +25,7 @@ LIBRARIES = re.compile(
     r"|libdnnl|libcudart|libcublas|libcublasLt|libcudnn|libcuda|libonnxruntime|_C)([-.].*)?$"
 )
 COMPOSED = "composed torch operations"
+CUDA_ENGINE = "engine CUDA, a launch for each step"
 
 
 def info() -> dict[str, Any]:
@@ -56,8 +57,14 @@ def info() -> dict[str, Any]:
         "threads": _guarded(engine.max_threads),
         "cuda": {"build": _guarded(engine.cuda_info), "devices": _guarded(_cuda_devices)},
         "libraries": _guarded(_libraries),
-        "routes": {"cpu": f"engine {isa}", "cuda": COMPOSED},
+        "routes": {"cpu": f"engine {isa}", "cuda": _guarded(cuda_kernel)},
     }
+
+
+def cuda_kernel() -> str:
+    """The route that tensors on a CUDA device take, and why."""
+    route = importlib.import_module("fastrnn._engine").cuda_route()
+    return f"{CUDA_ENGINE if route.kernels else COMPOSED} ({route.reason})"
 
 
 def render(known: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastrnn
 from fastrnn import _C
 from fastrnn.bench import by_hand
-from fastrnn.info import COMPOSED
+from fastrnn.info import COMPOSED, CUDA_ENGINE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -73,7 +73,8 @@ class Fastrnn:
         given = {name: value for name, value in call.items() if value is not None}
         prepared = prepare_layer(layer, data, pass_, given)
         engine = any(name.startswith("fastrnn.") for name in operators(prepared, pass_))
-        prepared.kernel = f"engine {_C.isa()}" if engine else COMPOSED
+        own = CUDA_ENGINE if data.d_output.is_cuda else f"engine {_C.isa()}"
+        prepared.kernel = own if engine else COMPOSED
         return prepared
 
 

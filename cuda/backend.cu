@@ -1,0 +1,77 @@
+// CUDA's backend: check → guard → stream → dispatch → launch → check the launch.
+//
+// The caller owns all memory, workspace included; nothing is allocated here, no stream is made and
+// nothing waits for the device, so that a call can be captured into a graph. What is kept between
+// calls is the library's handle, one for each device.
+#include <cuda_runtime_api.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "backend.h"
+#include "stack.h"
+
+namespace fastrnn {
+namespace {
+
+using cuda::Index;
+using cuda::Stack;
+
+void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) {
+    cudaGetLastError();  // read, so that a later call does not meet it
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+  }
+}
+
+// The arrays' device is the thread's while this lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&before_), "the current CUDA device cannot be found out");
+    if (device != before_) check(cudaSetDevice(device), "the CUDA device cannot be chosen");
+    changed_ = device != before_;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+std::string case_text(const Problem& p, Pass pass) {
+  static constexpr const char* types[] = {"float32", "float64", "bfloat16", "float16"};
+  const auto number = [](const char* name, Index value) {
+    return std::string(", ") + name + " " + std::to_string(value);
+  };
+  return p.options.cell + (pass == Pass::forward ? " forward" : " backward") + ", " +
+         types[static_cast<int>(p.dtype)] + number("T", p.T) + number("B", p.B) + number("I", p.I) +
+         number("H", p.H) + number("layers", p.options.layers) + number("device", p.device);
+}
+
+void run(const Problem& p, Pass pass) {
+  try {
+    const DeviceGuard guard(p.device);
+    Stack stack(p, pass);
+    pass == Pass::forward ? stack.forward() : stack.backward();
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error(case_text(p, pass) + ": " + error.what());
+  }
+}
+
+std::size_t workspace_size(const Problem& p, Pass pass) { return Stack(p, pass).workspace_size(); }
+void forward(const Problem& p) { run(p, Pass::forward); }
+void backward(const Problem& p) { run(p, Pass::backward); }
+
+}  // namespace
+
+const Backend& cuda_backend() {
+  static constexpr Backend backend{workspace_size, nullptr, nullptr, forward, backward};
+  return backend;
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,63 @@
+// What a cell (csrc/cells/) tells at compile time, in a form that device code can read: a static
+// array of a class has no address there.
+#pragma once
+
+#include "cells/list.h"
+#include "kernel.h"
+#include "storage.h"
+#include "value.h"
+
+namespace fastrnn::cuda {
+
+// Four bits for each gate.
+template <class T, int count>
+constexpr unsigned coded(const T (&values)[count]) {
+  unsigned code = 0;
+  for (int i = 0; i < count; ++i) code |= static_cast<unsigned>(values[i]) << (4 * i);
+  return code;
+}
+
+template <class Cell_, class S_>
+struct Shape {
+  using Cell = Cell_;
+  using S = S_;
+  using C = typename ComputeOf<S>::type;
+  using V = Value<C>;
+  static constexpr int gates = Cell::gates;
+  static constexpr int first = Cell::first_gates;
+  static constexpr bool two_products = first != gates;
+  static constexpr unsigned input_code = coded(Cell::input_gradient);
+  static constexpr unsigned hidden_code = coded(Cell::hidden_gradient);
+  static constexpr unsigned separate_code = coded(Cell::separate);
+
+  // The plane of the gates' gradients that a gate reads, on the input's side and on the state's.
+  static FASTRNN_CELL int input_plane(int gate) { return (input_code >> (4 * gate)) & 15; }
+  static FASTRNN_CELL int hidden_plane(int gate) { return (hidden_code >> (4 * gate)) & 15; }
+  // Whether a gate's product with h is kept apart from its projection.
+  static FASTRNN_CELL bool separate(int gate) { return (separate_code >> (4 * gate)) & 1; }
+
+  // The planes that the first product of a step reads on the way back: low … high − 1.
+  static constexpr int low_plane() {
+    int low = 15;
+    for (int g = 0; g < first; ++g)
+      low = Cell::hidden_gradient[g] < low ? Cell::hidden_gradient[g] : low;
+    return low;
+  }
+  static constexpr int high_plane() {
+    int high = 0;
+    for (int g = 0; g < first; ++g)
+      high = Cell::hidden_gradient[g] >= high ? Cell::hidden_gradient[g] + 1 : high;
+    return high;
+  }
+  static constexpr int low = low_plane(), high = high_plane();
+  static_assert(Cell::gradients <= Cell::saved, "the gradients take the place of what was saved");
+};
+
+// An element of a state; zero where there is none.
+template <class S>
+FASTRNN_CELL typename ComputeOf<S>::type state_value(const State& a, Index d, Index i, Index u) {
+  if (!a.data) return 0;
+  return widen(static_cast<const S*>(a.data)[d * a.group + i * a.row + u * a.unit]);
+}
+
+}  // namespace fastrnn::cuda

@@ -1,0 +1,7 @@
+#include "functions.h"
+
+namespace fastrnn::cuda {
+
+const LayerFunctions& functions_f32(int cell) { return functions<float>(AllCells{}, cell); }
+
+}  // namespace fastrnn::cuda

@@ -1,0 +1,482 @@
+// One layer forward.
+//
+// Maths          csrc/cells/. Some steps at a time: first their projection x·W_ihᵀ as one matrix
+//                product, then step by step h·W_hhᵀ on top of it and the cell, in one launch for
+//                both directions (product.h), or, of many rows, by the library and one launch for
+//                the cells.
+// Two products   reset-before GRU: r and z first, then n from r∘h. Projection (proj_size): the
+// hidden
+//                units first, then W_hr. Both are a second launch of the step.
+// Layouts        x_gates   [D][pairs of the block of steps][gates·H], compute type
+//                h         [2][D][B][Op], storage: what enters a step, for every row: h before it,
+//                or
+//                          h0, or zeros. A step reads one and writes the other
+//                c         [D][B][H], the same for c, in place
+//                second    [D][B][Hp], compute type: what a second product reads
+//                weights   [D][first·H][Op], [D][(gates − first)·H or P][Hp], storage (product.h)
+//                saved     a row of planes·Hp for each pair: the cell's saved values, then, with
+//                          projection, the hidden units before it
+// Ownership      element (d, i, u) of states, outputs and saved values: the thread that finishes
+// it. Cost           a launch or two each step, some 2–4 µs where the product is small; W_hh from
+// L2 for
+//                every tile of kTileRows rows.
+#pragma once
+
+#include <memory>
+#include <utility>
+
+#include "cell.h"
+#include "layer.h"
+#include "matrix.h"
+#include "product.h"
+
+namespace fastrnn::cuda {
+
+// Steps are projected together as far as their gates fill this many bytes: they stay in the L2.
+#if !defined(FASTRNN_PROJECTION_BYTES)  // the tests want many small blocks
+#define FASTRNN_PROJECTION_BYTES (Index{32} << 20)
+#endif
+inline constexpr Index kProjectionBytes = FASTRNN_PROJECTION_BYTES;
+
+// Rows from which a step's product is the library's: on tensor cores, and elsewhere. Estimates.
+template <class S>
+bool many_rows(const Layer& layer) {
+  const bool tensor_cores = sizeof(S) == 2 || (sizeof(S) == 4 && layer.tools.allow_tf32);
+  return layer.tools.library && layer.rows.B >= (tensor_cores ? 32 : 64);
+}
+
+// What the kernels of a step read and write.
+template <class S>
+struct ForwardData {
+  using C = typename ComputeOf<S>::type;
+  Rows rows;
+  CellOptions maths;
+  Index s, D, H, O, P, Hp, Op;
+  const S* weights;
+  const S* second_weights;
+  const C* x_gates[2];
+  Index x_first[2];          // the first pair of x_gates
+  const C *bias_x, *bias_h;  // [D][gates·H]
+  State h0, c0;
+  const S* h;
+  S* h_next;
+  C *c, *second;
+  C* saved;  // null: not kept, or of one step, where a second product needs them
+  Index saved_group, saved_width;
+  bool one_step;  // of saved
+  Sequence output, cell;
+  S *h_n, *c_n;
+
+  FASTRNN_CELL Walk walk(Index d) const { return {rows, d == 1}; }
+  FASTRNN_CELL Index state(Index d, Index i, Index width, Index u) const {
+    return (d * rows.B + i) * width + u;
+  }
+  FASTRNN_CELL C* saved_row(Index d, Index t, Index i) const {
+    if (one_step) return saved + (d * rows.B + i) * saved_width;
+    return saved ? saved + d * saved_group + rows.pair(t, i) * saved_width : nullptr;
+  }
+
+  // What enters the next step, `now` being this step's result where the row is active.
+  template <class T>
+  FASTRNN_CELL void pass_on(Index d, Index i, T now, T initial, T* to) const {
+    if (s + 1 == rows.T) return;
+    const Walk w = walk(d);
+    const Entry entry = w.entry(w.step(s + 1), i);
+    *to = entry == Entry::carried ? now : entry == Entry::initial ? initial : T{};
+  }
+
+  FASTRNN_CELL S initial_hidden(Index d, Index i, Index u) const {
+    if (!h0.data) return S{};
+    return static_cast<const S*>(h0.data)[d * h0.group + i * h0.row + u * h0.unit];
+  }
+
+  // c of an active row to the array of all c, to c_n, to the next step; of others zeros.
+  FASTRNN_CELL void finish_cell(Index d, Index t, Index i, Index u, C value, bool active) const {
+    if (cell.data && (active || !rows.packed()))
+      rows.at<C>(cell, t, i)[d * H + u] = active ? value : C(0);
+    if (active && walk(d).last(t, i)) narrow(value, c_n + state(d, i, H, u));
+    pass_on(d, i, value, state_value<S>(c0, d, i, u), c + state(d, i, H, u));
+  }
+
+  FASTRNN_CELL void finish_hidden(Index d, Index t, Index i, Index u, C value, bool active) const {
+    S stored{};
+    if (active) narrow(value, &stored);
+    if (active || !rows.packed()) rows.at<S>(output, t, i)[d * O + u] = stored;
+    if (active && walk(d).last(t, i)) h_n[state(d, i, O, u)] = stored;
+    pass_on(d, i, stored, initial_hidden(d, i, u), h_next + state(d, i, Op, u));
+  }
+};
+
+// The states that enter the first step; the final ones of rows without a step.
+template <class Cell, class S>
+struct InitialStates {
+  static constexpr const char* name = "initial states";
+  using C = typename ComputeOf<S>::type;
+  ForwardData<S> a;
+  S* h;
+
+  FASTRNN_CELL Index count() const { return a.D * a.rows.B * greatest(a.H, a.O); }
+  FASTRNN_CELL void element(Index n) const {
+    const Index width = greatest(a.H, a.O), u = n % width, i = n / width % a.rows.B;
+    const Index d = n / width / a.rows.B;
+    const Walk walk = a.walk(d);
+    const bool initial = walk.entry(walk.step(0), i) == Entry::initial;
+    const bool none = a.rows.length(i) == 0;
+    if (u < a.O) {
+      const S h0 = a.initial_hidden(d, i, u);
+      h[a.state(d, i, a.Op, u)] = initial ? h0 : S{};
+      if (none) a.h_n[a.state(d, i, a.O, u)] = h0;
+    }
+    if constexpr (Cell::states > 1) {
+      if (u >= a.H) return;
+      const C c0 = state_value<S>(a.c0, d, i, u);
+      a.c[a.state(d, i, a.H, u)] = initial ? c0 : C(0);
+      if (none) narrow(c0, a.c_n + a.state(d, i, a.H, u));
+    }
+  }
+};
+
+// The product with h, and the cell or its first half.
+template <class Cell, class S>
+struct ForwardStep : Shape<Cell, S> {
+  static constexpr const char* name = "forward step";
+  using K = Shape<Cell, S>;
+  using typename K::C, typename K::V;
+  using Weight = S;
+  using Operand = S;
+  static constexpr int planes = K::first;
+  ForwardData<S> a;
+
+  FASTRNN_CELL Index directions() const { return a.D; }
+  FASTRNN_CELL Index rows() const { return a.rows.B; }
+  FASTRNN_CELL Index units() const { return a.H; }
+  FASTRNN_CELL Index depth() const { return a.Op; }
+  FASTRNN_CELL bool runs(Index d, Index i) const { return a.rows.active(a.walk(d).step(a.s), i); }
+  FASTRNN_CELL const S* weight(Index d, int gate, Index u) const {
+    return a.weights + ((d * planes + gate) * a.H + u) * a.Op;
+  }
+  FASTRNN_CELL const S* operand(Index d, Index i) const { return a.h + a.state(d, i, a.Op, 0); }
+
+  FASTRNN_CELL void finish(Index d, Index i, Index u, const C* sums) const {
+    const Index t = a.walk(d).step(a.s);
+    const bool active = a.rows.active(t, i);
+    if (active) return finish_active(d, t, i, u, sums);
+    if constexpr (Cell::states > 1) a.finish_cell(d, t, i, u, C(0), false);
+    if (!K::two_products && !a.P) a.finish_hidden(d, t, i, u, C(0), false);
+  }
+
+ private:
+  FASTRNN_CELL void finish_active(Index d, Index t, Index i, Index u, const C* sums) const {
+    V x[K::gates], sum[K::first], saved[Cell::saved], previous[2];
+    const C* projected = a.x_gates[d] + (a.rows.pair(t, i) - a.x_first[d]) * K::gates * a.H + u;
+    const Index bias = d * K::gates * a.H + u;
+    FASTRNN_UNROLL
+    for (int g = 0; g < K::gates; ++g) x[g] = V(projected[g * a.H]) + V(a.bias_x[bias + g * a.H]);
+    FASTRNN_UNROLL
+    for (int g = 0; g < K::first; ++g)
+      sum[g] = V(sums[g]) + (K::separate(g) ? V(a.bias_h[bias + g * a.H]) : x[g]);
+    previous[0] = a.P ? V(0) : V(widen(a.h[a.state(d, i, a.Op, u)]));
+    C* keep = a.saved_row(d, t, i);
+    if constexpr (K::two_products) {
+      Cell::forward_first(a.maths, sum, previous, saved);
+      store_saved(keep, u, saved);
+      a.second[a.state(d, i, a.Hp, u)] = saved[Cell::operand].v;
+    } else {
+      V next[2];
+      if constexpr (Cell::states > 1) previous[1] = V(a.c[a.state(d, i, a.H, u)]);
+      Cell::forward(a.maths, x, sum, previous, next, saved);
+      if (keep) store_saved(keep, u, saved);
+      if constexpr (Cell::states > 1) a.finish_cell(d, t, i, u, next[1].v, true);
+      if (!a.P) return a.finish_hidden(d, t, i, u, next[0].v, true);
+      a.second[a.state(d, i, a.Hp, u)] = next[0].v;
+      if (keep) keep[Cell::saved * a.Hp + u] = next[0].v;
+    }
+  }
+
+  FASTRNN_CELL void store_saved(C* keep, Index u, const V* saved) const {
+    FASTRNN_UNROLL
+    for (int k = 0; k < Cell::saved; ++k) keep[k * a.Hp + u] = saved[k].v;
+  }
+};
+
+// Reset-before GRU: the gates that read r∘h.
+template <class Cell, class S>
+struct ForwardSecond : Shape<Cell, S> {
+  static constexpr const char* name = "forward step, second product";
+  using K = Shape<Cell, S>;
+  using typename K::C, typename K::V;
+  using Weight = S;
+  using Operand = C;
+  static constexpr int planes = K::gates - K::first;
+  ForwardData<S> a;
+
+  FASTRNN_CELL Index directions() const { return a.D; }
+  FASTRNN_CELL Index rows() const { return a.rows.B; }
+  FASTRNN_CELL Index units() const { return a.H; }
+  FASTRNN_CELL Index depth() const { return a.Hp; }
+  FASTRNN_CELL bool runs(Index d, Index i) const { return a.rows.active(a.walk(d).step(a.s), i); }
+  FASTRNN_CELL const S* weight(Index d, int gate, Index u) const {
+    return a.second_weights + ((d * planes + gate) * a.H + u) * a.Hp;
+  }
+  FASTRNN_CELL const C* operand(Index d, Index i) const {
+    return a.second + a.state(d, i, a.Hp, 0);
+  }
+
+  FASTRNN_CELL void finish(Index d, Index i, Index u, const C* sums) const {
+    const Index t = a.walk(d).step(a.s);
+    if (!a.rows.active(t, i)) return a.finish_hidden(d, t, i, u, C(0), false);
+    const C* projected = a.x_gates[d] + (a.rows.pair(t, i) - a.x_first[d]) * K::gates * a.H + u;
+    V sum[planes], saved[Cell::saved], previous[1], next[1];
+    FASTRNN_UNROLL
+    for (int g = 0; g < planes; ++g)
+      sum[g] = V(sums[g]) + V(projected[(K::first + g) * a.H]) +
+               V(a.bias_x[(d * K::gates + K::first + g) * a.H + u]);
+    C* keep = a.saved_row(d, t, i);
+    FASTRNN_UNROLL
+    for (int k = 0; k < Cell::saved; ++k) saved[k] = V(keep[k * a.Hp + u]);
+    previous[0] = V(widen(a.h[a.state(d, i, a.Op, u)]));
+    Cell::forward_second(a.maths, sum, previous, next, saved);
+    FASTRNN_UNROLL
+    for (int k = 0; k < Cell::saved; ++k) keep[k * a.Hp + u] = saved[k].v;
+    a.finish_hidden(d, t, i, u, next[0].v, true);
+  }
+};
+
+// h = W_hr · hidden units.
+template <class S>
+struct ForwardProjection {
+  static constexpr const char* name = "forward step, projection";
+  using C = typename ComputeOf<S>::type;
+  using Weight = S;
+  using Operand = C;
+  static constexpr int planes = 1;
+  ForwardData<S> a;
+
+  FASTRNN_CELL Index directions() const { return a.D; }
+  FASTRNN_CELL Index rows() const { return a.rows.B; }
+  FASTRNN_CELL Index units() const { return a.P; }
+  FASTRNN_CELL Index depth() const { return a.Hp; }
+  FASTRNN_CELL bool runs(Index d, Index i) const { return a.rows.active(a.walk(d).step(a.s), i); }
+  FASTRNN_CELL const S* weight(Index d, int, Index u) const {
+    return a.second_weights + (d * a.P + u) * a.Hp;
+  }
+  FASTRNN_CELL const C* operand(Index d, Index i) const {
+    return a.second + a.state(d, i, a.Hp, 0);
+  }
+  FASTRNN_CELL void finish(Index d, Index i, Index u, const C* sums) const {
+    const Index t = a.walk(d).step(a.s);
+    a.finish_hidden(d, t, i, u, sums[0], a.rows.active(t, i));
+  }
+};
+
+// The biases in compute type: the input's, with the state's where these are not kept apart.
+template <class Cell, class S>
+struct Biases : Shape<Cell, S> {
+  static constexpr const char* name = "biases";
+  using K = Shape<Cell, S>;
+  using typename K::C;
+  Weight input, hidden;
+  Index H;
+  C *bias_x, *bias_h;
+
+  FASTRNN_CELL Index count() const { return K::gates * H; }
+  FASTRNN_CELL void element(Index n) const {
+    const C x = value(input, n), h = value(hidden, n);
+    bias_x[n] = K::separate(static_cast<int>(n / H)) ? x : x + h;
+    bias_h[n] = h;
+  }
+  FASTRNN_CELL static C value(const Weight& w, Index n) {
+    return w.data ? C(widen(static_cast<const S*>(w.data)[n * w.unit])) : C(0);
+  }
+};
+
+// Rows of the input, one after the other; zero where no row runs, whatever stands there.
+template <class S>
+struct GatherInput {
+  static constexpr const char* name = "rows of the input";
+  Rows rows;
+  Sequence input;
+  Index first, pairs, I;
+  S* to;
+
+  FASTRNN_CELL Index count() const { return pairs * I; }
+  FASTRNN_CELL void element(Index n) const {
+    Index t = 0, i = 0;
+    rows.find(first + n / I, t, i);
+    const bool active = rows.active(t, i);
+    to[n] = active ? rows.at<const S>(input, t, i)[n % I * input.unit] : S{};
+  }
+};
+
+// Whether pairs of a sequence lie in memory as the rows of a matrix; then their stride.
+inline bool uniform_rows(const Sequence& a, const Rows& rows, bool packed, Index width,
+                         Index& stride) {
+  stride = packed || rows.B > 1 ? a.row : a.step;
+  const bool regular = packed || rows.B <= 1 || rows.T == 1 || a.step == rows.B * a.row;
+  return regular && (a.unit == 1 || width == 1) && stride >= width;
+}
+
+// The steps of a direction in blocks that are projected together.
+struct BlockOfSteps {
+  Index begin, end;  // in the order in which they run
+};
+
+template <class Cell, class S>
+class Forward : Shape<Cell, S> {
+  using K = Shape<Cell, S>;
+  using typename K::C;
+
+ public:
+  // Lays the scratch out from `base`; from nothing, only measures it.
+  Forward(const Layer& layer, void* base) : layer_(layer) {
+    Arena arena(base);
+    const Index D = layer.directions, B = layer.rows.B, H = layer.H;
+    Hp_ = padded(H), Op_ = padded(layer.O);
+    saved_width_ = (Cell::saved + (layer.P ? 1 : 0)) * Hp_;
+    weights_ = arena.take<S>(D * K::first * H * Op_);
+    second_rows_ = layer.P ? layer.P : (K::gates - K::first) * H;
+    second_weights_ = arena.take<S>(D * second_rows_ * Hp_);
+    bias_x_ = arena.take<C>(D * K::gates * H);
+    bias_h_ = arena.take<C>(D * K::gates * H);
+    h_ = arena.take<S>(2 * D * B * Op_);
+    c_ = arena.take<C>(Cell::states > 1 ? D * B * H : 0);
+    second_ = arena.take<C>(second_rows_ ? D * B * Hp_ : 0);
+    one_step_ = arena.take<C>(K::two_products && !layer.gates ? D * B * saved_width_ : 0);
+    gathers_ = !uniform_rows(layer.input, layer.rows, packed(), layer.I, input_stride_);
+    const Index gate_bytes = K::gates * H * static_cast<Index>(sizeof(C));
+    const Index row_bytes = greatest(gate_bytes, gathers_ ? layer.I * sizeof(S) : 0);
+    steps_ = least(layer.rows.T, greatest(1, kProjectionBytes / row_bytes / greatest(B, 1)));
+    x_gates_ = arena.take<C>(D * steps_ * B * K::gates * H);
+    x_rows_ = arena.take<S>(gathers_ ? steps_ * B * layer.I : 0);
+    products_ = arena.take<C>(many_rows<S>(layer) ? D * B * K::first * H : 0);
+    used_ = arena.used();
+  }
+
+  std::size_t used() const { return used_; }
+
+  void run() {
+    prepare();
+    const std::unique_ptr<LibraryProduct> library = library_product();
+    // Pairs before the block of steps; of the second direction, the pairs up to it.
+    Index before[2] = {0, layer_.rows.pairs};
+    for (Index s = 0; s < layer_.rows.T;) {
+      const Index end = least(s + steps_, layer_.rows.T);
+      for (Index d = 0; d < layer_.directions; ++d) project(d, s, end, before[d]);
+      for (; s < end; ++s) step(s, library.get());
+    }
+  }
+
+ private:
+  bool packed() const { return layer_.batch_sizes != nullptr; }
+  void* stream() const { return layer_.tools.stream; }
+
+  void prepare() {
+    const Index D = layer_.directions, B = layer_.rows.B;
+    launch_elements(stream(), Fill<S>{h_, 2 * D * B * Op_});
+    if (second_rows_) launch_elements(stream(), Fill<C>{second_, D * B * Hp_});
+    for (Index d = 0; d < D; ++d) pack(d);
+    launch_elements(stream(), InitialStates<Cell, S>{data(0), h_});
+  }
+
+  void pack(Index d) {
+    const Parameters& p = layer_.parameters[d];
+    const Index H = layer_.H, O = layer_.O, first = K::first * H;
+    const auto pack_rows = [&](const fastrnn::Weight& w, Index begin, Index count, Index columns,
+                               Index depth, S* to) {
+      const S* from = static_cast<const S*>(w.data) + begin * w.row;
+      launch_elements(stream(),
+                      PackWeights<S>{from, w.row, w.unit, count, columns, depth, to, depth});
+    };
+    pack_rows(p.weight_hh, 0, first, O, Op_, weights_ + d * first * Op_);
+    S* second = second_weights_ + d * second_rows_ * Hp_;
+    if (layer_.P)
+      pack_rows(p.weight_hr, 0, layer_.P, H, Hp_, second);
+    else if (K::two_products)
+      pack_rows(p.weight_hh, first, second_rows_, H, Hp_, second);
+    const Index bias = d * K::gates * H;
+    launch_elements(stream(),
+                    Biases<Cell, S>{{}, p.bias_ih, p.bias_hh, H, bias_x_ + bias, bias_h_ + bias});
+  }
+
+  ForwardData<S> data(Index s) const {
+    const Index D = layer_.directions, B = layer_.rows.B;
+    ForwardData<S> a{};
+    a.rows = layer_.rows, a.maths = layer_.maths;
+    a.s = s, a.D = D, a.H = layer_.H, a.O = layer_.O, a.P = layer_.P, a.Hp = Hp_, a.Op = Op_;
+    a.weights = weights_, a.second_weights = second_weights_;
+    for (Index d = 0; d < D; ++d) {
+      a.x_gates[d] = x_gates_ + d * steps_ * B * K::gates * layer_.H;
+      a.x_first[d] = x_first_[d];
+    }
+    a.bias_x = bias_x_, a.bias_h = bias_h_;
+    a.h0 = layer_.h0, a.c0 = layer_.c0;
+    a.h = h_ + (s % 2) * D * B * Op_, a.h_next = h_ + ((s + 1) % 2) * D * B * Op_;
+    a.c = c_, a.second = second_;
+    a.one_step = K::two_products && !layer_.gates;
+    a.saved = a.one_step ? one_step_ : static_cast<C*>(layer_.gates);
+    a.saved_group = layer_.gates_group, a.saved_width = saved_width_;
+    a.output = layer_.output, a.cell = layer_.cell;
+    a.h_n = static_cast<S*>(layer_.h_n), a.c_n = static_cast<S*>(layer_.c_n);
+    return a;
+  }
+
+  // The projection of the steps s … end − 1; `before` moves on past their pairs.
+  void project(Index d, Index s, Index end, Index& before) {
+    const Index T = layer_.rows.T, B = layer_.rows.B, gates = K::gates * layer_.H;
+    Index pairs = 0;
+    for (Index k = s; k < end; ++k) pairs += packed() ? layer_.batch_sizes[d ? T - 1 - k : k] : B;
+    const Index first = d ? before - pairs : before;
+    before = d ? first : first + pairs;
+    x_first_[d] = first;
+    const fastrnn::Weight& w = layer_.parameters[d].weight_ih;
+    const S* x = static_cast<const S*>(layer_.input.data) + first * input_stride_;
+    if (gathers_) {
+      launch_elements(stream(),
+                      GatherInput<S>{layer_.rows, layer_.input, first, pairs, layer_.I, x_rows_});
+      x = x_rows_;
+    }
+    C* to = x_gates_ + d * steps_ * B * gates;
+    multiply(layer_.tools,
+             Matrices<S>{pairs, gates, layer_.I, x, gathers_ ? layer_.I : input_stride_, 1,
+                         static_cast<const S*>(w.data), w.row, w.unit, to, gates, false});
+  }
+
+  // Of many rows: the product of a step with h, prepared once.
+  std::unique_ptr<LibraryProduct> library_product() const {
+    if (!many_rows<S>(layer_)) return nullptr;
+    auto product = std::make_unique<LibraryProduct>(layer_.tools, any(step_product()));
+    return product->usable() ? std::move(product) : nullptr;
+  }
+  Matrices<S> step_product() const {
+    const Index first = K::first * layer_.H;
+    return {layer_.rows.B, first, Op_, h_, Op_, 1, weights_, Op_, 1, products_, first, false};
+  }
+
+  void step(Index s, const LibraryProduct* library) {
+    const ForwardData<S> a = data(s);
+    const ForwardStep<Cell, S> first{{}, a};
+    if (library) {
+      const Matrices<S> p = step_product();
+      for (Index d = 0; d < layer_.directions; ++d)
+        library->run(a.h + d * p.m * Op_, weights_ + d * p.n * Op_, products_ + d * p.m * p.n);
+      launch_finish(stream(), first, products_, layer_.H);
+    } else {
+      launch_product(stream(), first);
+    }
+    if constexpr (K::two_products)
+      launch_product(stream(), ForwardSecond<Cell, S>{{}, a});
+    else if (Cell::projects && layer_.P)
+      launch_product(stream(), ForwardProjection<S>{a});
+  }
+
+  const Layer& layer_;
+  Index Hp_ = 0, Op_ = 0, saved_width_ = 0, second_rows_ = 0, steps_ = 0, input_stride_ = 0;
+  bool gathers_ = false;
+  S *weights_ = nullptr, *second_weights_ = nullptr, *h_ = nullptr, *x_rows_ = nullptr;
+  C *bias_x_ = nullptr, *bias_h_ = nullptr, *c_ = nullptr, *second_ = nullptr;
+  C *one_step_ = nullptr, *x_gates_ = nullptr, *products_ = nullptr;
+  Index x_first_[2] = {};
+  std::size_t used_ = 0;
+};
+
+}  // namespace fastrnn::cuda

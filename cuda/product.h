@@ -1,0 +1,193 @@
+// The product of one step: a few rows with packed weights, and what is to be done with each sum.
+//
+//   sum[d][row][plane][unit] = Σ_k operand(d, row)[k] · weight(d, plane, unit)[k]
+//
+// Layouts    weights [D][planes·units][depth] and operands [depth], both contiguous in k; depth is
+// a
+//            multiple of kUnitPadding, zero beyond what the matrix has.
+// Ownership  a block owns kWarps units of one direction and kTileRows rows; a warp owns a unit.
+// Each
+//            lane adds a share of k for every plane and row (in registers), the shares of the lanes
+//            are added in their order, then a lane finishes each (row, unit): so a sum's bits
+//            depend on nothing but its own row, unit and depth.
+// Cost       for each block kWarps·planes·depth weights and kTileRows·depth operand values read,
+//            through L2; one launch a step.
+//
+// Body:
+//   static constexpr int planes;  using Weight, Operand (storage types), C (compute type)
+//   Index directions() const, rows() const, units() const;
+//   Index depth() const;
+//   bool runs(Index d, Index row) const;          // false: the row's sums are not looked at
+//   const Weight* weight(Index d, int plane, Index unit) const;
+//   const Operand* operand(Index d, Index row) const;
+//   void finish(Index d, Index row, Index unit, const C* sums) const;
+#pragma once
+
+#include "kernel.h"
+#include "storage.h"
+
+namespace fastrnn::cuda {
+
+// Neighbouring values, read at once.
+template <class S>
+struct alignas(4 * sizeof(S)) Four {
+  S v[4];
+};
+
+template <class C>
+constexpr int kTileRows = sizeof(C) == 8 ? 4 : 8;
+
+template <class Body>
+struct Product {
+  static constexpr const char* name = Body::name;
+  static constexpr int phases = 3;
+  static constexpr int planes = Body::planes;
+  using C = typename Body::C;
+  static constexpr int rows = kTileRows<C>;
+  static constexpr int sums = planes * rows;
+  static_assert(sums <= kWarp, "one lane for each sum of a warp");
+
+  // A row of lanes' shares for each sum of each warp; the last column takes their sum.
+  struct Shared {
+    C share[kWarps][sums][kWarp + 1];
+  };
+  using Registers = Nothing;
+
+  Body body;
+
+  Index unit_tiles() const { return ceil_div(body.units(), kWarps); }
+  Index blocks() const { return body.directions() * ceil_div(body.rows(), rows) * unit_tiles(); }
+  FASTRNN_CELL Index rounds() const { return 1; }
+
+  // Units run fastest, so that blocks of one row tile read the same operands.
+  struct Place {
+    Index d, row, unit;
+  };
+  FASTRNN_CELL Place place(Index block, int warp) const {
+    const Index tiles = ceil_div(body.units(), kWarps);
+    const Index row_tiles = ceil_div(body.rows(), rows);
+    return {block / (tiles * row_tiles), block / tiles % row_tiles * rows,
+            block % tiles * kWarps + warp};
+  }
+
+  template <int phase>
+  FASTRNN_CELL void run(Index block, int thread, Index, Shared& shared, Registers&) const {
+    const int warp = thread / kWarp, lane = thread % kWarp;
+    const Place p = place(block, warp);
+    if (p.unit >= body.units()) return;
+    C(&share)[sums][kWarp + 1] = shared.share[warp];
+    if constexpr (phase == 0) {
+      multiply(p, lane, share);
+    } else if constexpr (phase == 1) {
+      if (lane >= sums) return;
+      C sum = share[lane][0];
+      for (int l = 1; l < kWarp; ++l) sum += share[lane][l];
+      share[lane][kWarp] = sum;
+    } else {
+      if (lane >= rows || p.row + lane >= body.rows()) return;
+      C total[planes];
+      for (int g = 0; g < planes; ++g) total[g] = share[g * rows + lane][kWarp];
+      body.finish(p.d, p.row + lane, p.unit, total);
+    }
+  }
+
+ private:
+  using Weight = typename Body::Weight;
+  using Operand = typename Body::Operand;
+
+  FASTRNN_CELL void multiply(const Place& p, int lane, C (&share)[sums][kWarp + 1]) const {
+    C acc[planes][rows] = {};
+    const Operand* operand[rows];
+    bool any = false;
+    FASTRNN_UNROLL
+    for (int r = 0; r < rows; ++r) {  // rows beyond the last repeat it; their sums are not used
+      const Index row = least(p.row + r, body.rows() - 1);
+      operand[r] = body.operand(p.d, row);
+      any = any || body.runs(p.d, row);
+    }
+    const Index depth = any ? body.depth() : 0;
+    const Weight* weight[planes];
+    FASTRNN_UNROLL
+    for (int g = 0; g < planes; ++g) weight[g] = body.weight(p.d, g, p.unit);
+    for (Index k = 4 * lane; k < depth; k += 4 * kWarp) {
+      Four<Weight> w[planes];
+      FASTRNN_UNROLL
+      for (int g = 0; g < planes; ++g) w[g] = *reinterpret_cast<const Four<Weight>*>(weight[g] + k);
+      FASTRNN_UNROLL
+      for (int r = 0; r < rows; ++r) {
+        const Four<Operand> x = *reinterpret_cast<const Four<Operand>*>(operand[r] + k);
+        FASTRNN_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          const C value = widen(x.v[j]);
+          FASTRNN_UNROLL
+          for (int g = 0; g < planes; ++g)
+            acc[g][r] = std::fma(value, static_cast<C>(widen(w[g].v[j])), acc[g][r]);
+        }
+      }
+    }
+    FASTRNN_UNROLL
+    for (int g = 0; g < planes; ++g) FASTRNN_UNROLL
+    for (int r = 0; r < rows; ++r) share[g * rows + r][lane] = acc[g][r];
+  }
+};
+
+// The same where the sums have been multiplied already, by a library: [D][rows][planes·width], or
+// are all zero where `sums` is null.
+template <class Body>
+struct Finish {
+  static constexpr const char* name = Body::name;
+  static constexpr int planes = Body::planes;
+  using C = typename Body::C;
+  Body body;
+  const C* sums;
+  Index width;  // units that have sums; those beyond take zeros
+
+  FASTRNN_CELL Index count() const { return body.directions() * body.rows() * body.units(); }
+  FASTRNN_CELL void element(Index n) const {
+    const Index unit = n % body.units(), pair = n / body.units();
+    C total[planes];
+    FASTRNN_UNROLL
+    for (int g = 0; g < planes; ++g)
+      total[g] = sums && unit < width ? sums[(pair * planes + g) * width + unit] : C(0);
+    body.finish(pair / body.rows(), pair % body.rows(), unit, total);
+  }
+};
+
+template <class Body>
+void launch_product(void* stream, const Body& body) {
+  launch(stream, Product<Body>{body});
+}
+template <class Body>
+void launch_finish(void* stream, const Body& body, const typename Body::C* sums, Index width) {
+  launch_elements(stream, Finish<Body>{body, sums, width});
+}
+
+// Weights in the order in which Product reads them: to[m][k], m < units, k < depth, from the matrix
+// element (row, column) at first + m and k, or turned round. Zero beyond `columns`.
+template <class S>
+struct PackWeights {
+  static constexpr const char* name = "packing of weights";
+  const S* from;
+  Index from_m, from_k;  // strides
+  Index units, columns, depth;
+  S* to;
+  Index to_m;  // stride
+
+  FASTRNN_CELL Index count() const { return units * depth; }
+  FASTRNN_CELL void element(Index n) const {
+    const Index m = n / depth, k = n % depth;
+    to[m * to_m + k] = k < columns ? from[m * from_m + k * from_k] : S{};
+  }
+};
+
+template <class T>
+struct Fill {
+  static constexpr const char* name = "zeros";
+  T* to;
+  Index size;
+
+  FASTRNN_CELL Index count() const { return size; }
+  FASTRNN_CELL void element(Index n) const { to[n] = T{}; }
+};
+
+}  // namespace fastrnn::cuda

@@ -1,0 +1,413 @@
+"""The CUDA kernels: the reference's numbers, and everything that torch may ask of a tensor there.
+
+All of it needs a GPU and a build with CUDA, and is skipped elsewhere with the reason. What can be
+known without one, the kernels' arithmetic, is tested by `cuda/tests` on the CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastrnn
+from engine import DTYPES, Call, assert_solutions_bitwise, check_against_reference, rounded
+from fastrnn import _C, _engine, _ops
+from fastrnn._engine import scalars
+from fastrnn._options import Options
+from fastrnn._recurrent import recurrent
+from pairs import Outcome, outcome, pair
+from problems import LAYOUTS, random_problem
+from stacks import STACKS, STEPS, Case, make
+from tolerances import assert_close
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+every_stack = pytest.mark.parametrize("options", STACKS.values(), ids=STACKS.keys())
+every_step = pytest.mark.parametrize("steps", STEPS)
+CELLS = (
+    ("RNN", 0, True),
+    ("LSTM", 0, True),
+    ("LSTM", 7, True),
+    ("GRU", 0, True),
+    ("GRU", 0, False),
+)
+
+
+@pytest.fixture
+def gpu(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A CUDA device whose tensors take the kernels, with IEEE products; or a skip."""
+    if not _engine.built_with_cuda():
+        pytest.skip("this build of fastrnn has no CUDA kernels")
+    monkeypatch.setenv(_engine.CUDA_SWITCH, "1")
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield torch.device("cuda", torch.cuda.current_device())
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def moved(case: Case, device: torch.device) -> Case:
+    """The case on a device, batch_sizes apart, its leaves leaves there."""
+
+    def move(x: Tensor) -> Tensor:
+        return x.detach().to(device).requires_grad_(x.requires_grad)
+
+    steps = {k: v if k == "batch_sizes" else v.to(device) for k, v in case.steps.items()}
+    return case._replace(steps=steps).with_leaves(*map(move, case.leaves))
+
+
+def run(case: Case, **extra: Any) -> list[Tensor]:
+    output, hx_n, states = recurrent(
+        case.options, case.input, case.hx, case.weights, **case.steps, **extra
+    )
+    return [output, *hx_n, *(s for s in states or () if s is not None)]
+
+
+def gradients(case: Case, values: list[Tensor], **extra: Any) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(sum(y.pow(2).sum() for y in values), case.leaves, **extra)
+
+
+# ---- the numbers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layers", "bidirectional"), [(1, False), (1, True), (3, True)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("cell", "proj_size", "reset_after"), CELLS)
+def test_matches_the_reference(
+    gpu: torch.device,
+    cell: Any,
+    proj_size: int,
+    reset_after: bool,
+    dtype: str,
+    layers: int,
+    bidirectional: bool,
+    layout: str,
+) -> None:
+    options = Options(cell, layers, bidirectional, proj_size=proj_size, reset_after=reset_after)
+    problem = random_problem(options, layout=layout, d_states=True)
+    check_against_reference(problem, dtype, device=gpu)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(3, 1, 1, 1), (2, 33, 65, 31), (4, 70, 24, 100), (2, 9, 5, 530)])
+@pytest.mark.parametrize(("cell", "proj_size", "reset_after"), CELLS)
+def test_any_size_matches_the_reference(
+    gpu: torch.device,
+    cell: Any,
+    proj_size: int,
+    reset_after: bool,
+    sizes: tuple[int, ...],
+    dtype: str,
+) -> None:
+    T, B, input_size, hidden_size = sizes
+    proj_size = min(proj_size, hidden_size - 1)
+    options = Options(cell, 2, True, proj_size=proj_size, reset_after=reset_after)
+    problem = random_problem(
+        options, T=T, B=B, input_size=input_size, hidden_size=hidden_size, layout="lengths"
+    )
+    check_against_reference(problem, dtype, device=gpu)
+
+
+def test_matches_the_reference_without_a_library(gpu: torch.device) -> None:
+    """The engine's own matrix product, in a process that is told to look for no other."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        [*command, "-k", "test_matches_the_reference and not library or test_any_size"],
+        env={**os.environ, "FASTRNN_CUBLASLT": "none"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_cublaslt_is_found_beside_torch(gpu: torch.device) -> None:
+    known = _C.cuda_info()
+    assert known is not None
+    assert "libcublasLt" in known["cublaslt"]
+
+
+def worst(actual: Outcome, truth: Outcome) -> float:
+    """The largest error of any array, as a share of the array's largest value."""
+    pairs = [*zip(actual.outputs, truth.outputs, strict=True)]
+    pairs += zip(actual.d_inputs, truth.d_inputs, strict=True)
+    pairs += [(actual.d_weights[name], d) for name, d in truth.d_weights.items()]
+    return max(float((a.double().cpu() - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_errors_are_no_larger_than_cudnns(gpu: torch.device, cell: str, dtype: torch.dtype) -> None:
+    """Beside float64 on the CPU; within a factor of two, as both are noise."""
+    theirs, ours = pair(cell, 96, 256, num_layers=2, bidirectional=True)
+    theirs, ours = theirs.to(dtype), ours.to(dtype)
+    x = torch.randn(50, 32, 96).to(dtype)
+    truth = outcome(copy.deepcopy(ours).double(), x.double())
+    mine, other = outcome(ours.to(gpu), x.to(gpu)), outcome(theirs.to(gpu), x.to(gpu))
+    assert worst(mine, truth) <= 2 * worst(other, truth) + torch.finfo(dtype).eps
+
+
+def test_tf32_is_used_where_torch_allows_it(gpu: torch.device) -> None:
+    """Coarser than IEEE, and off by no more than TF32's 2⁻¹¹."""
+    if torch.cuda.get_device_capability(gpu) < (8, 0):
+        pytest.skip("this GPU has no TF32")
+    layer = fastrnn.LSTM(512, 512, device=gpu)
+    x = torch.randn(20, 128, 512, device=gpu)
+    with torch.no_grad():
+        exact = layer(x)[0]
+        torch.backends.cudnn.allow_tf32 = True
+        coarse = layer(x)[0]
+    error = (exact - coarse).abs().max().item()
+    assert 0 < error < 4e-3
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_a_hundred_thousand_steps(gpu: torch.device, cell: str) -> None:
+    """cuDNN gives up from 65,536 on."""
+    options = Options(cell)  # type: ignore[arg-type]
+    case = make(options, dtype=torch.float32, sizes=(100_000, 2, 3, 8))
+    # Small weights: large ones would make the recurrence chaotic, and any rounding grow.
+    case = case._replace(weights=[w.detach().mul(0.3).requires_grad_() for w in case.weights])
+    expected = run(case)
+    device_case = moved(case, gpu)
+    actual = run(device_case)
+    for a, b in zip(actual, expected, strict=True):
+        assert_close(a.detach().cpu(), b.detach(), "float32", "d_input")
+    for d in gradients(device_case, actual):
+        assert bool(d.isfinite().all())
+
+
+# ---- bits ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [3, 80])
+def test_two_runs_give_the_same_bits(gpu: torch.device, dtype: str, rows: int, cell: Any) -> None:
+    problem = random_problem(
+        Options(cell, 2, True), T=20, B=rows, input_size=40, hidden_size=96, layout="lengths"
+    )
+    problem = rounded(problem, dtype)
+
+    def solve() -> Any:
+        call = Call(problem, dtype, device=gpu)
+        call.forward()
+        call.backward()
+        return call.solution()
+
+    first = solve()
+    for _ in range(3):
+        assert_solutions_bitwise(solve(), first)
+
+
+@pytest.mark.parametrize("rows", [9, 80])
+def test_rows_do_not_influence_one_anothers_bits(gpu: torch.device, rows: int, cell: str) -> None:
+    layer = getattr(fastrnn, cell)(24, 64, bidirectional=True, device=gpu)
+    x = torch.randn(12, rows, 24, device=gpu)
+    other = x.clone()
+    other[:, 4] = float("nan")
+    keep = [i for i in range(rows) if i != 4]
+    with torch.no_grad():
+        assert torch.equal(layer(x)[0][:, keep], layer(other)[0][:, keep])
+
+
+# ---- autograd, compile, autocast -----------------------------------------------------------------
+
+
+@every_stack
+@every_step
+def test_equals_the_cpu(gpu: torch.device, options: Options, steps: str) -> None:
+    case = make(options, steps)
+    device_case = moved(case, gpu)
+    expected, actual = run(case, return_states=True), run(device_case, return_states=True)
+    torch.testing.assert_close([y.cpu() for y in actual], expected, rtol=1e-12, atol=1e-12)
+    mine = [d.cpu() for d in gradients(device_case, actual)]
+    torch.testing.assert_close(mine, list(gradients(case, expected)), rtol=1e-11, atol=1e-11)
+
+
+@every_stack
+def test_gradcheck_and_gradgradcheck(gpu: torch.device, options: Options) -> None:
+    case = moved(make(options, "lengths-reset", sizes=(3, 2, 2, 3)), gpu)
+
+    def call(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return tuple(run(case.with_leaves(*leaves)))
+
+    assert torch.autograd.gradcheck(call, case.leaves)
+    assert torch.autograd.gradgradcheck(call, case.leaves)
+
+
+@every_stack
+@every_step
+def test_compiled_equals_eager(gpu: torch.device, options: Options, steps: str) -> None:
+    case = moved(make(options, steps), gpu)
+    names = tuple(case.steps)
+
+    def call(*tensors: Tensor) -> list[Tensor]:
+        count = len(case.leaves)
+        given = case.with_leaves(*tensors[:count])
+        return run(given._replace(steps=dict(zip(names, tensors[count:], strict=True))))
+
+    arguments = (*case.leaves, *case.steps.values())
+    expected = call(*arguments)
+    torch._dynamo.reset()
+    got = torch.compile(call, fullgraph=True, backend="aot_eager")(*arguments)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    torch.testing.assert_close(gradients(case, got), gradients(case, expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_as_torch(gpu: torch.device, cell: str, dtype: torch.dtype) -> None:
+    theirs, ours = pair(cell, 32, 64)
+    theirs, ours = theirs.to(gpu), ours.to(gpu)
+    x = torch.randn(9, 5, 32, device=gpu)
+    with torch.autocast("cuda", dtype=dtype):
+        mine, other = ours(x)[0], theirs(x)[0]
+    assert mine.dtype == other.dtype == dtype
+    assert_close(mine.double().cpu(), other.double().cpu(), "bfloat16", "output")
+
+
+def test_the_operator_is_what_runs(gpu: torch.device, cell: str) -> None:
+    case = moved(make(Options(cell)), gpu)  # type: ignore[arg-type]
+    arguments = (case.input, case.hx[0], (*case.hx, None)[1], case.weights, None, None, None)
+    hidden = _ops.forward_op(*arguments, *scalars(case.options), False, False)[0]
+    assert torch.equal(hidden[0], run(case)[0])
+
+
+# ---- streams, graphs, devices --------------------------------------------------------------------
+
+
+def test_runs_on_the_current_stream(gpu: torch.device, cell: str) -> None:
+    """Work queued before the call on a stream of one's own is done before it."""
+    layer = getattr(fastrnn, cell)(64, 64, device=gpu)
+    x = torch.randn(30, 16, 64, device=gpu)
+    with torch.no_grad():
+        expected = layer(x)[0]
+        late = torch.zeros_like(x)
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)
+            late.copy_(x)
+            got = layer(late)[0]
+        stream.synchronize()
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("steps", ["padded", "lengths", "reset", "lengths-reset", "packed"])
+def test_nothing_waits_for_the_device(gpu: torch.device, steps: str, cell: str) -> None:
+    case = moved(make(Options(cell, 2, True), steps, dtype=torch.float32), gpu)  # type: ignore[arg-type]
+    gradients(case, run(case))  # what is made once is made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(case, run(case))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("steps", ["padded", "lengths-reset", "packed"])
+@pytest.mark.parametrize("rows", [3, 80])
+def test_graph_capture(gpu: torch.device, cell: str, steps: str, rows: int) -> None:
+    """Forward and backward in one graph, replayed with other values."""
+    sizes = (6, rows, 8, 16)
+    options = Options(cell, 2, True)  # type: ignore[arg-type]
+    case = moved(make(options, steps, dtype=torch.float32, sizes=sizes), gpu)
+    other = moved(make(options, steps, dtype=torch.float32, sizes=sizes, seed=1), gpu)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            gradients(case, run(case))
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run(case)
+        found = gradients(case, outputs)
+    with torch.no_grad():
+        for mine, theirs in zip(case.leaves, other.leaves, strict=True):
+            mine.copy_(theirs)
+        for name in set(case.steps) - {"batch_sizes"}:
+            case.steps[name].copy_(other.steps[name])
+    graph.replay()
+    expected = run(other)
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
+    torch.testing.assert_close(found, gradients(other, expected), rtol=0, atol=0)
+
+
+def test_the_device_of_the_arrays_not_the_current_one(gpu: torch.device, cell: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("this machine has one CUDA device")
+    layer = getattr(fastrnn, cell)(8, 16, device="cuda:0")
+    x = torch.randn(5, 3, 8, device="cuda:0", requires_grad=True)
+    expected = layer(x)[0]
+    expected.sum().backward()
+    d_x = x.grad
+    there = getattr(fastrnn, cell)(8, 16, device="cuda:1")
+    there.load_state_dict(layer.state_dict())
+    y = x.detach().to("cuda:1").requires_grad_()
+    with torch.cuda.device(0):
+        got = there(y)[0]
+        got.sum().backward()
+        assert torch.cuda.current_device() == 0
+    assert torch.equal(got.cpu(), expected.cpu())
+    assert y.grad is not None
+    assert d_x is not None
+    assert torch.equal(y.grad.cpu(), d_x.cpu())
+
+
+# ---- the route and errors ------------------------------------------------------------------------
+
+
+def test_composed_is_the_route_until_the_kernels_are_asked_for(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    forward = _ops.forward
+    monkeypatch.setattr(_ops, "forward", lambda *a, **k: seen.append(True) or forward(*a, **k))
+    layer, x = fastrnn.GRU(4, 5, device=gpu), torch.randn(3, 2, 4, device=gpu)
+    monkeypatch.setenv(_engine.CUDA_SWITCH, "0")
+    layer(x)
+    assert seen == []
+    monkeypatch.setenv(_engine.CUDA_SWITCH, "1")
+    layer(x)
+    assert seen == [True]
+
+
+def forward_on(gpu: torch.device, change: Callable[[Call], None], **work: Any) -> None:
+    call = Call(random_problem(Options("LSTM"), layout="lengths"), device=gpu)
+    change(call)
+    call.work |= work
+    call.forward()
+
+
+def test_arrays_on_several_devices_are_refused(gpu: torch.device) -> None:
+    def state_on_the_host(call: Call) -> None:
+        call.read = (call.read[0], call.read[1].cpu(), *call.read[2:])
+
+    with pytest.raises(
+        ValueError, match=r"^h0: expected memory of cuda:\d, as input is in, got host"
+    ):
+        forward_on(gpu, state_on_the_host)
+
+
+def test_a_workspace_on_the_device_is_needed(gpu: torch.device) -> None:
+    with pytest.raises(ValueError, match=r"^workspace: expected \d+ bytes on the device of input"):
+        forward_on(gpu, lambda call: None, workspace=None)
+    small = torch.empty(64, dtype=torch.uint8, device=gpu)
+    with pytest.raises(ValueError, match=r"^workspace: expected \d+ bytes, 64-byte aligned"):
+        forward_on(gpu, lambda call: None, workspace=small)
+
+
+def test_lengths_that_nobody_checked_do_no_harm(gpu: torch.device, cell: str) -> None:
+    """On the device their values are not looked at; outside of 0…T they count as the nearest."""
+    layer = getattr(fastrnn, cell)(3, 4, device=gpu)
+    x = torch.randn(5, 3, 3, device=gpu)
+    wild = layer(x, lengths=torch.tensor([-7, 3, 99], device=gpu))[0]
+    tame = layer(x, lengths=torch.tensor([0, 3, 5], device=gpu))[0]
+    assert torch.equal(wild, tame)
