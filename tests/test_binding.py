@@ -485,6 +485,7 @@ def test_every_array_is_let_go_after_the_call() -> None:
 # ---- ensembles ----------------------------------------------------------------------------------
 
 MEMBERS = 3
+RESETS = ("d_reset_h", "d_reset_c")
 
 
 def of_members(given: Arguments, shared: tuple[str, ...] = ()) -> Arguments:
@@ -537,3 +538,61 @@ def test_members_that_do_not_fit_are_refused_by_name() -> None:
     weights = [w[:2] if k == 2 else w for k, w in enumerate(given["weights"])]
     refused(r"weights\[2\] \(bias_ih_l0\): expected a leading axis of 3 members", weights=weights)
     refused(r"hidden: expected an array to write to", hidden=read_only(given["hidden"]))
+
+
+def extras_of_members(cell: str, *data: int) -> tuple[npt.NDArray[Any] | None, ...]:
+    """Those of each member, all different but the dropout mask, which they share."""
+    draw, two = np.random.default_rng(7), cell == "LSTM"
+    dropout = draw.integers(0, 2, (L * D, B, H)).astype(np.float32) * 2
+    keep = draw.random((2, MEMBERS, L * D, *data, H)) < 0.4
+    anew = draw.standard_normal((2, MEMBERS, L * D, H)).astype(np.float32)
+    return (
+        anew[0],
+        anew[1] if two else None,
+        np.broadcast_to(dropout, (MEMBERS, *dropout.shape)),
+        keep[0],
+        keep[1] if two else None,
+    )
+
+
+@pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_members_have_extras_of_their_own(cell: str, packed: bool) -> None:
+    extras = extras_of_members(cell, *((N,) if packed else (T, B)))
+    two = cell == "LSTM"
+    together = of_members(forward_arguments(cell, packed=packed))
+    _C.forward_members(options(cell), MEMBERS, *(together[name] for name in FORWARD), extras=extras)
+    plain = backward_arguments(cell, packed=packed)
+    given = of_members(plain) | {name: together[name] for name in ("hidden", "cell", "gates")}
+    d_resets = [np.zeros_like(x) for x in extras[:2] if x is not None]
+    _C.backward_members(
+        options(cell), MEMBERS, *(given[name] for name in BACKWARD), 0, extras, *d_resets
+    )
+    for k in range(MEMBERS):
+        own = tuple(x if x is None else x[k] for x in extras)
+        one = forward_arguments(cell, packed=packed)
+        run_forward(one, options(cell), extras=own)
+        for name in ("hidden", "h_n", "c_n"):
+            assert one[name] is None or np.array_equal(together[name][k], one[name])
+        one = plain | {name: one[name] for name in ("hidden", "cell", "gates")}
+        d_own = {name: np.zeros_like(own[i]) for i, name in enumerate(RESETS[: 1 + two])}
+        run_backward(one, options(cell), extras=own, **d_own)
+        for name in ("d_input", "d_h0", "d_c0"):
+            assert one[name] is None or np.array_equal(given[name][k], one[name])
+        for d, expected in zip(given["d_weights"], one["d_weights"], strict=True):
+            assert np.array_equal(d[k], expected)
+        for d, expected in zip(d_resets, d_own.values(), strict=True):
+            assert np.array_equal(d[k], expected)
+    assert not np.array_equal(together["hidden"][0], together["hidden"][1])
+
+
+def test_extras_of_members_that_do_not_fit_are_refused_by_name() -> None:
+    given = of_members(forward_arguments())
+    fitting = extras_of_members("LSTM", T, B)
+    names = ("reset_h", "reset_c", "dropout_mask", "zoneout_h_mask", "zoneout_c_mask")
+    for index, name in enumerate(names):
+        extras = [x[:2] if k == index else x for k, x in enumerate(fitting) if x is not None]
+        with pytest.raises(ValueError, match=rf"^{name}: expected a leading axis of 3 members"):
+            _C.forward_members(
+                options(), MEMBERS, *(given[name] for name in FORWARD), extras=extras
+            )
