@@ -140,8 +140,7 @@ struct Problem {
   // is never given.
   void* gates = nullptr;
 
-  // Backward: `gates` is not needed afterwards, and the gates' gradients may take its place (they
-  // do where no option adds to the cell).
+  // Backward: `gates` is not needed afterwards, and the gates' gradients may take its place.
   bool consume_gates = false;
 
   // ---- backward: read. Absent: zeros --------------------------------------------------------

@@ -290,7 +290,7 @@ Layer describe(const Stack& s, std::int64_t l) {
   layer.cell = contiguous(s, shifted(p.cell, l * s.saved_pairs * D * p.H, s.compute), D * p.H);
   layer.gates_group = s.saved_pairs * s.cell.planes * padded(p.H);
   layer.gates = shifted(p.gates, g * layer.gates_group, s.compute);
-  layer.consume_gates = p.consume_gates && !layer.general;
+  layer.consume_gates = p.consume_gates;
   if (l == 0) {
     layer.input = normal(s, p.input);
   } else if (p.all_layers) {
@@ -383,7 +383,7 @@ std::size_t layer_scratch(const Stack& s) {
       part.T = part_length(s);
       part.pairs = part.T * p.B;
       layer.steps = &part;
-      layer.consume_gates = !layer.general;
+      layer.consume_gates = true;
       layer.gates = &present;
     }
     const std::size_t bytes = s.pass == Pass::forward ? s.kernels.forward_scratch(layer)
@@ -598,7 +598,7 @@ class Parts {
     }
     layer.gates = w_.gates;
     run_layer(forward_again(layer), s_.kernels.forward);
-    layer.consume_gates = !layer.general;
+    layer.consume_gates = true;
     layer.carry_h = w_.carry_h;
     layer.carry_c = w_.carry_c;
     layer.d_above = shifted(layer.d_above, first * layer.d_above_width, s_.compute);

@@ -40,12 +40,11 @@ class Backward : protected Shape<Cell, S> {
   static_assert(Cell::gradients <= Cell::saved, "the gradients take the place of what was saved");
 
  public:
-  // Planes of a pair's gradients: the cell's and, where something adds to the cell, those that
-  // general_backward.h says.
-  static Index gradient_planes(const Layer& layer) {
-    const bool norm = layer.maths.layer_norm, c = Cell::states > 1;
-    return Cell::gradients + (norm ? 2 * gates : 0) + (layer.maths.peephole ? 3 : 0) +
-           (norm && c ? 2 : 0);
+  // Values that general_backward.h adds up row by row: gradients of gains, of what an LSTM's norm
+  // of c adds and of its peepholes.
+  static Index row_sums_width(const Layer& layer) {
+    const Index norm = layer.maths.layer_norm ? 2 * gates + (Cell::states > 1 ? 2 : 0) : 0;
+    return (norm + (layer.maths.peephole ? 3 : 0)) * padded(layer.H);
   }
 
   Backward(const Layer& layer, void* base)
@@ -54,7 +53,7 @@ class Backward : protected Shape<Cell, S> {
         Hp_(padded(layer.H)),
         Op_(padded(layer.O)),
         saved_width_(saved_width<Cell>(layer)),
-        width_(layer.consume_gates ? saved_width_ : gradient_planes(layer) * Hp_),
+        width_(layer.consume_gates || layer.general ? saved_width_ : Cell::gradients * Hp_),
         heads_(layer.maths.heads),
         head_units_(layer.H / heads_),
         head_outputs_(layer.O / heads_),
@@ -75,6 +74,7 @@ class Backward : protected Shape<Cell, S> {
     for (Index d = 0; d < D && layer.general; ++d) {
       group_[d].d_reset_h = arena.take<C>(layer.rows * Op_);
       group_[d].d_reset_c = Cell::states > 1 ? arena.take<C>(layer.rows * Hp_) : nullptr;
+      group_[d].row_sums = arena.take<C>(layer.rows * row_sums_width(layer));
     }
     zeros_ = arena.take<C>(Hp_ > Op_ ? Hp_ : Op_);
     d_out_ = reads_output_gradient() ? nullptr : arena.take<C>(N * D * layer.O);
@@ -141,7 +141,7 @@ class Backward : protected Shape<Cell, S> {
     C *initial, *initial_c;  // h0 and c0
     C *d_h_n, *carried, *d_c;
     C *d_gates, *d_proj;
-    C *d_reset_h, *d_reset_c;  // general_backward.h's
+    C *d_reset_h, *d_reset_c, *row_sums;  // general_backward.h's
   };
 
   // A row of values: in storage with its stride, or in compute type; neither: zeros.
@@ -1067,15 +1067,7 @@ class Backward : protected Shape<Cell, S> {
     const Weight& to;
     int plane, runs;
   };
-  enum VectorPlane {
-    kBiasX,
-    kBiasH = gates,
-    kNormX = 2 * gates,
-    kNormH = 3 * gates,
-    kPeephole = 4 * gates,
-    kNormC = 4 * gates + 3,
-    kVectorPlanes = 4 * gates + 5
-  };
+  enum VectorPlane { kBiasX, kBiasH = gates, kVectorPlanes = 2 * gates };
 
   void bias_gradient(Index d, const int* planes, const Vector& vector, int thread, int threads) {
     sum_pairs(vector, thread, threads, [&](Index gate, Index unit) {

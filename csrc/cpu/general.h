@@ -18,6 +18,14 @@ FASTRNN_INLINE Vec<C> first_lanes(Vec<C> x, Index count) {
   return load_units<C>(lane, count);
 }
 
+template <class C>
+FASTRNN_INLINE C sum_lanes(Vec<C> x) {
+  C lane[Vec<C>::lanes], sum = 0;
+  x.store(lane);
+  for (int i = 0; i < Vec<C>::lanes; ++i) sum += lane[i];
+  return sum;
+}
+
 // The sum of value(offset) over the units of `planes` planes, always in the same order.
 template <class C, class Value>
 FASTRNN_INLINE C sum_planes(int planes, Index H, Value value) {
@@ -26,10 +34,7 @@ FASTRNN_INLINE C sum_planes(int planes, Index H, Value value) {
   for (Index plane = 0; plane < planes; ++plane)
     for (Index unit = 0; unit < H; unit += Vec<C>::lanes)
       total = total + first_lanes(value(plane * Hp + unit), H - unit);
-  C lane[Vec<C>::lanes], sum = 0;
-  total.store(lane);
-  for (int i = 0; i < Vec<C>::lanes; ++i) sum += lane[i];
-  return sum;
+  return sum_lanes(total);
 }
 
 FASTRNN_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
@@ -70,18 +75,32 @@ FASTRNN_NOINLINE void normalize_row(C* row, int planes, Index H, const C* gain, 
   if (kept) *kept_scale = m.scale;
 }
 
-// The gradient of what was normalised, from that of gain·y + bias. `d` and `to` may be one.
+// The gradient of what was normalised, from that of gain·y + bias, whose planes lie where
+// `d_planes` says, and on top of `d_gain` that of the gain. `to` may be d or y.
 template <class C>
-FASTRNN_NOINLINE void normalize_row_backward(C* to, const C* d, int planes, Index H, const C* gain,
-                                             const C* y, C scale) {
+FASTRNN_NOINLINE void normalize_row_backward(C* to, const C* d, const int* d_planes, int planes,
+                                             Index H, const C* gain, const C* y, C scale,
+                                             C* d_gain) {
   using V = Vec<C>;
-  const auto g = [&](Index at) { return V::load(gain + at) * V::load(d + at); };
+  const Index Hp = padded(H);
+  V sum_g(0), sum_gy(0);
+  for (int plane = 0; plane < planes; ++plane)
+    for (Index unit = 0; unit < H; unit += V::lanes) {
+      const Index at = plane * Hp + unit;
+      const V g = V::load(gain + at) * V::load(d + d_planes[plane] * Hp + unit);
+      sum_g = sum_g + first_lanes(g, H - unit);
+      sum_gy = sum_gy + first_lanes(g * V::load(y + at), H - unit);
+    }
   const C count = static_cast<C>(planes * H);
-  const V mean_g(sum_planes<C>(planes, H, g) / count);
-  const V mean_gy(sum_planes<C>(planes, H, [&](Index at) { return g(at) * V::load(y + at); }) /
-                  count);
-  for (Index at = 0; at < planes * padded(H); at += V::lanes)
-    normalize_backward(g(at), V::load(y + at), V(scale), mean_g, mean_gy).store(to + at);
+  const V mean_g(sum_lanes(sum_g) / count), mean_gy(sum_lanes(sum_gy) / count);
+  for (int plane = 0; plane < planes; ++plane)
+    for (Index unit = 0; unit < H; unit += V::lanes) {
+      const Index at = plane * Hp + unit;
+      const V d_sum = V::load(d + d_planes[plane] * Hp + unit), normal = V::load(y + at);
+      fma(d_sum, normal, V::load(d_gain + at)).store(d_gain + at);
+      normalize_backward(V::load(gain + at) * d_sum, normal, V(scale), mean_g, mean_gy)
+          .store(to + at);
+    }
 }
 
 // `planes` runs of `units` values of a vector of parameters to a row of planes; absent: zeros.

@@ -7,9 +7,10 @@
 //                 with layer norm the gradients of both sides, through their norms
 //               What goes to a state before a step that starts afresh belongs to the state after a
 //               reset: it is added up row by row and the rows' sums at the end.
-// Layouts       d_gates  [D][pairs][width]: the cell's planes of gradients; with layer norm then
-//                        those of the sums of x and of h, [gate] each; with peephole da_i·c,
-//                        da_f·c, da_o·c'; with layer norm of c d(γy + β)·y and d(γy + β)
+//               Gradients of gains and peepholes are added up row by row, too.
+// Layouts       d_gates  [D][pairs][width]: as saved; the cell's planes of gradients in the place
+//                        of its saved values, those of the sums of x and h before their norms in
+//                        that of the normalised
 //               d_seen   [B][Op] what comes through W_hh; d_units [B][Hp] through W_hr, or of r∘h
 //               reset_h  [B][Op], reset_c [B][Hp]: sums for the state after a reset
 // Sums, threads as backward.h; rows are dealt as in general_forward.h.
@@ -37,15 +38,17 @@ class GeneralBackward : Backward<Cell, S> {
       : Base(layer, base),
         plane_count_(gates * Hp_),
         norm_at_((Cell::saved + (layer.P ? 1 : 0)) * Hp_),
-        peephole_at_((Cell::gradients + (layer.maths.layer_norm ? 2 * gates : 0)) * Hp_),
-        norm_c_at_(peephole_at_ + (layer.maths.peephole ? 3 * Hp_ : 0)),
+        sums_width_(Base::row_sums_width(layer)),
+        norm_c_sums_(2 * plane_count_),
+        peephole_sums_(sums_width_ - 3 * Hp_),
         limit_(static_cast<C>(layer.maths.grad_clip)),
         zoneout_h_(layer.zoneout_h_mask, layer.maths.zoneout_h, layer.O),
         zoneout_c_(layer.zoneout_c_mask, layer.maths.zoneout_c, layer.H) {
     if (layer.maths.layer_norm) {
+      const int first_plane = static_cast<int>(norm_at_ / Hp_);
       for (int gate = 0; gate < gates; ++gate) {
-        of_x_[gate] = Cell::gradients + gate;
-        of_h_[gate] = Cell::gradients + gates + gate;
+        of_x_[gate] = first_plane + gate;
+        of_h_[gate] = first_plane + gates + gate;
       }
       Base::input_planes_ = of_x_;
       Base::hidden_planes_ = of_h_;
@@ -61,6 +64,7 @@ class GeneralBackward : Backward<Cell, S> {
       k.d_units = Base::second_blocks_ ? arena.take<C>(B * Hp_) : nullptr;
       k.d_reset_h = group_[d].d_reset_h;
       k.d_reset_c = group_[d].d_reset_c;
+      k.sums = group_[d].row_sums;
       k.mask = layer.dropout_mask.data ? arena.take<C>(B * Op_) : nullptr;
       if (layer.maths.layer_norm) {
         k.gain_x = arena.take<C>(plane_count_);
@@ -86,6 +90,7 @@ class GeneralBackward : Backward<Cell, S> {
     C *reset_h, *reset_c;      // [Op], [Hp]: the state after a reset
     C *d_seen, *d_units;       // [B][Op], [B][Hp]
     C *d_reset_h, *d_reset_c;  // [B][Op], [B][Hp]
+    C* sums;                   // [B][sums_width]
     C* mask;                   // [B][Op]
     C *gain_x, *gain_h;        // [G·Hp]
     C *gain_c, *bias_c;        // [Hp]
@@ -108,18 +113,22 @@ class GeneralBackward : Backward<Cell, S> {
     const Range mine = split(steps_.B, thread, threads);
     for (Index d = 0; d < layer_.directions; ++d) {
       if (thread == 0) load_constants(d);
-      if (layer_.starts_sums) clear_reset_sums(d, split(layer_.rows, thread, threads));
+      if (layer_.starts_sums) clear_sums(d, split(layer_.rows, thread, threads));
       C* mask = constants_[d].mask;
       for (Index i = mine.begin; i < mine.end && mask; ++i)
         load_state<S>(mask + i * Op_, layer_.dropout_mask, d, steps_.order[i], layer_.O);
     }
   }
 
-  void clear_reset_sums(Index d, const Range& mine) {
+  // Of some rows.
+  void clear_sums(Index d, const Range& mine) {
     const Constants& k = constants_[d];
-    for (Index at = mine.begin * Op_; at < mine.end * Op_; ++at) k.d_reset_h[at] = C(0);
-    for (Index at = mine.begin * Hp_; at < mine.end * Hp_ && k.d_reset_c; ++at)
-      k.d_reset_c[at] = C(0);
+    const auto clear_rows = [&](C* sums, Index width) {
+      for (Index at = mine.begin * width; at < mine.end * width && sums; ++at) sums[at] = C(0);
+    };
+    clear_rows(k.d_reset_h, Op_);
+    clear_rows(k.d_reset_c, Hp_);
+    clear_rows(k.sums, sums_width_);
   }
 
   void load_constants(Index d) {
@@ -286,8 +295,7 @@ class GeneralBackward : Backward<Cell, S> {
     });
   }
 
-  // ---- the cell, row by row
-  // -----------------------------------------------------------------------
+  // ---- the cell, row by row --------------------------------------------------------------------
 
   // h before a pair's step, of which W_hh sees what the mask lets through.
   FASTRNN_INLINE Operand hidden_before(Index d, Index t, Index i) const {
@@ -311,30 +319,28 @@ class GeneralBackward : Backward<Cell, S> {
     if (!layer_.maths.layer_norm) return;
     const Constants& k = constants_[p.d];
     if constexpr (K::two_products) {
-      hidden_norm(k, first, gates, saved, kScaleSecond, to);
+      hidden_norm(k, i, first, gates, saved, kScaleSecond, to);
     } else {
-      hidden_norm(k, 0, gates, saved, kScaleH, to);
-      input_norm(k, saved, to);
+      hidden_norm(k, i, 0, gates, saved, kScaleH, to);
+      input_norm(k, i, saved, to);
     }
   }
 
-  // Of the cell's gradients for one side the sums' before their norm; in the order of the gates.
-  void hidden_norm(const Constants& k, int begin, int end, const C* saved, NormScalar scale,
-                   C* to) const {
+  // From the gradients of one side's sums those of the sums before their norm, of gates begin … end
+  // − 1; of the gains on top of the row's. They take the place of y.
+  void hidden_norm(const Constants& k, Index i, int begin, int end, const C* saved,
+                   NormScalar scale, C* to) const {
     if (begin == end) return;
-    C* d = to + of_h_[begin] * Hp_;
-    for (int gate = begin; gate < end; ++gate)
-      gather(to + of_h_[gate] * Hp_, to + Cell::hidden_gradient[gate] * Hp_, 1, Hp_);
-    normalize_row_backward(d, d, end - begin, layer_.H, k.gain_h + begin * Hp_,
-                           saved + norm_at_ + plane_count_ + begin * Hp_,
-                           saved[norm_at_ + 2 * plane_count_ + scale]);
+    const Index at = plane_count_ + begin * Hp_;
+    normalize_row_backward(to + norm_at_ + at, to, Cell::hidden_gradient + begin, end - begin,
+                           layer_.H, k.gain_h + begin * Hp_, saved + norm_at_ + at,
+                           saved[norm_at_ + 2 * plane_count_ + scale],
+                           k.sums + i * sums_width_ + at);
   }
-  void input_norm(const Constants& k, const C* saved, C* to) const {
-    C* d = to + of_x_[0] * Hp_;
-    for (int gate = 0; gate < gates; ++gate)
-      gather(to + of_x_[gate] * Hp_, to + Cell::input_gradient[gate] * Hp_, 1, Hp_);
-    normalize_row_backward(d, d, gates, layer_.H, k.gain_x, saved + norm_at_,
-                           saved[norm_at_ + 2 * plane_count_ + kScaleX]);
+  void input_norm(const Constants& k, Index i, const C* saved, C* to) const {
+    normalize_row_backward(to + norm_at_, to, Cell::input_gradient, gates, layer_.H, k.gain_x,
+                           saved + norm_at_, saved[norm_at_ + 2 * plane_count_ + kScaleX],
+                           k.sums + i * sums_width_);
   }
 
   void stateless_row(const Position& p, Index i, const C* d_units, const C* saved, C* to) {
@@ -378,12 +384,11 @@ class GeneralBackward : Backward<Cell, S> {
       }
     }
     if (!layer_.maths.layer_norm) return;
-    hidden_norm(k, 0, first, saved, kScaleH, to);
-    input_norm(k, saved, to);
+    hidden_norm(k, i, 0, first, saved, kScaleH, to);
+    input_norm(k, i, saved, to);
   }
 
-  // ---- a cell with a c
-  // ----------------------------------------------------------------------------
+  // ---- a cell with a c -------------------------------------------------------------------------
 
   // c before a pair's step, [Hp] or up to H.
   FASTRNN_INLINE const C* state_before(const Walk& walk, Index d, Index t, Index i) const {
@@ -401,17 +406,21 @@ class GeneralBackward : Backward<Cell, S> {
   void state_row(const Position& p, Index i, const C* d_units, const C* saved, C* to) {
     output_half(p, i, d_units, saved, to);
     if (layer_.maths.layer_norm) {
-      const C scale = saved[norm_at_ + 2 * plane_count_ + kScaleC];
-      C *d_y = to + norm_c_at_ + Hp_, *d_c = units_[0];
-      normalize_row_backward(units_[1], d_y, 1, layer_.H, constants_[p.d].gain_c, units_[2], scale);
+      static constexpr int only[] = {0};
+      const Constants& k = constants_[p.d];
+      C *d_c = units_[0], *d_y = units_[1], *d_gain = k.sums + i * sums_width_ + norm_c_sums_;
+      normalize_row_backward(d_y, d_y, only, 1, layer_.H, k.gain_c, units_[2],
+                             saved[norm_at_ + 2 * plane_count_ + kScaleC], d_gain);
       for (Index unit = 0; unit < layer_.H; unit += lanes)
-        (V::load(d_c + unit) + V::load(units_[1] + unit)).store(d_c + unit);
+        (V::load(d_c + unit) + V::load(d_y + unit)).store(d_c + unit);
     }
     state_half(p, i, saved, to);
   }
 
+  FASTRNN_INLINE static void add(V x, C* sum) { (V::load(sum) + x).store(sum); }
+
   // The gradient of c' to units_[0], but for what passes a norm, zoneout's part of that of c to
-  // d_c. With layer norm y goes to units_[2] and the gradients of its scale and bias to `to`.
+  // d_c. With layer norm y goes to units_[2] and the gradient of what it became to units_[1].
   void output_half(const Position& p, Index i, const C* d_units, const C* saved, C* to) {
     const Constants& k = constants_[p.d];
     const bool last = p.walk.last(p.t, i);
@@ -420,6 +429,7 @@ class GeneralBackward : Backward<Cell, S> {
     const C* before = state_before(p.walk, p.d, p.t, i);
     const C* after = at<const C>(layer_.cell, steps_, p.t, i) + p.d * layer_.H;
     const C* scalars = saved + norm_at_ + 2 * plane_count_;
+    C* sums = k.sums + i * sums_width_;
     const int o = Cell::output_gate;
     for (Index unit = 0; unit < layer_.H; unit += lanes) {
       V kept[Cell::saved], d_a[Cell::gradients];
@@ -439,14 +449,14 @@ class GeneralBackward : Backward<Cell, S> {
         const V out = fma(y, V::load(k.gain_c + unit), V::load(k.bias_c + unit));
         const V d_y = Cell::backward_output(layer_.maths, kept, out, d_out, V(0), d_a);
         y.store(units_[2] + unit);
-        (d_y * y).store(to + norm_c_at_ + unit);
-        d_y.store(to + norm_c_at_ + Hp_ + unit);
+        d_y.store(units_[1] + unit);
+        add(d_y, sums + norm_c_sums_ + Hp_ + unit);
       } else {
         d = Cell::backward_output(layer_.maths, kept, c, d_out, d, d_a);
       }
       if (k.peephole) {
         d = fma(d_a[o], V::load(k.peephole + 2 * Hp_ + unit), d);
-        (d_a[o] * c).store(to + peephole_at_ + 2 * Hp_ + unit);
+        add(d_a[o] * c, sums + peephole_sums_ + 2 * Hp_ + unit);
       }
       d_a[o].store(to + o * Hp_ + unit);
       d.store(units_[0] + unit);
@@ -456,6 +466,7 @@ class GeneralBackward : Backward<Cell, S> {
   void state_half(const Position& p, Index i, const C* saved, C* to) {
     const Constants& k = constants_[p.d];
     const C* before = state_before(p.walk, p.d, p.t, i);
+    C* sums = k.sums + i * sums_width_;
     const int o = Cell::output_gate;
     for (Index unit = 0; unit < layer_.H; unit += lanes) {
       V kept[Cell::saved], d_a[Cell::gradients];
@@ -467,8 +478,8 @@ class GeneralBackward : Backward<Cell, S> {
       if (k.peephole) {
         const V w[2] = {V::load(k.peephole + unit), V::load(k.peephole + Hp_ + unit)};
         d_before = Cell::peep_backward(w, d_a, d_before);
-        (d_a[0] * c).store(to + peephole_at_ + unit);
-        (d_a[1] * c).store(to + peephole_at_ + Hp_ + unit);
+        add(d_a[0] * c, sums + peephole_sums_ + unit);
+        add(d_a[1] * c, sums + peephole_sums_ + Hp_ + unit);
       }
       for (int a = 0; a < Cell::gradients; ++a)
         if (a != o) d_a[a].store(to + a * Hp_ + unit);
@@ -478,8 +489,7 @@ class GeneralBackward : Backward<Cell, S> {
     }
   }
 
-  // ---- past the first step
-  // ------------------------------------------------------------------------
+  // ---- past the first step ---------------------------------------------------------------------
 
   // d_h0 and d_c0 or, of rows that begin with a reset, what that state gets.
   void initial_gradients(Index d, const Deal& deal, const Share& share, const Range& outs) {
@@ -511,27 +521,34 @@ class GeneralBackward : Backward<Cell, S> {
             d, i, u, from_after(V::load(g.d_c + i * Hp_ + u), fresh, k.d_reset_c + i * Hp_ + u));
   }
 
-  // Of the state after a reset: the sum of the rows'.
+  // Of the state after a reset.
   void reset_gradients(Index d, int thread, int threads) {
     const Constants& k = constants_[d];
-    reset_gradient(layer_.d_reset_h, d, k.d_reset_h, layer_.O, thread, threads);
-    if (Cell::states > 1)
-      reset_gradient(layer_.d_reset_c, d, k.d_reset_c, layer_.H, thread, threads);
+    const auto of_direction = [&](void* to, Index units) {
+      return Weight{to ? static_cast<S*>(to) + d * units : nullptr};
+    };
+    sum_rows(of_direction(layer_.d_reset_h, layer_.O), k.d_reset_h, Op_, 1, layer_.O, thread,
+             threads);
+    sum_rows(of_direction(layer_.d_reset_c, layer_.H), k.d_reset_c, Hp_, 1, layer_.H, thread,
+             threads);
   }
 
-  void reset_gradient(void* to, Index d, const C* of_rows, Index units, int thread, int threads) {
-    if (!to) return;
-    const Index width = padded(units);
-    const Range mine = split(ceil_div(units, lanes), thread, threads);
-    for (Index u = mine.begin * lanes; u < mine.end * lanes; u += lanes) {
+  // The sum over all the rows, `width` apart, of `runs` runs of `units` values.
+  void sum_rows(const Weight& to, const C* rows_of_all, Index width, int runs, Index units,
+                int thread, int threads) {
+    if (!to.data) return;
+    const Index tiles = ceil_div(units, lanes);
+    const Range mine = split(runs * tiles, thread, threads);
+    for (Index m = mine.begin; m < mine.end; ++m) {
+      const Index run = m / tiles, unit = m % tiles * lanes;
+      const C* from = rows_of_all + run * padded(units) + unit;
       V sum(0);
-      for (Index i = 0; i < layer_.rows; ++i) sum = sum + V::load(of_rows + i * width + u);
-      store_units(sum, static_cast<S*>(to) + d * units + u, units - u);
+      for (Index i = 0; i < layer_.rows; ++i) sum = sum + V::load(from + i * width);
+      store_units(sum, static_cast<S*>(to.data) + run * units + unit, units - unit);
     }
   }
 
-  // ---- the weights
-  // --------------------------------------------------------------------------------
+  // ---- the weights -----------------------------------------------------------------------------
 
   Operand operand(Index d, int which, const PairWalk& pair, Index n) const {
     if (which != Base::kHidden) return Base::operand(d, which, pair, n);
@@ -544,42 +561,23 @@ class GeneralBackward : Backward<Cell, S> {
 
   void vector_gradients(Index d, const Parameters& to, int thread, int threads) {
     Base::vector_gradients(d, to, thread, threads);
-    const Weight* peepholes[] = {&to.weight_ci, &to.weight_cf, &to.weight_co};
-    const Weight* norms[] = {&to.norm_c, &to.norm_c_bias};
-    for (int i = 0; i < 3; ++i)
-      plane_gradient(d, peephole_at_ + i * Hp_, {*peepholes[i], Base::kPeephole + i, 1}, thread,
-                     threads);
-    for (int i = 0; i < 2; ++i)
-      plane_gradient(d, norm_c_at_ + i * Hp_, {*norms[i], Base::kNormC + i, 1}, thread, threads);
-    gain_gradient(d, Cell::input_gradient, norm_at_, {to.norm_ih, Base::kNormX, gates}, thread,
-                  threads);
-    gain_gradient(d, Cell::hidden_gradient, norm_at_ + plane_count_,
-                  {to.norm_hh, Base::kNormH, gates}, thread, threads);
+    if (!layer_.ends_sums) return;
+    const auto sum = [&](const Weight& weight, Index at, int runs) {
+      sum_rows(weight, constants_[d].sums + at, sums_width_, runs, layer_.H, thread, threads);
+    };
+    sum(to.norm_ih, 0, gates);
+    sum(to.norm_hh, plane_count_, gates);
+    sum(to.norm_c, norm_c_sums_, 1);
+    sum(to.norm_c_bias, norm_c_sums_ + Hp_, 1);
+    sum(to.weight_ci, peephole_sums_, 1);
+    sum(to.weight_cf, peephole_sums_ + Hp_, 1);
+    sum(to.weight_co, peephole_sums_ + 2 * Hp_, 1);
   }
 
-  // The sum of a plane of d_gates.
-  void plane_gradient(Index d, Index plane, const Vector& vector, int thread, int threads) {
-    Base::sum_pairs(vector, thread, threads, [&](Index, Index unit) {
-      const C* from = group_[d].d_gates + plane + unit;
-      const Index width = Base::width_;
-      return [=](Index n) { return V::load(from + n * width); };
-    });
-  }
-
-  // Of a norm's gains: gradients of the gates times what was normalised.
-  void gain_gradient(Index d, const int* planes, Index norm, const Vector& vector, int thread,
-                     int threads) {
-    Base::sum_pairs(vector, thread, threads, [&](Index gate, Index unit) {
-      const C* from = group_[d].d_gates + planes[gate] * Hp_ + unit;
-      const C* y = Base::saved_plane(d, 0, 0) + norm + gate * Hp_ + unit;
-      const Index width = Base::width_, saved_width = Base::saved_width_;
-      return [=](Index n) { return V::load(from + n * width) * V::load(y + n * saved_width); };
-    });
-  }
-
-  const Index plane_count_;              // values of a row of planes: G·Hp
-  const Index norm_at_;                  // of what layer norm saved, in a pair's values
-  const Index peephole_at_, norm_c_at_;  // in a row of d_gates
+  const Index plane_count_;  // values of a row of planes: G·Hp
+  const Index norm_at_;      // of what layer norm saved, in a pair's values
+  // Of a row's sums: of gains of x and h, [gate] each, of a norm of c gain and bias, of peepholes.
+  const Index sums_width_, norm_c_sums_, peephole_sums_;
   const C limit_;
   const Zoneout<C> zoneout_h_, zoneout_c_;
   int of_x_[gates] = {}, of_h_[gates] = {};  // planes of d_gates, with layer norm

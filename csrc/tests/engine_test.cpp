@@ -27,6 +27,7 @@ struct Case {
   Options options;
   std::int64_t T = 5, B = 3, I = 3, H = 5;
   int threads = 1;
+  bool consume_gates = false;
   std::vector<std::int64_t> lengths, batch_sizes;
   std::vector<unsigned char> reset, zoneout_h_mask, zoneout_c_mask;
   Values reset_h, reset_c, dropout_mask;  // empty: not given
@@ -199,6 +200,7 @@ Problem backward_problem(Case& c, std::vector<Parameters>& parameters,
   p.hidden = c.hidden.data(), p.h_n = c.h_n.data();
   if (c.has_c()) p.c_n = c.c_n.data(), p.cell = c.cell.data();
   p.gates = c.options.recompute ? nullptr : c.gates.data();
+  p.consume_gates = c.consume_gates;
   p.d_output = {c.d_output.data(), c.B * c.D() * c.O(), c.D() * c.O(), 1};
   p.d_h_n = {c.d_h_n.data(), c.B * c.O(), c.O(), 1};
   if (c.has_c()) p.d_c_n = {c.d_c_n.data(), c.B * c.H, c.H, 1};
@@ -586,6 +588,18 @@ std::vector<Case> members_like(const Case& like, int extras, unsigned seed) {
   return members;
 }
 
+// The same bits whether or not the gates' gradients take the gates' place.
+void check_consumed(Case c) {
+  run_forward(c, true);
+  run_backward(c);
+  Case other = c;
+  other.consume_gates = true;
+  run_backward(other);
+  same_results(c, other);
+  for (std::size_t w = 0; w < c.d_weights.size(); ++w)
+    same("d_weight of consumed gates", c.d_weights[w], other.d_weights[w]);
+}
+
 // Gates that backward makes again have the bits that they had; sums over the pairs are added up in
 // another order.
 void check_recompute(Case c) {
@@ -659,6 +673,7 @@ void check_plain() {
       fill(c, ++seed);
       check_forward(c);
       check_backward(c);
+      check_consumed(c);
       check_recompute(c);
     }
   for (const Options& options : all_options()) {
@@ -704,6 +719,7 @@ void check_options() {
       if (turn % 4 == 3) check_ensemble(members_like(like, extras, seed));
       check_forward(c);
       check_backward(c);
+      check_consumed(c);
       check_recompute(c);
     }
 }
