@@ -128,7 +128,7 @@ def _as_members(operators: _Operators, name: str, x: Any, dim: Any, size: int) -
     """An argument with the mapped axis as the members, before the members it has."""
     if x is None or name == "batch_sizes" or (name == "cell_state" and x.dim() == 1):
         return x
-    if isinstance(x, list):
+    if isinstance(x, (list, tuple)):
         dims = [None] * len(x) if dim is None else dim
         return [_as_members(operators, name, w, d, size) for w, d in zip(x, dims, strict=True)]
     x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
