@@ -418,7 +418,8 @@ def test_options_tell_what_they_are() -> None:
     assert (options("RNN").gates, options("RNN").states) == (1, 1)
     assert repr(o) == (
         "Options(cell='GRU', num_layers=3, bidirectional=True, proj_size=0, activation='tanh', "
-        "gate_activation='sigmoid', reset_after=False)"
+        "gate_activation='sigmoid', reset_after=False, peephole=False, layer_norm=False, heads=1, "
+        "zoneout_h=0.0, zoneout_c=0.0, grad_clip=0.0, recompute=False)"
     )
     with pytest.raises(AttributeError):
         o.cell = "LSTM"  # type: ignore[misc]
@@ -435,6 +436,13 @@ def test_options_tell_what_they_are() -> None:
             {"gate_activation": "tanh"},
             "^gate_activation: expected one of 'sigmoid', .*got 'tanh'",
         ),
+        ({"heads": 0}, "^heads: expected 1 or more, got 0"),
+        ({"heads": 2, "proj_size": 3}, "^heads: expected a divisor of proj_size, 3, got 2"),
+        ({"zoneout_h": 1.5}, "^zoneout_h: expected a number from 0 to 1, got 1.5"),
+        ({"zoneout_c": float("nan")}, "^zoneout_c: expected a number from 0 to 1, got nan"),
+        ({"grad_clip": -1.0}, "^grad_clip: expected 0 .none. or more, got -1"),
+        ({"cell": "GRU", "peephole": True}, "^peephole: the GRU cell has no c"),
+        ({"cell": "RNN", "zoneout_c": 0.1}, "^zoneout_c: the RNN cell has no c"),
     ],
 )
 def test_options_that_cannot_be(changes: dict[str, Any], message: str) -> None:
