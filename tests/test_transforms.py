@@ -407,10 +407,11 @@ def test_a_backward_pass_is_mapped_by_itself(cell: str) -> None:
     assert_near(second[:1], second[1:], "d_weight")
 
 
+@pytest.mark.parametrize("own", [{}, {"layer_norm": True, "recompute": True}], ids=str)
 @pytest.mark.parametrize("return_states", [False, True])
-def test_is_grads_batched(cell: str, return_states: bool) -> None:
+def test_is_grads_batched(cell: str, return_states: bool, own: dict[str, Any]) -> None:
     """The vmap of autograd itself, which is not torch.func's."""
-    case = make(Options(cell, num_layers=2))  # type: ignore[arg-type]
+    case = make(Options(cell, num_layers=2, **own))  # type: ignore[arg-type]
     output, *_ = recurrent(**arguments_of(case), options=case.options, return_states=return_states)
     many = torch.randn(SIZE, *output.shape, dtype=torch.float64)
     loop = [torch.autograd.grad(output, case.leaves, d, retain_graph=True) for d in many]

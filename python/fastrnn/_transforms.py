@@ -139,7 +139,7 @@ def _as_members(operators: _Operators, name: str, x: Any, dim: Any, size: int) -
         return x
     if name in ("cell_state", "gates") and x.dim() == 1:  # there are none
         return x
-    if isinstance(x, list):
+    if isinstance(x, (list, tuple)):
         dims = [None] * len(x) if dim is None else dim
         return [_as_members(operators, name, w, d, size) for w, d in zip(x, dims, strict=True)]
     x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
