@@ -418,7 +418,8 @@ def test_options_tell_what_they_are() -> None:
     assert (options("RNN").gates, options("RNN").states) == (1, 1)
     assert repr(o) == (
         "Options(cell='GRU', num_layers=3, bidirectional=True, proj_size=0, activation='tanh', "
-        "gate_activation='sigmoid', reset_after=False)"
+        "gate_activation='sigmoid', reset_after=False, peephole=False, layer_norm=False, heads=1, "
+        "zoneout_h=0.0, zoneout_c=0.0, grad_clip=0.0, recompute=False)"
     )
     with pytest.raises(AttributeError):
         o.cell = "LSTM"  # type: ignore[misc]
