@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 BUILD := build/python
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-CPP := $(shell find csrc cuda tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc cuda tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 INSTALLED := $(VENV)/.installed
 
 .PHONY: help setup demo bench test test-cpp test-python test-numpy lint typecheck format sanitize \

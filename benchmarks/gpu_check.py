@@ -101,7 +101,7 @@ def build(options: Options) -> list[Command]:
     install = [options.python, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
     install += [f"--config-settings=cmake.define.{k}={v}" for k, v in defines.items()]
     configure = ["cmake", "-S", str(ROOT), "-B", str(options.ladder), "-G", "Ninja"]
-    configure += ["-DCMAKE_BUILD_TYPE=Release", "-DFASTRNN_PYTHON=OFF"]
+    configure += ["-DCMAKE_BUILD_TYPE=Release", "-DFASTRNN_PYTHON=OFF", "-DFASTRNN_WATCHDOG=ON"]
     configure += [f"-D{k}={v}" for k, v in defines.items()]
     return [
         Command("package", (*install, str(ROOT)), 0.5),

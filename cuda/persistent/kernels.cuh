@@ -96,7 +96,6 @@ struct Kernels<Lstm, Operand> {
         backward_entry<B<Via::cluster, 2, 12, 4, 1>>(),
         backward_entry<B<Via::ring, 1, 13, 3, 2>>(),
         backward_entry<B<Via::ring, 1, 12, 12, 1>>(),
-        backward_entry<B<Via::ring, 1, 8, 24, 1>>(),
     };
     *count = sizeof all / sizeof all[0];
     return all;

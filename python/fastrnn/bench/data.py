@@ -33,18 +33,18 @@ class Data:
 
 
 def make_data(case: Case, device: str) -> Data:
-    """Random data from a fixed seed; weights U(±1/√H), as layers draw theirs."""
-    generator = torch.Generator().manual_seed(0)
+    """Random data from a fixed seed, drawn on the device; weights U(±1/√H), as a layer's are."""
+    generator = torch.Generator(device).manual_seed(0)
     dtype: torch.dtype = getattr(torch, case.dtype)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     def weight(*shape: int) -> Tensor:
         bound = 1.0 / math.sqrt(case.H)
         shape = (case.members, *shape) if case.members > 1 else shape
-        drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-        return drawn.to(device, dtype)
+        drawn = torch.empty(shape, device=device).uniform_(-bound, bound, generator=generator)
+        return drawn.to(dtype)
 
     rows, units = case.gates * case.H, case.H
     recurrent = [rows, units]
@@ -79,11 +79,11 @@ def make_data(case: Case, device: str) -> Data:
 def _reset(case: Case, device: str, generator: torch.Generator) -> Tensor | None:
     if case.reset_rate == 0:
         return None
-    drawn = torch.rand((case.T, case.B), generator=generator)
-    return (drawn < case.reset_rate).to(device)
+    drawn = torch.rand((case.T, case.B), generator=generator, device=device)
+    return drawn < case.reset_rate
 
 
 def _lengths(case: Case, device: str, generator: torch.Generator) -> Tensor | None:
     if not case.lengths:
         return None
-    return torch.randint(1, case.T + 1, (case.B,), generator=generator).to(device)
+    return torch.randint(1, case.T + 1, (case.B,), generator=generator, device=device)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from fastrnn.bench.cases import Case, Pass
 
-DEFAULT_PEERS = {"cpu": ("torch", "onnxruntime"), "cuda": ("torch",)}
+DEFAULT_PEERS = {"cpu": ("torch", "onnxruntime"), "cuda": ("torch", "flashrnn")}
 
 # Largest difference from ours, as a share of the largest value of the array. Peers may keep the
 # cell state in half precision.
