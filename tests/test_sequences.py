@@ -129,7 +129,9 @@ def test_padding_gets_no_gradient_and_may_hold_anything(name: str) -> None:
 def test_lengths_of_any_integer_dtype_and_lists(name: str, dtype: torch.dtype) -> None:
     layer, input = getattr(fastrnn, name)(SIZE, H), torch.randn(T, B, SIZE)
     expected = layer(input, lengths=torch.tensor([4, 0, 6, 1]))
-    for lengths in (torch.tensor([4, 0, 6, 1], dtype=dtype), [4, 0, 6, 1], (4, 0, 6, 1)):
+    strided = torch.tensor([4, 9, 0, 9, 6, 9, 1], dtype=dtype)[::2]
+    given = torch.tensor([4, 0, 6, 1], dtype=dtype)
+    for lengths in (given, strided, [4, 0, 6, 1], (4, 0, 6, 1)):
         torch.testing.assert_close(layer(input, lengths=lengths), expected, rtol=0, atol=0)
 
 

@@ -176,7 +176,7 @@ def lengths_tensor(lengths: Lengths, input: Tensor, unbatched: bool) -> Tensor:
                 f"lengths must lie between 0 and the {steps} steps of input, "
                 f"got {low if low < 0 else high}"
             )
-    return lengths.to(input.device)
+    return lengths.to(input.device).contiguous()
 
 
 def has_values(tensor: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 It runs on any device and any floating or complex dtype, differentiates to any order, and works
 under the transforms of ``torch.func``. The engine computes the same numbers faster; this route
-serves where the engine cannot: complex numbers, derivatives of derivatives, transforms, and where
+serves where the engine cannot: complex numbers, derivatives of derivatives, forward mode, and where
 the gradient of every state is to be seen.
 
 As in the engine, h is kept in the dtype of the input; with half types everything else, c included,

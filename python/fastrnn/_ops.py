@@ -119,7 +119,7 @@ def _sizes(
 
 
 class _Device(NamedTuple):
-    """What the engine is told of the device, the last arguments of its calls."""
+    """What the engine is told of the device, and what it may keep there."""
 
     workspace: Callable[[int], Tensor] | None = None  # None: the engine's own
     cache: _C.PackCache | None = None

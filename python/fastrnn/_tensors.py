@@ -161,7 +161,7 @@ def _prepared(given: Arguments, batch_first: bool) -> Arguments:
         if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
             raise TypeError(f"lengths must be integers, got {lengths.dtype}")
         check_shape("lengths", tuple(lengths.shape), (B,))
-        lengths = lengths.to(torch.int64)
+        lengths = lengths.to(torch.int64).contiguous()
         if has_values(lengths):
             check_lengths(lengths.tolist(), T)
     if reset is not None:
