@@ -11,6 +11,7 @@
               whole and torch's packed layers
 - step        one step for one row, layers and cells, in microseconds
 - stream      a step of a stream in each dtype, for one row, against the layer and ONNX Runtime
+- recompute   training that keeps no gates against training that does: memory and time
 - bfloat16    bfloat16 against our float32 and torch's bfloat16
 - scaling     one thread, two, four … up to --threads
 """
@@ -26,6 +27,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +39,13 @@ import fastrnn
 from fastrnn.bench import records, report
 from fastrnn.bench.cases import PASSES, Case, Pass
 from fastrnn.bench.data import make_data
-from fastrnn.bench.providers import MissingPeerError, Prepared, Provider, make_provider
+from fastrnn.bench.providers import (
+    MissingPeerError,
+    Prepared,
+    Provider,
+    make_provider,
+    prepare_layer,
+)
 from fastrnn.bench.runner import check
 from fastrnn.bench.timing import HostClock, measure
 
@@ -47,6 +55,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]  # a cell of the table by the name of its column
 
 LIBRARIES = ("fastrnn", "torch")
+RECOMPUTE = "fastrnn recompute"
 MEBIBYTE = 1 << 20
 # Blocks above this size go back to the system when they are freed: what is resident is live.
 PROBE_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -121,13 +130,19 @@ def memory(options: Options) -> list[Row]:
 
 
 def _memory_row(what: str, needed: dict[str, float]) -> Row:
-    return {"what": what, **{f"{name} MiB": needed[name] / MEBIBYTE for name in LIBRARIES}}
+    return {"what": what, **_mebibytes(needed)}
 
 
-def _needed(options: Options, case: Case, pass_: Pass) -> dict[str, float]:
+def _mebibytes(needed: dict[str, float]) -> Row:
+    return {f"{name} MiB": count / MEBIBYTE for name, count in needed.items()}
+
+
+def _needed(
+    options: Options, case: Case, pass_: Pass, libraries: Sequence[str] = LIBRARIES
+) -> dict[str, float]:
     """Bytes by library, each in a process of its own."""
     needed = {}
-    for library in LIBRARIES:
+    for library in libraries:
         asked = {"library": library, "case": case.as_record(), "pass": pass_}
         done = subprocess.run(
             [
@@ -152,7 +167,9 @@ def probe(library: str, case: Case, pass_: Pass) -> int:
     A small layer runs first, so that threads and libraries are there already; the scratch that the
     engine keeps for its next call is then too small, and the new one counts.
     """
-    layer_of = getattr(fastrnn if library == "fastrnn" else torch.nn, case.cell)
+    layer_of = getattr(torch.nn if library == "torch" else fastrnn, case.cell)
+    if library == RECOMPUTE:
+        layer_of = partial(layer_of, recompute=True)
     run = _train if pass_ == "training" else _infer
     run(layer_of(8, 8), torch.randn(2, 2, 8), torch.randn(2, 2, 8))
     layer = layer_of(case.I, case.H, case.layers)
@@ -334,6 +351,29 @@ def _stream(layer: Any, dtype: str) -> Prepared:
     return Prepared(lambda _: step(x), dict)
 
 
+# ---- recompute ----------------------------------------------------------------------------------
+
+
+def recompute(options: Options) -> list[Row]:
+    """Milliseconds of a training step, MiB that it needs."""
+    rows = []
+    for cell in options.cells:
+        for case in (options.case(cell, 512, 16, 512), options.case(cell, 4096, 16, 512)):
+            layer = getattr(fastrnn, cell)(case.I, case.H)
+            again = getattr(fastrnn, cell)(case.I, case.H, recompute=True)
+            again.load_state_dict(layer.state_dict())
+            data = make_data(case, "cpu")
+            both = {"fastrnn": layer, RECOMPUTE: again}
+            prepared = {n: prepare_layer(made, data, "training", {}) for n, made in both.items()}
+            times = time_in_turns(options, prepared)
+            needed = _needed(options, case, "training", (*both, "torch"))
+            row = {"case": case.label(), **columns(times), **_mebibytes(needed)}
+            row["recompute / fastrnn, time"] = times[RECOMPUTE] / times["fastrnn"]
+            row["recompute / fastrnn, memory"] = needed[RECOMPUTE] / needed["fastrnn"]
+            rows.append(row)
+    return rows
+
+
 # ---- bfloat16 -----------------------------------------------------------------------------------
 
 
@@ -407,6 +447,7 @@ PARTS: dict[str, Callable[[Options], list[Row]]] = {
     "lengths": lengths,
     "step": step,
     "stream": stream,
+    "recompute": recompute,
     "bfloat16": bfloat16,
     "scaling": scaling,
 }

@@ -342,11 +342,13 @@ def test_flashrnn_is_refused_on_the_cpu() -> None:
         flashrnn_provider._require_supported(case, make_data(case, "cpu"))
 
 
-@pytest.mark.parametrize("part", "memory contention lengths step stream bfloat16 scaling".split())
+@pytest.mark.parametrize(
+    "part", "memory contention lengths step stream recompute bfloat16 scaling".split()
+)
 def test_every_part_of_the_goals_is_measured(
     part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if part == "memory" and sys.platform != "linux":
+    if part in ("memory", "recompute") and sys.platform != "linux":
         pytest.skip("reads /proc")
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
     goals = importlib.import_module("goals")
