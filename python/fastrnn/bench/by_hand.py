@@ -5,7 +5,7 @@ Each is a module that is called as a layer is and whose parameters are named as 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +119,7 @@ class Heads(_ByHand):
 
     def _rows(self, p: Tensor, k: int) -> Tensor:
         """Head k's rows of W_ih or a bias, every gate's: a copy of a small part, once a call."""
-        gates = p.unflatten(0, (-1, self._heads, self._layer[0].hidden_size))
+        gates = p.view(-1, self._heads, cast("int", self._layer[0].hidden_size), *p.shape[1:])
         return gates[:, k].flatten(0, 1)
 
 
