@@ -25,7 +25,8 @@ struct Backend {
   // An ensemble: `count` problems, 1 or more, of equal options, sizes and threads, none of which
   // writes what another reads or writes. The pass of each, the problems shared out over the threads
   // where that is faster than a team for each; a problem's results are the bits that it gives by
-  // itself. The first one's workspace is everybody's, of ensemble_workspace_size() bytes.
+  // itself. The first one's workspace is everybody's, of ensemble_workspace_size() bytes. Null
+  // where a device runs none.
   std::size_t (*ensemble_workspace_size)(const Problem*, std::int64_t count, Pass);
   void (*run_ensemble)(const Problem*, std::int64_t count, Pass);
 };

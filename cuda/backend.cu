@@ -70,7 +70,8 @@ void backward(const Problem& p) { run(p, Pass::backward); }
 }  // namespace
 
 const Backend& cuda_backend() {
-  static constexpr Backend backend{workspace_size, nullptr, nullptr, forward, backward};
+  static constexpr Backend backend{workspace_size, nullptr, nullptr, forward,
+                                   backward,       nullptr, nullptr};
   return backend;
 }
 

@@ -29,9 +29,13 @@ std::size_t size_of(std::int64_t n) { return static_cast<std::size_t>(n); }
 
 const Backend& emulated_backend() {
   static constexpr Backend backend{
-      [](const Problem& p, Pass pass) { return cuda::Stack(p, pass).workspace_size(); }, nullptr,
-      nullptr, [](const Problem& p) { cuda::Stack(p, Pass::forward).forward(); },
-      [](const Problem& p) { cuda::Stack(p, Pass::backward).backward(); }};
+      [](const Problem& p, Pass pass) { return cuda::Stack(p, pass).workspace_size(); },
+      nullptr,
+      nullptr,
+      [](const Problem& p) { cuda::Stack(p, Pass::forward).forward(); },
+      [](const Problem& p) { cuda::Stack(p, Pass::backward).backward(); },
+      nullptr,
+      nullptr};
   return backend;
 }
 
@@ -218,7 +222,13 @@ std::vector<Parameters> parameters_of(const Case& c, std::vector<std::vector<S>>
       auto& values = w[size_of(g * 5 + k)];
       return Weight{values.empty() ? nullptr : values.data(), 0, 1};
     };
-    all.push_back({weight(0), weight(1), bias(2), bias(3), weight(4)});
+    Parameters p;
+    p.weight_ih = weight(0);
+    p.weight_hh = weight(1);
+    p.bias_ih = bias(2);
+    p.bias_hh = bias(3);
+    p.weight_hr = weight(4);
+    all.push_back(p);
   }
   return all;
 }
