@@ -23,16 +23,15 @@
 #include <cstdint>
 #include <cstring>
 
+#include "inline.h"
 #include "problem.h"
 
 #if defined(__CUDACC__)
 #define FASTRNN_RESIDENT __host__ __device__ __forceinline__
 #define FASTRNN_ON_MACHINE __device__ __forceinline__
-#define FASTRNN_UNROLL _Pragma("unroll")
 #else
 #define FASTRNN_RESIDENT inline
 #define FASTRNN_ON_MACHINE inline
-#define FASTRNN_UNROLL
 #endif
 
 namespace fastrnn::resident {
