@@ -51,7 +51,7 @@ def loss(values: tuple[Tensor, ...]) -> Tensor:
 
 def composed(case: Case, **extra: Any) -> tuple[Tensor, ...]:
     """The same by plain torch operations."""
-    with patch.object(_recurrent, "_needs_composed", lambda input: True):
+    with patch.object(_recurrent, "_needs_composed", lambda *_: True):
         return outputs(case, **extra)
 
 
