@@ -138,7 +138,7 @@ struct Kernels<Elman, Operand> {
         forward_entry<F<Via::block, 8, 8, 0, 1>>(),  forward_entry<F<Via::cluster, 2, 8, 0, 1>>(),
         forward_entry<F<Via::ring, 1, 9, 0, 2>>(),   forward_entry<F<Via::ring, 1, 14, 3, 1>>(),
         backward_entry<B<Via::block, 8, 8, 0, 1>>(), backward_entry<B<Via::cluster, 2, 8, 0, 1>>(),
-        backward_entry<B<Via::ring, 1, 9, 0, 2>>(),  backward_entry<B<Via::ring, 1, 14, 3, 1>>(),
+        backward_entry<B<Via::ring, 1, 9, 0, 2>>(),  backward_entry<B<Via::ring, 1, 13, 4, 1>>(),
     };
     *count = sizeof all / sizeof all[0];
     return all;
