@@ -35,9 +35,10 @@ MODES = {
 def precision(tf32: bool) -> Iterator[None]:
     """TF32 as asked, and cuDNN free to try its algorithms; as it was, afterwards."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = tf32, tf32, True
+    kept = {"enabled": cudnn.enabled, "deterministic": cudnn.deterministic}
+    before, matmul.allow_tf32 = matmul.allow_tf32, tf32
     try:
-        yield
+        with cudnn.flags(benchmark=True, allow_tf32=tf32, **kept):
+            yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+        matmul.allow_tf32 = before
