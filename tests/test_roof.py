@@ -106,6 +106,21 @@ def test_each_direction_streams_its_own_weights() -> None:
     assert roof_seconds(both, "inference", PEAK, {BYTES_HH: 5.0}) == pytest.approx(2 * one)
 
 
+def test_each_member_is_as_much_work_as_one_model() -> None:
+    five = replace(LSTM, members=5)
+    one = roof_seconds(LSTM, "training", PEAK, {BYTES_HH: 5.0})
+    assert roof_seconds(five, "training", PEAK, {BYTES_HH: 5.0}) == pytest.approx(5 * one)
+    assert five.flops("training") == 5 * LSTM.flops("training")
+
+
+def test_rows_of_uniform_lengths_are_half_the_work() -> None:
+    some = replace(LSTM, lengths=True)  # lengths of 1 to T: (T + 1) / 2 steps on average
+    share = (LSTM.T + 1) / (2 * LSTM.T)
+    whole = roof_seconds(LSTM, "inference", PEAK, {BYTES_HH: 5.0})
+    assert roof_seconds(some, "inference", PEAK, {BYTES_HH: 5.0}) == pytest.approx(share * whole)
+    assert some.flops("inference") == pytest.approx(share * LSTM.flops("inference"))
+
+
 def test_a_single_step_streams_all_the_weights_of_the_stack() -> None:
     case = replace(LSTM, T=1, layers=2)
     weights = BYTES_IH + BYTES_HH + 2 * BYTES_HH  # the second layer reads 4 units

@@ -21,7 +21,7 @@ ELEMENT_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Products:
-    """One layer's matrix products in one forward pass, all its directions together."""
+    """One layer's matrix products in one forward pass, all its directions and members together."""
 
     projection: float  # multiplications and additions of x·W_ihᵀ
     recurrence: float  # and of h·W_hhᵀ
@@ -109,18 +109,17 @@ class Case:
         Training is three times as much: forward, gradients of data, gradients of weights.
         """
         forward = sum(p.projection + p.recurrence for p in self.products())
-        forward *= self.members * (0.5 * (self.T + 1) / self.T if self.lengths else 1.0)
         return forward * (3.0 if pass_ == "training" else 1.0)
 
     def products(self) -> list[Products]:
         """What each layer multiplies, forward."""
         layers = []
+        size = ELEMENT_BYTES[self.dtype]
+        pairs = 2.0 * self.B * (0.5 * (self.T + 1) if self.lengths else self.T)
         for layer in range(self.layers):
             inputs = self.I if layer == 0 else self.directions * self.H
-            rows = self.directions * self.gates * self.H
+            rows = self.members * self.directions * self.gates * self.H
             weight_ih, weight_hh = rows * inputs, rows * self.H // self.heads
-            pairs = 2.0 * self.T * self.B
-            size = ELEMENT_BYTES[self.dtype]
             layers.append(
                 Products(
                     projection=pairs * weight_ih,

@@ -112,7 +112,7 @@ def roof_seconds(case: Case, pass_: Pass, peak: float, bandwidth: Callable[[int]
     else:
         forward = projection / peak
         for p in layers:
-            one_direction = p.weight_hh // case.directions
+            one_direction = p.weight_hh // (case.directions * case.members)
             forward += p.recurrence / min(peak, bandwidth(one_direction) * reuse)
     if pass_ == "training":
         forward += forward + (projection + recurrence) / peak
