@@ -115,7 +115,8 @@ wheel: $(INSTALLED)  ## a wheel of this machine's kind, in dist
 cuda: $(INSTALLED)  ## compile the CUDA sources, where there is a CUDA compiler
 	@command -v nvcc >/dev/null || { echo 'make cuda: no nvcc on PATH; install the CUDA toolkit'; exit 1; }
 	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release \
-	    -DFASTRNN_PYTHON=OFF -DFASTRNN_CUDA=ON -DFASTRNN_WERROR=ON -DFASTRNN_CUDA_REPORT=ON
+	    -DFASTRNN_PYTHON=OFF -DFASTRNN_CUDA=ON -DFASTRNN_CUDA_PERSISTENT=ON \
+	    -DFASTRNN_WERROR=ON -DFASTRNN_CUDA_REPORT=ON
 	$(BIN)/cmake --build build/cuda --target fastrnn_cuda > build/cuda/report.txt 2>&1 \
 	    || { cat build/cuda/report.txt; exit 1; }
 	$(BIN)/python cuda/resources.py build/cuda/report.txt

@@ -5,10 +5,11 @@
     python benchmarks/gpu_check.py --out build/gpu-check --dry-run
 
 - build      the package by pip, with CUDA, and the programs of benchmarks/ladder
-- tests      the whole test suite, with the CUDA cases
+- tests      the whole test suite, with the CUDA cases of every route
 - sanitizer  compute-sanitizer's memcheck and racecheck on the smallest case of each kernel
 - ladder     what an exchange costs; every persistent kernel against plain ones
-- bench      the suites against torch.nn (cuDNN), in float32, tf32, bfloat16, float16
+- bench      the suites against torch.nn (cuDNN), in float32, tf32, bfloat16, float16: by the
+             persistent kernels, then by a launch for each step
 
 Each part has a time limit of its own and none takes the others' results along: what a command
 printed is kept in OUT/<part>.log, its exit code and time in OUT/gpu-check.json, with every record
@@ -28,6 +29,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +45,8 @@ SUITES = (
 )  # fmt: skip
 DTYPES = ("bfloat16", "float16", "tf32", "float32")
 INFERENCE_ALONE = ("deepbench-inference",)
+SWITCH = "FASTRNN_CUDA_KERNELS"
+ROUTES = {"persistent": "persistent", "steps": "1"}  # what the switch says for each
 SKIPPED = "not there"  # instead of an exit code
 
 
@@ -54,6 +58,7 @@ class Command:
     arguments: tuple[str, ...]
     share: float = 1.0
     json: str = ""  # the file that it writes, in OUT
+    route: str = ""  # of `ROUTES`, which its environment then says
 
 
 @dataclass
@@ -96,6 +101,7 @@ def commands(part: str, options: Options) -> list[Command]:
 def build(options: Options) -> list[Command]:
     defines = {
         "FASTRNN_CUDA": "ON",
+        "FASTRNN_CUDA_PERSISTENT": "ON",
         "FASTRNN_CUDA_ARCHITECTURES": options.architecture,
     }
     install = [options.python, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
@@ -156,18 +162,17 @@ def ladder(options: Options) -> list[Command]:
 
 
 def bench(options: Options) -> list[Command]:
-    left = len(options.suites)
+    runs = [(suite, route) for route in ROUTES for suite in options.suites]
     listed = []
-    for suite in options.suites:
-        file = f"bench-{suite}.json"
+    for left, (suite, route) in zip(range(len(runs), 0, -1), runs, strict=True):
+        file = f"bench-{suite}-{route}.json"
         passes = "inference" if suite in INFERENCE_ALONE else "inference,training"
         arguments = (
             options.python, "-m", "fastrnn.cli", "bench", "--device", "cuda", "--suite", suite,
             "--dtype", ",".join(options.dtypes), "--pass", passes, "--keep-going",
             "--seconds", str(options.seconds), "--json", str(options.out / file),
         )  # fmt: skip
-        listed.append(Command(suite, arguments, 1.0 / left, file))
-        left -= 1
+        listed.append(Command(f"{suite}, {route}", arguments, 1.0 / left, file, route))
     return listed
 
 
@@ -188,6 +193,8 @@ def run_command(command: Command, log: Path, limit: float) -> tuple[int | str, b
             file.write(f"{command.arguments[0]} is not there\n")
             return SKIPPED, False
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        if command.route:
+            environment[SWITCH] = ROUTES[command.route]
         process = subprocess.Popen(
             command.arguments,
             cwd=ROOT,
@@ -271,18 +278,18 @@ def document(options: Options) -> dict[str, Any]:
             if part == "ladder":
                 found["ladder"][command.name] = written
             else:
-                _add_run(found, written)
+                _add_run(found, written, command.route)
     return found
 
 
-def _add_run(found: dict[str, Any], run: dict[str, Any]) -> None:
-    """Another suite's document: one header, its peaks and completeness those of all."""
+def _add_run(found: dict[str, Any], run: dict[str, Any], route: str) -> None:
+    """A suite's document by one route: one header, its peaks and completeness those of all."""
     if found["header"] is None:
         found["header"] = run["header"]
     else:
         found["header"]["roof"].update(run["header"]["roof"])
         found["header"]["complete"] = found["header"]["complete"] and run["header"]["complete"]
-    found["records"] += run["records"]
+    found["records"] += [{**record, "route": route} for record in run["records"]]
     found["not_run"] += run["not_run"]
 
 
@@ -307,24 +314,25 @@ def _number(row: dict[str, Any]) -> str:
 
 
 def ratios(records: Sequence[dict[str, Any]]) -> list[str]:
-    """By suite, precision and pass: cases, geometric mean, least ratio, and how many below 1."""
-    groups: dict[tuple[str, str, str], list[float]] = {}
+    """By suite, route, precision and pass: cases, geometric mean, least, how many below 1."""
+    groups: dict[tuple[str, str, str, str], list[float]] = {}
     for record in records:
         ratio = record["ratio_to_best_peer"]
         if record["provider"] == "fastrnn" and ratio:
             case = record["case"]
             kind = "tf32" if case.get("tf32") else case["dtype"]
-            groups.setdefault((record["suite"], kind, record["pass"]), []).append(ratio)
-    lines = ["| suite | precision | pass | cases | mean | least | below 1 |"]
-    lines += ["|---|---|---|---:|---:|---:|---:|"]
-    for (suite, kind, pass_), values in groups.items():
+            key = (record["suite"], record["route"], kind, record["pass"])
+            groups.setdefault(key, []).append(ratio)
+    lines = ["| suite | route | precision | pass | cases | mean | least | below 1 |"]
+    lines += ["|---|---|---|---|---:|---:|---:|---:|"]
+    for (suite, route, kind, pass_), values in groups.items():
         mean = 1.0
         for value in values:
             mean *= value ** (1.0 / len(values))
         below = sum(value < 1 for value in values)
         lines.append(
-            f"| {suite} | {kind} | {pass_} | {len(values)} | {mean:.2f} | {min(values):.2f} "
-            f"| {below} |"
+            f"| {suite} | {route} | {kind} | {pass_} | {len(values)} | {mean:.2f} "
+            f"| {min(values):.2f} | {below} |"
         )
     return lines
 
@@ -363,21 +371,21 @@ def architecture() -> str:
 
 
 def smallest_cases() -> int:
-    """Each cell in each type, forward and backward, as small as it gets: for compute-sanitizer."""
+    """Each cell in each type by each route, forward and backward, as small as it gets."""
     import torch
 
     import fastrnn
 
-    for cell in ("LSTM", "GRU", "RNN"):
-        for kind in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            layer = getattr(fastrnn, cell)(3, 5, num_layers=2, bidirectional=True)
-            layer = layer.to("cuda", kind)
-            x = torch.randn(4, 3, 3, device="cuda", dtype=kind, requires_grad=True)
-            reset = torch.rand(4, 3, device="cuda") < 0.3
-            output, _ = layer(x, reset=reset)
-            output.sum().backward()
-            torch.cuda.synchronize()
-            print(cell, kind, bool(torch.isfinite(output).all()), flush=True)
+    kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    for route, cell, kind in product(ROUTES, ("LSTM", "GRU", "RNN"), kinds):
+        os.environ[SWITCH] = ROUTES[route]
+        layer = getattr(fastrnn, cell)(3, 5, num_layers=2, bidirectional=True).to("cuda", kind)
+        x = torch.randn(4, 3, 3, device="cuda", dtype=kind, requires_grad=True)
+        reset = torch.rand(4, 3, device="cuda") < 0.3
+        output, _ = layer(x, reset=reset)
+        output.sum().backward()
+        torch.cuda.synchronize()
+        print(route, cell, kind, bool(torch.isfinite(output).all()), flush=True)
     return 0
 
 

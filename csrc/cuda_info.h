@@ -1,10 +1,12 @@
-// What a CUDA build can say of itself and of the machine it runs on. Defined in cuda/device.cu,
-// and only there: a CPU-only build has no such function.
+// What a CUDA build can say of itself, of the machine it runs on and of the kernels that a case
+// takes. Defined in cuda/ and only there: a CPU-only build has no such functions.
 #pragma once
 
 #include <cstddef>
 #include <string>
 #include <vector>
+
+#include "backend.h"
 
 namespace fastrnn {
 
@@ -27,5 +29,17 @@ struct CudaInfo {
 
 // Never throws for a missing driver or device: says so in `error`.
 CudaInfo cuda_info();
+
+// What computes the recurrence of a call, and why.
+struct CudaKernels {
+  bool persistent = false;  // a launch for a sequence; else one for each step
+  std::string why;
+};
+
+// Reads sizes and options of the problem, and the presence of arrays. On the problem's device:
+// throws std::runtime_error where there is none. Defined in cuda/backend.cu, as is the next.
+CudaKernels cuda_kernels(const Problem&, Pass);
+// By the data sheet of an H200, on any machine.
+CudaKernels cuda_kernels_on_h200(const Problem&, Pass);
 
 }  // namespace fastrnn

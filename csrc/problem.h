@@ -122,6 +122,8 @@ struct Problem {
   int device = 0;
   void* stream = nullptr;   // a cudaStream_t
   bool allow_tf32 = false;  // float32 products may round their factors to TF32
+  // A whole sequence may run in one launch where there is a kernel for it (cuda/persistent.h).
+  bool persistent = false;
 
   // ---- which rows are active at each step (csrc/steps.h) ------------------------------------
   // At most one of the first two is given; neither: every row is active at every step.

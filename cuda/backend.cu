@@ -2,13 +2,15 @@
 //
 // The caller owns all memory, workspace included; nothing is allocated here, no stream is made and
 // nothing waits for the device, so that a call can be captured into a graph. What is kept between
-// calls is the library's handle, one for each device.
+// calls is the library's handle, one for each device, and what was asked of it for persistent
+// kernels.
 #include <cuda_runtime_api.h>
 
 #include <stdexcept>
 #include <string>
 
 #include "backend.h"
+#include "cuda_info.h"
 #include "stack.h"
 
 namespace fastrnn {
@@ -53,17 +55,26 @@ std::string case_text(const Problem& p, Pass pass) {
          number("H", p.H) + number("layers", p.options.layers) + number("device", p.device);
 }
 
-void run(const Problem& p, Pass pass) {
+// Calls f(stack) on the device of the arrays; errors name the case.
+template <class F>
+auto on_device(const Problem& p, Pass pass, const F& f) {
   try {
     const DeviceGuard guard(p.device);
     Stack stack(p, pass);
-    pass == Pass::forward ? stack.forward() : stack.backward();
+    return f(stack);
   } catch (const std::runtime_error& error) {
     throw std::runtime_error(case_text(p, pass) + ": " + error.what());
   }
 }
 
-std::size_t workspace_size(const Problem& p, Pass pass) { return Stack(p, pass).workspace_size(); }
+void run(const Problem& p, Pass pass) {
+  on_device(p, pass,
+            [&](Stack& stack) { pass == Pass::forward ? stack.forward() : stack.backward(); });
+}
+
+std::size_t workspace_size(const Problem& p, Pass pass) {
+  return on_device(p, pass, [](const Stack& stack) { return stack.workspace_size(); });
+}
 void forward(const Problem& p) { run(p, Pass::forward); }
 void backward(const Problem& p) { run(p, Pass::backward); }
 
@@ -73,6 +84,22 @@ const Backend& cuda_backend() {
   static constexpr Backend backend{workspace_size, nullptr, nullptr, forward,
                                    backward,       nullptr, nullptr};
   return backend;
+}
+
+CudaKernels cuda_kernels(const Problem& p, Pass pass) {
+  return on_device(p, pass, [](const Stack& stack) {
+    return CudaKernels{stack.plan().kernel != nullptr, stack.plan().why};
+  });
+}
+
+CudaKernels cuda_kernels_on_h200(const Problem& p, Pass pass) {
+  const Stack stack(p, pass, [](const resident::Sizes& sizes) {
+    int count = 0;
+    const resident::Kernel* const all = resident::kernels(&count);
+    if (count == 0) return resident::plan_persistent(sizes);  // says why there are none
+    return resident::choose_kernel(sizes, resident::h200(), all, count);
+  });
+  return {stack.plan().kernel != nullptr, stack.plan().why};
 }
 
 }  // namespace fastrnn

@@ -377,7 +377,7 @@ class Backward : Shape<Cell, S> {
     const BackwardData<S> a = data(0);
     if (a.d_h0) launch_product(stream(), InitialHidden<Cell, S>{{}, a});
     if (a.d_c0) launch_elements(stream(), InitialCell<S>{a});
-    gradients_.run(typename Gradients<Cell, S>::Data{d_gates_, gates_group_, width_, d_proj_});
+    gradients_.run({d_gates_, gates_group_, width_, Hp_, d_proj_});
   }
 
  private:
@@ -479,7 +479,7 @@ class Backward : Shape<Cell, S> {
   }
 
   const Layer& layer_;
-  Gradients<Cell, S> gradients_;
+  Gradients<Cell, S, C> gradients_;
   Index Hp_ = 0, Op_ = 0, saved_width_ = 0, width_ = 0, depth_ = 0, second_depth_ = 0;
   Index gates_group_ = 0, zeros_size_ = 0;
   C *d_gates_ = nullptr, *zeros_ = nullptr, *d_c_ = nullptr, *carried_ = nullptr;

@@ -316,10 +316,21 @@ inline bool uniform_rows(const Sequence& a, const Rows& rows, bool packed, Index
   return regular && (a.unit == 1 || width == 1) && stride >= width;
 }
 
-// The steps of a direction in blocks that are projected together.
-struct BlockOfSteps {
-  Index begin, end;  // in the order in which they run
-};
+// x·W_ihᵀ of `pairs` pairs of a direction from `first` on, to `gates` columns of `to` or added
+// there. The input is read where it lies, in rows of `stride`, or packed into `x_rows` before.
+template <class S>
+void project_pairs(const Layer& layer, Index d, Index first, Index pairs, Index gates, Index stride,
+                   S* x_rows, typename ComputeOf<S>::type* to, bool add) {
+  const fastrnn::Weight& w = layer.parameters[d].weight_ih;
+  const S* x = static_cast<const S*>(layer.input.data) + first * stride;
+  if (x_rows) {
+    launch_elements(layer.tools.stream,
+                    GatherInput<S>{layer.rows, layer.input, first, pairs, layer.I, x_rows});
+    x = x_rows;
+  }
+  multiply(layer.tools, Matrices<S>{pairs, gates, layer.I, x, x_rows ? layer.I : stride, 1,
+                                    static_cast<const S*>(w.data), w.row, w.unit, to, gates, add});
+}
 
 template <class Cell, class S>
 class Forward : Shape<Cell, S> {
@@ -428,17 +439,8 @@ class Forward : Shape<Cell, S> {
     const Index first = d ? before - pairs : before;
     before = d ? first : first + pairs;
     x_first_[d] = first;
-    const fastrnn::Weight& w = layer_.parameters[d].weight_ih;
-    const S* x = static_cast<const S*>(layer_.input.data) + first * input_stride_;
-    if (gathers_) {
-      launch_elements(stream(),
-                      GatherInput<S>{layer_.rows, layer_.input, first, pairs, layer_.I, x_rows_});
-      x = x_rows_;
-    }
-    C* to = x_gates_ + d * steps_ * B * gates;
-    multiply(layer_.tools,
-             Matrices<S>{pairs, gates, layer_.I, x, gathers_ ? layer_.I : input_stride_, 1,
-                         static_cast<const S*>(w.data), w.row, w.unit, to, gates, false});
+    project_pairs<S>(layer_, d, first, pairs, gates, input_stride_, x_rows_,
+                     x_gates_ + d * steps_ * B * gates, false);
   }
 
   // Of many rows: the product of a step with h, prepared once.

@@ -5,14 +5,17 @@
 //               db = Σ_n da_n           dx_n = Σ_gates W_ihᵀ·da_n, of both directions
 //             as matrix products (matrix.h) over blocks of pairs, added block after block.
 // Operands    in storage type, as the library multiplies them: da of half types is rounded to it
-//             here, and here alone. Rows that already lie so in memory are read where they are; the
-//             others are packed for each block of pairs. A row that does not run has da = 0, and
-//             zeros stand for its x, h and hidden units, whatever its memory holds.
+//             here, unless a persistent kernel has done so. Rows that already lie so in memory are
+//             read where they are; the others are packed for each block of pairs. A row that does
+//             not run has da = 0, and zeros stand for its x, h and hidden units, whatever its
+//             memory holds.
 // Layouts     packed  [pairs of the block][columns], storage
 //             sums    of half types: each gradient of a weight, compute type
 // Cost        G·H·(I + O) products a pair each for weights and input, on tensor cores where the
 //             library has them; packing reads and writes what it packs once.
 #pragma once
+
+#include <type_traits>
 
 #include "forward.h"
 
@@ -22,20 +25,18 @@ namespace fastrnn::cuda {
 inline constexpr Index kGradientBytes = 2 * kProjectionBytes;
 
 // Rows of gates·H: to[n − first][g·H + u] = plane (code >> 4·g) & 15 of the gates' gradients.
-template <class S>
+template <class S, class G>
 struct GatherGates {
   static constexpr const char* name = "rows of the gates' gradients";
-  using C = typename ComputeOf<S>::type;
-  const C* d_gates;
-  Index width, Hp, H, gates, first, pairs;
+  const G* d_gates;
+  Index width, plane, H, gates, first, pairs;
   unsigned code;
   S* to;
 
   FASTRNN_CELL Index count() const { return pairs * gates * H; }
   FASTRNN_CELL void element(Index n) const {
     const Index u = n % H, g = n / H % gates, pair = first + n / H / gates;
-    const Index plane = (code >> (4 * g)) & 15;
-    narrow(d_gates[pair * width + plane * Hp + u], to + n);
+    narrow(widen(d_gates[pair * width + ((code >> (4 * g)) & 15) * plane + u]), to + n);
   }
 };
 
@@ -98,7 +99,7 @@ struct Narrow {
 
 // Gradients of biases: sums over all pairs of the columns of the gates' gradients, in runs, each of
 // the block's warps those of every kWarps-th pair.
-template <class S>
+template <class S, class G>
 struct ColumnSums {
   static constexpr const char* name = "gradients of biases";
   static constexpr int phases = 2;
@@ -107,8 +108,8 @@ struct ColumnSums {
     C part[kWarps][kWarp];
   };
   using Registers = Nothing;
-  const C* d_gates;
-  Index width, Hp, H, gates, pairs;
+  const G* d_gates;
+  Index width, plane, H, gates, pairs;
   unsigned code;
   S *to, *also_to;  // the second may be null
 
@@ -121,8 +122,8 @@ struct ColumnSums {
     const Index column = block * kWarp + lane;
     if (column >= gates * H) return;
     if constexpr (phase == 0) {
-      const Index plane = (code >> (4 * (column / H))) & 15;
-      shared.part[warp][lane] = sum(d_gates + plane * Hp + column % H, warp);
+      const Index from = (code >> (4 * (column / H))) & 15;
+      shared.part[warp][lane] = sum(d_gates + from * plane + column % H, warp);
     } else if (warp == 0) {
       C total = shared.part[0][lane];
       for (int w = 1; w < kWarps; ++w) total += shared.part[w][lane];
@@ -132,29 +133,33 @@ struct ColumnSums {
   }
 
  private:
-  FASTRNN_CELL C sum(const C* from, int warp) const {
+  FASTRNN_CELL C sum(const G* from, int warp) const {
     constexpr Index run = 64 * kWarps;
     C total = 0;
     for (Index n0 = 0; n0 < pairs; n0 += run) {
       C part = 0;
-      for (Index n = n0 + warp; n < least(n0 + run, pairs); n += kWarps) part += from[n * width];
+      for (Index n = n0 + warp; n < least(n0 + run, pairs); n += kWarps)
+        part += widen(from[n * width]);
       total += part;
     }
     return total;
   }
 };
 
-template <class Cell, class S>
+// `G`: the type in which the gates' gradients are kept.
+template <class Cell, class S, class G>
 class Gradients : Shape<Cell, S> {
   using K = Shape<Cell, S>;
   using typename K::C;
   static constexpr bool half = sizeof(S) != sizeof(C);
 
  public:
+  // The gates' gradients, [D][pairs][width], gradient k of unit u at k·plane + u; and dh of a
+  // projected state.
   struct Data {
-    C* d_gates;
-    Index group, width;
-    C* d_proj;
+    const G* d_gates;
+    Index group, width, plane;
+    const C* d_proj;
   };
 
   explicit Gradients(const Layer& layer)
@@ -269,18 +274,19 @@ class Gradients : Shape<Cell, S> {
 
   // Whether the gates' gradients lie in memory as the rows of a matrix.
   bool reads_gates(unsigned code) const {
-    bool regular = !half && layer_.H == Hp_;
+    bool regular = std::is_same_v<S, G> && layer_.H == data_.plane;
     for (int g = 0; g < K::gates; ++g)
       regular = regular && ((code >> (4 * g)) & 15) == (code & 15) + static_cast<unsigned>(g);
     return regular;
   }
 
   MatrixRows gates_rows(Index d, Index n0, Index count, unsigned code, S* to) const {
-    const C* from = data_.d_gates + d * data_.group;
-    if constexpr (!half)
-      if (reads_gates(code)) return {from + n0 * data_.width + (code & 15) * Hp_, data_.width};
-    launch_elements(
-        stream(), GatherGates<S>{from, data_.width, Hp_, layer_.H, K::gates, n0, count, code, to});
+    const G* from = data_.d_gates + d * data_.group;
+    if constexpr (std::is_same_v<S, G>)
+      if (reads_gates(code))
+        return {from + n0 * data_.width + (code & 15) * data_.plane, data_.width};
+    launch_elements(stream(), GatherGates<S, G>{from, data_.width, data_.plane, layer_.H, K::gates,
+                                                n0, count, code, to});
     return {to, rows_};
   }
 
@@ -323,8 +329,8 @@ class Gradients : Shape<Cell, S> {
     const Parameters to = wanted(d);
     S *input = static_cast<S*>(to.bias_ih.data), *hidden = static_cast<S*>(to.bias_hh.data);
     const auto sum = [&](unsigned code, S* one, S* other) {
-      launch(stream(), ColumnSums<S>{data_.d_gates + d * data_.group, data_.width, Hp_, layer_.H,
-                                     K::gates, layer_.rows.pairs, code, one, other});
+      launch(stream(), ColumnSums<S, G>{data_.d_gates + d * data_.group, data_.width, data_.plane,
+                                        layer_.H, K::gates, layer_.rows.pairs, code, one, other});
     };
     if (K::input_code == K::hidden_code && input) return sum(K::input_code, input, hidden);
     if (input) sum(K::input_code, input, nullptr);

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "backend.h"
 #include "library.h"
 #include "problem.h"
 #include "rows.h"
@@ -10,6 +11,11 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #endif
+
+namespace fastrnn::resident {
+struct Plan;
+struct Sizes;
+}  // namespace fastrnn::resident
 
 namespace fastrnn::cuda {
 
@@ -42,6 +48,7 @@ struct Layer {
   Parameters* d_parameters = nullptr;  // [D]
 
   void* scratch = nullptr;
+  const resident::Plan* plan = nullptr;  // the persistent kernel of the pass; null: step by step
   Tools tools;
 };
 
@@ -51,6 +58,8 @@ struct LayerFunctions {
   std::size_t (*backward_scratch)(const Layer&);
   void (*forward)(const Layer&);
   void (*backward)(const Layer&);
+  // The sizes by which a persistent kernel is chosen for a pass: null, or why the layer has none.
+  const char* (*persistent_sizes)(const Layer&, Pass, resident::Sizes*);
 };
 
 // By the cell's place in AllCells; one table for each storage type, each a unit of its own.

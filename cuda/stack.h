@@ -1,5 +1,5 @@
 // A stack of layers on the device: lays out the workspace and runs layer by layer, in the order of
-// the stream. Calls nothing of CUDA but kernels.
+// the stream. Calls nothing of CUDA but kernels, and asks by which persistent kernel it may go.
 //
 // Workspace   [offset, length of packed data] [what goes from layer to layer] [the library's]
 //             [a layer's scratch, used by each in turn]
@@ -12,6 +12,7 @@
 #include "backend.h"
 #include "cells/list.h"
 #include "layer.h"
+#include "persistent.h"
 
 namespace fastrnn::cuda {
 
@@ -42,9 +43,12 @@ inline const LayerFunctions& functions_of_type(DType dtype, int cell) {
   return functions_f32(cell);
 }
 
+// Chooses a persistent kernel, or says why there is none.
+using Planner = resident::Plan (*)(const resident::Sizes&);
+
 class Stack {
  public:
-  Stack(const Problem& p, Pass pass)
+  Stack(const Problem& p, Pass pass, Planner planner = resident::plan_persistent)
       : p_(p),
         pass_(pass),
         planes_(cell_traits(p.options).saved_planes),
@@ -66,10 +70,13 @@ class Stack {
     rows_.reset = p.reset, rows_.reset_step = p.reset_step, rows_.reset_row = p.reset_row;
     tools_.stream = p.stream, tools_.device = p.device, tools_.allow_tf32 = p.allow_tf32;
     tools_.library = find_library();
+    plan_ = choose(planner);
     lay_out();
   }
 
   std::size_t workspace_size() const { return bytes_; }
+  // The persistent kernel of every layer, or why they go step by step.
+  const resident::Plan& plan() const { return plan_; }
 
   void forward() {
     write_rows();
@@ -94,6 +101,16 @@ class Stack {
   }
 
  private:
+  resident::Plan choose(Planner planner) const {
+    resident::Plan none;
+    resident::Sizes sizes;
+    const char* why = "persistent kernels are not asked for";
+    if (p_.persistent) why = functions_.persistent_sizes(describe(0), pass_, &sizes);
+    if (!why) return planner(sizes);
+    none.why = why;
+    return none;
+  }
+
   // A packed table lies in the workspace: whoever only measures gives it no address, so that its
   // presence is said by batch_sizes.
   void write_rows() {
@@ -114,7 +131,7 @@ class Stack {
         between_[i] = arena.take<char>(rows_.pairs * D_ * O_ * (backward ? compute_ : storage_));
     if (tools_.library) tools_.scratch = arena.take<char>(kLibraryScratch);
     std::size_t most = 0;
-    for (Index l = 0; l < std::min<Index>(L_, 2); ++l) {
+    for (const Index l : {Index{0}, std::min<Index>(L_ - 1, 1), L_ - 1}) {
       const Layer layer = backward ? describe_backward(l) : describe(l);
       most = std::max(
           most, backward ? functions_.backward_scratch(layer) : functions_.forward_scratch(layer));
@@ -146,6 +163,7 @@ class Stack {
     layer.gates_group = rows_.pairs * planes_ * padded(p_.H);
     layer.gates = shifted(p_.gates, g * layer.gates_group * compute_);
     layer.tools = tools_;
+    layer.plan = plan_.kernel ? &plan_ : nullptr;
     return layer;
   }
 
@@ -191,6 +209,7 @@ class Stack {
   const Index L_, D_, O_, storage_, compute_;
   Rows rows_;
   Tools tools_;
+  resident::Plan plan_;
   Index *offset_ = nullptr, *length_ = nullptr;
   void* between_[2] = {};
   void* scratch_ = nullptr;

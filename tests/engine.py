@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from fastrnn import _C
+from fastrnn._engine import cuda_route
 from fastrnn.reference import Options, States
 from problems import Gradients, Problem, Solution
 from tolerances import assert_close
@@ -83,8 +84,12 @@ def on_device(device: Any) -> tuple[Callable[[Any], Any], dict[str, Any]]:
     def workspace(size: int) -> Any:
         return torch.empty(size, dtype=torch.uint8, device=device)
 
-    stream = torch.cuda.current_stream(device).cuda_stream
-    return lambda x: torch.as_tensor(x).to(device), {"workspace": workspace, "stream": stream}
+    work = {
+        "workspace": workspace,
+        "stream": torch.cuda.current_stream(device).cuda_stream,
+        "persistent": cuda_route().persistent,
+    }
+    return lambda x: torch.as_tensor(x).to(device), work
 
 
 class Call:

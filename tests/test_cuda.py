@@ -19,7 +19,7 @@ from torch import Tensor
 import fastrnn
 from engine import DTYPES, Call, assert_solutions_bitwise, check_against_reference, rounded
 from fastrnn import _C, _engine, _ops
-from fastrnn._engine import scalars
+from fastrnn._engine import engine_options, scalars
 from fastrnn._options import Options
 from fastrnn._recurrent import recurrent
 from pairs import Outcome, outcome, pair
@@ -41,12 +41,33 @@ CELLS = (
 )
 
 
+ROUTES = {"steps": "1", "persistent": "persistent"}  # what the environment says of each
+
+
+def persistent_kernel(cell: str, hidden_size: int, dtype: str = "float32") -> tuple[bool, str]:
+    """Whether forward of a small case has one on the current device, and which or why not."""
+    options = engine_options(*scalars(Options(cell)))  # type: ignore[arg-type]
+    device = torch.cuda.current_device()
+    found = _C.cuda_kernels(options, dtype, 5, 4, 8, hidden_size, False, False, device)
+    return found or (False, "this build of fastrnn has no CUDA kernels")
+
+
+@pytest.fixture(params=ROUTES)
+def route(request: pytest.FixtureRequest) -> str:
+    """A launch for each step, or one for each sequence where there is a kernel for it."""
+    return str(request.param)
+
+
 @pytest.fixture
-def gpu(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+def gpu(
+    cuda: torch.device, route: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[torch.device]:
     """A CUDA device whose tensors take the kernels, with IEEE products; or a skip."""
     if not _engine.built_with_cuda():
         pytest.skip("this build of fastrnn has no CUDA kernels")
-    monkeypatch.setenv(_engine.CUDA_SWITCH, "1")
+    if route == "persistent" and "FASTRNN_CUDA_PERSISTENT" in (why := persistent_kernel("RNN", 8)[1]):
+        pytest.skip(why)
+    monkeypatch.setenv(_engine.CUDA_SWITCH, ROUTES[route])
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     yield torch.device("cuda", torch.cuda.current_device())
@@ -116,11 +137,11 @@ def test_any_size_matches_the_reference(
     check_against_reference(problem, dtype, device=gpu)
 
 
-def test_matches_the_reference_without_a_library(gpu: torch.device) -> None:
+def test_matches_the_reference_without_a_library(gpu: torch.device, route: str) -> None:
     """The engine's own matrix product, in a process that is told to look for no other."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
-        [*command, "-k", "test_matches_the_reference and not library or test_any_size"],
+        [*command, "-k", f"(matches_the_reference and not library) and {route}"],
         env={**os.environ, "FASTRNN_CUBLASLT": "none"},
         capture_output=True,
         text=True,
@@ -377,6 +398,26 @@ def test_composed_is_the_route_until_the_kernels_are_asked_for(
     monkeypatch.setenv(_engine.CUDA_SWITCH, "1")
     layer(x)
     assert seen == [True]
+
+
+def test_a_persistent_kernel_is_there_for_usual_sizes(
+    gpu: torch.device, route: str, cell: str
+) -> None:
+    if route != "persistent":
+        pytest.skip("of the persistent kernels alone")
+    for dtype in ("float32", "bfloat16", "float16"):
+        for hidden_size in (16, 128, 512):
+            assert persistent_kernel(cell, hidden_size, dtype)[0]
+    assert persistent_kernel(cell, 16, "float64") == (False, "float64 has no persistent kernel")
+
+
+def test_a_setting_that_is_not_known_is_an_error(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = fastrnn.GRU(4, 5, device=gpu), torch.randn(3, 2, 4, device=gpu)
+    monkeypatch.setenv(_engine.CUDA_SWITCH, "fast")
+    with pytest.raises(ValueError, match="^FASTRNN_CUDA_KERNELS: expected 0, 1 or persistent"):
+        layer(x)
 
 
 def forward_on(gpu: torch.device, change: Callable[[Call], None], **work: Any) -> None:

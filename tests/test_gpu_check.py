@@ -38,14 +38,17 @@ def test_a_dry_run_names_every_command(gpu_check: Any, capsys: pytest.CaptureFix
     for suite in gpu_check.SUITES:
         assert f"--suite {suite} --dtype bfloat16,float16,tf32,float32" in printed
     assert "--tool racecheck" in printed
+    for define in ("FASTRNN_CUDA=ON", "FASTRNN_CUDA_PERSISTENT=ON"):
+        assert define in printed
 
 
 def test_parts_and_suites_can_be_chosen(gpu_check: Any, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--dry-run", "--parts", "bench,tests", "--suites", "stacks", "--dtypes", "tf32"]
     assert gpu_check.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["tests", "bench"]
-    assert "--suite stacks --dtype tf32 --pass inference,training" in lines[1]
+    assert [line.split(":")[0] for line in lines] == ["tests", "bench", "bench"]
+    for line in lines[1:]:
+        assert "--suite stacks --dtype tf32 --pass inference,training" in line
 
 
 @pytest.mark.parametrize(
@@ -96,6 +99,22 @@ def test_a_command_that_hangs_ends_at_its_limit_with_all_it_started(
     assert "ended after 2 s, its limit" in text
 
 
+def test_the_benchmark_takes_every_route_by_its_environment(
+    gpu_check: Any, options: Any, tmp_path: Path
+) -> None:
+    runs = {(c.route, c.arguments[c.arguments.index("--suite") + 1]) for c in gpu_check.bench(options)}
+    assert runs == {(r, s) for r in ("persistent", "steps") for s in gpu_check.SUITES}
+    log = tmp_path / "part.log"
+    code = "import os; print('switch', os.environ['FASTRNN_CUDA_KERNELS'])"
+    for route in gpu_check.ROUTES:
+        command = python_command(gpu_check, route, code, route=route)
+        assert gpu_check.run_command(command, log, 60.0) == (0, False)
+    assert [line for line in log.read_text().splitlines() if line.startswith("switch")] == [
+        "switch persistent",
+        "switch 1",
+    ]
+
+
 def test_a_tool_that_is_not_there_is_skipped(gpu_check: Any, tmp_path: Path) -> None:
     command = gpu_check.Command("none", ("no-such-tool-anywhere",))
     assert gpu_check.run_command(command, tmp_path / "log", 5.0) == (gpu_check.SKIPPED, False)
@@ -130,7 +149,10 @@ def test_a_part_that_fails_leaves_the_others_their_results(
                 )
             ],
             "bench": [
-                python_command(gpu_check, "tiny", f"{save}({json.dumps(written)!r})", json="b.json")
+                python_command(
+                    gpu_check, "tiny", f"{save}({json.dumps(written)!r})", json="b.json",
+                    route="steps",
+                )  # fmt: skip
             ],
         }[part]
 
@@ -142,12 +164,12 @@ def test_a_part_that_fails_leaves_the_others_their_results(
     assert [(o["part"], o["rc"]) for o in document["outcomes"]] == [
         ("tests", 3), ("ladder", 0), ("bench", 0),
     ]  # fmt: skip
-    assert document["records"] == written["records"]
+    assert document["records"] == [{**r, "route": "steps"} for r in written["records"]]
     assert document["ladder"] == {"exchange": rows}
     summary = (options.out / "summary.md").read_text()
     assert summary in capsys.readouterr().out
     assert "| tests | pytest | FAILED (3) in" in summary
-    assert "| tiny | tf32 | training | 2 | 2.00 | 1.00 | 0 |" in summary
+    assert "| tiny | steps | tf32 | training | 2 | 2.00 | 1.00 | 0 |" in summary
     assert "exchange: 1.5 us a step" in summary
     assert "- torch: torch.nn has no heads" in summary
 

@@ -113,7 +113,8 @@ class Call {
   void consume_gates(bool consume) { problem_.consume_gates = consume; }
   // `workspace`: an array, or a function that gives one for a number of bytes. `stream`: a
   // cudaStream_t as an integer.
-  void run(Pass pass, py::handle workspace, std::uintptr_t stream, bool allow_tf32);
+  void run(Pass pass, py::handle workspace, std::uintptr_t stream, bool allow_tf32,
+           bool persistent);
   CheckedWeights checked_weights() {
     return {problem_, std::move(parameters_), std::move(owners_)};
   }
@@ -527,11 +528,13 @@ const Backend& Call::backend() const {
 #endif
 }
 
-void Call::run(Pass pass, py::handle workspace, std::uintptr_t stream, bool allow_tf32) {
+void Call::run(Pass pass, py::handle workspace, std::uintptr_t stream, bool allow_tf32,
+               bool persistent) {
   const Backend& device = backend();
   expect_kernels_for_options();
   problem_.stream = reinterpret_cast<void*>(stream);
   problem_.allow_tf32 = allow_tf32;
+  problem_.persistent = persistent;
   const std::size_t bytes = device.workspace_size(problem_, pass);
   py::object given = py::reinterpret_borrow<py::object>(workspace);
   if (PyCallable_Check(given.ptr())) given = given(bytes);
@@ -632,12 +635,12 @@ void run_members(const CheckedOptions& options, std::int64_t count, const Argume
 void forward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg weights, Arg batch_sizes,
              Arg lengths, Arg reset, Arg hidden, Arg h_n, Arg c_n, Arg cell, Arg gates,
              bool all_layers, int threads, Arg workspace, PackCache* cache, Arg extras,
-             std::uintptr_t stream, bool allow_tf32) {
+             std::uintptr_t stream, bool allow_tf32, bool persistent) {
   Call call(options, threads);
   fill(call, ForwardArguments{input, h0, c0, weights, batch_sizes, lengths, reset, extras, hidden,
                               h_n, c_n, cell, gates, all_layers});
   if (cache != nullptr) call.use_cache(weights, *cache);
-  call.run(Pass::forward, workspace, stream, allow_tf32);
+  call.run(Pass::forward, workspace, stream, allow_tf32, persistent);
 }
 
 void forward_members(const CheckedOptions& options, std::int64_t members, Arg input, Arg h0, Arg c0,
@@ -653,13 +656,14 @@ void backward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg weig
               Arg batch_sizes, Arg lengths, Arg reset, Arg hidden, Arg cell, Arg gates,
               Arg d_output, Arg d_hidden, Arg d_cell, Arg d_h_n, Arg d_c_n, Arg d_input, Arg d_h0,
               Arg d_c0, Arg d_weights, bool consume_gates, int threads, Arg workspace, Arg extras,
-              Arg d_reset_h, Arg d_reset_c, std::uintptr_t stream, bool allow_tf32) {
+              Arg d_reset_h, Arg d_reset_c, std::uintptr_t stream, bool allow_tf32,
+              bool persistent) {
   Call call(options, threads);
   fill(call, BackwardArguments{input,    h0,        c0,        weights,   batch_sizes,  lengths,
                                reset,    extras,    hidden,    cell,      gates,        d_output,
                                d_hidden, d_cell,    d_h_n,     d_c_n,     d_input,      d_h0,
                                d_c0,     d_weights, d_reset_h, d_reset_c, consume_gates});
-  call.run(Pass::backward, workspace, stream, allow_tf32);
+  call.run(Pass::backward, workspace, stream, allow_tf32, persistent);
 }
 
 void backward_members(const CheckedOptions& options, std::int64_t members, Arg input, Arg h0,
@@ -700,14 +704,15 @@ void register_call(py::module_& module) {
              arg("batch_sizes"), arg("lengths"), arg("reset"), arg("hidden"), arg("h_n"),
              arg("c_n"), arg("cell"), arg("gates"), arg("all_layers"), arg("threads") = 0,
              arg("workspace") = py::none(), arg("cache") = py::none(), arg("extras") = py::none(),
-             arg("stream") = 0, arg("allow_tf32") = false);
+             arg("stream") = 0, arg("allow_tf32") = false, arg("persistent") = false);
   module.def("backward", backward, arg("options"), arg("input"), arg("h0"), arg("c0"),
              arg("weights"), arg("batch_sizes"), arg("lengths"), arg("reset"), arg("hidden"),
              arg("cell"), arg("gates"), arg("d_output"), arg("d_hidden"), arg("d_cell"),
              arg("d_h_n"), arg("d_c_n"), arg("d_input"), arg("d_h0"), arg("d_c0"), arg("d_weights"),
              arg("consume_gates") = false, arg("threads") = 0, arg("workspace") = py::none(),
              arg("extras") = py::none(), arg("d_reset_h") = py::none(),
-             arg("d_reset_c") = py::none(), arg("stream") = 0, arg("allow_tf32") = false);
+             arg("d_reset_c") = py::none(), arg("stream") = 0, arg("allow_tf32") = false,
+             arg("persistent") = false);
   module.def("forward_members", forward_members, arg("options"), arg("members"), arg("input"),
              arg("h0"), arg("c0"), arg("weights"), arg("batch_sizes"), arg("lengths"), arg("reset"),
              arg("hidden"), arg("h_n"), arg("c_n"), arg("cell"), arg("gates"), arg("all_layers"),

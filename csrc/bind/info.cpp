@@ -4,10 +4,15 @@
 
 #include <cmath>
 #include <cstdint>
+#include <optional>
 #include <string>
+#include <vector>
 
+#include "argument.h"
 #include "call.h"
 #include "cpu/isa.h"
+#include "dtype.h"
+#include "options.h"
 
 #ifdef FASTRNN_HAS_CUDA
 #include "cuda_info.h"
@@ -44,8 +49,36 @@ py::object cuda() {
   result["cublaslt"] = info.cublaslt;
   return result;
 }
+
+DType storage_named(const std::string& name) {
+  for (const DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16})
+    if (same(data_type(dtype), type_named(name))) return dtype;
+  throw py::value_error("dtype: expected float32, float64, bfloat16 or float16, got " + name);
+}
+
+py::object kernels(const CheckedOptions& checked, const std::string& dtype, std::int64_t T,
+                   std::int64_t B, std::int64_t I, std::int64_t H, bool backward, bool allow_tf32,
+                   const std::optional<int>& device) {
+  Problem p;
+  p.options = checked.options;
+  p.dtype = storage_named(dtype);
+  p.T = T, p.B = B, p.I = I, p.H = H;
+  p.allow_tf32 = allow_tf32, p.persistent = true;
+  const std::vector<Parameters> none(
+      static_cast<std::size_t>(p.options.layers * p.options.directions));
+  p.parameters = none.data();
+  if (device) p.device = *device;
+  const Pass pass = backward ? Pass::backward : Pass::forward;
+  const CudaKernels found = device ? cuda_kernels(p, pass) : cuda_kernels_on_h200(p, pass);
+  return py::make_tuple(found.persistent, found.why);
+}
 #else
 py::object cuda() { return py::none(); }
+
+py::object kernels(const CheckedOptions&, const std::string&, std::int64_t, std::int64_t,
+                   std::int64_t, std::int64_t, bool, bool, const std::optional<int>&) {
+  return py::none();
+}
 #endif
 
 void check_measurement(int threads, double seconds) {
@@ -80,6 +113,9 @@ void register_info(py::module_& module) {
   module.def("isas", cpu_isas);
   module.def("max_threads", max_threads);
   module.def("cuda_info", cuda);
+  module.def("cuda_kernels", kernels, py::arg("options"), py::arg("dtype"), py::arg("T"),
+             py::arg("B"), py::arg("input_size"), py::arg("hidden_size"), py::arg("backward"),
+             py::arg("allow_tf32"), py::arg("device").none(true));
   module.def("fma_peak", peak, py::arg("dtype"), py::arg("threads"), py::arg("seconds"));
   module.def("read_bandwidth", bandwidth, py::arg("bytes"), py::arg("threads"), py::arg("seconds"));
 }

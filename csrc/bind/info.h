@@ -1,5 +1,5 @@
-// What this build is and what it found: `_C.isa`, `isas`, `max_threads`, `cuda_info`; and what the
-// machine can do at most: `fma_peak`, `read_bandwidth`.
+// What this build is and what it found: `_C.isa`, `isas`, `max_threads`, `cuda_info`,
+// `cuda_kernels`; and what the machine can do at most: `fma_peak`, `read_bandwidth`.
 #pragma once
 
 #include <pybind11/pybind11.h>

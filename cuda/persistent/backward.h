@@ -1,11 +1,11 @@
 // The recurrence backward: all steps of a sequence in one launch, W_hh loaded once.
 //
-// Maths        from the last step to the first:  dh = d_hidden + what comes from the step after;
+// Maths        from the last step to the first:  dh = d_output + what comes from the step after;
 //              the cell's backward gives d_gates and what passes the cell by (a GRU's dh·z, an
 //              LSTM's dc·f);  dh of the step before = d_gates·W_hh + what passes by
 // Read         weight_hh storage [groups][gates·H][H]; what forward wrote: hidden, cell, saved; h0,
-//              c0; gradients, absent: zeros: d_output and d_hidden (storage), d_cell (float),
-//              d_h_n, d_c_n
+//              c0; gradients, absent: zeros: d_output (storage) and d_above (float), which are
+//              added; d_cell (float); d_h_n, d_c_n
 // Written      d_gates   storage, the cell's gradients plane after plane, for every active pair
 //              d_h0, d_c0  storage, where wanted
 //              The gradients of weights, biases and input are products of d_gates with hidden and x
@@ -40,7 +40,8 @@ struct Backward {
   SequenceOf<const float> cell;
   PlanesOf<const float> saved;
   StateOf<const S> h0, c0;
-  SequenceOf<const S> d_output, d_hidden;
+  SequenceOf<const S> d_output;
+  SequenceOf<const float> d_above;
   SequenceOf<const float> d_cell;
   StateOf<const S> d_h_n, d_c_n;
   PlanesOf<S> d_gates;
@@ -96,8 +97,7 @@ FASTRNN_ON_MACHINE void read_values(const Backward<S>& p, const Position& me, in
   v.d_next[0] = 0.0f;
   if (p.d_output.data)
     v.d_next[0] += C::Operand::load(*p.d_output.at(p.steps, group, t, row, x.unit));
-  if (p.d_hidden.data)
-    v.d_next[0] += C::Operand::load(*p.d_hidden.at(p.steps, group, t, row, x.unit));
+  if (p.d_above.data) v.d_next[0] += *p.d_above.at(p.steps, group, t, row, x.unit);
   if constexpr (Cell::states > 1) {
     v.next[1] = *p.cell.at(p.steps, group, t, row, x.unit);
     v.d_next[1] = p.d_cell.data ? *p.d_cell.at(p.steps, group, t, row, x.unit) : 0.0f;

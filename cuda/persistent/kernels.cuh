@@ -30,35 +30,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-template <class Operand>
-inline constexpr OperandKind kind_of = OperandKind::float32;
-template <>
-inline constexpr OperandKind kind_of<BFloat16> = OperandKind::bfloat16;
-template <>
-inline constexpr OperandKind kind_of<Float16> = OperandKind::float16;
-template <>
-inline constexpr OperandKind kind_of<Tf32> = OperandKind::tf32;
-
 template <class C>
 Kernel forward_entry() {
-  return {C::Cell::name,
-          kind_of<typename C::Operand>,
-          Pass::forward,
-          shape_of<C>(),
-          C::Cell::gates,
-          C::Cell::states,
-          reinterpret_cast<const void*>(&resident_forward<C>)};
+  return kernel_of<C>(Pass::forward, reinterpret_cast<const void*>(&resident_forward<C>));
 }
 
 template <class C>
 Kernel backward_entry() {
-  return {C::Cell::name,
-          kind_of<typename C::Operand>,
-          Pass::backward,
-          shape_of<C>(),
-          C::Cell::gates,
-          C::Cell::states,
-          reinterpret_cast<const void*>(&resident_backward<C>)};
+  return kernel_of<C>(Pass::backward, reinterpret_cast<const void*>(&resident_backward<C>));
 }
 
 // A cell's kernels with one operand. How many chunks fit: product.h says what each takes of

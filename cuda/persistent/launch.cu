@@ -1,4 +1,11 @@
 // Persistent kernels: what the device can hold, and the launches (persistent.h).
+#include <cuda_runtime_api.h>
+
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #include "persistent.h"
@@ -30,28 +37,11 @@ const Kernel* kernels(int* count) {
 
 namespace {
 
-// The first error is the result.
-class Checked {
- public:
-  void operator()(cudaError_t status) {
-    if (status != cudaSuccess && first_ == cudaSuccess) first_ = status;
-  }
-  cudaError_t result() {
-    if (first_ != cudaSuccess) cudaGetLastError();  // read, so that a later call does not meet it
-    return first_;
-  }
-
- private:
-  cudaError_t first_ = cudaSuccess;
-};
-
-cudaError_t allow(const Kernel& kernel, int shared_bytes, int cluster) {
-  Checked check;
-  check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             shared_bytes));
-  if (cluster > 8)
-    check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  return check.result();
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // read, so that a later call does not meet it
+  throw std::runtime_error(std::string("persistent kernels: ") + what + ": " +
+                           cudaGetErrorString(status));
 }
 
 // A launch, with room for its attributes.
@@ -79,8 +69,28 @@ struct Launch {
   Launch(const Launch&) = delete;
 };
 
+// Whether this build has code of the kernel that the current device runs, and, of a cluster's, not
+// the empty one of an architecture without clusters.
+bool has_code(const Kernel& kernel) {
+  cudaFuncAttributes found{};
+  if (cudaFuncGetAttributes(&found, kernel.function) != cudaSuccess) {
+    cudaGetLastError();
+    return false;
+  }
+  return kernel.shape.via != Via::cluster || found.ptxVersion >= 90;
+}
+
+// All of the shared memory that a block may have, and clusters of 16 blocks.
+void allow(const Kernel& kernel, const DeviceFacts& facts) {
+  check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             facts.shared_bytes),
+        "their shared memory");
+  if (kernel.shape.via == Via::cluster && facts.compute_major >= 9)
+    check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+          "clusters of 16");
+}
+
 int clusters_at_once(const Kernel& kernel, int blocks, int shared_bytes) {
-  if (allow(kernel, shared_bytes, blocks) != cudaSuccess) return 0;
   Launch launch(Via::cluster, blocks, blocks, shared_bytes, nullptr);
   int count = 0;
   if (cudaOccupancyMaxActiveClusters(&count, kernel.function, &launch.config) != cudaSuccess) {
@@ -96,107 +106,138 @@ void ask_clusters(DeviceFacts* facts) {
   const Kernel* const all = kernels(&count);
   for (int i = 0; i < count; ++i) {
     if (all[i].shape.via != Via::cluster) continue;
+    if (!has_code(all[i])) return;
+    allow(all[i], *facts);
     facts->clusters_of_16 = clusters_at_once(all[i], 16, facts->shared_bytes);
     facts->clusters_of_8 = clusters_at_once(all[i], 8, facts->shared_bytes);
     return;
   }
 }
 
-cudaError_t read_facts(DeviceFacts* facts) {
-  Checked check;
-  int device = 0, cooperative = 0, cache = 0;
-  check(cudaGetDevice(&device));
+DeviceFacts read_facts(int device) {
+  DeviceFacts facts;
+  int cooperative = 0, cache = 0;
   const auto read = [&](int* to, cudaDeviceAttr which) {
-    check(cudaDeviceGetAttribute(to, which, device));
+    check(cudaDeviceGetAttribute(to, which, device), "what the device is");
   };
-  read(&facts->multiprocessors, cudaDevAttrMultiProcessorCount);
-  read(&facts->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  read(&facts->compute_major, cudaDevAttrComputeCapabilityMajor);
+  read(&facts.multiprocessors, cudaDevAttrMultiProcessorCount);
+  read(&facts.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  read(&facts.compute_major, cudaDevAttrComputeCapabilityMajor);
   read(&cooperative, cudaDevAttrCooperativeLaunch);
   read(&cache, cudaDevAttrL2CacheSize);
-  facts->cooperative = cooperative != 0;
-  facts->cache_bytes = static_cast<std::size_t>(cache);
-  const cudaError_t status = check.result();
-  if (status == cudaSuccess && facts->compute_major >= 9) ask_clusters(facts);
-  return status;
+  facts.cooperative = cooperative != 0;
+  facts.cache_bytes = static_cast<std::size_t>(cache);
+  if (facts.compute_major >= 9) ask_clusters(&facts);
+  return facts;
 }
 
-// All blocks of a ring resident at once, by what this kernel takes on this device.
-cudaError_t check_resident(Plan* plan, const DeviceFacts& facts) {
+// The plan without its kernel where the device cannot run it after all: no code for it, or, of a
+// ring, too little room for all of its blocks at once.
+void check_runs(Plan* plan, const DeviceFacts& facts) {
   const Kernel& kernel = *plan->kernel;
-  if (const cudaError_t failed = allow(kernel, plan->shared_bytes, plan->team.blocks);
-      failed != cudaSuccess)
-    return failed;
-  if (kernel.shape.via != Via::ring) return cudaSuccess;
-  int each = 0;
-  Checked check;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-      &each, kernel.function, kThreads, static_cast<std::size_t>(plan->shared_bytes)));
-  if (const cudaError_t failed = check.result(); failed != cudaSuccess) return failed;
-  if (each * facts.multiprocessors < plan->blocks) {
+  const auto refuse = [&](const char* why) {
     plan->kernel = nullptr;
-    plan->why = "its blocks cannot all run at once on this device";
+    plan->why = why;
+  };
+  if (!has_code(kernel)) return refuse("this build has no code for the device");
+  allow(kernel, facts);
+  if (kernel.shape.via != Via::ring) return;
+  int each = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel.function, kThreads,
+                                                      static_cast<std::size_t>(plan->shared_bytes)),
+        "how many blocks run at once");
+  if (each * facts.multiprocessors < plan->blocks)
+    refuse("its blocks cannot all run at once on this device");
+}
+
+// What has been asked of the devices, and the plans made by it.
+class Plans {
+ public:
+  Plan find(const Sizes& s, const Via* only) {
+    int device = 0;
+    check(cudaGetDevice(&device), "the current device");
+    const Case wanted{
+        device, s.cell,   static_cast<int>(s.operand),        static_cast<int>(s.pass), s.B,
+        s.H,    s.groups, only ? static_cast<int>(*only) : -1};
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (const auto found = plans_.find(wanted); found != plans_.end()) return found->second;
+    const Plan plan = make(s, facts(device), only);
+    if (plans_.size() >= kMost) plans_.clear();
+    return plans_.emplace(wanted, plan).first->second;
   }
-  return cudaSuccess;
+
+ private:
+  // Device, cell, operand, pass, B, H, groups, way: T changes no plan.
+  using Case = std::tuple<int, std::string, int, int, int, int, int, int>;
+  static constexpr std::size_t kMost = 4096;
+
+  const DeviceFacts& facts(int device) {
+    const auto found = facts_.find(device);
+    return found != facts_.end() ? found->second
+                                 : facts_.emplace(device, read_facts(device)).first->second;
+  }
+  static Plan make(const Sizes& s, const DeviceFacts& facts, const Via* only) {
+    int count = 0;
+    const Kernel* const all = kernels(&count);
+    Plan plan = choose_kernel(s, facts, all, count, only);
+    if (plan.kernel) check_runs(&plan, facts);
+    return plan;
+  }
+
+  std::mutex mutex_;
+  std::map<int, DeviceFacts> facts_;
+  std::map<Case, Plan> plans_;
+};
+
+Plans& plans() {
+  static Plans all;
+  return all;
 }
 
 template <class Arrays>
-cudaError_t launch(const Plan& plan, Arrays arrays, Pass pass, void* workspace,
-                   cudaStream_t stream) {
-  if (!plan.kernel || plan.kernel->pass != pass) return cudaErrorInvalidValue;
-  const Kernel& kernel = *plan.kernel;
+void launch(const Plan& plan, Arrays& arrays, void* workspace, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
   arrays.team = plan.team;
   arrays.team.ring_words = static_cast<u32*>(workspace);
-  if (const cudaError_t failed = allow(kernel, plan.shared_bytes, plan.team.blocks);
-      failed != cudaSuccess)
-    return failed;
-  Checked check;
   if (plan.workspace_bytes)  // every word the sentinel
-    check(cudaMemsetAsync(workspace, 0xff, plan.workspace_bytes, stream));
-  Launch launch(kernel.shape.via, plan.blocks, plan.team.blocks, plan.shared_bytes, stream);
+    check(cudaMemsetAsync(workspace, 0xff, plan.workspace_bytes, on), "the ring");
+  const Kernel& kernel = *plan.kernel;
+  Launch launch(kernel.shape.via, plan.blocks, plan.team.blocks, plan.shared_bytes, on);
   void* arguments[] = {&arrays};
-  check(cudaLaunchKernelExC(&launch.config, kernel.function, arguments));
-  return check.result();
+  check(cudaLaunchKernelExC(&launch.config, kernel.function, arguments), plan.why.c_str());
 }
 
-bool is_half(const Plan& plan) {
-  return plan.kernel && (plan.kernel->operand == OperandKind::bfloat16 ||
-                         plan.kernel->operand == OperandKind::float16);
+// Before a pointer to arrays of one kind is read as another.
+void expect(const Plan& plan, Pass pass, bool half) {
+  if (!plan.kernel || plan.kernel->pass != pass || (plan.kernel->shape.per_word == 2) != half)
+    throw std::invalid_argument("persistent kernels: the plan is not of these arrays");
 }
 
 }  // namespace
 
-cudaError_t plan_persistent(const Sizes& sizes, Plan* plan, const Via* only) {
-  DeviceFacts facts;
-  if (const cudaError_t failed = read_facts(&facts); failed != cudaSuccess) return failed;
-  int count = 0;
-  const Kernel* const all = kernels(&count);
-  *plan = choose_kernel(sizes, facts, all, count, only);
-  return plan->kernel ? check_resident(plan, facts) : cudaSuccess;
+Plan plan_persistent(const Sizes& sizes) { return plans().find(sizes, nullptr); }
+Plan plan_persistent_by(Via only, const Sizes& sizes) { return plans().find(sizes, &only); }
+
+void launch_forward(const Plan& plan, Forward<std::uint16_t> arrays, void* workspace,
+                    void* stream) {
+  expect(plan, Pass::forward, true);
+  launch(plan, arrays, workspace, stream);
 }
 
-cudaError_t launch_forward(const Plan& plan, Forward<std::uint16_t> arrays, void* workspace,
-                           cudaStream_t stream) {
-  if (!is_half(plan)) return cudaErrorInvalidValue;
-  return launch(plan, arrays, Pass::forward, workspace, stream);
+void launch_forward(const Plan& plan, Forward<float> arrays, void* workspace, void* stream) {
+  expect(plan, Pass::forward, false);
+  launch(plan, arrays, workspace, stream);
 }
 
-cudaError_t launch_forward(const Plan& plan, Forward<float> arrays, void* workspace,
-                           cudaStream_t stream) {
-  if (is_half(plan)) return cudaErrorInvalidValue;
-  return launch(plan, arrays, Pass::forward, workspace, stream);
+void launch_backward(const Plan& plan, Backward<std::uint16_t> arrays, void* workspace,
+                     void* stream) {
+  expect(plan, Pass::backward, true);
+  launch(plan, arrays, workspace, stream);
 }
 
-cudaError_t launch_backward(const Plan& plan, Backward<std::uint16_t> arrays, void* workspace,
-                            cudaStream_t stream) {
-  if (!is_half(plan)) return cudaErrorInvalidValue;
-  return launch(plan, arrays, Pass::backward, workspace, stream);
-}
-
-cudaError_t launch_backward(const Plan& plan, Backward<float> arrays, void* workspace,
-                            cudaStream_t stream) {
-  if (is_half(plan)) return cudaErrorInvalidValue;
-  return launch(plan, arrays, Pass::backward, workspace, stream);
+void launch_backward(const Plan& plan, Backward<float> arrays, void* workspace, void* stream) {
+  expect(plan, Pass::backward, false);
+  launch(plan, arrays, workspace, stream);
 }
 
 }  // namespace fastrnn::resident

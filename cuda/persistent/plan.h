@@ -35,6 +35,23 @@ struct Kernel {
   const void* function;
 };
 
+template <class Operand>
+inline constexpr OperandKind kind_of = OperandKind::float32;
+template <>
+inline constexpr OperandKind kind_of<BFloat16> = OperandKind::bfloat16;
+template <>
+inline constexpr OperandKind kind_of<Float16> = OperandKind::float16;
+template <>
+inline constexpr OperandKind kind_of<Tf32> = OperandKind::tf32;
+
+template <class C>
+Kernel kernel_of(Pass pass, const void* function) {
+  return {C::Cell::name,  kind_of<typename C::Operand>,
+          pass,           shape_of<C>(),
+          C::Cell::gates, C::Cell::states,
+          function};
+}
+
 struct Sizes {
   const char* cell = "LSTM";
   OperandKind operand = OperandKind::float32;
@@ -51,6 +68,20 @@ struct DeviceFacts {
   int clusters_of_16 = 0, clusters_of_8 = 0;  // that run at once; zero: none
   std::size_t cache_bytes = 0;                // of L2
 };
+
+// An H200, as far as its data sheet goes. How many clusters it runs at once is assumed: no kernel
+// has been seen there.
+inline DeviceFacts h200() {
+  DeviceFacts d;
+  d.multiprocessors = 132;
+  d.shared_bytes = 227 << 10;
+  d.compute_major = 9;
+  d.cooperative = true;
+  d.clusters_of_16 = 7;
+  d.clusters_of_8 = 15;
+  d.cache_bytes = std::size_t{50} << 20;
+  return d;
+}
 
 struct Plan {
   const Kernel* kernel = nullptr;
@@ -118,6 +149,8 @@ inline int blocks_of_team(const Kernel& k, const Sizes& s, const DeviceFacts& d,
   while (blocks < needed) blocks *= 2;
   if (d.compute_major < 9)
     *why = "the device has no clusters";
+  else if (!d.clusters_of_8)
+    *why = "the device runs no clusters of this build's kernels";
   else if (blocks > 16 || (blocks == 16 && !d.clusters_of_16))
     *why = "more blocks than a cluster has";
   return why->empty() ? blocks : 0;

@@ -12,16 +12,17 @@ struct StepTable {
   const std::int64_t* active = nullptr;    // [T] rows active at the step, a prefix; null: B
   const std::int64_t* offset = nullptr;    // [T] null: t·B
   const std::int64_t* position = nullptr;  // [T] null: t
-  const std::int64_t* order = nullptr;     // [B] null: i
+  const std::int64_t* order = nullptr;     // [B] the caller's row; null: i
   const std::uint8_t* fresh = nullptr;     // [N] an episode starts at the pair's step; null: none
 
   FASTRNN_RESIDENT bool is_active(int t, int i) const {
     return t >= 0 && t < T && (!active || i < active[t]);
   }
-  FASTRNN_RESIDENT std::int64_t pair(int t, int i) const {
-    return (offset ? offset[t] : static_cast<std::int64_t>(t) * B) + i;
-  }
   FASTRNN_RESIDENT std::int64_t row(int i) const { return order ? order[i] : i; }
+  // Its number, as the arrays of pairs have it: in the caller's order of rows.
+  FASTRNN_RESIDENT std::int64_t pair(int t, int i) const {
+    return (offset ? offset[t] : static_cast<std::int64_t>(t) * B) + row(i);
+  }
   // Nothing crosses from the step before into row i at step t.
   FASTRNN_RESIDENT bool starts_fresh(int t, int i, bool reverse) const {
     const int boundary = reverse ? t + 1 : t;

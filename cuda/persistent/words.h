@@ -25,6 +25,7 @@
 
 #include "inline.h"
 #include "problem.h"
+#include "value.h"
 
 #if defined(__CUDACC__)
 #define FASTRNN_RESIDENT __host__ __device__ __forceinline__
@@ -190,40 +191,6 @@ FASTRNN_RESIDENT Sums in_order(const float (&c)[4]) { return {{c[0], c[2], c[1],
 FASTRNN_RESIDENT int unit_of_sum(int lane, int j) { return 2 * group_of(lane) + (j & 1); }
 FASTRNN_RESIDENT int row_of_sum(int lane, int j) { return 2 * member_of(lane) + (j >> 1); }
 
-// ---- values for the cells ---------------------------------------------------------------------
-
-// What the cells of csrc/cells/ compute with: a float, and the functions they look up by argument.
-struct Value {
-  float v;
-  Value() = default;
-  FASTRNN_RESIDENT explicit Value(float x) : v(x) {}
-  FASTRNN_RESIDENT explicit Value(double x) : v(static_cast<float>(x)) {}
-  FASTRNN_RESIDENT explicit Value(int x) : v(static_cast<float>(x)) {}
-};
-
-FASTRNN_RESIDENT Value operator+(Value a, Value b) { return Value(a.v + b.v); }
-FASTRNN_RESIDENT Value operator-(Value a, Value b) { return Value(a.v - b.v); }
-FASTRNN_RESIDENT Value operator*(Value a, Value b) { return Value(a.v * b.v); }
-// On a GPU by the reciprocal, within 2 ULP for divisors up to 2^126; zero beyond, where a sigmoid
-// would be subnormal.
-FASTRNN_RESIDENT Value operator/(Value a, Value b) {
-#if defined(__CUDA_ARCH__)
-  return Value(__fdividef(a.v, b.v));
-#else
-  return Value(a.v / b.v);
-#endif
-}
-FASTRNN_RESIDENT Value fma(Value a, Value b, Value c) { return Value(fmaf(a.v, b.v, c.v)); }
-FASTRNN_RESIDENT Value exp_minus_one(Value x) { return Value(x.v > 60.0f ? 1e26f : expm1f(x.v)); }
-FASTRNN_RESIDENT Value exp_minus(Value x) { return Value(expf(-x.v)); }
-// NaN comes through from the first argument.
-FASTRNN_RESIDENT Value maximum(Value a, Value b) { return a.v < b.v ? b : a; }
-FASTRNN_RESIDENT Value minimum(Value a, Value b) { return a.v > b.v ? b : a; }
-FASTRNN_RESIDENT Value positive(Value x) { return Value(x.v > 0.0f ? 1.0f : 0.0f); }
-FASTRNN_RESIDENT Value between(Value x, Value low, Value high) {
-  return Value(x.v > low.v && x.v < high.v ? 1.0f : 0.0f);
-}
-FASTRNN_RESIDENT Value absolute(Value x) { return Value(fabsf(x.v)); }
-FASTRNN_RESIDENT Value copy_sign(Value x, Value sign) { return Value(copysignf(x.v, sign.v)); }
+using Value = cuda::Value<float>;
 
 }  // namespace fastrnn::resident

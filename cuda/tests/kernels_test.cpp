@@ -1,6 +1,7 @@
 // The CUDA kernels on the CPU, by their own source (emulator.h), against the CPU's engine: random
 // stacks, sizes, rows, strides and gradients, in every storage type; and the same bits in whatever
-// order the threads and blocks run.
+// order the threads and blocks run. The persistent kernels take their place among them as a layer
+// has it (host_persistent.h).
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -15,6 +16,7 @@
 #include "../../csrc/tests/check.h"
 #include "backend.h"
 #include "emulator.h"
+#include "host_persistent.h"
 #include "stack.h"
 #include "storage.h"
 
@@ -51,6 +53,7 @@ struct Case {
   bool training = true, every_layer = true, consume = false;
   bool biases = true, states = true;         // given
   bool turned = false, batch_first = false;  // strides
+  bool persistent = false, tf32 = false;     // asked for and allowed
   bool d_output = true, d_states = true, d_finals = true, d_input = true, d_weights = true;
 
   std::int64_t D() const { return options.directions; }
@@ -73,12 +76,12 @@ struct Case {
                                           : "padded";
     char text[400];
     std::snprintf(
-        text, sizeof(text), "%s L%d D%d P%d T%d B%d I%d H%d %s%s act %d gate %d%s%s%s%s%s%s",
+        text, sizeof(text), "%s L%d D%d P%d T%d B%d I%d H%d %s%s act %d gate %d%s%s%s%s%s%s%s",
         options.cell.c_str(), int(L()), int(D()), int(P()), int(T), int(B), int(I), int(H), rows,
         options.maths.reset_after ? "" : " reset-before", int(options.maths.activation),
         int(options.maths.gate_activation), training ? "" : " inference", consume ? " consume" : "",
         turned ? " turned" : "", batch_first ? " batch-first" : "", biases ? "" : " no-bias",
-        states ? "" : " no-hx");
+        states ? "" : " no-hx", persistent ? " persistent" : "");
     return text;
   }
 };
@@ -271,6 +274,7 @@ Problem problem_of(const Case& c, Arrays<S>& a) {
   p.options = c.options;
   p.dtype = dtype_of<S>();
   p.T = c.T, p.B = c.B, p.I = c.I, p.H = c.H;
+  p.persistent = c.persistent, p.allow_tf32 = c.tf32;
   if (c.packed()) p.batch_sizes = c.batch_sizes.data();
   if (!c.lengths.empty()) p.lengths = c.lengths.data();
   if (!c.reset.empty()) p.reset = reinterpret_cast<const bool*>(c.reset.data());
@@ -433,6 +437,76 @@ void check_type(const char* type, double tolerance, bool smooth, int cases) {
   std::printf("%s: %d cases, %d failures so far\n", type, cases, check::failures());
 }
 
+// ---- persistent kernels in their place ----------------------------------------------------------
+
+// Why a layer of the case has none; empty: it has one.
+std::string reason(const Case& c, DType dtype, Pass pass) {
+  Problem p;
+  p.options = c.options;
+  p.dtype = dtype;
+  p.T = c.T, p.B = c.B, p.I = c.I, p.H = c.H;
+  p.persistent = c.persistent;
+  const std::vector<Parameters> parameters(size_of(c.L() * c.D()));
+  p.parameters = parameters.data();
+  const cuda::Stack stack(p, pass);
+  return stack.plan().kernel ? "" : stack.plan().why;
+}
+
+template <class S>
+void check_persistent_type(const char* type, double tolerance, bool tf32, int cases) {
+  Random random(static_cast<unsigned>(sizeof(S)) * 1000 + tf32 + (tolerance > 1e-2));
+  long expected = 0;
+  const long before = resident::persistent_launches();
+  for (int k = 0; k < cases; ++k) {
+    Case c = random_case(random, true, false);
+    c.persistent = true, c.tf32 = tf32;
+    if (k % 8) c.options.proj_size = 0, c.options.maths.reset_after = true;
+    const bool has_one = !c.options.proj_size && c.options.maths.reset_after && c.B > 0;
+    check_case<S>(type, c, random, tolerance);
+    // check_case runs it three times.
+    if (has_one) expected += 3 * c.L() * (c.training ? 2 : 1);
+  }
+  check::context() = type;
+  ++checks;
+  check::that("every layer that can has a persistent kernel",
+              resident::persistent_launches() - before == expected);
+  std::printf("%s, persistent: %d cases, %ld launches, %d failures so far\n", type, cases, expected,
+              check::failures());
+}
+
+void check_reasons() {
+  check::context() = "reasons";
+  Case c;
+  c.options.cell = "LSTM";
+  c.T = 3, c.B = 2, c.I = 4, c.H = 8;
+  const auto expect = [](const std::string& got, const char* wanted) {
+    ++checks;
+    check::that((got + ", expected " + wanted).c_str(), got == wanted);
+  };
+  expect(reason(c, DType::f32, Pass::forward), "persistent kernels are not asked for");
+  c.persistent = true;
+  expect(reason(c, DType::f32, Pass::forward), "");
+  expect(reason(c, DType::f16, Pass::backward), "");
+  expect(reason(c, DType::f64, Pass::forward), "float64 has no persistent kernel");
+  c.H = 300;
+  expect(reason(c, DType::f32, Pass::forward), "more blocks than multiprocessors");
+  c.H = 8, c.options.proj_size = 3;
+  expect(reason(c, DType::f32, Pass::backward), "proj_size has no persistent kernel");
+  c.options.proj_size = 0, c.options.cell = "GRU", c.options.maths.reset_after = false;
+  expect(reason(c, DType::f32, Pass::forward), "reset_after=False has no persistent kernel");
+  c.options.maths.reset_after = true, c.T = 1 << 25, c.B = 1 << 7;
+  expect(reason(c, DType::f32, Pass::forward), "the projections of all steps take more than 4 GiB");
+}
+
+int check_persistent(int percent) {
+  check_persistent_type<float>("float32", 3e-5, false, 60 * percent / 100);
+  check_persistent_type<float>("tf32", 8e-3, true, 40 * percent / 100);
+  check_persistent_type<Bf16>("bfloat16", 2e-2, false, 60 * percent / 100);
+  check_persistent_type<F16>("float16", 4e-3, false, 60 * percent / 100);
+  check_reasons();
+  return check::result("kernels_test persistent", checks);
+}
+
 // Lengths that the host cannot have seen count as the nearest possible ones.
 void check_lengths_out_of_range() {
   check::context() = "lengths out of range";
@@ -485,10 +559,12 @@ void check_many_steps() {
 
 }  // namespace
 
-// kernels_test [PERCENT]: so many of the random cases, all by default.
+// kernels_test [PERCENT [persistent]]: so many of the random cases, all by default; the others, or
+// those with persistent kernels.
 int main(int count, char** arguments) {
   const int percent = count > 1 ? std::atoi(arguments[1]) : 100;
   std::printf("matrix products: %s\n", cuda::library_origin());
+  if (count > 2 && !std::strcmp(arguments[2], "persistent")) return check_persistent(percent);
   check_type<double>("float64", 1e-12, false, 150 * percent / 100);
   check_type<float>("float32", 1e-5, false, 150 * percent / 100);
   check_type<Bf16>("bfloat16", 2e-2, true, 80 * percent / 100);

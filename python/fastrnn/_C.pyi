@@ -207,12 +207,14 @@ def forward(
     extras: _Extras | None = None,
     stream: int = 0,
     allow_tf32: bool = False,
+    persistent: bool = False,
 ) -> None:
     """Runs the stack; writes `hidden`, `h_n` and, where given, `c_n`, `cell`, `gates`.
 
     All arrays are the host's, or all but `batch_sizes` are on one CUDA device: then `workspace`
     must be given, an array there or a function that makes one of so many bytes, and the work is
     done in the order of `stream`, a cudaStream_t as an integer, without waiting for it.
+    With `persistent`, whole sequences run in one launch where there is such a kernel.
 
     Raises TypeError or ValueError, naming the argument, for what does not fit.
     """
@@ -246,6 +248,7 @@ def backward(
     d_reset_c: _Array | None = None,
     stream: int = 0,
     allow_tf32: bool = False,
+    persistent: bool = False,
 ) -> None:
     """Gradients of what `forward` computed, written where an array is given for them.
 
@@ -395,3 +398,20 @@ class _CudaInfo(TypedDict):
 
 def cuda_info() -> _CudaInfo | None:
     """The CUDA of this build and its devices; None in a build for the CPU alone."""
+
+def cuda_kernels(
+    options: Options,
+    dtype: str,
+    T: int,
+    B: int,
+    input_size: int,
+    hidden_size: int,
+    backward: bool,
+    allow_tf32: bool,
+    device: int | None,
+) -> tuple[bool, str] | None:
+    """Whether a pass goes by persistent kernels where these are asked for, and by which or why not.
+
+    On the CUDA device of that number; None: by the data sheet of an H200, on any machine. None in
+    a build for the CPU alone. Raises RuntimeError where there is no such device.
+    """

@@ -117,25 +117,38 @@ class CudaRoute(NamedTuple):
 
     kernels: bool  # the engine's own
     reason: str
+    persistent: bool = False  # of them, a launch for a whole sequence where there is one
 
 
 CUDA_SWITCH = "FASTRNN_CUDA_KERNELS"
+CUDA_ROUTES = {  # what the switch may say
+    "": CudaRoute(False, f"{CUDA_SWITCH}=1 turns on the kernels, not yet the default"),
+    "1": CudaRoute(True, f"{CUDA_SWITCH} is 1"),
+    "persistent": CudaRoute(True, f"{CUDA_SWITCH} is persistent", persistent=True),
+}
+CUDA_ROUTES["0"] = CUDA_ROUTES[""]
 
 
 def cuda_route() -> CudaRoute:
     """The route of CUDA tensors: composed torch operations, unless the kernels are asked for.
 
-    They are the default once they have been seen right on a GPU. Until then ``1`` in the
-    environment variable FASTRNN_CUDA_KERNELS turns them on; it is read at every call.
+    They are the default once they have been seen right on a GPU. Until then the environment
+    variable FASTRNN_CUDA_KERNELS turns them on: ``1`` a launch for each step, ``persistent`` a
+    launch for a whole sequence where there is a kernel for it, ``0`` or nothing neither. It is read
+    at every call, and here alone.
+
+    Raises:
+        ValueError: the variable says something else.
 
     >>> cuda_route().reason != ""
     True
     """
     if not built_with_cuda():
         return CudaRoute(False, "this build has no CUDA kernels")
-    if os.environ.get(CUDA_SWITCH, "0") in ("", "0"):
-        return CudaRoute(False, f"{CUDA_SWITCH}=1 turns on the kernels, not yet the default")
-    return CudaRoute(True, f"{CUDA_SWITCH} is set")
+    chosen = os.environ.get(CUDA_SWITCH, "")
+    if chosen not in CUDA_ROUTES:
+        raise ValueError(f"{CUDA_SWITCH}: expected 0, 1 or persistent, got {chosen!r}")
+    return CUDA_ROUTES[chosen]
 
 
 @lru_cache(maxsize=1)

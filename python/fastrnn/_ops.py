@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _C, _composed
-from ._engine import Extras, Scalars, engine_options, saved_size
+from ._engine import Extras, Scalars, cuda_route, engine_options, saved_size
 from ._options import Options
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ class _Device(NamedTuple):
     cache: _C.PackCache | None = None
     stream: int = 0
     allow_tf32: bool = False
+    persistent: bool = False
 
 
 def _device(input: Tensor, cache: _C.PackCache | None = None) -> _Device:
@@ -136,6 +137,7 @@ def _device(input: Tensor, cache: _C.PackCache | None = None) -> _Device:
         None,
         torch.cuda.current_stream(input.device).cuda_stream,
         input.dtype == torch.float32 and _allows_tf32(),
+        cuda_route().persistent,
     )
 
 
@@ -207,6 +209,7 @@ def _run_forward(
         extras,
         device.stream,
         device.allow_tf32,
+        device.persistent,
     )
     return hidden, h_n, c_n, cell, gates
 
@@ -326,6 +329,7 @@ def _run_backward(
         d_reset_c,
         device.stream,
         device.allow_tf32,
+        device.persistent,
     )
     return gradients
 

@@ -29,6 +29,8 @@ INFO_EXAMPLES = """\
 examples:
   fastrnn info
   fastrnn info --json
+  fastrnn info --explain LSTM,64,50,512,512         # CELL,B,T,I,H
+  fastrnn info --explain "GRU T100 B16 I256 H768 bi" --dtype bfloat16 --device cuda
 """
 
 
@@ -72,11 +74,17 @@ def _parser() -> argparse.ArgumentParser:
 def _add_info(commands: Any) -> None:
     parser = commands.add_parser(
         "info",
-        help="versions, CPU, CUDA, loaded libraries, and the route a tensor takes",
+        help="versions, CPU, CUDA, loaded libraries, and the route a tensor or a case takes",
         epilog=INFO_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add = parser.add_argument
+    add("--json", action="store_true", help="print JSON")
+    add("--explain", metavar="CASE",
+        help="instead: the kernels that compute a case, CELL,B,T,I,H or as bench names it, and why")  # fmt: skip
+    add("--device", choices=("cpu", "cuda"), help="of the case (default cpu)")
+    add("--dtype", metavar="NAME",
+        help="of the case: float32 (default), float64, bfloat16, float16; on CUDA also tf32")  # fmt: skip
     parser.set_defaults(command=_info)
 
 
@@ -130,7 +138,27 @@ def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
 def _info(parsed: argparse.Namespace) -> int:
     from fastrnn.info import info, render
 
+    if parsed.explain is not None:
+        return _explain(parsed)
+    for option in ("device", "dtype"):
+        if getattr(parsed, option):
+            raise CommandError(f"--{option} is of a case; expected --explain CASE beside it")
     print(json.dumps(info(), indent=1) if parsed.json else render(info()))
+    return 0
+
+
+def _explain(parsed: argparse.Namespace) -> int:
+    from fastrnn.bench.cases import PRECISIONS
+    from fastrnn.bench.explain import explain, parse_case, render
+
+    try:
+        if parsed.dtype is not None and parsed.dtype not in PRECISIONS:
+            names = ", ".join(PRECISIONS)
+            raise ValueError(f"--dtype {parsed.dtype!r} is not known; there are: {names}")
+        known = explain(parse_case(parsed.explain, parsed.dtype), parsed.device or "cpu")
+    except (ValueError, RuntimeError) as error:
+        raise CommandError(error) from error
+    print(json.dumps(known, indent=1) if parsed.json else render(known))
     return 0
 
 

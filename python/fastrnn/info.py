@@ -26,6 +26,7 @@ LIBRARIES = re.compile(
 )
 COMPOSED = "composed torch operations"
 CUDA_ENGINE = "engine CUDA, a launch for each step"
+CUDA_PERSISTENT = "engine CUDA, a launch for a sequence where there is a kernel for it"
 
 
 def info() -> dict[str, Any]:
@@ -63,8 +64,13 @@ def info() -> dict[str, Any]:
 
 def cuda_kernel() -> str:
     """The route that tensors on a CUDA device take, and why."""
-    route = importlib.import_module("fastrnn._engine").cuda_route()
-    return f"{CUDA_ENGINE if route.kernels else COMPOSED} ({route.reason})"
+    try:
+        route = importlib.import_module("fastrnn._engine").cuda_route()
+    except ValueError as error:
+        return f"none: {error}"
+    if not route.kernels:
+        return f"{COMPOSED} ({route.reason})"
+    return f"{CUDA_PERSISTENT if route.persistent else CUDA_ENGINE} ({route.reason})"
 
 
 def render(known: dict[str, Any]) -> str:

@@ -5,8 +5,7 @@
 #include <cstring>
 
 #include "../../../csrc/tests/check.h"
-#include "host_machine.h"
-#include "persistent/plan.h"
+#include "host_launch.h"
 #include "reference.h"
 
 namespace {
@@ -20,36 +19,20 @@ template <class Operand>
 struct Precision;
 template <>
 struct Precision<BFloat16> {
-  static constexpr OperandKind kind = OperandKind::bfloat16;
   static constexpr double forward = 1e-2, backward = 3e-2;
 };
 template <>
 struct Precision<Float16> {
-  static constexpr OperandKind kind = OperandKind::float16;
   static constexpr double forward = 1.5e-3, backward = 4e-3;
 };
 template <>
 struct Precision<Tf32> {
-  static constexpr OperandKind kind = OperandKind::tf32;
   static constexpr double forward = 2e-3, backward = 4e-3;
 };
 template <>
 struct Precision<Float32> {
-  static constexpr OperandKind kind = OperandKind::float32;
   static constexpr double forward = 3e-6, backward = 6e-6;
 };
-
-// A device small enough for several teams of few blocks.
-DeviceFacts small_device() {
-  DeviceFacts d;
-  d.multiprocessors = 8;
-  d.shared_bytes = 227 << 10;
-  d.compute_major = 9;
-  d.cooperative = true;
-  d.clusters_of_16 = d.clusters_of_8 = 1;
-  d.cache_bytes = 1 << 16;  // short epochs
-  return d;
-}
 
 struct Run {
   unsigned delays = 0;
@@ -58,27 +41,17 @@ struct Run {
 
 template <class C>
 Plan plan_of(Pass pass, int T, int B, int H, int groups) {
-  static const Kernel kernels[2] = {
-      {C::Cell::name, Precision<typename C::Operand>::kind, Pass::forward, shape_of<C>(),
-       C::Cell::gates, C::Cell::states, nullptr},
-      {C::Cell::name, Precision<typename C::Operand>::kind, Pass::backward, shape_of<C>(),
-       C::Cell::gates, C::Cell::states, nullptr}};
-  const Kernel& kernel = kernels[pass == Pass::backward];
+  static const Kernel forward = kernel_of<C>(Pass::forward, nullptr);
+  static const Kernel backward = kernel_of<C>(Pass::backward, nullptr);
+  const Kernel& kernel = pass == Pass::forward ? forward : backward;
   return plan_for(kernel, {C::Cell::name, kernel.operand, pass, T, B, H, groups}, small_device());
 }
 
-template <class C, class Arrays, class Body>
-void launch(const Plan& plan, Arrays arrays, const Run& how, Body body) {
-  Team team = plan.team;
-  if (how.period) team.period = how.period;
-  const int teams = plan.blocks / team.blocks;
-  const auto words =
-      static_cast<std::size_t>(teams * kEpochs * team.period * message_bytes(team) / 4);
-  std::vector<u32> ring(C::via == Via::ring ? words : 0, kSentinel);
-  team.ring_words = ring.data();
-  arrays.team = team;
-  run_on_host(plan.blocks, team.blocks, plan.shared_bytes, C::via == Via::ring ? teams : 1,
-              how.delays, [&](HostMachine& machine) { body(machine, arrays); });
+template <class Arrays, class Body>
+void launch(Plan plan, const Arrays& arrays, const Run& how, Body body) {
+  if (how.period) plan.team.period = how.period;
+  std::vector<u32> ring(ring_words(plan));
+  launch_on_host(plan, arrays, ring.data(), how.delays, body);
 }
 
 template <class Cell, class Operand>
@@ -100,10 +73,10 @@ bool run(Trial<typename F::Cell, typename F::Operand>& p, const Run& how) {
   check::that(("a plan: " + forth.why + "; " + back.why).c_str(), forth.kernel && back.kernel);
   if (!forth.kernel || !back.kernel) return false;
   const StepTable steps = table_of(p);
-  launch<F>(forth, forward_arrays(p, steps, true, in_place), how,
-            [](HostMachine& machine, const auto& a) { forward<F>(machine, a); });
-  launch<B>(back, backward_arrays(p, steps, in_place), how,
-            [](HostMachine& machine, const auto& a) { backward<B>(machine, a); });
+  launch(forth, forward_arrays(p, steps, true, in_place), how,
+         [](HostMachine& machine, const auto& a) { forward<F>(machine, a); });
+  launch(back, backward_arrays(p, steps, in_place), how,
+         [](HostMachine& machine, const auto& a) { backward<B>(machine, a); });
   return true;
 }
 

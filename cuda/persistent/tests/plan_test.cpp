@@ -23,18 +23,6 @@ const Kernel kLstm[] = {
     {"LSTM", OperandKind::bfloat16, Pass::forward, {Via::ring, 2, 4, 1, 4, 4, 1}, 4, 2, nullptr},
 };
 
-DeviceFacts hopper() {
-  DeviceFacts d;
-  d.multiprocessors = 132;
-  d.shared_bytes = 227 << 10;
-  d.compute_major = 9;
-  d.cooperative = true;
-  d.clusters_of_16 = 7;
-  d.clusters_of_8 = 15;
-  d.cache_bytes = 50u << 20;
-  return d;
-}
-
 Plan plan(int B, int H, const DeviceFacts& d, int groups = 1) {
   const Sizes s{"LSTM", OperandKind::bfloat16, Pass::forward, 100, B, H, groups};
   return choose_kernel(s, d, kLstm, 5);
@@ -68,7 +56,7 @@ void expect_whole(const Plan& p, int B, int H, int groups, const DeviceFacts& d)
 }
 
 void regimes() {
-  const DeviceFacts d = hopper();
+  const DeviceFacts d = h200();
   const auto via = [&](int B, int H) { return plan(B, H, d).kernel->shape.via; };
   expect("a block for many rows of 128 units", via(1024, 128) == Via::block, plan(1024, 128, d));
   expect("a cluster for 256", via(16, 256) == Via::cluster, plan(16, 256, d));
@@ -80,7 +68,7 @@ void regimes() {
 }
 
 void refusals() {
-  DeviceFacts d = hopper();
+  DeviceFacts d = h200();
   const auto refused = [&](const Plan& p, const char* why) {
     expect(why, !p.kernel && p.why == why, p);
   };
@@ -88,20 +76,24 @@ void refusals() {
   refused(plan(0, 128, d), "an empty problem");
   d.cooperative = false;
   refused(plan(16, 1024, d), "the device has no cooperative launches");
-  d = hopper();
+  d = h200();
+  d.clusters_of_16 = d.clusters_of_8 = 0;
+  expect("without clusters no cluster", plan(16, 256, d).kernel->shape.via == Via::ring,
+         plan(16, 256, d));
+  d = h200();
   d.compute_major = 8;
   d.clusters_of_16 = d.clusters_of_8 = 0;
   expect("sm_80 has the ring", plan(16, 512, d).kernel->shape.via == Via::ring, plan(16, 512, d));
   d.multiprocessors = 7;  // a slice of a shared device
   refused(plan(16, 1024, d), "more blocks than multiprocessors");
   const Sizes gru{"GRU", OperandKind::bfloat16, Pass::forward, 10, 4, 64, 1};
-  refused(choose_kernel(gru, hopper(), kLstm, 5), "no persistent kernel of this cell and type");
+  refused(choose_kernel(gru, h200(), kLstm, 5), "no persistent kernel of this cell and type");
 }
 
 }  // namespace
 
 int main() {
-  const DeviceFacts d = hopper();
+  const DeviceFacts d = h200();
   for (const int H : {1, 16, 65, 128, 129, 256, 320, 512, 513, 768, 1000, 1024, 1536, 2048, 2112})
     for (const int B : {1, 8, 9, 16, 33, 64, 128, 256, 1000})
       for (const int groups : {1, 2}) expect_whole(plan(B, H, d, groups), B, H, groups, d);

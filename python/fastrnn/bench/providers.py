@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastrnn
 from fastrnn import _C
 from fastrnn.bench import by_hand
-from fastrnn.info import COMPOSED, CUDA_ENGINE
+from fastrnn.bench.explain import cuda_kernel
+from fastrnn.info import COMPOSED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -73,7 +74,7 @@ class Fastrnn:
         given = {name: value for name, value in call.items() if value is not None}
         prepared = prepare_layer(layer, data, pass_, given)
         engine = any(name.startswith("fastrnn.") for name in operators(prepared, pass_))
-        own = CUDA_ENGINE if data.d_output.is_cuda else f"engine {_C.isa()}"
+        own = cuda_kernel(case, pass_) if data.d_output.is_cuda else f"engine {_C.isa()}"
         prepared.kernel = own if engine else COMPOSED
         return prepared
 

@@ -1,0 +1,35 @@
+// In place of launch.cu where the persistent kernels are not compiled (FASTRNN_CUDA_PERSISTENT):
+// no case has one.
+#include <stdexcept>
+
+#include "persistent.h"
+
+namespace fastrnn::resident {
+namespace {
+
+constexpr const char* kAbsent = "this build has no persistent kernels: FASTRNN_CUDA_PERSISTENT";
+
+Plan no_plan() {
+  Plan plan;
+  plan.why = kAbsent;
+  return plan;
+}
+
+[[noreturn]] void refuse() { throw std::runtime_error(kAbsent); }
+
+}  // namespace
+
+const Kernel* kernels(int* count) {
+  *count = 0;
+  return nullptr;
+}
+
+Plan plan_persistent(const Sizes&) { return no_plan(); }
+Plan plan_persistent_by(Via, const Sizes&) { return no_plan(); }
+
+void launch_forward(const Plan&, Forward<std::uint16_t>, void*, void*) { refuse(); }
+void launch_forward(const Plan&, Forward<float>, void*, void*) { refuse(); }
+void launch_backward(const Plan&, Backward<std::uint16_t>, void*, void*) { refuse(); }
+void launch_backward(const Plan&, Backward<float>, void*, void*) { refuse(); }
+
+}  // namespace fastrnn::resident

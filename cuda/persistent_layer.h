@@ -1,0 +1,464 @@
+// One layer whose recurrence is one launch of a persistent kernel (persistent.h).
+//
+// Forward     the projections of all steps, the biases below them, as matrix products; then the
+//             kernel. Backward: the kernel, then the gradients that need no recurrence
+//             (gradients.h). What the step kernels keep and give is kept and given alike, so that
+//             one way's backward follows the other's forward.
+// Rows        lengths are sorted on the device, so that the rows of a step are the first ones of
+//             that order; pairs that do not run are zeroed beside the kernel, which leaves them as
+//             they are. Resets are read where they lie, if they are contiguous.
+// Layouts     x_gates   [D][pairs][gates·H], float
+//             weights   [D][gates·H][H], storage
+//             d_gates   [D][pairs][gradients·H], storage; or, of float32, in the place of forward's
+//                       saved values where the caller gives these up
+//             Sequences and states are the caller's by their strides. Those whose units are not
+//             neighbours are copied, and gradients of outputs that come from several places are
+//             added, before the launch.
+// Cost        beside the kernel: x_gates written, read and written by the product, read; the rest
+//             is of one step's size, or small beside the gates.
+#pragma once
+
+#include <limits>
+#include <type_traits>
+
+#include "backward.h"
+#include "persistent.h"
+
+namespace fastrnn::cuda {
+
+// The projections of a whole sequence may take so many bytes of the workspace.
+inline constexpr Index kMostProjected = Index{4} << 30;
+
+// Storage as persistent kernels name it.
+template <class S>
+using Stored = std::conditional_t<std::is_same_v<S, float>, float, std::uint16_t>;
+
+template <class Cell, class S>
+inline constexpr bool has_persistent = !std::is_same_v<S, double> && !Shape<Cell, S>::two_products;
+
+template <class S>
+resident::OperandKind operand_kind(bool allow_tf32) {
+  if (std::is_same_v<S, Bf16>) return resident::OperandKind::bfloat16;
+  if (std::is_same_v<S, F16>) return resident::OperandKind::float16;
+  return allow_tf32 ? resident::OperandKind::tf32 : resident::OperandKind::float32;
+}
+
+// LayerFunctions::persistent_sizes.
+template <class Cell, class S>
+const char* persistent_sizes(const Layer& layer, Pass pass, resident::Sizes* sizes) {
+  constexpr Index most = std::numeric_limits<int>::max();
+  const Index T = layer.rows.T, B = layer.rows.B, H = layer.H, D = layer.directions;
+  if (std::is_same_v<S, double>) return "float64 has no persistent kernel";
+  if (Shape<Cell, S>::two_products) return "reset_after=False has no persistent kernel";
+  if (layer.P) return "proj_size has no persistent kernel";
+  if (T < 1 || B < 1 || H < 1) return "there is nothing to do";
+  if (T > most || B > most || H > most) return "T, B or H is beyond 31 bits";
+  if (pass == Pass::forward && D * layer.rows.pairs * Cell::gates * H > kMostProjected / 4)
+    return "the projections of all steps take more than 4 GiB";
+  *sizes = {Cell::name,
+            operand_kind<S>(layer.tools.allow_tf32),
+            pass,
+            static_cast<int>(T),
+            static_cast<int>(B),
+            static_cast<int>(H),
+            static_cast<int>(D)};
+  return nullptr;
+}
+
+// ---- what stands before and after a launch ------------------------------------------------------
+
+// Rows by falling length, of equal ones in their order, and how many have each step.
+struct SortRows {
+  static constexpr const char* name = "rows by length";
+  Rows rows;
+  Index* active;  // [T]
+  Index* order;   // [B] or null: they are sorted
+
+  FASTRNN_CELL Index count() const { return rows.T + (order ? rows.B : 0); }
+  FASTRNN_CELL void element(Index n) const {
+    const Index row = n - rows.T, length = row < 0 ? n + 1 : rows.length(row);
+    Index before = 0;
+    for (Index i = 0; i < rows.B; ++i) {
+      const Index other = rows.length(i);
+      before += row < 0 ? other >= length : other > length || (other == length && i < row);
+    }
+    (row < 0 ? active[n] : order[before]) = row < 0 ? before : row;
+  }
+};
+
+struct GatherResets {
+  static constexpr const char* name = "resets";
+  Rows rows;
+  std::uint8_t* to;
+
+  FASTRNN_CELL Index count() const { return rows.pairs; }
+  FASTRNN_CELL void element(Index n) const {
+    to[n] = rows.reset[n / rows.B * rows.reset_step + n % rows.B * rows.reset_row];
+  }
+};
+
+// Zeros for the pairs that do not run.
+template <class T>
+struct ClearPadding {
+  static constexpr const char* name = "padding";
+  Rows rows;
+  T* to;
+  Index width;
+
+  FASTRNN_CELL Index count() const { return rows.pairs * width; }
+  FASTRNN_CELL void element(Index n) const {
+    Index t = 0, i = 0;
+    rows.find(n / width, t, i);
+    if (!rows.active(t, i)) to[n] = T{};
+  }
+};
+
+// The same row for every pair.
+template <class C>
+struct RepeatRow {
+  static constexpr const char* name = "biases of all pairs";
+  const C* row;
+  Index width, size;
+  C* to;
+
+  FASTRNN_CELL Index count() const { return size; }
+  FASTRNN_CELL void element(Index n) const { to[n] = row[n % width]; }
+};
+
+template <class S>
+struct CopyState {
+  static constexpr const char* name = "states";
+  State from;
+  Index B, H, size;
+  S* to;
+
+  FASTRNN_CELL Index count() const { return size; }
+  FASTRNN_CELL void element(Index n) const {
+    const Index u = n % H, i = n / H % B, d = n / H / B;
+    to[n] = static_cast<const S*>(from.data)[d * from.group + i * from.row + u * from.unit];
+  }
+};
+
+template <class T>
+struct CopySequence {
+  static constexpr const char* name = "gradients of the cells";
+  Rows rows;
+  Sequence from;
+  Index width;
+  T* to;
+
+  FASTRNN_CELL Index count() const { return rows.pairs * width; }
+  FASTRNN_CELL void element(Index n) const {
+    Index t = 0, i = 0;
+    rows.find(n / width, t, i);
+    to[n] = rows.at<const T>(from, t, i)[n % width * from.unit];
+  }
+};
+
+// Gradients of the output, from wherever they come.
+template <class S>
+struct AddOutputGradients {
+  static constexpr const char* name = "gradients of the output";
+  using C = typename ComputeOf<S>::type;
+  BackwardData<S> a;
+  C* to;
+
+  FASTRNN_CELL Index count() const { return a.rows.pairs * a.D * a.O; }
+  FASTRNN_CELL void element(Index n) const {
+    const Index column = n % (a.D * a.O);
+    Index t = 0, i = 0;
+    a.rows.find(n / (a.D * a.O), t, i);
+    to[n] = a.output_gradient(column / a.O, t, i, column % a.O);
+  }
+};
+
+// ---- a layer's arrays as the kernels read them --------------------------------------------------
+
+class PersistentRows {
+ public:
+  void lay_out(const Layer& layer, Arena& arena) {
+    const Rows& rows = layer.rows;
+    packed_ = layer.batch_sizes != nullptr;
+    padded_ = rows.lengths != nullptr;
+    scattered_ = rows.reset && !(rows.reset_row == 1 && rows.reset_step == rows.B);
+    active_ = arena.take<Index>(packed_ || padded_ ? rows.T : 0);
+    order_ = arena.take<Index>(padded_ ? rows.B : 0);
+    fresh_ = arena.take<std::uint8_t>(scattered_ ? rows.pairs : 0);
+  }
+
+  void prepare(const Layer& layer) const {
+    if (active_) launch_elements(layer.tools.stream, SortRows{layer.rows, active_, order_});
+    if (fresh_) launch_elements(layer.tools.stream, GatherResets{layer.rows, fresh_});
+  }
+
+  resident::StepTable table(const Layer& layer) const {
+    const Rows& rows = layer.rows;
+    resident::StepTable steps;
+    steps.T = static_cast<int>(rows.T), steps.B = static_cast<int>(rows.B);
+    steps.active = active_, steps.order = order_;
+    steps.offset = steps.position = rows.offset;
+    steps.fresh = scattered_ ? fresh_ : reinterpret_cast<const std::uint8_t*>(rows.reset);
+    return steps;
+  }
+
+  // Of [pairs][width] that the kernel has written.
+  template <class T>
+  void clear_padding(const Layer& layer, T* to, Index width) const {
+    if (padded_) launch_elements(layer.tools.stream, ClearPadding<T>{layer.rows, to, width});
+  }
+
+  // Units are neighbours; `group`: elements from one direction to the next.
+  template <class T>
+  resident::SequenceOf<T> sequence(const Sequence& s, Index group) const {
+    return {static_cast<T*>(s.data), group, packed_ ? s.row : s.step, s.row};
+  }
+  // [pairs][D·H].
+  template <class T>
+  resident::SequenceOf<T> contiguous(const Layer& layer, T* data) const {
+    const Index width = layer.directions * layer.H;
+    return {data, layer.H, packed_ ? width : layer.rows.B * width, width};
+  }
+
+ private:
+  bool packed_ = false, padded_ = false, scattered_ = false;
+  Index *active_ = nullptr, *order_ = nullptr;
+  std::uint8_t* fresh_ = nullptr;
+};
+
+// A state that is read, its units neighbours.
+template <class S>
+class PersistentState {
+ public:
+  void lay_out(const Layer& layer, const State& state, Arena& arena) {
+    from_ = state;
+    size_ = layer.directions * layer.rows.B * layer.H;
+    copy_ = arena.take<S>(state.data && state.unit != 1 ? size_ : 0);
+  }
+  void prepare(const Layer& layer) const {
+    if (copy_)
+      launch_elements(layer.tools.stream, CopyState<S>{from_, layer.rows.B, layer.H, size_, copy_});
+  }
+  resident::StateOf<const Stored<S>> get(const Layer& layer) const {
+    const auto* data = static_cast<const Stored<S>*>(copy_ ? copy_ : from_.data);
+    if (copy_) return {data, layer.rows.B * layer.H, layer.H};
+    return {data, from_.group, from_.row};
+  }
+
+ private:
+  State from_;
+  Index size_ = 0;
+  S* copy_ = nullptr;
+};
+
+// A state that is written: [D][B][H].
+template <class S>
+resident::StateOf<Stored<S>> written_state(const Layer& layer, void* data) {
+  return {static_cast<Stored<S>*>(data), layer.rows.B * layer.H, layer.H};
+}
+
+// W_hh of all directions, [D][gates·H][H].
+template <class Cell, class S>
+void pack_recurrent(const Layer& layer, S* to) {
+  const Index H = layer.H, rows = Shape<Cell, S>::gates * H;
+  for (Index d = 0; d < layer.directions; ++d) {
+    const fastrnn::Weight& w = layer.parameters[d].weight_hh;
+    launch_elements(layer.tools.stream, PackWeights<S>{static_cast<const S*>(w.data), w.row, w.unit,
+                                                       rows, H, H, to + d * rows * H, H});
+  }
+}
+
+// ---- the two passes -----------------------------------------------------------------------------
+
+template <class Cell, class S>
+class PersistentForward : Shape<Cell, S> {
+  using K = Shape<Cell, S>;
+  using typename K::C;
+
+ public:
+  // Lays the scratch out from `base`; from nothing, only measures it.
+  PersistentForward(const Layer& layer, void* base)
+      : layer_(layer), pairs_(layer.rows.pairs), gates_(K::gates * layer.H) {
+    Arena arena(base);
+    const Index D = layer.directions, row_bytes = layer.I * static_cast<Index>(sizeof(S));
+    rows_.lay_out(layer, arena);
+    h0_.lay_out(layer, layer.h0, arena);
+    c0_.lay_out(layer, layer.c0, arena);
+    weights_ = arena.take<S>(D * gates_ * layer.H);
+    bias_x_ = arena.take<C>(D * gates_);
+    bias_h_ = arena.take<C>(D * gates_);
+    const bool gathers = !uniform_rows(layer.input, layer.rows, layer.batch_sizes != nullptr,
+                                       layer.I, input_stride_);
+    if (gathers) block_ = least(pairs_, greatest(1, kProjectionBytes / greatest(1, row_bytes)));
+    x_rows_ = arena.take<S>(block_ * layer.I);
+    x_gates_ = arena.take<C>(D * pairs_ * gates_);
+    workspace_ = arena.take<char>(static_cast<Index>(layer.plan->workspace_bytes));
+    used_ = arena.used();
+  }
+
+  std::size_t used() const { return used_; }
+
+  void run() {
+    rows_.prepare(layer_);
+    h0_.prepare(layer_);
+    c0_.prepare(layer_);
+    pack_recurrent<Cell>(layer_, weights_);
+    for (Index d = 0; d < layer_.directions; ++d) project(d);
+    const Index D = layer_.directions;
+    rows_.clear_padding(layer_, static_cast<S*>(layer_.output.data), D * layer_.H);
+    if (layer_.cell.data)
+      rows_.clear_padding(layer_, static_cast<C*>(layer_.cell.data), D * layer_.H);
+    resident::launch_forward(*layer_.plan, arrays(), workspace_, stream());
+  }
+
+ private:
+  void* stream() const { return layer_.tools.stream; }
+
+  // With the biases below: the product is added to them.
+  void project(Index d) const {
+    const Parameters& p = layer_.parameters[d];
+    C *const bias = bias_x_ + d * gates_, *const to = x_gates_ + d * pairs_ * gates_;
+    launch_elements(
+        stream(), Biases<Cell, S>{{}, p.bias_ih, p.bias_hh, layer_.H, bias, bias_h_ + d * gates_});
+    const bool biased = p.bias_ih.data || p.bias_hh.data;
+    if (biased) launch_elements(stream(), RepeatRow<C>{bias, gates_, pairs_ * gates_, to});
+    const Index block = x_rows_ ? block_ : pairs_;
+    for (Index n = 0; n < pairs_; n += block)
+      project_pairs<S>(layer_, d, n, least(block, pairs_ - n), gates_, input_stride_, x_rows_,
+                       to + n * gates_, biased);
+  }
+
+  resident::Forward<Stored<S>> arrays() const {
+    const Index H = layer_.H, Hp = padded(H);
+    resident::Forward<Stored<S>> a;
+    a.steps = rows_.table(layer_);
+    a.options = layer_.maths;
+    a.reverse_from = 1;
+    a.aligned = H % (16 / static_cast<Index>(sizeof(S))) == 0;
+    a.weight_hh = reinterpret_cast<const Stored<S>*>(weights_);
+    a.hidden_bias = bias_h_;
+    a.x_gates = {x_gates_, pairs_ * gates_, gates_, H};
+    a.h0 = h0_.get(layer_), a.c0 = c0_.get(layer_);
+    a.hidden = rows_.sequence<Stored<S>>(layer_.output, H);
+    a.cell = rows_.sequence<float>(layer_.cell, H);
+    a.saved = {static_cast<float*>(layer_.gates), layer_.gates_group, Cell::saved * Hp, Hp};
+    a.h_n = written_state<S>(layer_, layer_.h_n);
+    a.c_n = written_state<S>(layer_, layer_.c_n);
+    return a;
+  }
+
+  const Layer& layer_;
+  const Index pairs_, gates_;
+  PersistentRows rows_;
+  PersistentState<S> h0_, c0_;
+  Index input_stride_ = 0, block_ = 0;  // pairs packed at a time; zero: none
+  S *weights_ = nullptr, *x_rows_ = nullptr;
+  C *bias_x_ = nullptr, *bias_h_ = nullptr, *x_gates_ = nullptr;
+  char* workspace_ = nullptr;
+  std::size_t used_ = 0;
+};
+
+template <class Cell, class S>
+class PersistentBackward : Shape<Cell, S> {
+  using K = Shape<Cell, S>;
+  using typename K::C;
+
+ public:
+  // Lays the scratch out from `base`; from nothing, only measures it.
+  PersistentBackward(const Layer& layer, void* base)
+      : layer_(layer), pairs_(layer.rows.pairs), gradients_(layer) {
+    Arena arena(base);
+    const Index D = layer.directions, H = layer.H;
+    rows_.lay_out(layer, arena);
+    states_[0].lay_out(layer, layer.h0, arena);
+    states_[1].lay_out(layer, layer.c0, arena);
+    states_[2].lay_out(layer, layer.d_h_n, arena);
+    states_[3].lay_out(layer, layer.d_c_n, arena);
+    weights_ = arena.take<S>(D * K::gates * H * H);
+    const bool adds = layer.d_hidden.data || (layer.d_output.data && layer.d_output.unit != 1);
+    d_outputs_ = arena.take<C>(adds ? pairs_ * D * H : 0);
+    const bool copies = layer.d_cell.data && layer.d_cell.unit != 1;
+    d_cells_ = arena.take<C>(copies ? pairs_ * D * H : 0);
+    lay_out_gates(arena);
+    workspace_ = arena.take<char>(static_cast<Index>(layer.plan->workspace_bytes));
+    gradients_.lay_out(arena);
+    used_ = arena.used();
+  }
+
+  std::size_t used() const { return used_; }
+
+  void run() {
+    const Index D = layer_.directions;
+    rows_.prepare(layer_);
+    for (const auto& state : states_) state.prepare(layer_);
+    pack_recurrent<Cell>(layer_, weights_);
+    if (d_outputs_) launch_elements(stream(), AddOutputGradients<S>{gradients_in(), d_outputs_});
+    if (d_cells_)
+      launch_elements(stream(),
+                      CopySequence<C>{layer_.rows, layer_.d_cell, D * layer_.H, d_cells_});
+    for (Index d = 0; d < D; ++d) rows_.clear_padding(layer_, d_gates_ + d * group_, width_);
+    resident::launch_backward(*layer_.plan, arrays(), workspace_, stream());
+    gradients_.run({d_gates_, group_, width_, plane_, nullptr});
+  }
+
+ private:
+  void* stream() const { return layer_.tools.stream; }
+
+  void lay_out_gates(Arena& arena) {
+    const Index H = layer_.H, Hp = padded(H);
+    if (std::is_same_v<S, C> && layer_.consume_gates) {
+      group_ = layer_.gates_group, width_ = Cell::saved * Hp, plane_ = Hp;
+      d_gates_ = static_cast<S*>(layer_.gates);
+    } else {
+      group_ = pairs_ * Cell::gradients * H, width_ = Cell::gradients * H, plane_ = H;
+      d_gates_ = arena.take<S>(layer_.directions * group_);
+    }
+  }
+
+  // What output_gradient() reads.
+  BackwardData<S> gradients_in() const {
+    BackwardData<S> a{};
+    a.rows = layer_.rows, a.D = layer_.directions, a.O = layer_.O;
+    a.d_output = layer_.d_output, a.d_hidden = layer_.d_hidden;
+    a.d_above = static_cast<const C*>(layer_.d_above);
+    return a;
+  }
+
+  resident::Backward<Stored<S>> arrays() const {
+    const Index H = layer_.H, Hp = padded(H);
+    resident::Backward<Stored<S>> a;
+    a.steps = rows_.table(layer_);
+    a.options = layer_.maths;
+    a.reverse_from = 1;
+    a.weight_hh = reinterpret_cast<const Stored<S>*>(weights_);
+    a.hidden = rows_.sequence<const Stored<S>>(layer_.output, H);
+    a.cell = rows_.sequence<const float>(layer_.cell, H);
+    a.saved = {static_cast<const float*>(layer_.gates), layer_.gates_group, Cell::saved * Hp, Hp};
+    a.h0 = states_[0].get(layer_), a.c0 = states_[1].get(layer_);
+    a.d_h_n = states_[2].get(layer_), a.d_c_n = states_[3].get(layer_);
+    if (d_outputs_)
+      a.d_above = rows_.contiguous<const float>(layer_, d_outputs_);
+    else if (layer_.d_above)
+      a.d_above = rows_.contiguous(layer_, static_cast<const float*>(layer_.d_above));
+    else
+      a.d_output = rows_.sequence<const Stored<S>>(layer_.d_output, H);
+    a.d_cell = d_cells_ ? rows_.contiguous<const float>(layer_, d_cells_)
+                        : rows_.sequence<const float>(layer_.d_cell, H);
+    a.d_gates = {reinterpret_cast<Stored<S>*>(d_gates_), group_, width_, plane_};
+    a.d_h0 = written_state<S>(layer_, layer_.d_h0);
+    a.d_c0 = written_state<S>(layer_, layer_.d_c0);
+    return a;
+  }
+
+  const Layer& layer_;
+  const Index pairs_;
+  Gradients<Cell, S, S> gradients_;
+  PersistentRows rows_;
+  PersistentState<S> states_[4];  // h0, c0, d_h_n, d_c_n
+  S *weights_ = nullptr, *d_gates_ = nullptr;
+  C *d_outputs_ = nullptr, *d_cells_ = nullptr;
+  Index group_ = 0, width_ = 0, plane_ = 0;  // of d_gates
+  char* workspace_ = nullptr;
+  std::size_t used_ = 0;
+};
+
+}  // namespace fastrnn::cuda

@@ -1,0 +1,175 @@
+"""Which kernels compute a case on this machine, and why: ``fastrnn info --explain CASE``.
+
+Asks the engine itself, runs nothing, and needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from fastrnn import _C, _engine
+from fastrnn.bench.cases import CELLS, PRECISIONS, Case
+from fastrnn.info import COMPOSED, CUDA_ENGINE
+
+if TYPE_CHECKING:
+    from fastrnn.bench.cases import Pass
+
+FORM = "CELL,B,T,I,H, such as LSTM,64,50,512,512, or a line of `fastrnn bench --list`"
+PERSISTENT = "engine CUDA, a launch for each sequence"
+FLAGS = {"bi": "bidirectional", "lengths": "lengths", "layernorm": "layer_norm"}
+NUMBERS = {
+    "T": "T", "B": "B", "I": "I", "H": "H", "L": "layers", "heads": "heads", "members": "members",
+}  # fmt: skip
+NONLINEARITIES = ("tanh", "relu")
+
+
+def parse_case(text: str, precision: str | None = None) -> Case:
+    """The case that ``text`` names: ``CELL,B,T,I,H``, or a case as `Case.label` writes it.
+
+    Arguments:
+        text: the case.
+        precision: of `PRECISIONS`, in place of the one in ``text``.
+
+    Raises:
+        ValueError: the text names no case.
+
+    >>> parse_case("GRU,64,50,256,512", "bfloat16").label()
+    'GRU T50 B64 I256 H512 bfloat16'
+    """
+    words = text.split()
+    if "," in text:
+        cell, *sizes = (word.strip() for word in text.split(","))
+        words = [cell, *(name + size for name, size in zip("BTIH", sizes, strict=False))]
+        if len(sizes) != 4:
+            raise ValueError(f"--explain {text!r}: expected {FORM}")
+    fields: dict[str, Any] = {}
+    for word in words[1:]:
+        found = _field(word)
+        if found is None:
+            raise ValueError(f"--explain {text!r}: {word!r} is not known; expected {FORM}")
+        fields |= found
+    if not words or words[0].upper() not in CELLS:
+        raise ValueError(f"--explain {text!r}: expected {FORM}, CELL being of {', '.join(CELLS)}")
+    missing = [name for name in "TBIH" if name not in fields]
+    if missing:
+        raise ValueError(f"--explain {text!r}: {', '.join(missing)} is missing; expected {FORM}")
+    case = Case(words[0].upper(), **fields)
+    return case if precision is None else replace(case, **_precision(precision))
+
+
+def _field(word: str) -> dict[str, Any] | None:
+    """The fields of a case that one word of its label sets."""
+    if word in FLAGS:
+        return {FLAGS[word]: True}
+    if word in PRECISIONS:
+        return _precision(word)
+    if word in NONLINEARITIES:
+        return {"nonlinearity": word}
+    if number := re.fullmatch(r"(T|B|I|H|L|heads|members)([1-9]\d*)", word):
+        return {NUMBERS[number[1]]: int(number[2])}
+    if rate := re.fullmatch(r"reset(0?\.\d+|1|\d+e-\d+)", word):
+        return {"reset_rate": float(rate[1])}
+    return None
+
+
+def _precision(name: str) -> dict[str, Any]:
+    return {"dtype": "float32" if name == "tf32" else name, "tf32": name == "tf32"}
+
+
+def explain(case: Case, device: str) -> dict[str, str]:
+    """What `fastrnn info --explain` prints: the case, then each pass and what computes it.
+
+    Raises:
+        ValueError: the device does not compute in the case's precision, or FASTRNN_CUDA_KERNELS
+            says what it cannot.
+    """
+    known = {"case": case.label(), "device": device}
+    if device == "cpu":
+        if case.tf32:
+            raise ValueError("--dtype tf32: it is of CUDA devices; expected --device cuda")
+        return known | {"inference": _on_cpu(), "training": _on_cpu()}
+    known |= {pass_: cuda_kernel(case, pass_) for pass_ in ("inference", "training")}
+    if _engine.built_with_cuda() and not _without_kernel(case) and _no_device():
+        known["on an H200"] = (
+            f"{_persistent(case, 'training', None)} "
+            f"(by its data sheet, {_engine.CUDA_SWITCH}=persistent)"
+        )
+    return known
+
+
+def render(known: dict[str, str]) -> str:
+    """The dictionary of `explain` as lines of text."""
+    return "\n".join(f"{name:<13} {value}" for name, value in known.items())
+
+
+def _on_cpu() -> str:
+    threads = _C.max_threads()
+    if importlib.util.find_spec("torch") is not None:
+        threads = importlib.import_module("torch").get_num_threads()
+    return (
+        f"engine {_C.isa()}, at most {threads} thread{'s' * (threads != 1)} "
+        f"(of {', '.join(_C.isas())}; FASTRNN_ISA chooses)"
+    )
+
+
+def cuda_kernel(case: Case, pass_: Pass) -> str:
+    """What computes a pass of the case on a CUDA device, and why.
+
+    Raises:
+        ValueError: FASTRNN_CUDA_KERNELS says what it cannot.
+    """
+    route = _engine.cuda_route()
+    if not route.kernels:
+        return f"{COMPOSED} ({route.reason})"
+    if without := _without_kernel(case):
+        return f"{COMPOSED} (no CUDA kernel has {without})"
+    if missing := _no_device():
+        return f"no CUDA device ({missing})"
+    if not route.persistent:
+        return f"{CUDA_ENGINE} ({route.reason})"
+    return _persistent(case, pass_, _current_device())
+
+
+def _without_kernel(case: Case) -> str:
+    """What of the case has no CUDA kernel, or nothing."""
+    missing = {
+        "heads": case.heads > 1,
+        "layer norm": case.layer_norm,
+        "members": case.members > 1,
+    }
+    return " and ".join(name for name, is_on in missing.items() if is_on)
+
+
+def _no_device() -> str:
+    """Why there is no CUDA device, or nothing."""
+    known = _C.cuda_info()
+    if known is None or known["devices"]:
+        return ""
+    return known["error"] or "the driver names none"
+
+
+def _current_device() -> int:
+    if importlib.util.find_spec("torch") is None:
+        return 0
+    return int(importlib.import_module("torch").cuda.current_device())
+
+
+def _persistent(case: Case, pass_: Pass, device: int | None) -> str:
+    """The kernels where persistent ones are asked for; device None: of an H200."""
+    options = _C.Options(
+        cell=case.cell,
+        num_layers=case.layers,
+        bidirectional=case.bidirectional,
+        activation=case.nonlinearity,
+    )
+    sizes = (case.dtype, case.T, case.B, case.I, case.H)
+    found = []
+    for backward in (False, True)[: 2 if pass_ == "training" else 1]:
+        answer = _C.cuda_kernels(options, *sizes, backward, case.tf32, device)
+        persistent, why = answer or (False, "this build has no CUDA kernels")
+        found.append(f"{PERSISTENT if persistent else CUDA_ENGINE} ({why})")
+    return found[0] if len(found) == 1 else f"forward {found[0]}; backward {found[1]}"
