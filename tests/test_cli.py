@@ -9,7 +9,8 @@ import sys
 import pytest
 
 import fastrnn
-from fastrnn import _engine, cli
+from fastrnn import _C, _engine, cli
+from fastrnn.bench import cases, explain
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -45,7 +46,87 @@ def test_info_says_which_route_cuda_tensors_take(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("FASTRNN_CUDA_KERNELS", raising=False)
     assert route().startswith("composed torch operations (FASTRNN_CUDA_KERNELS=1 turns on")
     monkeypatch.setenv("FASTRNN_CUDA_KERNELS", "1")
-    assert route() == "engine CUDA, a launch for each step (FASTRNN_CUDA_KERNELS is set)"
+    assert route() == "engine CUDA, a launch for each step (FASTRNN_CUDA_KERNELS is 1)"
+    monkeypatch.setenv("FASTRNN_CUDA_KERNELS", "persistent")
+    assert route().startswith("engine CUDA, a launch for a sequence where there is a kernel for it")
+    monkeypatch.setenv("FASTRNN_CUDA_KERNELS", "yes")
+    assert route() == "none: FASTRNN_CUDA_KERNELS: expected 0, 1 or persistent, got 'yes'"
+
+
+def explained(*arguments: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    assert cli.main(["info", "--json", "--explain", *arguments]) == 0
+    known: dict[str, str] = json.loads(capsys.readouterr().out)
+    return known
+
+
+def test_explain_names_what_computes_a_case(capsys: pytest.CaptureFixture[str]) -> None:
+    known = explained("LSTM,64,50,512,256", "--dtype", "bfloat16", capsys=capsys)
+    assert known["case"] == "LSTM T50 B64 I512 H256 bfloat16"
+    assert known["device"] == "cpu"
+    for pass_ in ("inference", "training"):
+        assert known[pass_].startswith(f"engine {fastrnn.info()['cpu']['isa']}, at most ")
+    assert cli.main(["info", "--explain", "LSTM,64,50,512,256"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "case          LSTM T50 B64 I512 H256"
+
+
+def test_explain_says_why_a_case_takes_composed_operations_on_cuda(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def training(case: str) -> str:
+        return explained(case, "--device", "cuda", capsys=capsys)["training"]
+
+    monkeypatch.setattr(_engine, "built_with_cuda", lambda: False)
+    assert training("GRU,4,5,6,7") == "composed torch operations (this build has no CUDA kernels)"
+    monkeypatch.setattr(_engine, "built_with_cuda", lambda: True)
+    monkeypatch.setenv("FASTRNN_CUDA_KERNELS", "1")
+    monkeypatch.setattr(_C, "cuda_info", lambda: {"devices": [], "error": "no driver"})
+    assert training("GRU,4,5,6,7") == "no CUDA device (no driver)"
+    reason = "(no CUDA kernel has heads and layer norm)"
+    assert training("GRU T5 B4 I6 H8 heads4 layernorm") == f"composed torch operations {reason}"
+
+
+KERNELS = {False: (True, "ring, bfloat16"), True: (False, "more blocks than multiprocessors")}
+
+
+def test_explain_names_the_persistent_kernel_of_each_pass(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kernels(options: object, dtype: str, *sizes: object) -> tuple[bool, str]:
+        assert (dtype, sizes[:4], sizes[5]) == ("bfloat16", (5, 4, 6, 7), False)
+        asked.append(sizes[6])
+        return KERNELS[bool(sizes[4])]
+
+    asked: list[object] = []
+    monkeypatch.setattr(_engine, "built_with_cuda", lambda: True)
+    monkeypatch.setenv("FASTRNN_CUDA_KERNELS", "persistent")
+    monkeypatch.setattr(_C, "cuda_kernels", kernels)
+    monkeypatch.setattr(_C, "cuda_info", lambda: {"devices": [{}], "error": None})
+    monkeypatch.setattr(explain, "_current_device", lambda: 3)
+    case = ("LSTM,4,5,6,7", "--dtype", "bfloat16", "--device", "cuda")
+    known = explained(*case, capsys=capsys)
+    assert known["inference"] == "engine CUDA, a launch for each sequence (ring, bfloat16)"
+    assert known["training"] == (
+        "forward engine CUDA, a launch for each sequence (ring, bfloat16); "
+        "backward engine CUDA, a launch for each step (more blocks than multiprocessors)"
+    )
+    assert "on an H200" not in known
+    assert asked == [3, 3, 3]
+    monkeypatch.setattr(_C, "cuda_info", lambda: {"devices": [], "error": "no driver"})
+    known = explained(*case, capsys=capsys)
+    assert known["inference"] == "no CUDA device (no driver)"
+    assert known["on an H200"].endswith("(by its data sheet, FASTRNN_CUDA_KERNELS=persistent)")
+    assert asked[3:] == [None, None]
+
+
+def test_explain_reads_every_case_as_bench_names_it() -> None:
+    for suite in cases.load_suites().values():
+        for case in suite:
+            for precision in cases.PRECISIONS:
+                chosen = explain.parse_case(case.label(), precision)
+                assert explain.parse_case(chosen.label()) == chosen
+                assert chosen.precision == precision
+            assert explain.parse_case(case.label()) == case
 
 
 def test_info_is_a_function_of_the_package() -> None:
@@ -76,6 +157,14 @@ WRONG = {
     "no case left": (["bench", "--suite", "fastrnns", "--cell", "GRU"], "no case left"),
     "no threads": (["bench", "--threads", "0"], "--threads: 0: expected a number above 0"),
     "nothing to compare": (["bench", "--compare", "nowhere.json"], "nowhere.json"),
+    "explain nothing": (["info", "--explain", ""], "expected CELL,B,T,I,H"),
+    "explain three sizes": (["info", "--explain", "GRU,1,2,3"], "expected CELL,B,T,I,H"),
+    "explain a word": (["info", "--explain", "GRU,1,2,3,4x"], "'H4x' is not known"),
+    "explain half a case": (["info", "--explain", "GRU T5 H8"], "B, I is missing"),
+    "explain a cell": (["info", "--explain", "MLP,1,2,3,4"], "CELL being of LSTM, GRU, RNN"),
+    "explain int8": (["info", "--explain", "GRU,1,2,3,4", "--dtype", "int8"], "'int8' is not known"),
+    "explain tf32": (["info", "--explain", "GRU,1,2,3,4", "--dtype", "tf32"], "of CUDA devices"),
+    "device alone": (["info", "--device", "cuda"], "expected --explain CASE beside it"),
     "no folder": (["bench", "--json", "nowhere/new.json"], "there is no folder"),
 }
 

@@ -68,7 +68,7 @@ struct Kernels<Lstm, Operand> {
     static const Kernel all[] = {
         forward_entry<F<Via::block, 8, 4, 0, 1>>(),
         forward_entry<F<Via::cluster, 2, 4, 0, 1>>(),
-        forward_entry<F<Via::ring, 1, 4, 0, 2>>(),
+        forward_entry<F<Via::ring, 1, 4 - kLess<Operand>, kLess<Operand>, 2>>(),
         forward_entry<F<Via::ring, 1, 5, 1, 1>>(),
         forward_entry<F<Via::ring, 1, 4, 4, 1>>(),
         backward_entry<B<Via::block, 8, 12, 4, 1>>(),
@@ -94,7 +94,7 @@ struct Kernels<Gru, Operand> {
         forward_entry<F<Via::block, 8, 4, 0, 1>>(),
         forward_entry<F<Via::cluster, 2, 4, 0, 1>>(),
         forward_entry<F<Via::ring, 1, 4, 0, 2>>(),
-        forward_entry<F<Via::ring, 1, 6, 3, 1>>(),
+        forward_entry<F<Via::ring, 1, 5, 4, 1>>(),
         backward_entry<B<Via::block, 8, 10, 2, 1>>(),
         backward_entry<B<Via::cluster, 2, 10, 2, 1>>(),
         backward_entry<B<Via::ring, 1, 10, 2, 2>>(),
