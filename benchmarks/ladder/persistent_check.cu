@@ -10,6 +10,7 @@
 //   --small   one small case of every kernel, nothing timed: for compute-sanitizer
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <string>
 #include <vector>
 
@@ -24,8 +25,7 @@ using ladder::check;
 
 int failures = 0;
 
-// ---- memory
-// ---------------------------------------------------------------------------------------
+// ---- memory -----------------------------------------------------------------------------------
 
 __device__ float uniform_at(std::uint64_t i, unsigned seed) {  // [-1, 1), splitmix64
   std::uint64_t z = i * 0x9e3779b97f4a7c15ull + seed * 0xd1b54a32d192ed03ull;
@@ -84,8 +84,7 @@ std::vector<T> fetched(const T* from, std::int64_t n) {
   return values;
 }
 
-// ---- the plain kernels
-// ----------------------------------------------------------------------------
+// ---- the plain kernels ------------------------------------------------------------------------
 
 template <class Cell, class Operand>
 using Plain = Config<Cell, Operand, Via::block, Cell::gates, 8, 1, 0, 1>;
@@ -173,8 +172,7 @@ __global__ void plain_product(Backward<Storage<Operand>> p, int groups, const fl
   product[pair * H + at.unit] = sum;
 }
 
-// ---- a case
-// ---------------------------------------------------------------------------------------
+// ---- a case -----------------------------------------------------------------------------------
 
 struct Size {
   int T, B, H, groups;
@@ -183,22 +181,18 @@ struct Size {
 
 template <class Operand>
 struct Precision {
-  static constexpr OperandKind kind = OperandKind::float32;
   static constexpr double forward = 1e-5, backward = 2e-5;
 };
 template <>
 struct Precision<BFloat16> {
-  static constexpr OperandKind kind = OperandKind::bfloat16;
   static constexpr double forward = 2e-2, backward = 5e-2;
 };
 template <>
 struct Precision<Float16> {
-  static constexpr OperandKind kind = OperandKind::float16;
   static constexpr double forward = 3e-3, backward = 8e-3;
 };
 template <>
 struct Precision<Tf32> {
-  static constexpr OperandKind kind = OperandKind::tf32;
   static constexpr double forward = 4e-3, backward = 8e-3;
 };
 
@@ -377,21 +371,13 @@ double backward_error(const Case<Cell, Operand>& c) {
   return most;
 }
 
-cudaError_t launch(const Plan& plan, const Forward<std::uint16_t>& a, void* w) {
-  return launch_forward(plan, a, w, nullptr);
+template <class S>
+void launch(const Plan& plan, const Forward<S>& arrays, void* workspace) {
+  launch_forward(plan, arrays, workspace, nullptr);
 }
-cudaError_t launch(const Plan& plan, const Forward<float>& a, void* w) {
-  return launch_forward(plan, a, w, nullptr);
-}
-cudaError_t launch(const Plan& plan, const Backward<std::uint16_t>& a, void* w) {
-  return launch_backward(plan, a, w, nullptr);
-}
-cudaError_t launch(const Plan& plan, const Backward<float>& a, void* w) {
-  return launch_backward(plan, a, w, nullptr);
-}
-
-const char* name_of_via(Via via) {
-  return via == Via::ring ? "ring" : via == Via::cluster ? "cluster" : "block";
+template <class S>
+void launch(const Plan& plan, const Backward<S>& arrays, void* workspace) {
+  launch_backward(plan, arrays, workspace, nullptr);
 }
 
 // One pass by one way of exchange: its error, twice the same bits, its time.
@@ -399,20 +385,19 @@ template <class Cell, class Operand, class Arrays, class Error, class Written>
 void check_pass(ladder::Report& report, Case<Cell, Operand>& c, Pass pass, Via via, bool timed,
                 const Arrays& arrays, double tolerance, Error error, Written written) {
   const Size& s = c.size;
-  Plan plan;
-  const Sizes sizes{Cell::name, Precision<Operand>::kind, pass, s.T, s.B, s.H, s.groups};
-  check(plan_persistent(sizes, &plan, &via), "plan_persistent");
+  const Plan plan =
+      plan_persistent_by(via, {Cell::name, kind_of<Operand>, pass, s.T, s.B, s.H, s.groups});
   const std::string what =
       std::string(Cell::name) + (pass == Pass::forward ? " forward" : " backward") + " T" +
       std::to_string(s.T) + " B" + std::to_string(s.B) + " H" + std::to_string(s.H) +
-      (s.groups > 1 ? " two directions" : "") + ", " + name_of_via(via);
+      (s.groups > 1 ? " two directions" : "") + ", " + name_of(via);
   if (!plan.kernel) return;
   void* const workspace = c.memory.template take<char>(std::int64_t(plan.workspace_bytes) + 16);
-  check(launch(plan, arrays, workspace), what.c_str());
+  launch(plan, arrays, workspace);
   check(cudaDeviceSynchronize(), what.c_str());
   const double found = error();
   const auto first = written();
-  check(launch(plan, arrays, workspace), what.c_str());
+  launch(plan, arrays, workspace);
   const bool same = first == written();
   const bool right = found <= tolerance && same;
   failures += !right;
@@ -422,8 +407,7 @@ void check_pass(ladder::Report& report, Case<Cell, Operand>& c, Pass pass, Via v
                          : ", NOT REPEATABLE"),
              found, "largest error");
   if (!timed) return;
-  const double ms =
-      ladder::median_ms([&] { check(launch(plan, arrays, workspace), what.c_str()); });
+  const double ms = ladder::median_ms([&] { launch(plan, arrays, workspace); });
   report.add("  time", ms * 1e3 / s.T, "us a step");
   report.add("  estimate at 1.75 GHz", plan.clocks / 1750, "us a step");
 }
@@ -465,7 +449,7 @@ void check_all(ladder::Report& report, const char* operand, bool small) {
 
 }  // namespace
 
-int main(int count, char** arguments) {
+int main(int count, char** arguments) try {
   bool small = false;
   const char* json = nullptr;
   for (int i = 1; i < count; ++i) {
@@ -496,4 +480,7 @@ int main(int count, char** arguments) {
   if (json) report.write(json);
   std::printf("%d failures\n", failures);
   return failures ? 1 : 0;
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "%s\n", error.what());
+  return 1;
 }
