@@ -162,7 +162,7 @@ WRONG = {
     "explain a word": (["info", "--explain", "GRU,1,2,3,4x"], "'H4x' is not known"),
     "explain half a case": (["info", "--explain", "GRU T5 H8"], "B, I is missing"),
     "explain a cell": (["info", "--explain", "MLP,1,2,3,4"], "CELL being of LSTM, GRU, RNN"),
-    "explain int8": (["info", "--explain", "GRU,1,2,3,4", "--dtype", "int8"], "'int8' is not known"),
+    "explain int8": (["info", "--explain", "GRU,1,2,3,4", "--dtype", "i8"], "'i8' is not known"),
     "explain tf32": (["info", "--explain", "GRU,1,2,3,4", "--dtype", "tf32"], "of CUDA devices"),
     "device alone": (["info", "--device", "cuda"], "expected --explain CASE beside it"),
     "no folder": (["bench", "--json", "nowhere/new.json"], "there is no folder"),

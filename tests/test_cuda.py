@@ -59,13 +59,12 @@ def route(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def gpu(
-    cuda: torch.device, route: str, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[torch.device]:
+def gpu(cuda: torch.device, route: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """A CUDA device whose tensors take the kernels, with IEEE products; or a skip."""
     if not _engine.built_with_cuda():
         pytest.skip("this build of fastrnn has no CUDA kernels")
-    if route == "persistent" and "FASTRNN_CUDA_PERSISTENT" in (why := persistent_kernel("RNN", 8)[1]):
+    why = persistent_kernel("RNN", 8)[1]
+    if route == "persistent" and "FASTRNN_CUDA_PERSISTENT" in why:
         pytest.skip(why)
     monkeypatch.setenv(_engine.CUDA_SWITCH, ROUTES[route])
     allowed = torch.backends.cudnn.allow_tf32
@@ -416,7 +415,7 @@ def test_a_setting_that_is_not_known_is_an_error(
 ) -> None:
     layer, x = fastrnn.GRU(4, 5, device=gpu), torch.randn(3, 2, 4, device=gpu)
     monkeypatch.setenv(_engine.CUDA_SWITCH, "fast")
-    with pytest.raises(ValueError, match="^FASTRNN_CUDA_KERNELS: expected 0, 1 or persistent"):
+    with pytest.raises(ValueError, match=r"^FASTRNN_CUDA_KERNELS: expected 0, 1 or persistent"):
         layer(x)
 
 

@@ -102,7 +102,10 @@ def test_a_command_that_hangs_ends_at_its_limit_with_all_it_started(
 def test_the_benchmark_takes_every_route_by_its_environment(
     gpu_check: Any, options: Any, tmp_path: Path
 ) -> None:
-    runs = {(c.route, c.arguments[c.arguments.index("--suite") + 1]) for c in gpu_check.bench(options)}
+    def suite(command: Any) -> str:
+        return str(command.arguments[command.arguments.index("--suite") + 1])
+
+    runs = {(command.route, suite(command)) for command in gpu_check.bench(options)}
     assert runs == {(r, s) for r in ("persistent", "steps") for s in gpu_check.SUITES}
     log = tmp_path / "part.log"
     code = "import os; print('switch', os.environ['FASTRNN_CUDA_KERNELS'])"
@@ -150,9 +153,12 @@ def test_a_part_that_fails_leaves_the_others_their_results(
             ],
             "bench": [
                 python_command(
-                    gpu_check, "tiny", f"{save}({json.dumps(written)!r})", json="b.json",
+                    gpu_check,
+                    "tiny",
+                    f"{save}({json.dumps(written)!r})",
+                    json="b.json",
                     route="steps",
-                )  # fmt: skip
+                )
             ],
         }[part]
 

@@ -69,11 +69,10 @@ struct Kernels<Lstm, Operand> {
         forward_entry<F<Via::block, 8, 4, 0, 1>>(),
         forward_entry<F<Via::cluster, 2, 4, 0, 1>>(),
         forward_entry<F<Via::ring, 1, 4 - kLess<Operand>, kLess<Operand>, 2>>(),
-        forward_entry<F<Via::ring, 1, 5, 1, 1>>(),
         forward_entry<F<Via::ring, 1, 4, 4, 1>>(),
         backward_entry<B<Via::block, 8, 12, 4, 1>>(),
         backward_entry<B<Via::cluster, 2, 12, 4, 1>>(),
-        backward_entry<B<Via::ring, 1, 13, 3, 2>>(),
+        backward_entry<B<Via::ring, 1, 12, 4, 2>>(),
         backward_entry<B<Via::ring, 1, 12, 12, 1>>(),
     };
     *count = sizeof all / sizeof all[0];

@@ -81,10 +81,12 @@ def _add_info(commands: Any) -> None:
     add = parser.add_argument
     add("--json", action="store_true", help="print JSON")
     add("--explain", metavar="CASE",
-        help="instead: the kernels that compute a case, CELL,B,T,I,H or as bench names it, and why")  # fmt: skip
+        help="instead: which kernels compute a case (CELL,B,T,I,H, or as bench names it), and why",
+    )  # fmt: skip
     add("--device", choices=("cpu", "cuda"), help="of the case (default cpu)")
     add("--dtype", metavar="NAME",
-        help="of the case: float32 (default), float64, bfloat16, float16; on CUDA also tf32")  # fmt: skip
+        help="of the case: float32 (default), float64, bfloat16, float16; on CUDA also tf32",
+    )  # fmt: skip
     parser.set_defaults(command=_info)
 
 

@@ -19,13 +19,12 @@ const Kernel kLstm[] = {
     {"LSTM", OperandKind::bfloat16, Pass::forward, {Via::block, 2, 4, 8, 4, 0, 1}, 4, 2, nullptr},
     {"LSTM", OperandKind::bfloat16, Pass::forward, {Via::cluster, 2, 4, 2, 4, 0, 1}, 4, 2, nullptr},
     {"LSTM", OperandKind::bfloat16, Pass::forward, {Via::ring, 2, 4, 1, 4, 0, 2}, 4, 2, nullptr},
-    {"LSTM", OperandKind::bfloat16, Pass::forward, {Via::ring, 2, 4, 1, 5, 1, 1}, 4, 2, nullptr},
     {"LSTM", OperandKind::bfloat16, Pass::forward, {Via::ring, 2, 4, 1, 4, 4, 1}, 4, 2, nullptr},
 };
 
 Plan plan(int B, int H, const DeviceFacts& d, int groups = 1) {
   const Sizes s{"LSTM", OperandKind::bfloat16, Pass::forward, 100, B, H, groups};
-  return choose_kernel(s, d, kLstm, 5);
+  return choose_kernel(s, d, kLstm, 4);
 }
 
 void expect(const char* what, bool holds, const Plan& p) {
@@ -87,7 +86,7 @@ void refusals() {
   d.multiprocessors = 7;  // a slice of a shared device
   refused(plan(16, 1024, d), "more blocks than multiprocessors");
   const Sizes gru{"GRU", OperandKind::bfloat16, Pass::forward, 10, 4, 64, 1};
-  refused(choose_kernel(gru, h200(), kLstm, 5), "no persistent kernel of this cell and type");
+  refused(choose_kernel(gru, h200(), kLstm, 4), "no persistent kernel of this cell and type");
 }
 
 }  // namespace
