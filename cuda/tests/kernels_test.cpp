@@ -499,10 +499,10 @@ void check_reasons() {
 }
 
 int check_persistent(int percent) {
-  check_persistent_type<float>("float32", 3e-5, false, 40 * percent / 100);
-  check_persistent_type<float>("tf32", 8e-3, true, 24 * percent / 100);
-  check_persistent_type<Bf16>("bfloat16", 2e-2, false, 40 * percent / 100);
-  check_persistent_type<F16>("float16", 4e-3, false, 40 * percent / 100);
+  check_persistent_type<float>("float32", 3e-5, false, 24 * percent / 100);
+  check_persistent_type<float>("tf32", 8e-3, true, 12 * percent / 100);
+  check_persistent_type<Bf16>("bfloat16", 2e-2, false, 24 * percent / 100);
+  check_persistent_type<F16>("float16", 4e-3, false, 24 * percent / 100);
   check_reasons();
   return check::result("kernels_test persistent", checks);
 }
