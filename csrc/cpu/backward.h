@@ -23,6 +23,8 @@
 // Threads       the recurrence as forward; then pairs (input) and gate rows (weights) are split.
 #pragma once
 
+#include <type_traits>
+
 #include "forward.h"
 
 namespace fastrnn::FASTRNN_ISA {
@@ -412,23 +414,46 @@ class Backward : protected Shape<Cell, S> {
     return group_[d].second + b * second_sums_ * block_units;
   }
 
-  // product_tiles() of what comes from the step after; of nothing where no row has one.
-  template <class Done>
+  // product_tiles() of what comes from the step after; of nothing where no row has one. ahead(j) is
+  // called for the rows of a product before it begins.
+  template <class Ahead, class Done>
   FASTRNN_INLINE void hidden_tiles(const Position& p, Index b, Index n, Index limit, bool any,
-                                   Done done) {
+                                   Ahead ahead, Done done) {
     const Columns w = hidden_weights(p.d, b);
     product_tiles(
         b, n, limit,
         [&](auto& acc, Index j) FASTRNN_INLINE_LAMBDA {
+          for (Index r = 0; r < Index{std::extent_v<std::remove_reference_t<decltype(acc)>>}; ++r)
+            ahead(j + r);
           if (any) through_weights(acc, next_rows_ + j, w);
         },
         done);
   }
 
   void hidden_step(const Position& p, Index b, Index n, bool any) {
-    hidden_tiles(p, b, n, layer_.H, any, [&](Index j, Index unit, const V* products, Index count) {
-      cell_backward(p, p.deal.row(j), unit, products, count, !next_rows_[j], true);
-    });
+    hidden_tiles(
+        p, b, n, layer_.H, any,
+        [&](Index j) FASTRNN_INLINE_LAMBDA { fetch(p, p.deal.row(j), b * block_units); },
+        [&](Index j, Index unit, const V* products, Index count) {
+          cell_backward(p, p.deal.row(j), unit, products, count, !next_rows_[j], true);
+        });
+  }
+
+  // Calls for what cell_backward() reads of a block of a row and no step has read before: while the
+  // product runs, it comes from memory to the core's own cache.
+  FASTRNN_INLINE void fetch(const Position& p, Index i, Index unit) const {
+    const auto fetch_units = [&](const auto* from) FASTRNN_INLINE_LAMBDA {
+      constexpr Index line = 64 / sizeof(*from);
+      for (Index u = unit, end = least(unit + block_units, layer_.H); u < end; u += line)
+        __builtin_prefetch(from + u);
+    };
+    for (int s = 0; s < Cell::saved; ++s) fetch_units(saved_row(p, i) + s * Hp_);
+    if constexpr (Cell::states > 1)
+      if (!p.walk.first(p.t, i))
+        fetch_units(at<const C>(layer_.cell, steps_, p.walk.previous(p.t), i) + p.d * layer_.H);
+    const Operand dy = output_gradient(p, i);
+    if (dy.storage) fetch_units(dy.storage);
+    if (dy.compute) fetch_units(dy.compute);
   }
 
   // dh of the projected size first, then through W_hr to the hidden units.
@@ -442,9 +467,11 @@ class Backward : protected Shape<Cell, S> {
   }
 
   void projected_gradient(const Position& p, Index b, Index n, bool any) {
-    hidden_tiles(p, b, n, layer_.O, any, [&](Index j, Index unit, const V* products, Index count) {
-      projected_row(p, p.deal.row(j), unit, products, count, !next_rows_[j]);
-    });
+    hidden_tiles(
+        p, b, n, layer_.O, any, [](Index) {},
+        [&](Index j, Index unit, const V* products, Index count) {
+          projected_row(p, p.deal.row(j), unit, products, count, !next_rows_[j]);
+        });
   }
 
   FASTRNN_NOINLINE void projected_row(const Position& p, Index i, Index unit, const V* products,
