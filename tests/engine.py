@@ -127,7 +127,7 @@ class Call:
         self.reset = arrange(place(np.array(rows["reset"], np.bool_))) if "reset" in rows else None
 
         self.L = problem.options.num_layers
-        self.D = 2 if problem.options.bidirectional else 1
+        self.D = problem.options.directions
         self.H = problem.hidden_size
         self.O = problem.options.proj_size or self.H
         self.where = problem.input.shape[:-1]

@@ -102,12 +102,11 @@ def random_weights(
     options: Options, input_size: int, hidden_size: int, rng: np.random.Generator
 ) -> list[Array]:
     """Weights in the flat order, uniform in ±1/√H."""
-    gates = reference.CELLS[options.cell].gates
-    D = 2 if options.bidirectional else 1
+    D = options.directions
     shapes: list[tuple[int, ...]] = []
     for layer in range(options.num_layers):
         width = D * (options.proj_size or hidden_size) if layer else input_size
-        shapes += [*options.weight_shapes(gates, width, hidden_size).values()] * D
+        shapes += [*options.weight_shapes(width, hidden_size).values()] * D
     return [rng.uniform(-1, 1, shape) / np.sqrt(hidden_size) for shape in shapes]
 
 
@@ -146,7 +145,7 @@ def random_problem(
     """
     rng = np.random.default_rng(seed)
     cell = reference.CELLS[options.cell]
-    D = 2 if options.bidirectional else 1
+    D = options.directions
     L, output_size = options.num_layers, options.proj_size or hidden_size
     rows = random_rows(layout, T, B, rng)
     where = (int(rows["batch_sizes"].sum()),) if layout == "packed" else (T, B)

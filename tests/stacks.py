@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 SIZES = (4, 3, 2, 3)  # T, B, I, H
 P = 2
-GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
 STACKS = {
     "rnn": Options("RNN"),
@@ -78,13 +77,12 @@ def make(
 
     t, b, i, h = sizes
     out = options.proj_size or h
-    directions = 2 if options.bidirectional else 1
-    gates = GATES[options.cell]
+    directions = options.directions
     weights = []
     for name in weight_names(options):
         kind, _, layer = name.removesuffix("_reverse").rpartition("_l")
         width = i if layer == "0" else directions * out
-        weights.append(random(*options.weight_shapes(gates, width, h)[kind]))
+        weights.append(random(*options.weight_shapes(width, h)[kind]))
     groups = options.num_layers * directions
     hx: tuple[Tensor, ...] = (random(groups, b, out),)
     if options.cell == "LSTM":

@@ -515,7 +515,9 @@ void Call::expect_kernels_for_options() const {
                     p.reset_c.data || p.dropout_mask.data || p.zoneout_h_mask.data ||
                     p.zoneout_c_mask.data;
   if (more && !host())
-    throw py::value_error("options: expected those that the CUDA kernels know, got more");
+    throw py::value_error(
+        "options: expected none that the CUDA kernels do not know, got one of peephole, "
+        "layer_norm, heads, zoneout, grad_clip, recompute, reset_hx, dropout_mask");
 }
 
 const Backend& Call::backend() const {

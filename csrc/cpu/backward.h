@@ -23,6 +23,8 @@
 // Threads       the recurrence as forward; then pairs (input) and gate rows (weights) are split.
 #pragma once
 
+#include <type_traits>
+
 #include "forward.h"
 
 namespace fastrnn::FASTRNN_ISA {
@@ -37,6 +39,7 @@ class Backward : protected Shape<Cell, S> {
   static constexpr int rows = K::wide_rows;
   static constexpr int block_units = wide * lanes;
   static constexpr Index kPairs = 256;
+  static constexpr int kBiasVectors = 8;  // summed over the pairs side by side
   static_assert(Cell::gradients <= Cell::saved, "the gradients take the place of what was saved");
 
  public:
@@ -70,7 +73,7 @@ class Backward : protected Shape<Cell, S> {
     // What parts of a layer go on with comes first: its place must not depend on their sizes.
     const Index products = gates * H * (layer.I + head_outputs_) + layer.P * H;
     sums_ = sizeof(S) != sizeof(C) ? arena.take<C>(products) : nullptr;
-    vector_sums_ = layer.part ? arena.take<C>(kVectorPlanes * Hp_) : nullptr;
+    vector_sums_ = layer.part ? arena.take<C>(Cell::gradients * Hp_) : nullptr;
     for (Index d = 0; d < D && layer.general; ++d) {
       group_[d].d_reset_h = arena.take<C>(layer.rows * Op_);
       group_[d].d_reset_c = Cell::states > 1 ? arena.take<C>(layer.rows * Hp_) : nullptr;
@@ -411,23 +414,46 @@ class Backward : protected Shape<Cell, S> {
     return group_[d].second + b * second_sums_ * block_units;
   }
 
-  // product_tiles() of what comes from the step after; of nothing where no row has one.
-  template <class Done>
+  // product_tiles() of what comes from the step after; of nothing where no row has one. ahead(j) is
+  // called for the rows of a product before it begins.
+  template <class Ahead, class Done>
   FASTRNN_INLINE void hidden_tiles(const Position& p, Index b, Index n, Index limit, bool any,
-                                   Done done) {
+                                   Ahead ahead, Done done) {
     const Columns w = hidden_weights(p.d, b);
     product_tiles(
         b, n, limit,
         [&](auto& acc, Index j) FASTRNN_INLINE_LAMBDA {
+          for (Index r = 0; r < Index{std::extent_v<std::remove_reference_t<decltype(acc)>>}; ++r)
+            ahead(j + r);
           if (any) through_weights(acc, next_rows_ + j, w);
         },
         done);
   }
 
   void hidden_step(const Position& p, Index b, Index n, bool any) {
-    hidden_tiles(p, b, n, layer_.H, any, [&](Index j, Index unit, const V* products, Index count) {
-      cell_backward(p, p.deal.row(j), unit, products, count, !next_rows_[j], true);
-    });
+    hidden_tiles(
+        p, b, n, layer_.H, any,
+        [&](Index j) FASTRNN_INLINE_LAMBDA { fetch(p, p.deal.row(j), b * block_units); },
+        [&](Index j, Index unit, const V* products, Index count) {
+          cell_backward(p, p.deal.row(j), unit, products, count, !next_rows_[j], true);
+        });
+  }
+
+  // Calls for what cell_backward() reads of a block of a row and no step has read before: while the
+  // product runs, it comes from memory to the core's own cache.
+  FASTRNN_INLINE void fetch(const Position& p, Index i, Index unit) const {
+    const auto fetch_units = [&](const auto* from) FASTRNN_INLINE_LAMBDA {
+      constexpr Index line = 64 / sizeof(*from);
+      for (Index u = unit, end = least(unit + block_units, layer_.H); u < end; u += line)
+        __builtin_prefetch(from + u);
+    };
+    for (int s = 0; s < Cell::saved; ++s) fetch_units(saved_row(p, i) + s * Hp_);
+    if constexpr (Cell::states > 1)
+      if (!p.walk.first(p.t, i))
+        fetch_units(at<const C>(layer_.cell, steps_, p.walk.previous(p.t), i) + p.d * layer_.H);
+    const Operand dy = output_gradient(p, i);
+    if (dy.storage) fetch_units(dy.storage);
+    if (dy.compute) fetch_units(dy.compute);
   }
 
   // dh of the projected size first, then through W_hr to the hidden units.
@@ -441,9 +467,11 @@ class Backward : protected Shape<Cell, S> {
   }
 
   void projected_gradient(const Position& p, Index b, Index n, bool any) {
-    hidden_tiles(p, b, n, layer_.O, any, [&](Index j, Index unit, const V* products, Index count) {
-      projected_row(p, p.deal.row(j), unit, products, count, !next_rows_[j]);
-    });
+    hidden_tiles(
+        p, b, n, layer_.O, any, [](Index) {},
+        [&](Index j, Index unit, const V* products, Index count) {
+          projected_row(p, p.deal.row(j), unit, products, count, !next_rows_[j]);
+        });
   }
 
   FASTRNN_NOINLINE void projected_row(const Position& p, Index i, Index unit, const V* products,
@@ -1057,48 +1085,48 @@ class Backward : protected Shape<Cell, S> {
       scatter(result_row(p, at, r) + column, sums_row(p, at, r) + column, count);
   }
 
+  // Each plane of the gates' gradients is summed over the pairs once, for the biases that take it.
   void vector_gradients(Index d, const Parameters& to, int thread, int threads) {
-    bias_gradient(d, Cell::input_gradient, {to.bias_ih, kBiasX, gates}, thread, threads);
-    bias_gradient(d, Cell::hidden_gradient, {to.bias_hh, kBiasH, gates}, thread, threads);
+    if (!to.bias_ih.data && !to.bias_hh.data) return;
+    const Range mine = split(ceil_div(layer_.H, lanes), thread, threads);
+    for (int plane = 0; plane < Cell::gradients; ++plane)
+      in_blocks_of_rows<kBiasVectors>(mine.end - mine.begin, [&](auto count, Index m) {
+        bias_gradient<count.value>(d, to, plane, (mine.begin + m) * lanes);
+      });
   }
 
-  // The gradient of `runs` runs of H values, and where in vector_sums_ it grows from part to part.
-  struct Vector {
-    const Weight& to;
-    int plane, runs;
-  };
-  enum VectorPlane { kBiasX, kBiasH = gates, kVectorPlanes = 2 * gates };
-
-  void bias_gradient(Index d, const int* planes, const Vector& vector, int thread, int threads) {
-    sum_pairs(vector, thread, threads, [&](Index gate, Index unit) {
-      const C* from = group_[d].d_gates + planes[gate] * Hp_ + unit;
-      return [=](Index n) { return V::load(from + n * width_); };
-    });
-  }
-
-  // Σ over the pairs: terms(run, unit)(n) is what a pair adds.
-  template <class Terms>
-  FASTRNN_INLINE void sum_pairs(const Vector& vector, int thread, int threads, Terms terms) {
-    if (!vector.to.data) return;
-    const Index tiles = ceil_div(layer_.H, lanes);
-    const Range mine = split(vector.runs * tiles, thread, threads);
-    for (Index m = mine.begin; m < mine.end; ++m) {
-      const Index run = m / tiles, unit = m % tiles * lanes;
-      const auto term = terms(run, unit);
-      C* grown = vector_sums_ ? vector_sums_ + (vector.plane + run) * Hp_ + unit : nullptr;
-      V total = layer_.starts_sums ? V(0) : V::load(grown);
-      for (Index n0 = 0; n0 < steps_.pairs; n0 += kPairs) {
-        V sum(0);
-        const Index end = least(n0 + kPairs, steps_.pairs);
-        for (Index n = n0; n < end; ++n) sum = sum + term(n);
-        total = total + sum;
-      }
-      if (layer_.ends_sums)
-        store_units(total, static_cast<S*>(vector.to.data) + run * layer_.H + unit,
-                    layer_.H - unit);
-      else
-        total.store(grown);
+  // N vectors of a plane, from `unit` on.
+  template <int N>
+  void bias_gradient(Index d, const Parameters& to, int plane, Index unit) {
+    const C* from = group_[d].d_gates + plane * Hp_ + unit;
+    C* grown = vector_sums_ ? vector_sums_ + plane * Hp_ + unit : nullptr;
+    V total[N];
+    for (int v = 0; v < N; ++v) total[v] = layer_.starts_sums ? V(0) : V::load(grown + v * lanes);
+    for (Index n0 = 0; n0 < steps_.pairs; n0 += kPairs) {
+      V sum[1][N];
+      clear(sum);
+      const Index end = least(n0 + kPairs, steps_.pairs);
+      for (Index n = n0; n < end; ++n)
+#pragma GCC unroll 8
+        for (int v = 0; v < N; ++v) sum[0][v] = sum[0][v] + V::load(from + n * width_ + v * lanes);
+      for (int v = 0; v < N; ++v) total[v] = total[v] + sum[0][v];
     }
+    for (int v = 0; v < N; ++v) {
+      if (!layer_.ends_sums)
+        total[v].store(grown + v * lanes);
+      else
+        store_biases(to, plane, unit + v * lanes, total[v]);
+    }
+  }
+
+  void store_biases(const Parameters& to, int plane, Index unit, V sum) const {
+    const auto store = [&](const Weight& bias, const int* planes) {
+      for (int gate = 0; gate < gates && bias.data; ++gate)
+        if (planes[gate] == plane)
+          store_units(sum, static_cast<S*>(bias.data) + gate * layer_.H + unit, layer_.H - unit);
+    };
+    store(to.bias_ih, Cell::input_gradient);
+    store(to.bias_hh, Cell::hidden_gradient);
   }
 
   const Layer& layer_;

@@ -29,7 +29,7 @@ class GeneralBackward : Backward<Cell, S> {
   using Base::next_rows_, Base::rows, Base::block_units, Base::head_units_, Base::head_outputs_;
   using K::lanes, K::gates, K::first, K::wide;
   using typename Base::Columns, typename Base::Operand, typename Base::PairWalk;
-  using typename Base::Position, typename Base::Vector;
+  using typename Base::Position;
   using typename K::C, typename K::V;
   friend Base;
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._engine import NO_EXTRAS, Extras, engine_options, scalars
-from ._options import Cell, Options
+from ._engine import NO_EXTRAS, Extras
 
-_GATES = {cell: engine_options(*scalars(Options(cell))).gates for cell in get_args(Cell)}
+if TYPE_CHECKING:
+    from ._options import Options
+
 REAL = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -87,11 +88,10 @@ def is_torch(x: Any) -> bool:
 def weight_names(options: Options) -> list[str]:
     """The parameters of a stack, torch's in torch's order and by torch's names, then our own."""
     kinds = options.weight_kinds
-    directions = ("", "_reverse") if options.bidirectional else ("",)
     return [
         f"{kind}_l{layer}{direction}"
         for layer in range(options.num_layers)
-        for direction in directions
+        for direction in ("", "_reverse")[: options.directions]
         for kind in kinds
     ]
 
@@ -114,14 +114,13 @@ def check(
     T, B, I = _time_major(input.shape, batch_first)  # noqa: E741 - the sizes' names everywhere
     if T == 0:
         raise ValueError(f"input must have at least one step, got shape {input.shape}")
-    gates = _GATES[options.cell]
-    directions = 2 if options.bidirectional else 1
+    directions = options.directions
     names = weight_names(options)
     weights = list(map(describe, names, given.weights))
-    H = _hidden_size(options, gates, weights[1], names[1])
+    H = _hidden_size(options, weights[1], names[1])
     out = options.proj_size or H
     per_layer = len(names) // options.num_layers
-    first, later = (options.weight_shapes(gates, width, H) for width in (I, directions * out))
+    first, later = (options.weight_shapes(width, H) for width in (I, directions * out))
     for index, (name, weight) in enumerate(zip(names, weights, strict=True)):
         shapes = first if index < per_layer else later
         _check_like(name, weight, shapes[name.rsplit("_l", 1)[0]], input)
@@ -139,7 +138,7 @@ def _check_extras(
     steps: tuple[int, ...],
     units: tuple[int, int],
 ) -> None:
-    groups = options.num_layers * (2 if options.bidirectional else 1)
+    groups = options.num_layers * options.directions
     for index, size in enumerate(units):
         part = f"[{index}]" if options.cell == "LSTM" else ""
         name, anew, keep = f"reset_hx{part}", extras[index], extras[3 + index]
@@ -181,8 +180,8 @@ def _check_like(name: str, got: Description, shape: tuple[int, ...], like: Descr
         raise ValueError(f"{name} must be on the device of input, {like.device}, got {got.device}")
 
 
-def _hidden_size(options: Options, gates: int, weight_hh: Description, name: str) -> int:
-    shape, heads = weight_hh.shape, options.heads
+def _hidden_size(options: Options, weight_hh: Description, name: str) -> int:
+    shape, gates, heads = weight_hh.shape, options.gates, options.heads
     if heads > 1:
         if len(shape) != 3 or shape[0] != heads or not shape[1] or shape[1] % gates:
             raise ValueError(

@@ -69,7 +69,7 @@ def forward(
     given = _time_major(given, batch_first)
     engine = engine_options(*scalars(options))
     T, B, _ = given.input.shape
-    L, D = options.num_layers, 2 if options.bidirectional else 1
+    L, D = options.num_layers, options.directions
     H = given.weights[0].shape[0] // engine.gates  # of weight_ih_l0
     out = options.proj_size or H
     dtype = given.input.dtype

@@ -17,7 +17,7 @@ from torch.nn import Module, Parameter
 
 from . import _autocast, _checks, _inference, _masks
 from ._engine import NO_EXTRAS
-from ._layer import COMMON_OPTIONS, GATES, OUTSIDE_THE_STEP, Device, initialize
+from ._layer import COMMON_OPTIONS, OUTSIDE_THE_STEP, Device, initialize
 from ._options import (
     Activation,
     Cell,
@@ -89,7 +89,7 @@ class RecurrentCell(Module):
         self._options = self._make_options()
         own = {name: getattr(self, name) for name in ("layer_norm", "heads")}
         whole = make_options(self.cell, peephole=getattr(self, "peephole", False), **own)
-        shapes = whole.weight_shapes(GATES[self.cell], self.input_size, self.hidden_size)
+        shapes = whole.weight_shapes(self.input_size, self.hidden_size)
         self._weight_shapes: dict[str, Shape] = shapes
 
     def _make_options(self) -> Options | None:

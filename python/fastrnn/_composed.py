@@ -39,7 +39,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "hardsigmoid": _hardsigmoid,
 }
 
-_GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
 
 State = tuple[Tensor, ...]  # (h,), or (h, c) of an LSTM, each (B, units)
 
@@ -98,7 +97,7 @@ def _stack(
 ) -> Stack:
     if steps.active is not None:  # whatever stands in the padding must not reach a gradient
         input = torch.where(steps.active, input, 0)
-    directions = 2 if options.bidirectional else 1
+    directions = options.directions
     parameters = _parameters(options, weights)
     x, hidden, cell = input, [], []
     finals: list[State] = []
@@ -178,7 +177,7 @@ def _initial(
 ) -> State:
     """h, in the storage dtype, and c, in the compute dtype, before the first step."""
     if hx is None:
-        units = p.weight_ih.shape[0] // _GATES[options.cell]
+        units = p.weight_ih.shape[0] // options.gates
         h = x.new_zeros(rows, options.proj_size or units)
         return (h,) if options.cell != "LSTM" else (h, p.weight_ih.new_zeros(rows, units))
     h, *c = (state[group] for state in hx)
@@ -221,7 +220,7 @@ def _recurrence(
     reverse: bool,
 ) -> tuple[list[Tensor], State]:
     """One direction of one layer: its states at every step, shaped as ``x``, and the last one."""
-    gates = _GATES[options.cell]
+    gates = options.gates
     # The projection of all steps at once.
     a = _side(_compute(x), p.weight_ih, p.bias_ih, p.norm_ih, gates)
     if steps.batch_sizes is not None:

@@ -35,8 +35,6 @@ from .functional import States, recurrent
 Device = torch.device | str | int | None
 Result = tuple[Any, tuple[Tensor, ...], States | None]
 
-GATES: dict[Cell, int] = {"RNN": 1, "LSTM": 4, "GRU": 3}
-
 # The own options of every layer, each with the value that is torch.nn's behaviour.
 COMMON_OPTIONS: dict[str, Any] = {
     "layer_norm": False,
@@ -182,7 +180,7 @@ class RecurrentLayer(Module):
         self._weight_shapes: list[Shape] = []
         for layer in range(self.num_layers):
             width = self.input_size if layer == 0 else output * directions
-            shapes = self._options.weight_shapes(GATES[self.cell], width, self.hidden_size)
+            shapes = self._options.weight_shapes(width, self.hidden_size)
             for suffix in ("", "_reverse")[:directions]:
                 self._all_weights.append([f"{name}_l{layer}{suffix}" for name in shapes])
                 self._weight_shapes += shapes.values()

@@ -32,7 +32,7 @@ def draw(options: Options, input: Tensor, rows: int, hidden_size: int, dropout: 
     """
     if not (dropout > 0 or options.zoneout_h > 0 or options.zoneout_c > 0):
         return NO_EXTRAS
-    groups = options.num_layers * (2 if options.bidirectional else 1)
+    groups = options.num_layers * options.directions
     out, device = options.proj_size or hidden_size, input.device
     mask = None
     if dropout > 0:

@@ -131,7 +131,7 @@ class _Stack:
 
         self.op: Any = opset18
         self.options = options
-        self.directions = 2 if options.bidirectional else 1
+        self.directions = options.directions
         self.gates = len(_ORDER[options.cell])
         each = len(weights) // (options.num_layers * self.directions)
         self.groups = [weights[k : k + each] for k in range(0, len(weights), each)]

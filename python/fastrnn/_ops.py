@@ -267,6 +267,16 @@ def _new_outputs(input: Tensor, sizes: _Sizes, members: tuple[int, ...] = ()) ->
     )
 
 
+def _new_gradients(
+    input: Tensor, others: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """What is wanted of the gradients of ``input`` and ``others``, to be written by the engine."""
+    return [
+        input.new_empty(x.shape) if x is not None and needed else None
+        for x, needed in zip((input, *others), needs, strict=True)
+    ]
+
+
 def _run_backward(
     input: Tensor,
     h0: Tensor | None,
@@ -293,10 +303,7 @@ def _run_backward(
 ) -> list[Tensor | None]:
     """Allocate the gradients that are wanted, None for the others, and call the engine."""
     *options, needs = rest
-    gradients = [
-        input.new_empty(x.shape) if x is not None and needed else None
-        for x, needed in zip((input, h0, c0, reset_h, reset_c, *weights), needs, strict=True)
-    ]
+    gradients = _new_gradients(input, (h0, c0, reset_h, reset_c, *weights), needs)
     d_input, d_h0, d_c0, d_reset_h, d_reset_c, *d_weights = gradients
     engine = engine_options(*options)
     device = _device(input)
@@ -450,10 +457,7 @@ def _backward_members_cpu(
 ) -> list[Tensor]:
     *options, needs = rest
     engine = engine_options(*options)
-    gradients = [
-        input.new_empty(x.shape) if x is not None and needed else None
-        for x, needed in zip((input, h0, c0, reset_h, reset_c, *weights), needs, strict=True)
-    ]
+    gradients = _new_gradients(input, (h0, c0, reset_h, reset_c, *weights), needs)
     d_input, d_h0, d_c0, d_reset_h, d_reset_c, *d_weights = gradients
     _C.backward_members(
         engine,

@@ -12,6 +12,8 @@ Activation = Literal["tanh", "relu", "sigmoid", "identity"]
 GateActivation = Literal["sigmoid", "hardsigmoid"]
 Shape = tuple[int, ...]
 
+GATES: dict[Cell, int] = {"RNN": 1, "LSTM": 4, "GRU": 3}
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -82,15 +84,30 @@ class Options:
             raise ValueError(f"grad_clip must be 0 or a positive number, got {self.grad_clip}")
         check_heads(self.heads, proj_size=self.proj_size)
 
-    def weight_shapes(self, gates: int, width: int, hidden_size: int) -> dict[str, Shape]:
+    @property
+    def gates(self) -> int:
+        """G, how many pre-activations a hidden unit has."""
+        return GATES[self.cell]
+
+    @property
+    def directions(self) -> int:
+        """D, 2 where each layer also runs backwards in time."""
+        return 2 if self.bidirectional else 1
+
+    @property
+    def beyond_the_cell(self) -> bool:
+        """Whether a step is more than the cell on the sum of two products."""
+        own = (self.zoneout_h, self.zoneout_c, self.grad_clip)
+        return self.peephole or self.layer_norm or self.heads > 1 or any(own)
+
+    def weight_shapes(self, width: int, hidden_size: int) -> dict[str, Shape]:
         """The weights of one layer and direction by name: torch's in torch's order, then our own.
 
         Arguments:
-            gates: G of the cell.
             width: the size of the layer's input.
             hidden_size: H.
         """
-        rows, out, heads = gates * hidden_size, self.proj_size or hidden_size, self.heads
+        rows, out, heads = self.gates * hidden_size, self.proj_size or hidden_size, self.heads
         shapes: dict[str, Shape] = {"weight_ih": (rows, width)}
         shapes["weight_hh"] = (rows, out) if heads == 1 else (heads, rows // heads, out // heads)
         if self.bias:
@@ -108,7 +125,7 @@ class Options:
     @property
     def weight_kinds(self) -> tuple[str, ...]:
         """The names of `weight_shapes`."""
-        return tuple(self.weight_shapes(0, 0, 0))
+        return tuple(self.weight_shapes(0, 0))
 
 
 def make_options(

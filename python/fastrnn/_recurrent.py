@@ -78,24 +78,24 @@ _ENGINE_DEVICES = frozenset({"cpu", "meta"})  # on meta the operator only works 
 
 def _needs_composed(options: Options, input: Tensor, extras: Extras) -> bool:
     device = input.device.type
-    if input.is_complex() or not (
-        device in _ENGINE_DEVICES or (device == "cuda" and _cuda_knows(options, extras))
-    ):
+    on_cuda = device == "cuda"
+    known = _cuda_knows(options, extras) if on_cuda else device in _ENGINE_DEVICES
+    if input.is_complex() or not known:
         return True
     if torch.compiler.is_compiling():
         return False
     if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _composed.watchers.get()):
         return True
-    return not _transforms.REGISTERED and torch._C._functorch.maybe_current_level() is not None
+    if torch._C._functorch.maybe_current_level() is None:
+        return False
+    return on_cuda or not _transforms.REGISTERED  # ensembles have no kernels on CUDA
 
 
 def _cuda_knows(options: Options, extras: Extras) -> bool:
     """Whether the CUDA kernels are on and compute what is asked for."""
-    beyond = options.peephole or options.layer_norm or options.heads > 1 or options.recompute
-    beyond = beyond or bool(options.zoneout_h or options.zoneout_c or options.grad_clip)
-    if beyond or any(extra is not None for extra in extras):
+    if options.beyond_the_cell or options.recompute or any(x is not None for x in extras):
         return False
-    return cuda_route().kernels and torch._C._functorch.maybe_current_level() is None
+    return cuda_route().kernels
 
 
 def _engine_route(
@@ -167,7 +167,7 @@ def _layer_by_layer(
     dropout: float,
 ) -> Result:
     """Dropout on what each layer but the last puts out, by torch: the masks are torch.nn's."""
-    layers, directions = options.num_layers, 2 if options.bidirectional else 1
+    layers, directions = options.num_layers, options.directions
     one_layer = replace(options, num_layers=1)
     size = len(weights) // layers
     x = input

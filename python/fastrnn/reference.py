@@ -684,7 +684,7 @@ def backward(
     options, groups, steps, packed, kept, with_reset = saved
     cell = CELLS[options.cell]
     T, B = steps.active.shape
-    L, D = options.num_layers, 2 if options.bidirectional else 1
+    L, D = options.num_layers, options.directions
 
     def whole(d: npt.ArrayLike | None, *shape: int) -> Array:
         if d is not None and packed:
@@ -726,7 +726,7 @@ def backward(
 def _group(options: Options, cell: Cell, weights: Sequence[npt.ArrayLike]) -> list[Parameters]:
     """Cut the flat list of weights into the parameters of each layer and direction."""
     kinds = options.weight_kinds
-    n, groups = len(kinds), options.num_layers * (2 if options.bidirectional else 1)
+    n, groups = len(kinds), options.num_layers * options.directions
     if len(weights) != groups * n:
         raise ValueError(
             f"weights must hold {groups * n} arrays, {groups} times ({', '.join(kinds)}); "

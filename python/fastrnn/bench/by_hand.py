@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from fastrnn._arguments import weight_names
 
+if TYPE_CHECKING:
     from fastrnn.bench.cases import Case
     from fastrnn.bench.data import Data
 
@@ -25,12 +25,10 @@ class _ByHand(torch.nn.Module):
 
     way: ClassVar[str]
 
-    def __init__(
-        self, layer: torch.nn.Module, names: Sequence[str], weights: Sequence[Tensor]
-    ) -> None:
+    def __init__(self, layer: torch.nn.Module, case: Case, data: Data) -> None:
         super().__init__()
         self._layer = [layer]  # whose parameters are not this module's
-        for name, weight in zip(names, weights, strict=True):
+        for name, weight in zip(weight_names(case.stack), data.weights, strict=True):
             self.register_parameter(name, torch.nn.Parameter(weight.clone()))
 
     def train(self, mode: bool = True) -> _ByHand:
@@ -45,16 +43,6 @@ class _ByHand(torch.nn.Module):
         return dict(self.named_parameters())
 
 
-def names_of(case: Case) -> list[str]:
-    """The parameters of our layer for the case, in its order."""
-    names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
-    if case.layer_norm:
-        names += ["norm_ih", "norm_hh"]
-        names += ["norm_c", "norm_c_bias"] if case.cell == "LSTM" else []
-    suffixes = ("", "_reverse")[: case.directions]
-    return [f"{n}_l{k}{s}" for k in range(case.layers) for s in suffixes for n in names]
-
-
 class StepByStep(_ByHand):
     """Episodes that begin inside a sequence: a call for each step, with the states of the rows that
     start anew set to zero before it."""
@@ -62,7 +50,7 @@ class StepByStep(_ByHand):
     way = "a step at a time"
 
     def __init__(self, layer: torch.nn.Module, case: Case, data: Data) -> None:
-        super().__init__(layer, names_of(case), data.weights)
+        super().__init__(layer, case, data)
         assert data.reset is not None
         self._keep = ~data.reset[:, None, :, None]  # (T, 1, B, 1)
 
@@ -82,7 +70,7 @@ class Packed(_ByHand):
     way = "packed"
 
     def __init__(self, layer: torch.nn.Module, case: Case, data: Data) -> None:
-        super().__init__(layer, names_of(case), data.weights)
+        super().__init__(layer, case, data)
         assert data.lengths is not None
         self._lengths = data.lengths.cpu()
 
@@ -98,7 +86,7 @@ class Heads(_ByHand):
     way = "a head at a time"
 
     def __init__(self, layer: torch.nn.Module, case: Case, data: Data) -> None:
-        super().__init__(layer, names_of(case), data.weights)
+        super().__init__(layer, case, data)
         self._heads = case.heads
 
     def forward(self, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
@@ -129,7 +117,7 @@ class Members(_ByHand):
     way = "a member at a time"
 
     def __init__(self, layer: torch.nn.Module, case: Case, data: Data) -> None:
-        super().__init__(layer, names_of(case), data.weights)
+        super().__init__(layer, case, data)
         self._members = case.members
 
     def forward(self, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
@@ -152,7 +140,7 @@ class LayerNorm(_ByHand):
     way = "operations"
 
     def __init__(self, layer: torch.nn.Module, case: Case, data: Data) -> None:
-        super().__init__(layer, names_of(case), data.weights)
+        super().__init__(layer, case, data)
         self._cell = case.cell
 
     def forward(self, x: Tensor, hx: Any) -> tuple[Tensor, Any]:

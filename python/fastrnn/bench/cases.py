@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from fastrnn._options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from fastrnn._options import Cell
 
 Pass = Literal["inference", "training"]
 PASSES: tuple[Pass, ...] = ("inference", "training")
 CELLS = ("LSTM", "GRU", "RNN")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 PRECISIONS = (*DTYPES, "tf32")  # tf32: float32 in which a CUDA device multiplies by TF32
-GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 ELEMENT_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 
@@ -56,12 +59,20 @@ class Case:
     tf32: bool = False
 
     @property
-    def gates(self) -> int:
-        return GATES[self.cell]
+    def stack(self) -> Options:
+        """What our layer for the case computes."""
+        return Options(
+            cast("Cell", self.cell),
+            self.layers,
+            self.bidirectional,
+            activation=self.nonlinearity,
+            layer_norm=self.layer_norm,
+            heads=self.heads,
+        )
 
     @property
     def directions(self) -> int:
-        return 2 if self.bidirectional else 1
+        return self.stack.directions
 
     @property
     def options(self) -> list[str]:
@@ -118,7 +129,7 @@ class Case:
         pairs = 2.0 * self.B * (0.5 * (self.T + 1) if self.lengths else self.T)
         for layer in range(self.layers):
             inputs = self.I if layer == 0 else self.directions * self.H
-            rows = self.members * self.directions * self.gates * self.H
+            rows = self.members * self.directions * self.stack.gates * self.H
             weight_ih, weight_hh = rows * inputs, rows * self.H // self.heads
             layers.append(
                 Products(

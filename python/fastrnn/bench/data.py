@@ -46,18 +46,12 @@ def make_data(case: Case, device: str) -> Data:
         drawn = torch.empty(shape, device=device).uniform_(-bound, bound, generator=generator)
         return drawn.to(dtype)
 
-    rows, units = case.gates * case.H, case.H
-    recurrent = [rows, units]
-    if case.heads > 1:
-        recurrent = [case.heads, rows // case.heads, units // case.heads]
-    weights = []
+    units, weights = case.H, []
     for layer in range(case.layers):
-        inputs = case.I if layer == 0 else case.directions * units
-        for _ in range(case.directions):
-            weights += [weight(rows, inputs), weight(*recurrent), weight(rows), weight(rows)]
-            if case.layer_norm:
-                weights += [1 + weight(rows), 1 + weight(rows)]
-                weights += [1 + weight(units), weight(units)] if case.cell == "LSTM" else []
+        shapes = case.stack.weight_shapes(case.directions * units if layer else case.I, units)
+        for name, shape in [*shapes.items()] * case.directions:
+            factor = name in ("norm_ih", "norm_hh", "norm_c")
+            weights.append(1 + weight(*shape) if factor else weight(*shape))
 
     states = 2 if case.cell == "LSTM" else 1
     groups = case.layers * case.directions

@@ -33,7 +33,7 @@ class FlashRnn:
         _require_supported(case, data)
         flashrnn = importlib.import_module("flashrnn").flashrnn
 
-        heads, units, gates = case.heads, case.H // case.heads, case.gates
+        heads, units, gates = case.heads, case.H // case.heads, case.stack.gates
         training = pass_ == "training"
         weight_ih, weight_hh, bias_ih, bias_hh = (w.clone() for w in data.weights)
         by_head = weight_hh.view(heads, gates, units, units).transpose(0, 1).contiguous()

@@ -166,7 +166,7 @@ def _onnx_weights(case: Case, weights: list[Tensor]) -> dict[str, npt.NDArray[An
 
     def reorder(weight: Tensor) -> npt.NDArray[Any]:
         array = weight.numpy()
-        return array.reshape(case.gates, case.H, -1)[order].reshape(array.shape)
+        return array.reshape(case.stack.gates, case.H, -1)[order].reshape(array.shape)
 
     parameters = [reorder(w) for w in weights]
     w_ih, w_hh, b_ih, b_hh = (parameters[k::4] for k in range(4))

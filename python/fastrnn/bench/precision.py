@@ -7,28 +7,12 @@ if it is told to. Here both follow the case: `Case.tf32`.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-
-@dataclass(frozen=True)
-class Mode:
-    dtype: str
-    tf32: bool
-
-
-# What `--dtype` may name beside the dtypes themselves is tf32: float32 by TF32 products.
-MODES = {
-    "float32": Mode("float32", False),
-    "tf32": Mode("float32", True),
-    "bfloat16": Mode("bfloat16", False),
-    "float16": Mode("float16", False),
-}
 
 
 @contextmanager

@@ -1,0 +1,66 @@
+"""Which route a call takes, of tensors on devices that this machine may not have."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fastrnn import _C, _recurrent
+from fastrnn._engine import NO_EXTRAS, CudaRoute, engine_options, scalars
+from fastrnn._options import GATES, Options
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Stands for a tensor on a device whose kernels are turned on."""
+    monkeypatch.setattr(_recurrent, "cuda_route", lambda: CudaRoute(True, "a test"))
+    return SimpleNamespace(device=SimpleNamespace(type="cuda"), is_complex=lambda: False)
+
+
+def composed(input: Any, options: Options = Options("LSTM"), **extras: Any) -> bool:  # noqa: B008
+    return _recurrent._needs_composed(options, input, NO_EXTRAS._replace(**extras))
+
+
+def test_cuda_kernels_run_where_they_are_turned_on(
+    cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not composed(cuda)
+    monkeypatch.setattr(_recurrent, "cuda_route", lambda: CudaRoute(False, "a test"))
+    assert composed(cuda)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{"peephole": True}, {"layer_norm": True}, {"heads": 2}, {"zoneout_h": 0.1}, {"zoneout_c": 0.1},
+     {"grad_clip": 1.0}, {"recompute": True}],
+)  # fmt: skip
+def test_cuda_kernels_know_no_options_of_a_step(cuda: Any, own: dict[str, Any]) -> None:
+    assert composed(cuda, Options("LSTM", **own))
+
+
+def test_cuda_kernels_know_no_extras(cuda: Any) -> None:
+    assert composed(cuda, dropout_mask=torch.ones(1))
+
+
+def test_under_a_transform_cuda_tensors_are_composed(
+    cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def observe(x: torch.Tensor) -> torch.Tensor:
+        seen.append(composed(cuda))
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        seen.append(composed(cuda))  # a compiler meets the operator, whatever is around it
+        return x
+
+    torch.func.vmap(observe)(torch.zeros(2))
+    assert seen == [True, False]
+
+
+@pytest.mark.parametrize("cell", GATES)
+def test_options_and_the_engine_agree_on_the_gates(cell: Any) -> None:
+    engine: _C.Options = engine_options(*scalars(Options(cell)))
+    assert engine.gates == Options(cell).gates
