@@ -91,6 +91,10 @@ class Case:
         """What `--dtype` calls it: the dtype, or tf32."""
         return "tf32" if self.tf32 else self.dtype
 
+    def in_precision(self, name: str) -> Case:
+        """The case in one of `PRECISIONS`."""
+        return replace(self, dtype="float32" if name == "tf32" else name, tf32=name == "tf32")
+
     def as_record(self) -> dict[str, Any]:
         """The case as the JSON names it: eight entries, and options that are not the default."""
         optional = {f.name: f.default for f in fields(self)[8:]}
@@ -178,7 +182,7 @@ def select(
         if name not in suites:
             raise ValueError(f"suite {name!r} is not known; there are: {', '.join(suites)}")
     chosen = [
-        (name, replace(case, dtype="float32" if dtype == "tf32" else dtype, tf32=dtype == "tf32"))
+        (name, case.in_precision(dtype))
         for name in dict.fromkeys(names)
         for dtype in dtypes
         for case in suites[name]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastrnn import _C, _engine
@@ -57,16 +56,16 @@ def parse_case(text: str, precision: str | None = None) -> Case:
     missing = [name for name in "TBIH" if name not in fields]
     if missing:
         raise ValueError(f"--explain {text!r}: {', '.join(missing)} is missing; expected {FORM}")
-    case = Case(words[0].upper(), **fields)
-    return case if precision is None else replace(case, **_precision(precision))
+    written = fields.pop("precision", "float32")
+    return Case(words[0].upper(), **fields).in_precision(precision or written)
 
 
 def _field(word: str) -> dict[str, Any] | None:
-    """The fields of a case that one word of its label sets."""
+    """What one word of a case's label says: a field of the case, or its precision."""
     if word in FLAGS:
         return {FLAGS[word]: True}
     if word in PRECISIONS:
-        return _precision(word)
+        return {"precision": word}
     if word in NONLINEARITIES:
         return {"nonlinearity": word}
     if number := re.fullmatch(r"(T|B|I|H|L|heads|members)([1-9]\d*)", word):
@@ -74,10 +73,6 @@ def _field(word: str) -> dict[str, Any] | None:
     if rate := re.fullmatch(r"reset(0?\.\d+|1|\d+e-\d+)", word):
         return {"reset_rate": float(rate[1])}
     return None
-
-
-def _precision(name: str) -> dict[str, Any]:
-    return {"dtype": "float32" if name == "tf32" else name, "tf32": name == "tf32"}
 
 
 def explain(case: Case, device: str) -> dict[str, str]:
@@ -160,12 +155,7 @@ def _current_device() -> int:
 
 def _persistent(case: Case, pass_: Pass, device: int | None) -> str:
     """The kernels where persistent ones are asked for; device None: of an H200."""
-    options = _C.Options(
-        cell=case.cell,
-        num_layers=case.layers,
-        bidirectional=case.bidirectional,
-        activation=case.nonlinearity,
-    )
+    options = _engine.engine_options(*_engine.scalars(case.stack))
     sizes = (case.dtype, case.T, case.B, case.I, case.H)
     found = []
     for backward in (False, True)[: 2 if pass_ == "training" else 1]:
