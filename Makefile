@@ -61,7 +61,7 @@ test: test-cpp test-python  ## the C++ tests, then the Python tests
 
 test-cpp: $(INSTALLED)  ## the C++ tests alone
 	$(BIN)/cmake --build $(BUILD)
-	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
+	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --parallel $(shell nproc 2>/dev/null || echo 2)
 
 test-python: $(INSTALLED)  ## the Python tests alone
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -12,6 +12,7 @@ import pytest
 
 from differences import check_gradients
 from fastrnn import reference
+from fastrnn._options import GATES
 from fastrnn.reference import Cell, Options, Parameters
 from problems import LAYOUTS, Array, Gradients, Problem, Solution, only, random_problem
 from tolerances import assert_close
@@ -275,8 +276,9 @@ def minimal_gated_unit_backward(d_state, saved, p, options, masks):
 def test_a_new_cell_is_one_pair_of_functions(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = Cell(minimal_gated_unit, minimal_gated_unit_backward, gates=2, states=1)
     monkeypatch.setitem(reference.CELLS, "MGU", cell)
+    monkeypatch.setitem(GATES, "MGU", cell.gates)
     options = Options("RNN", num_layers=2, bidirectional=True, bias=False)
-    object.__setattr__(options, "cell", "MGU")  # the name is in the table, not in Options
+    object.__setattr__(options, "cell", "MGU")  # the name is in the tables alone
     check_gradients(random_problem(options, hidden_size=3, layout=layout, d_states=True))
 
 

@@ -39,6 +39,10 @@ class ToyOptions(reference.Options):
     def __post_init__(self) -> None:
         assert self.cell == "MGU"
 
+    @property
+    def gates(self) -> int:
+        return 2
+
 
 def mgu_cell(x, state, p, options, masks):
     act = reference.ACTIVATIONS[options.activation]
