@@ -473,6 +473,7 @@ struct Task {
 
 void run_layer(const Layer& layer, void (*run)(const Layer&, int, int)) {
   Task task{layer, run};
+  for (int i = 0; layer.barriers && i <= layer.plan.threads; ++i) layer.barriers[i].forget();
   run_threads(
       layer.plan.threads,
       [](void* argument, int thread, int threads) {

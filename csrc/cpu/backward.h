@@ -133,7 +133,7 @@ class Backward : protected Shape<Cell, S> {
         }
       }
     }
-    everybody.wait(threads);
+    everybody.wait(threads, Barrier::Wait::part);
     if (wants_input()) input_gradient(thread, threads);
     if (layer_.d_parameters)
       for (Index d = 0; d < layer_.directions; ++d) parameter_gradients(self, d, thread, threads);
@@ -775,7 +775,7 @@ class Backward : protected Shape<Cell, S> {
     else if (all > 0)
       sums_of_pairs(self, d, products, split(all, thread, threads), thread, threads);
     self.vector_gradients(d, to, thread, threads);
-    if (d + 1 < layer_.directions) layer_.barriers[0].wait(threads);
+    if (d + 1 < layer_.directions) layer_.barriers[0].wait(threads, Barrier::Wait::part);
   }
 
   template <class Self>
@@ -784,10 +784,11 @@ class Backward : protected Shape<Cell, S> {
     const auto pairs_from = [&](Index n0) { return least(kPairs, steps_.pairs - n0); };
     for (Index begin = 0; begin < steps_.pairs; begin += slots_ * kPairs) {
       const Index end = least(begin + slots_ * kPairs, steps_.pairs);
-      if (begin > 0) layer_.barriers[0].wait(threads);  // the slots are done with
+      if (begin > 0)
+        layer_.barriers[0].wait(threads, Barrier::Wait::part);  // the slots are done with
       for (Index n0 = begin, slot = 0; n0 < end; n0 += kPairs, ++slot)
         pack_pairs(self, d, products, slot, n0, pairs_from(n0), thread, threads);
-      layer_.barriers[0].wait(threads);
+      layer_.barriers[0].wait(threads, Barrier::Wait::part);
       for (Index n0 = begin, slot = 0; n0 < end; n0 += kPairs, ++slot)
         each_block(products, mine, [&](const Product& p, const Spot& at) {
           add_block(p, slot, at, pairs_from(n0), n0 == 0 && layer_.starts_sums);
@@ -807,7 +808,7 @@ class Backward : protected Shape<Cell, S> {
     for (int which = 0; which < kProducts; ++which)
       if (products[which].to)
         pack_panels(self, d, which, products[which], 0, 0, steps_.pairs, thread, threads);
-    layer_.barriers[0].wait(threads);
+    layer_.barriers[0].wait(threads, Barrier::Wait::part);
     for (const Product& p : products) {
       const Range mine = split(p.to ? p.heads * p.gates * p.units : 0, thread, threads);
       for (Index row = mine.begin; row < mine.end; ++row) few_pairs_row(p, row);

@@ -97,7 +97,7 @@ bool Barrier::wait(int count, Wait kind) {
   }
   const bool answer = crowded_;
   const Clock::time_point end = Clock::now();
-  if (end - begin > (kind == Wait::start ? kLateStart : kLate)) {
+  if (kind != Wait::part && end - begin > (kind == Wait::start ? kLateStart : kLate)) {
     late_.store(true);
     note_crowding(end);
   }

@@ -13,10 +13,15 @@ namespace fastrnn {
 // the speed of the slowest, and never burns a core that another thread of the team needs.
 class Barrier {
  public:
-  enum class Wait { start, step };  // of a region, whose threads may have slept; or in its course
-  // Whether some wait here was long before this one: a thread of the team has no core to itself.
+  // At the start of a region, whose threads may have slept; of a step; or between parts of the
+  // work, which threads may well end at different times.
+  enum class Wait { start, step, part };
+  // Whether some start or step had a long wait here before this one: a thread of the team has no
+  // core to itself.
   // All threads of one meeting get the same answer.
   bool wait(int count, Wait kind = Wait::step);
+  // While nobody waits: as if there had been no long wait.
+  void forget() { late_.store(false); }
 
  private:
   std::atomic<bool> late_{false};  // somebody has waited long

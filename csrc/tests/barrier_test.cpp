@@ -58,9 +58,28 @@ void lateness(int threads) {
   for (const int round : told) check::that("to all at the same meeting", round == told[0]);
 }
 
+// Parts of the work may end at different times: nobody learns of a long wait between them.
+void uneven_parts(int threads) {
+  fastrnn::Barrier barrier;
+  std::vector<std::thread> team;
+  std::vector<int> told(static_cast<std::size_t>(threads), 0);
+  for (int me = 0; me < threads; ++me)
+    team.emplace_back([&, me] {
+      for (int part = 0; part < 3; ++part) {
+        if (me == 0) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        told[static_cast<std::size_t>(me)] += barrier.wait(threads, fastrnn::Barrier::Wait::part);
+      }
+    });
+  for (std::thread& thread : team) thread.join();
+  checks += 1 + threads;
+  for (const int count : told) check::that("uneven parts are not told", count == 0);
+  check::that("nor remembered", !fastrnn::cores_are_crowded());
+}
+
 }  // namespace
 
 int main() {
+  uneven_parts(3);
   rounds(1, 1000, false);
   rounds(2, 20000, false);
   rounds(7, 500, false);  // more threads than cores: yields and sleeps
