@@ -17,8 +17,7 @@ class Barrier {
   // work, which threads may well end at different times.
   enum class Wait { start, step, part };
   // Whether some start or step had a long wait here before this one: a thread of the team has no
-  // core to itself.
-  // All threads of one meeting get the same answer.
+  // core to itself. All threads of one meeting get the same answer.
   bool wait(int count, Wait kind = Wait::step);
   // While nobody waits: as if there had been no long wait.
   void forget() { late_.store(false); }
