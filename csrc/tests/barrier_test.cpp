@@ -56,6 +56,15 @@ void lateness(int threads) {
   check::that("a long wait is told", told[0] >= 0 && told[0] <= kLate + 1);
   check::that("and remembered", fastrnn::cores_are_crowded());
   for (const int round : told) check::that("to all at the same meeting", round == told[0]);
+
+  barrier.forget();
+  std::vector<int> still(static_cast<std::size_t>(threads), 0);
+  team.clear();
+  for (int me = 0; me < threads; ++me)
+    team.emplace_back([&, me] { still[static_cast<std::size_t>(me)] = barrier.wait(threads); });
+  for (std::thread& thread : team) thread.join();
+  checks += threads;
+  for (const int answer : still) check::that("and forgotten where that is asked for", !answer);
 }
 
 // Parts of the work may end at different times: nobody learns of a long wait between them.
