@@ -207,8 +207,9 @@ Plan make_plan(const Stack& s, bool crowded) {
   for (int apart = 1; apart <= std::min(directions, p.threads); ++apart)
     for (int rows = 1; rows <= std::min<std::int64_t>(p.threads / apart, p.B); ++rows) {
       const int columns = crowded ? 1 : std::min(p.threads / apart / rows, blocks);
-      const double time = layer_time(s, rows, columns) * (directions / apart) +
-                          (apart > 1 && rows * columns == 1 ? kRegion : 0);
+      const double time =
+          layer_time(s, rows, columns) * (directions / apart) / (columns > 1 ? kGainOfUnits : 1) +
+          (apart > 1 && rows * columns == 1 ? kRegion : 0);
       if (time >= least) continue;
       least = time;
       best = {apart * rows * columns, apart, rows, columns};

@@ -122,17 +122,12 @@ class Backward : protected Shape<Cell, S> {
     self.take_thread(thread);
     self.prepare(thread, threads);
     everybody.wait(threads, Barrier::Wait::start);
-    Share share = share_of(layer_, plan, thread);
-    for (Index d = share.first_direction; d < share.last_direction && !share.idle; ++d) {
-      const Index left = self.recur(d, share, steps_.T);
-      if (left > 0) {  // the first goes on alone
-        share.idle = thread > 0;
-        if (!share.idle) {
-          share = share_of(layer_, layer_.single, 0);
-          self.recur(d, share, left);
-        }
-      }
-    }
+    run_directions(
+        layer_, plan, thread,
+        [&](Index d, const Share& share, Index done) {
+          return steps_.T - self.recur(d, share, steps_.T - done);
+        },
+        [](const Plan&, int) {});
     everybody.wait(threads, Barrier::Wait::part);
     if (wants_input()) input_gradient(thread, threads);
     if (layer_.d_parameters)
@@ -308,12 +303,13 @@ class Backward : protected Shape<Cell, S> {
   }
 
   // The steps before `end`, the last first. Gives how many are left: none, or where the team is to
-  // become one thread.
+  // become one thread or a team again.
   Index recur(Index d, const Share& share, Index end) {
     const Deal deal(steps_, share, rows);
     const Range blocks = split(blocks_, share.column, share.columns);
     const Range outs = split(out_blocks_, share.column, share.columns);
     for (Index s = end - 1; s >= 0; --s) {
+      if (share.resting > 0 && share.team->gathers(share.resting)) return s + 1;
       const Walk walk{steps_, reverse(d)};
       const Position p{d, walk.step(s), deal, walk};
       const Index n = deal.count(steps_.active[p.t]);

@@ -17,7 +17,7 @@
 // Threads       Plan. A thread owns directions, rows and blocks of units; only a team that shares
 // rows
 //               meets at a barrier, once for each product of a step.
-//               Where one waits long for another there, the first goes on alone.
+//               Where one waits long for another there, the first goes on alone for a while.
 // Cost          per step and row G·H·(I + O) products, 4·G·H·O bytes of packed W_hh from the cache
 // for
 //               each block of rows.
@@ -35,7 +35,8 @@ struct Share {
   Index first_direction, last_direction;
   int row, rows;        // which of how many deals of rows
   int column, columns;  // which of how many runs of units
-  bool may_shrink;      // the first thread can do all the rest by itself
+  bool may_shrink;      // the first thread can go on by itself
+  int resting;          // threads of the team that rest while this one goes on by itself
   Barrier* team;        // of the threads that share rows
 };
 
@@ -54,6 +55,37 @@ FASTRNN_INLINE Share share_of(const Layer& layer, const Plan& plan, int thread) 
   s.may_shrink = plan.direction_threads * plan.row_threads == 1 && plan.column_threads > 1;
   s.team = layer.barriers + 1 + direction * plan.row_threads + s.row;
   return s;
+}
+
+// Runs a thread's directions. run(d, share, done) goes on where `done` steps of a direction are
+// done and gives how many are in the end: all, or where the team is to become one thread, or a team
+// again. enter(plan, thread) takes up the thread's part in a plan.
+template <class Run, class Enter>
+FASTRNN_INLINE void run_directions(const Layer& layer, const Plan& plan, int thread, Run run,
+                                   Enter enter) {
+  Share share = share_of(layer, plan, thread);
+  if (share.idle) return;
+  enter(plan, thread);
+  const Index T = layer.steps->T, end = share.last_direction * T;
+  std::uint32_t recess = 0;
+  for (Index at = share.first_direction * T; at < end;) {
+    const Index d = at / T, done = run(d, share, at - d * T);
+    at = d * T + done;
+    if (done == T) continue;
+    if (share.resting > 0) {
+      share.team->call(at);
+      share = share_of(layer, plan, thread);
+      enter(plan, thread);
+    } else if (thread > 0) {
+      at = share.team->rest(recess++);
+    } else {
+      const int others = share.columns - 1;
+      share = share_of(layer, layer.single, thread);
+      share.resting = others;
+      enter(layer.single, thread);
+    }
+  }
+  if (share.resting > 0) share.team->call(end);
 }
 
 // The rows of a share. They are dealt in hands, so that each thread gets long and short ones alike;
@@ -276,17 +308,10 @@ class Forward : protected Shape<Cell, S> {
     const Plan& plan = threads == layer_.plan.threads ? layer_.plan : layer_.single;
     self.prepare(thread, threads);
     layer_.barriers[0].wait(threads, Barrier::Wait::start);
-    Share share = share_of(layer_, plan, thread);
-    if (share.idle) return;
-    self.take_thread(plan, thread);
-    for (Index d = share.first_direction; d < share.last_direction; ++d)
-      for (Index s = 0; s < steps_.T;) {
-        s = recur(self, d, share, s);
-        if (s == steps_.T) break;
-        if (thread > 0) return;
-        share = share_of(layer_, layer_.single, 0);
-        self.take_thread(layer_.single, 0);
-      }
+    run_directions(
+        layer_, plan, thread,
+        [&](Index d, const Share& share, Index done) { return recur(self, d, share, done); },
+        [&](const Plan& entered, int place) { self.take_thread(entered, place); });
   }
 
   struct Group : Packing<Cell, S>::Group {
@@ -397,13 +422,14 @@ class Forward : protected Shape<Cell, S> {
   };
 
   // The steps from s on. Gives where it stopped: after the last, or where the team is to become one
-  // thread.
+  // thread or a team again.
   template <class Self>
   Index recur(Self& self, Index d, const Share& share, Index s) {
     const Deal deal(steps_, share, rows);
     const Walk walk{steps_, reverse(d)};
     const Range blocks = split(blocks_, share.column, share.columns);
     while (s < steps_.T) {
+      if (share.resting > 0 && share.team->gathers(share.resting)) return s;
       Index end = s, pairs = 0;
       for (; end < steps_.T; ++end) {
         const Index t = walk.step(end), n = deal.count(steps_.active[t]);
@@ -518,46 +544,73 @@ class Forward : protected Shape<Cell, S> {
         }
       accumulate<R, N>(acc, h_rows_ + j, layer_.O, w);
       const Sums<R, N, C> sums(acc);
-      for (int r = 0; r < R; ++r)
-        for (int tile = 0; tile < tiles; ++tile) {
-          const Index unit = b * units + tile * lanes;
-          if (unit < layer_.H)
-            finish_first(p, p.deal.row(j + r), h_rows_[j + r], unit, sums.v[r] + tile * first,
-                         x + (r * vectors + tile * gates) * lanes);
-        }
+      for (int tile = 0; tile < tiles; ++tile) {
+        const Index unit = b * units + tile * lanes;
+        if (unit >= layer_.H) break;
+        in_groups_of_rows<R>([&](auto group, int r) FASTRNN_INLINE_LAMBDA {
+          finish_first<group.value, N>(p, j + r, unit, sums.v[r] + tile * first,
+                                       x + (r * vectors + tile * gates) * lanes);
+        });
+      }
     });
   }
 
-  // The cell, or its first half, on one tile of one row. a: the gates' sums; x_tile: the
-  // projection.
-  FASTRNN_NOINLINE void finish_first(const Position& p, Index i, const E* h, Index unit, const V* a,
+  // done(Int<M>{}, r) for R rows, as many of them at once as a cell takes.
+  template <int R, class Done>
+  FASTRNN_INLINE static void in_groups_of_rows(Done done) {
+    constexpr int kMost = 2;
+    int r = 0;
+    for (; r + kMost <= R; r += kMost) done(Int<kMost>{}, r);
+    if constexpr (R % kMost != 0) done(Int<R % kMost>{}, r);
+  }
+
+  // The cell, or its first half, on one tile of M rows from j on. a: their gates' sums, N vectors a
+  // row; x_tile: the projection.
+  template <int M, int N>
+  FASTRNN_NOINLINE void finish_first(const Position& p, Index j, Index unit, const V* a_tile,
                                      const C* x_tile) {
-    V saved[Cell::saved], previous[2], next[2];
-    previous[0] = layer_.P ? V(0) : load_units<C>(h + unit, lanes);
-    C* keep = saved_row(p, i);
+    Rows<C, M> a[first], saved[Cell::saved], previous[2], next[2];
+    Index i[M];
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r) {
+      i[r] = p.deal.row(j + r);
+      for (int g = 0; g < first; ++g) a[g].of[r] = a_tile[r * N + g];
+      previous[0].of[r] = layer_.P ? V(0) : load_units<C>(h_rows_[j + r] + unit, lanes);
+    }
     if constexpr (K::two_products) {
       Cell::forward_first(layer_.maths, a, previous, saved);
-      store_saved(keep, unit, saved);
+#pragma GCC unroll 8
+      for (int r = 0; r < M; ++r) store_saved(saved_row(p, i[r]), unit, saved, r);
     } else {
-      V x[gates];
-      for (int g = 0; g < gates; ++g) x[g] = V::load(x_tile + g * lanes);
-      C* c = nullptr;
-      if constexpr (Cell::states > 1) {
-        c = group_[p.d].c + i * Hp_ + unit;
-        previous[1] = h == zeros_ ? V(0) : V::load(c);
+      Rows<C, M> x[gates];
+#pragma GCC unroll 8
+      for (int r = 0; r < M; ++r) {
+        for (int g = 0; g < gates; ++g) x[g].of[r] = V::load(x_tile + (r * vectors + g) * lanes);
+        if constexpr (Cell::states > 1)
+          previous[1].of[r] = h_rows_[j + r] == zeros_ ? V(0) : V::load(c_row(p.d, i[r]) + unit);
       }
       Cell::forward(layer_.maths, x, a, previous, next, saved);
-      if (layer_.gates) store_saved(keep, unit, saved);
-      if constexpr (Cell::states > 1) finish_cell(p, i, unit, next[1], c);
-      if (layer_.P)
-        next[0].store(keep + Cell::saved * Hp_ + unit);
-      else
-        finish_hidden(p, i, unit, next[0]);
+#pragma GCC unroll 8
+      for (int r = 0; r < M; ++r) {
+        if (layer_.gates) store_saved(saved_row(p, i[r]), unit, saved, r);
+        if constexpr (Cell::states > 1)
+          finish_cell(p, i[r], unit, next[1].of[r], c_row(p.d, i[r]) + unit);
+        if (layer_.P)
+          next[0].of[r].store(saved_row(p, i[r]) + Cell::saved * Hp_ + unit);
+        else
+          finish_hidden(p, i[r], unit, next[0].of[r]);
+      }
     }
   }
 
+  C* c_row(Index d, Index i) const { return group_[d].c + i * Hp_; }
+
   FASTRNN_INLINE void store_saved(C* keep, Index unit, const V* saved) {
     for (int s = 0; s < Cell::saved; ++s) saved[s].store(keep + s * Hp_ + unit);
+  }
+  template <int M>
+  FASTRNN_INLINE void store_saved(C* keep, Index unit, const Rows<C, M>* saved, int r) {
+    for (int s = 0; s < Cell::saved; ++s) saved[s].of[r].store(keep + s * Hp_ + unit);
   }
 
   FASTRNN_INLINE void finish_cell(const Position& p, Index i, Index unit, V c, C* to) {
@@ -596,23 +649,34 @@ class Forward : protected Shape<Cell, S> {
           acc[r][v] = V::load(x + (r * vectors + v / G * gates + first + v % G) * lanes);
       accumulate<R, N>(acc, second_rows_ + j, layer_.H, w);
       const Sums<R, N, C> sums(acc);
-      for (int r = 0; r < R; ++r)
-        for (int tile = 0; tile < tiles; ++tile) {
-          const Index unit = b * units + tile * lanes;
-          if (unit < layer_.H)
-            finish_second(p, p.deal.row(j + r), h_rows_[j + r], unit, sums.v[r] + tile * G);
-        }
+      for (int tile = 0; tile < tiles; ++tile) {
+        const Index unit = b * units + tile * lanes;
+        if (unit >= layer_.H) break;
+        in_groups_of_rows<R>([&](auto group, int r) FASTRNN_INLINE_LAMBDA {
+          finish_second<group.value, N>(p, j + r, unit, sums.v[r] + tile * G);
+        });
+      }
     });
   }
 
-  FASTRNN_NOINLINE void finish_second(const Position& p, Index i, const E* h, Index unit,
-                                      const V* a) {
-    V saved[Cell::saved], previous[1] = {load_units<C>(h + unit, lanes)}, next[1];
-    C* keep = saved_row(p, i);
-    for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(keep + s * Hp_ + unit);
+  template <int M, int N>
+  FASTRNN_NOINLINE void finish_second(const Position& p, Index j, Index unit, const V* a_tile) {
+    Rows<C, M> a[gates - first], saved[Cell::saved], previous[1], next[1];
+    Index i[M];
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r) {
+      i[r] = p.deal.row(j + r);
+      for (int g = 0; g < gates - first; ++g) a[g].of[r] = a_tile[r * N + g];
+      previous[0].of[r] = load_units<C>(h_rows_[j + r] + unit, lanes);
+      const C* kept = saved_row(p, i[r]) + unit;
+      for (int s = 0; s < Cell::saved; ++s) saved[s].of[r] = V::load(kept + s * Hp_);
+    }
     Cell::forward_second(layer_.maths, a, previous, next, saved);
-    store_saved(keep, unit, saved);
-    finish_hidden(p, i, unit, next[0]);
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r) {
+      store_saved(saved_row(p, i[r]), unit, saved, r);
+      finish_hidden(p, i[r], unit, next[0].of[r]);
+    }
   }
 
   // h = W_hr · hidden units.

@@ -158,6 +158,7 @@ class GeneralBackward : Backward<Cell, S> {
     const Range outs = split(Base::out_blocks_, share.column, share.columns);
     const Range seconds = split(Base::second_blocks_, share.column, share.columns);
     for (Index s = end - 1; s >= 0; --s) {
+      if (share.resting > 0 && share.team->gathers(share.resting)) return s + 1;
       const Position p{d, walk.step(s), deal, walk};
       const Index n = deal.count(steps_.active[p.t]), next = walk.following(p.t);
       const Range mine = split(n, share.column, share.columns);

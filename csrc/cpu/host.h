@@ -54,6 +54,8 @@ inline constexpr double kBarrier = 500;         // a meeting of the team
 inline constexpr double kRegion = 2000;         // waking it
 // More threads must be worth it: they are another's as well, and a busy one holds up the others.
 inline constexpr double kGain = 0.8;
+// And shared units worth their meetings: whichever thread is disturbed, all wait.
+inline constexpr double kGainOfUnits = 0.9;
 // Weights worth a parallel region to pack them.
 inline constexpr std::int64_t kRegionWeights = 1 << 18;
 

@@ -191,6 +191,46 @@ FASTRNN_INLINE Vec<T> exp_minus(Vec<T> x) {
   return Vec<T>(y.v > limit.v ? Vec<T>(__builtin_inf()).v : value.v);
 }
 
+// The same value of N rows side by side, for a cell: while one row waits for a result of its own,
+// another has work. What is done to it is done to each row, to the same bits.
+template <class C, int N>
+struct Rows {
+  Vec<C> of[N];
+
+  Rows() = default;
+  FASTRNN_INLINE explicit Rows(double x) {
+#pragma GCC unroll 8
+    for (int r = 0; r < N; ++r) of[r] = Vec<C>(x);
+  }
+};
+
+#define FASTRNN_OPERATOR(op)                                                          \
+  template <class C, int N>                                                           \
+  FASTRNN_INLINE Rows<C, N> operator op(Rows<C, N> a, Rows<C, N> b) {                 \
+    _Pragma("GCC unroll 8") for (int r = 0; r < N; ++r) a.of[r] = a.of[r] op b.of[r]; \
+    return a;                                                                         \
+  }
+FASTRNN_OPERATOR(+)
+FASTRNN_OPERATOR(-)
+FASTRNN_OPERATOR(*)
+FASTRNN_OPERATOR(/)
+#undef FASTRNN_OPERATOR
+
+#define FASTRNN_FUNCTION(name)                                                                  \
+  template <class C, int N, class... More>                                                      \
+  FASTRNN_INLINE Rows<C, N> name(Rows<C, N> a, const More&... more) {                           \
+    _Pragma("GCC unroll 8") for (int r = 0; r < N; ++r) a.of[r] = name(a.of[r], more.of[r]...); \
+    return a;                                                                                   \
+  }
+FASTRNN_FUNCTION(fma)
+FASTRNN_FUNCTION(maximum)
+FASTRNN_FUNCTION(minimum)
+FASTRNN_FUNCTION(absolute)
+FASTRNN_FUNCTION(copy_sign)
+FASTRNN_FUNCTION(exp_minus_one)
+FASTRNN_FUNCTION(exp_minus)
+#undef FASTRNN_FUNCTION
+
 // ---- storage types (csrc/storage.h) -----------------------------------------------------------
 
 // A vector's worth of a 16-bit type.

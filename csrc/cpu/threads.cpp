@@ -17,20 +17,27 @@
 namespace fastrnn {
 namespace {
 
+#if defined(FASTRNN_IMPATIENT)  // a test's: every wait is a long one, and forgotten at once
+constexpr int kSpins = 0;
+constexpr std::chrono::microseconds kLate{0}, kLateStart{0}, kCrowdedLeast{20}, kCrowdedMost{20};
+#else
 constexpr int kSpins = 2000;  // about 40 µs
 // A thread without a core to itself keeps the others waiting for longer; to be woken takes time
 // too.
 constexpr std::chrono::microseconds kLate{500}, kLateStart{3000};
-constexpr std::chrono::milliseconds kCrowdedLeast{10}, kCrowdedMost{1000};
+constexpr std::chrono::milliseconds kCrowdedLeast{2}, kCrowdedMost{1000};
+#endif
+constexpr int kAgain =
+    8;  // of the last while's length: so soon after it, a late meeting is one more
 
 using Clock = std::chrono::steady_clock;
 std::atomic<Clock::rep> crowded_until{0}, crowded_for{0};
 
-// From a late meeting on, for a while; where it has only just been so, for twice that while.
+// From a late meeting on, for a while; where it has been so not long ago, for twice that while.
 void note_crowding(Clock::time_point now) {
   const Clock::rep at = now.time_since_epoch().count(), last = crowded_for.load();
   const Clock::rep least = Clock::duration(kCrowdedLeast).count();
-  const bool again = at < crowded_until.load() + last;
+  const bool again = at < crowded_until.load() + kAgain * last;
   const Clock::rep span =
       again ? std::min(2 * last, Clock::rep{Clock::duration(kCrowdedMost).count()}) : least;
   crowded_for.store(std::max(span, least));
@@ -102,6 +109,42 @@ bool Barrier::wait(int count, Wait kind) {
     note_crowding(end);
   }
   return answer;
+}
+
+void Barrier::forget() {
+  late_.store(false);
+  calls_ = 0;
+}
+
+std::int64_t Barrier::rest(std::uint32_t recess) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  const auto called = [&] { return calls_ > recess; };
+  wake_.wait(lock, [&] { return asked_ || called(); });
+  if (!called()) {
+    ++here_;
+    wake_.wait(lock, called);
+  }
+  return place_;
+}
+
+bool Barrier::gathers(int others) {
+  if (cores_are_crowded()) return false;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!asked_) {
+    asked_ = true;
+    wake_.notify_all();
+  }
+  return here_ == others;
+}
+
+void Barrier::call(std::int64_t place) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  late_.store(false);
+  asked_ = false;
+  here_ = 0;
+  ++calls_;
+  place_ = place;
+  wake_.notify_all();
 }
 
 bool cores_are_crowded() {

@@ -19,8 +19,18 @@ class Barrier {
   // Whether some start or step had a long wait here before this one: a thread of the team has no
   // core to itself. All threads of one meeting get the same answer.
   bool wait(int count, Wait kind = Wait::step);
-  // While nobody waits: as if there had been no long wait.
-  void forget() { late_.store(false); }
+  // While nobody waits: as if there had been no long wait and no recess.
+  void forget();
+
+  // A recess: one thread works on by itself, the others rest until it has them go on.
+  //
+  // The others, in their recess number `recess` here (from 0). Gives where they are to go on.
+  std::int64_t rest(std::uint32_t recess);
+  // The one that works: whether the others, so many, are here to go on with. Once the cores are
+  // free again it asks them; who has answered has found a core.
+  bool gathers(int others);
+  // The same: has all go on at `place`, those too that have not answered.
+  void call(std::int64_t place);
 
  private:
   std::atomic<bool> late_{false};  // somebody has waited long
@@ -30,6 +40,11 @@ class Barrier {
   std::atomic<int> sleepers_{0};
   std::mutex mutex_;
   std::condition_variable wake_;
+  // Of a recess, under the mutex.
+  bool asked_ = false;
+  int here_ = 0;
+  std::uint32_t calls_ = 0;
+  std::int64_t place_ = 0;
 };
 
 // Runs body(argument, thread, count) on `threads` threads, or on one where that many cannot be had:

@@ -766,18 +766,38 @@ void check_options_of_teams() {
     }
 }
 
+// Enough steps for a team to part and meet again several times.
+void check_recesses() {
+  unsigned seed = 4000;
+  for (Options options : all_options())
+    for (const int extras : {0, int{kAllExtras}}) {
+      Case c;
+      if (options.proj_size) options.proj_size = 50;
+      c.options = options;
+      c.T = 150, c.B = 2, c.I = 20, c.H = 300;
+      fill_with(c, extras, ++seed);
+      name_case(c, "recesses");
+      for (const int threads : {2, 3}) check_threads(c, threads);
+    }
+}
+
 }  // namespace
 
-int main() {
+// Alone, or with `recesses`: what is built with a barrier that has no patience.
+int main(int count, char** arguments) {
   try {
     std::printf("instruction set: %s\n", cpu_isa());
   } catch (const std::exception& e) {
     std::printf("engine_test: skipped, %s\n", e.what());
     return check::kSkipped;
   }
-  check_plain();
-  check_options();
-  check_parts();
-  check_options_of_teams();
+  if (count > 1 && std::string(arguments[1]) == "recesses") {
+    check_recesses();
+  } else {
+    check_plain();
+    check_options();
+    check_parts();
+    check_options_of_teams();
+  }
   return check::result("engine_test", checks);
 }
