@@ -1050,13 +1050,15 @@ class Backward : protected Shape<Cell, S> {
   template <int N>
   FASTRNN_INLINE void add_vectors(const Product& p, Index slot, const Spot& at, Index count,
                                   bool start) {
+    const Index have = rows_of(p, at), column = at.panel * block_units;
+    const bool whole = p.columns - column >= N * lanes;
+    for (Index r = 0; whole && r < have; ++r)  // to come while the product runs
+      for (int v = 0; v < N; ++v) __builtin_prefetch(sums_row(p, at, r) + column + v * lanes, 1);
     V acc[rows][N];
     clear(acc);
     accumulate_packed<rows, N>(acc, packed_group(p, slot, at), count,
                                panel(p, slot, at.head * p.panels_of_head() + at.panel),
                                block_units);
-    const Index have = rows_of(p, at), column = at.panel * block_units;
-    const bool whole = p.columns - column >= N * lanes;
     const Sums<rows, N, C> block(acc);
     for (Index r = 0; r < rows && r < have; ++r) {
       C* to = sums_row(p, at, r) + column;

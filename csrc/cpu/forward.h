@@ -533,6 +533,13 @@ class Forward : protected Shape<Cell, S> {
     in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
       constexpr int R = decltype(count)::value;
       const C* x = x_gates(blocks, b, m + j);
+      // To come while the product runs: what the cell reads, and what the next rows begin with.
+      for (int line = 0; line < R * vectors; ++line)
+        __builtin_prefetch(x + (R * vectors + line) * lanes);
+      if constexpr (Cell::states > 1)
+        for (int r = 0; r < R; ++r)
+          for (int tile = 0; tile < tiles; ++tile)
+            __builtin_prefetch(c_row(p.d, p.deal.row(j + r)) + b * units + tile * lanes);
       V acc[R][N];
 #pragma GCC unroll 24
       for (int r = 0; r < R; ++r)
