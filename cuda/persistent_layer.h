@@ -51,6 +51,7 @@ const char* persistent_sizes(const Layer& layer, Pass pass, resident::Sizes* siz
   if (std::is_same_v<S, double>) return "float64 has no persistent kernel";
   if (Shape<Cell, S>::two_products) return "reset_after=False has no persistent kernel";
   if (layer.P) return "proj_size has no persistent kernel";
+  if (layer.maths.heads > 1) return "heads have no persistent kernel";
   if (T < 1 || B < 1 || H < 1) return "there is nothing to do";
   if (T > most || B > most || H > most) return "T, B or H is beyond 31 bits";
   if (pass == Pass::forward && D * layer.rows.pairs * Cell::gates * H > kMostProjected / 4)

@@ -30,7 +30,8 @@ from tolerances import assert_close
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-every_stack = pytest.mark.parametrize("options", STACKS.values(), ids=STACKS.keys())
+ALL_STACKS = {**STACKS, "gru-heads-2": Options("GRU", num_layers=2, heads=3)}
+every_stack = pytest.mark.parametrize("options", ALL_STACKS.values(), ids=ALL_STACKS.keys())
 every_step = pytest.mark.parametrize("steps", STEPS)
 CELLS = (
     ("RNN", 0, True),
@@ -133,6 +134,26 @@ def test_any_size_matches_the_reference(
     problem = random_problem(
         options, T=T, B=B, input_size=input_size, hidden_size=hidden_size, layout="lengths"
     )
+    check_against_reference(problem, dtype, device=gpu)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "B"), [(3, 5), (3, 70), (24, 5)])
+@pytest.mark.parametrize(("cell", "proj_size", "reset_after"), CELLS)
+def test_heads_match_the_reference(
+    gpu: torch.device,
+    cell: Any,
+    proj_size: int,
+    reset_after: bool,
+    heads: int,
+    B: int,
+    dtype: str,
+    layout: str,
+) -> None:
+    proj_size = 12 if proj_size and heads == 3 else 0
+    options = Options(cell, 2, True, proj_size=proj_size, reset_after=reset_after, heads=heads)
+    problem = random_problem(options, B=B, hidden_size=24, layout=layout, d_states=True)
     check_against_reference(problem, dtype, device=gpu)
 
 

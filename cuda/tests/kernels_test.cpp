@@ -60,6 +60,7 @@ struct Case {
   std::int64_t L() const { return options.layers; }
   std::int64_t P() const { return options.proj_size; }
   std::int64_t O() const { return P() ? P() : H; }
+  std::int64_t heads() const { return options.maths.heads; }
   std::int64_t G() const { return cell_traits(options).gates; }
   std::int64_t kept_layers() const { return every_layer || training ? L() : 1; }
   std::int64_t pairs() const {
@@ -75,13 +76,14 @@ struct Case {
                        : !reset.empty()   ? "reset"
                                           : "padded";
     char text[400];
-    std::snprintf(
-        text, sizeof(text), "%s L%d D%d P%d T%d B%d I%d H%d %s%s act %d gate %d%s%s%s%s%s%s%s",
-        options.cell.c_str(), int(L()), int(D()), int(P()), int(T), int(B), int(I), int(H), rows,
-        options.maths.reset_after ? "" : " reset-before", int(options.maths.activation),
-        int(options.maths.gate_activation), training ? "" : " inference", consume ? " consume" : "",
-        turned ? " turned" : "", batch_first ? " batch-first" : "", biases ? "" : " no-bias",
-        states ? "" : " no-hx", persistent ? " persistent" : "");
+    std::snprintf(text, sizeof(text),
+                  "%s L%d D%d P%d T%d B%d I%d H%d K%d %s%s act %d gate %d%s%s%s%s%s%s%s",
+                  options.cell.c_str(), int(L()), int(D()), int(P()), int(T), int(B), int(I),
+                  int(H), int(heads()), rows, options.maths.reset_after ? "" : " reset-before",
+                  int(options.maths.activation), int(options.maths.gate_activation),
+                  training ? "" : " inference", consume ? " consume" : "", turned ? " turned" : "",
+                  batch_first ? " batch-first" : "", biases ? "" : " no-bias",
+                  states ? "" : " no-hx", persistent ? " persistent" : "");
     return text;
   }
 };
@@ -110,6 +112,16 @@ void choose_rows(Case& c, Kind kind, Random& random) {
   if (c.B == 0) c.lengths.clear(), c.reset.clear();
 }
 
+// Some, which the sizes then are multiples of; now and then one for each unit.
+void choose_heads(Case& c, Random& random) {
+  std::int64_t& heads = c.options.maths.heads;
+  heads = chance(random, 0.2) && !c.P() ? c.H : between(random, 2, 5);
+  c.H = (c.H + heads - 1) / heads * heads;
+  if (!c.P()) return;
+  c.options.proj_size = (c.P() + heads - 1) / heads * heads;
+  if (c.P() >= c.H) c.H = c.P() + heads;
+}
+
 Case random_case(Random& random, bool smooth, bool many_rows) {
   Case c;
   static constexpr const char* cells[] = {"RNN", "LSTM", "GRU"};
@@ -130,6 +142,7 @@ Case random_case(Random& random, bool smooth, bool many_rows) {
   c.H = between(random, 1, 37);
   if (c.options.cell == "LSTM" && c.H > 1 && chance(random, 0.4))
     c.options.proj_size = between(random, 1, c.H - 1);
+  if (chance(random, 0.3)) choose_heads(c, random);
   choose_rows(c, static_cast<Kind>(between(random, 0, kKinds - 1)), random);
   c.training = chance(random, 0.8);
   c.every_layer = chance(random, 0.5);
@@ -170,7 +183,7 @@ std::vector<std::pair<std::int64_t, std::int64_t>> shapes(const Case& c) {
   const std::int64_t rows = c.G() * c.H;
   for (std::int64_t g = 0; g < c.L() * c.D(); ++g) {
     all.emplace_back(rows, g < c.D() ? c.I : c.D() * c.O());
-    all.emplace_back(rows, c.O());
+    all.emplace_back(rows, c.O() / c.heads());
     all.emplace_back(c.biases ? rows : 0, 1);
     all.emplace_back(c.biases ? rows : 0, 1);
     all.emplace_back(c.P(), c.P() ? c.H : 0);
@@ -227,7 +240,8 @@ std::vector<Parameters> parameters_of(const Case& c, std::vector<std::vector<S>>
     };
     Parameters p;
     p.weight_ih = weight(0);
-    p.weight_hh = weight(1);
+    p.weight_hh = matrix(w[size_of(g * 5 + 1)], c.G() * c.H / c.heads(), c.O() / c.heads(), turned);
+    p.weight_hh.head = c.G() * c.H / c.heads() * (c.O() / c.heads());
     p.bias_ih = bias(2);
     p.bias_hh = bias(3);
     p.weight_hr = weight(4);
@@ -461,7 +475,8 @@ void check_persistent_type(const char* type, double tolerance, bool tf32, int ca
     Case c = random_case(random, true, false);
     c.persistent = true, c.tf32 = tf32;
     if (k % 8) c.options.proj_size = 0, c.options.maths.reset_after = true;
-    const bool has_one = !c.options.proj_size && c.options.maths.reset_after && c.B > 0;
+    const bool has_one =
+        !c.options.proj_size && c.options.maths.reset_after && c.B > 0 && c.heads() == 1;
     check_case<S>(type, c, random, tolerance);
     // check_case runs it three times.
     if (has_one) expected += 3 * c.L() * (c.training ? 2 : 1);
