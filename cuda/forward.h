@@ -284,12 +284,14 @@ struct Biases : Shape<Cell, S> {
   Weight input, hidden;
   Index H;
   C *bias_x, *bias_h;
+  Index heads = 1;  // bias_h: all gates of a head, then those of the next
 
   FASTRNN_CELL Index count() const { return K::gates * H; }
   FASTRNN_CELL void element(Index n) const {
     const C x = value(input, n), h = value(hidden, n);
     bias_x[n] = K::separate(static_cast<int>(n / H)) ? x : x + h;
-    bias_h[n] = h;
+    const Index own = H / heads, u = n % H;
+    bias_h[heads == 1 ? n : (u / own * K::gates + n / H) * own + u % own] = h;
   }
   FASTRNN_CELL static C value(const Weight& w, Index n) {
     return w.data ? C(widen(static_cast<const S*>(w.data)[n * w.unit])) : C(0);
