@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
 
 #include "backend.h"
 #include "library.h"
@@ -47,9 +48,16 @@ struct Layer {
   void* d_c0 = nullptr;                // [D, B, H], storage
   Parameters* d_parameters = nullptr;  // [D]
 
+  Index block_steps = 0;  // forward: at most so many projected at once; 0: as the L2 has room
   void* scratch = nullptr;
   const resident::Plan* plan = nullptr;  // the persistent kernel of the pass; null: step by step
   Tools tools;
+};
+
+// A layer's forward pass by steps, piece after piece.
+struct Pieces {
+  virtual ~Pieces() = default;
+  virtual void run_to(Index step) = 0;  // those before `step` that have not run
 };
 
 // Of one cell and storage type.
@@ -58,6 +66,8 @@ struct LayerFunctions {
   std::size_t (*backward_scratch)(const Layer&);
   void (*forward)(const Layer&);
   void (*backward)(const Layer&);
+  // Begun on the layer's stream; goes step by step, whatever the layer's plan.
+  std::unique_ptr<Pieces> (*forward_pieces)(const Layer&);
   // The sizes by which a persistent kernel is chosen for a pass: null, or why the layer has none.
   const char* (*persistent_sizes)(const Layer&, Pass, resident::Sizes*);
 };
