@@ -368,7 +368,7 @@ class Forward : Shape<Cell, S> {
     const Index gate_bytes = K::gates * H * static_cast<Index>(sizeof(C));
     const Index row_bytes = greatest(gate_bytes, gathers_ ? layer.I * sizeof(S) : 0);
     steps_ = least(layer.rows.T, greatest(1, kProjectionBytes / row_bytes / greatest(B, 1)));
-    if (layer.block_steps) steps_ = least(steps_, layer.block_steps);
+    if (layer.piece_steps) steps_ = least(steps_, layer.piece_steps);
     x_gates_ = arena.take<C>(D * steps_ * B * K::gates * H);
     x_rows_ = arena.take<S>(gathers_ ? steps_ * B * layer.I : 0);
     products_ = arena.take<C>(many_rows<S>(layer) ? D * B * K::first * H : 0);
@@ -382,7 +382,7 @@ class Forward : Shape<Cell, S> {
     run_to(layer_.rows.T);
   }
 
-  // In pieces: start() once, then run_to() of growing steps, each from where the last one ended.
+  // In pieces: start(), then run_to() of more and more steps, then finish().
   void start() {
     prepare();
     library_ = library_product();
@@ -395,6 +395,7 @@ class Forward : Shape<Cell, S> {
       for (; s_ < end; ++s_) step(s_, library_.get());
     }
   }
+  void finish() {}
 
  private:
   bool packed() const { return layer_.batch_sizes != nullptr; }

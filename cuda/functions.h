@@ -32,7 +32,8 @@ class PiecesOf final : public Pieces {
   explicit PiecesOf(const Layer& layer) : layer_(layer), steps_(layer_, layer_.scratch) {
     steps_.start();
   }
-  void run_to(Index step) override { steps_.run_to(step); }
+  void run_to(Index count) override { steps_.run_to(count); }
+  void finish() override { steps_.finish(); }
 
  private:
   const Layer layer_;
@@ -50,6 +51,7 @@ constexpr LayerFunctions functions_with{scratch_of<Forward<Cell, S>, PersistentF
                                         run_pass<Forward<Cell, S>, PersistentF>,
                                         run_pass<Backward<Cell, S>, PersistentB>,
                                         pieces_of<Forward<Cell, S>>,
+                                        pieces_of<Backward<Cell, S>>,
                                         persistent_sizes<Cell, S>};
 
 template <class Cell, class S>

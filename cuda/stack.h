@@ -1,14 +1,15 @@
 // A stack of layers on the device: lays out the workspace and runs layer by layer, in the order of
-// the stream; or forward the layers side by side. Asks by which persistent kernel it may go.
+// the stream; or the layers side by side. Asks by which persistent kernel it may go.
 //
 // Side by side  where a step leaves most of the device idle (pieces_of_time): time is cut into
 //             pieces, and while a layer runs a piece, on a stream of its own (side_streams.h), the
 //             layer above runs the piece before. The launches are those of layer after layer, in
 //             their order within each layer, so the results are the same. A layer above waits for
 //             the piece below by an event; no kernel waits for another. Only with one direction,
-//             as the second one starts at the end of time; only by a launch for each step, as
-//             persistent kernels on several streams could wait for each other's blocks; and forward
-//             alone.
+//             as the second one starts at the end of time; and only by a launch for each step, as
+//             persistent kernels on several streams could wait for each other's blocks. Backward
+//             from the last layer and the last step; the gradients of weights come when a layer's
+//             steps are done, in the order in which they do otherwise.
 // Workspace   [offset, length of packed data] [what goes from layer to layer] [the library's]
 //             [a layer's scratch]. The last two are used by each layer in turn, or side by side
 //             there is one for each.
@@ -124,6 +125,7 @@ class Stack {
 
   void backward() {
     write_rows();
+    if (pieces_ > 1) return backward_side_by_side();
     for (Index l = L_ - 1; l >= 0; --l) {
       Layer layer = describe_backward(l);
       layer.scratch = scratch_;
@@ -142,22 +144,50 @@ class Stack {
       layers.push_back(functions_.forward_pieces(layer));
       previous = layer.output;
     }
-    // Layer l runs piece k in round l + k. From the top: a layer waits for what the one below was
-    // given in earlier rounds, its piece k and no more.
+    run_side_by_side(side, layers);
+  }
+
+  void backward_side_by_side() {
+    SideStreams side(p_.stream, static_cast<int>(L_));
+    std::vector<std::unique_ptr<Pieces>> layers;
+    for (Index l = L_ - 1; l >= 0; --l) {
+      Layer layer = describe_backward(l);
+      take_own(layer, l);
+      layer.tools.stream = side.stream(static_cast<int>(L_ - 1 - l));
+      layers.push_back(functions_.backward_pieces(layer));
+    }
+    run_side_by_side(side, layers);
+  }
+
+  // Layers in the order of the pass. The one at place j runs piece k in round j + k, and finishes
+  // in the round after its last. In a round from the last place to the first: a layer waits for
+  // what the one before it was given in earlier rounds, its piece k and no more.
+  void run_side_by_side(SideStreams& side, const std::vector<std::unique_ptr<Pieces>>& layers) {
     const Index steps = piece_steps(), count = ceil_div(p_.T, steps);
-    for (Index round = 0; round < count + L_ - 1; ++round)
-      for (Index l = std::min(L_ - 1, round); l >= 0 && round - l < count; --l) {
-        if (l > 0) side.wait(static_cast<int>(l), static_cast<int>(l - 1));
-        layers[static_cast<std::size_t>(l)]->run_to(std::min(p_.T, (round - l + 1) * steps));
+    for (Index round = 0; round < count + L_; ++round)
+      for (Index j = std::min(L_ - 1, round); j >= 0 && round - j <= count; --j) {
+        Pieces& layer = *layers[static_cast<std::size_t>(j)];
+        if (round - j == count) {
+          layer.finish();
+          continue;
+        }
+        if (j > 0) side.wait(static_cast<int>(j), static_cast<int>(j - 1));
+        layer.run_to(std::min(p_.T, (round - j + 1) * steps));
       }
     side.join();
   }
 
+  // Memory that layers take side by side rather than in turn, at most.
+  static constexpr std::size_t kMostSideBytes = std::size_t{1} << 30;
+
   Index choose_pieces() const {
-    if (pass_ != Pass::forward || D_ > 1 || plan_.kernel) return 1;
+    if (L_ == 1 || D_ > 1 || plan_.kernel) return 1;
     const int rows = p_.dtype == DType::f64 ? kTileRows<double> : kTileRows<float>;
     const Index blocks = ceil_div(p_.B, rows) * ceil_div(p_.H, kWarps);
-    return pieces_of_time(p_.T, L_, blocks, multiprocessors());
+    const Index pieces = pieces_of_time(p_.T, L_, blocks, multiprocessors());
+    std::size_t bytes = 0;
+    for (Index l = 0; pieces > 1 && l < L_; ++l) bytes += scratch_of(l, ceil_div(p_.T, pieces));
+    return bytes <= kMostSideBytes ? pieces : 1;
   }
   Index piece_steps() const { return ceil_div(p_.T, pieces_); }
 
@@ -205,12 +235,23 @@ class Stack {
     for (Index l = 0; l < L_; ++l) {
       Own own;
       if (tools_.library) own.library = arena.take<char>(kLibraryScratch);
-      Layer layer = describe(l);
-      layer.block_steps = piece_steps();
-      own.layer = arena.take<char>(static_cast<Index>(functions_.forward_scratch(layer)));
+      own.layer = arena.take<char>(static_cast<Index>(scratch_of(l, piece_steps())));
       own_.push_back(own);
     }
     bytes_ = arena.used();
+  }
+
+  std::size_t scratch_of(Index l, Index steps) const {
+    const bool backward = pass_ == Pass::backward;
+    Layer layer = backward ? describe_backward(l) : describe(l);
+    layer.piece_steps = steps;
+    return backward ? functions_.backward_scratch(layer) : functions_.forward_scratch(layer);
+  }
+
+  void take_own(Layer& layer, Index l) const {
+    const Own& own = own_[static_cast<std::size_t>(l)];
+    layer.scratch = own.layer, layer.tools.scratch = own.library;
+    layer.piece_steps = piece_steps();
   }
 
   static void* shifted(const void* p, Index bytes) {
@@ -245,10 +286,7 @@ class Stack {
     layer.scratch = scratch_;
     layer.input = input;
     if (!p_.all_layers && l + 1 < L_) layer.output = contiguous(between_[l % 2], D_ * O_);
-    if (pieces_ == 1) return layer;
-    const Own& own = own_[static_cast<std::size_t>(l)];
-    layer.scratch = own.layer, layer.tools.scratch = own.library;
-    layer.block_steps = piece_steps();
+    if (pieces_ > 1) take_own(layer, l);
     return layer;
   }
 

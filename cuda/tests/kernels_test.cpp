@@ -587,7 +587,7 @@ void check_pieces() {
     p.parameters = parameters.data();
     ++checks;
     check::that(what, cuda::Stack(p, Pass::forward).pieces() == wanted);
-    check::that("backward", cuda::Stack(p, Pass::backward).pieces() == 1);
+    check::that(what, cuda::Stack(p, Pass::backward).pieces() == wanted);
   };
   cuda::emulator().multiprocessors = 12;
   expect("a step leaves half of the device idle", 4);
