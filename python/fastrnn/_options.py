@@ -96,7 +96,7 @@ class Options:
 
     @property
     def beyond_the_cell(self) -> bool:
-        """Whether a step is more than the cell on the sum of two products, of however many heads."""
+        """Whether a step is more than the cell on two products, of however many heads."""
         own = (self.zoneout_h, self.zoneout_c, self.grad_clip)
         return self.peephole or self.layer_norm or any(own)
 
