@@ -1,9 +1,9 @@
 // CUDA's backend: check → guard → stream → dispatch → launch → check the launch.
 //
-// The caller owns all memory, workspace included; nothing is allocated here, no stream is made and
-// nothing waits for the device, so that a call can be captured into a graph. What is kept between
-// calls is the library's handle, one for each device, and what was asked of it for persistent
-// kernels.
+// The caller owns all memory, workspace included; nothing is allocated here and nothing waits for
+// the device, so that a call can be captured into a graph. What is kept between calls is the
+// library's handle, one for each device, what was asked of it for persistent kernels, and the
+// streams on which layers run side by side (side_streams.h).
 #include <cuda_runtime_api.h>
 
 #include <stdexcept>

@@ -17,7 +17,11 @@
 //                d_proj    [D][pairs][Op], dh of a projected state, zero likewise
 //                carried   [D][B][O], d_c [D][B][H], compute type
 //                weights   [D][O][(high − low)·Hp]: column u of W_hh, gate planes after each other;
-//                          second [D][H][(gates − first)·Hp or Op] likewise
+//                          second [D][H][(gates − first)·Hp or Op] likewise. Of several heads only
+//                          as long as one head's planes
+//                by_head   [2][D][B][head][gradient][Hp of a head], of several heads: d_gates of a
+//                          step once more, a head's side by side for the product. A step reads one
+//                          and writes the other
 // Ownership      element (d, i, u) of everything: the thread that finishes it.
 // Cost           as forward: a launch or two each step.
 #pragma once
@@ -43,6 +47,9 @@ struct BackwardData {
   Index depth;
   const S* second_weights;
   Index second_depth;
+  Heads units, outs;           // of the H hidden units, of the O of h
+  C *by_head, *by_head_after;  // this step's, and of the step after; null: one head
+  Index by_head_width;
   S* narrow_gates;  // [D][B][depth]: this step's, for the library; null: not wanted
   Sequence output, cell;
   State h0, c0;
@@ -58,6 +65,11 @@ struct BackwardData {
   }
   FASTRNN_CELL C* gates_row(Index d, Index n) const {
     return d_gates + d * gates_group + n * width;
+  }
+  // A gradient of this step, where by_head has it.
+  FASTRNN_CELL C* headed(C* step, Index d, Index i, Index gradients, Index plane, Index u) const {
+    return step + state(d, i, by_head_width,
+                        (units.head(u) * gradients + plane) * units.place + u % units.own);
   }
   FASTRNN_CELL C* projected_row(Index d, Index n) const {
     return d_proj + (d * rows.pairs + n) * Op;
@@ -157,6 +169,7 @@ struct CellBackward : Shape<Cell, S> {
     a.gates_row(d, n)[plane * a.Hp + u] = value.v;
     if (a.narrow_gates && plane >= K::low && plane < K::high)
       narrow(value.v, a.narrow_gates + a.state(d, i, a.depth, (plane - K::low) * a.Hp + u));
+    if (a.by_head && u < a.H) *a.headed(a.by_head, d, i, Cell::gradients, plane, u) = value.v;
   }
 
   // Zeros: beyond the last unit, and of a row that does not run.
@@ -189,8 +202,11 @@ struct BackwardStep : Shape<Cell, S> {
   FASTRNN_CELL const S* weight(Index d, int, Index u) const {
     return a.weights + (d * a.O + least(u, a.O - 1)) * a.depth;
   }
-  FASTRNN_CELL const C* operand(Index d, Index i) const {
+  FASTRNN_CELL const C* operand(Index d, Index i, Index u) const {
     if (!runs(d, i)) return a.zeros;
+    if (a.by_head)
+      return a.headed(a.by_head_after, d, i, Cell::gradients, K::low,
+                      a.units.own * a.outs.head(least(u, a.O - 1)));
     const Walk walk = a.walk(d);
     return a.gates_row(d, a.rows.pair(walk.following(walk.step(a.s)), i)) + K::low * a.Hp;
   }
@@ -230,7 +246,7 @@ struct BackwardProjection : Shape<Cell, S> {
   FASTRNN_CELL const S* weight(Index d, int, Index u) const {
     return a.second_weights + (d * a.H + least(u, a.H - 1)) * a.second_depth;
   }
-  FASTRNN_CELL const C* operand(Index d, Index i) const {
+  FASTRNN_CELL const C* operand(Index d, Index i, Index) const {
     return runs(d, i) ? a.projected_row(d, a.rows.pair(a.walk(d).step(a.s), i)) : a.zeros;
   }
   FASTRNN_CELL void finish(Index d, Index i, Index u, const C* sums) const {
@@ -261,10 +277,13 @@ struct BackwardSecond : Shape<Cell, S> {
   FASTRNN_CELL const S* weight(Index d, int, Index u) const {
     return a.second_weights + (d * a.H + u) * a.second_depth;
   }
-  FASTRNN_CELL const C* operand(Index d, Index i) const {
+  FASTRNN_CELL const C* operand(Index d, Index i, Index u) const {
     if (!runs(d, i)) return a.zeros;
+    constexpr int plane = Cell::hidden_gradient[K::first];
+    if (a.by_head)
+      return a.headed(a.by_head, d, i, Cell::gradients, plane, a.units.own * a.units.head(u));
     const Index n = a.rows.pair(a.walk(d).step(a.s), i);
-    return a.gates_row(d, n) + K::hidden_plane(K::first) * a.Hp;
+    return a.gates_row(d, n) + plane * a.Hp;
   }
   FASTRNN_CELL void finish(Index d, Index i, Index u, const C* sums) const {
     if (!runs(d, i)) return;
@@ -279,6 +298,24 @@ struct BackwardSecond : Shape<Cell, S> {
     Cell::backward_first(a.maths, saved, previous, d_operand, d_previous, d_a);
     *carried = d_previous[0].v;
     CellBackward<Cell, S>::store(a, d, n, i, u, K::hidden_plane(0), d_a[0]);
+  }
+};
+
+// Of several heads: the gradients of each row's first step, where a step after the last would have
+// left them.
+template <class Cell, class S>
+struct FirstGates {
+  static constexpr const char* name = "gradients of the first steps by head";
+  BackwardData<S> a;
+
+  FASTRNN_CELL Index count() const { return a.D * a.rows.B * Cell::gradients * a.H; }
+  FASTRNN_CELL void element(Index n) const {
+    const Index u = n % a.H, plane = n / a.H % Cell::gradients;
+    const Index i = n / a.H / Cell::gradients % a.rows.B, d = n / a.H / Cell::gradients / a.rows.B;
+    if (a.rows.length(i) == 0) return;
+    const Index pair = a.rows.pair(a.walk(d).first_step(i), i);
+    *a.headed(a.by_head_after, d, i, Cell::gradients, plane, u) =
+        a.gates_row(d, pair)[plane * a.Hp + u];
   }
 };
 
@@ -304,8 +341,10 @@ struct InitialHidden : Shape<Cell, S> {
   FASTRNN_CELL const S* weight(Index d, int, Index u) const {
     return a.weights + (d * a.O + u) * a.depth;
   }
-  FASTRNN_CELL const C* operand(Index d, Index i) const {
+  FASTRNN_CELL const C* operand(Index d, Index i, Index u) const {
     if (!runs(d, i)) return a.zeros;
+    if (a.by_head)
+      return a.headed(a.by_head_after, d, i, Cell::gradients, K::low, a.units.own * a.outs.head(u));
     return a.gates_row(d, a.rows.pair(a.walk(d).first_step(i), i)) + K::low * a.Hp;
   }
   FASTRNN_CELL void finish(Index d, Index i, Index u, const C* sums) const {
@@ -348,17 +387,21 @@ class Backward : Shape<Cell, S> {
     Arena arena(base);
     const Index D = layer.directions, B = layer.rows.B, N = layer.rows.pairs, H = layer.H;
     const Index O = layer.O;
+    const Index heads = layer.maths.heads;
+    units_ = heads_of(H, heads), outs_ = heads_of(O, heads);
     Hp_ = padded(H), Op_ = padded(O);
     saved_width_ = (Cell::saved + (layer.P ? 1 : 0)) * Hp_;
     width_ = layer.consume_gates ? saved_width_ : Cell::gradients * Hp_;
-    depth_ = (K::high - K::low) * Hp_;
-    second_depth_ = layer.P ? Op_ : (K::gates - K::first) * Hp_;
+    depth_ = (K::high - K::low) * units_.place;
+    second_depth_ = layer.P ? Op_ : (K::gates - K::first) * units_.place;
     gates_group_ = layer.consume_gates ? layer.gates_group : N * width_;
     d_gates_ = layer.consume_gates ? static_cast<C*>(layer.gates) : arena.take<C>(D * N * width_);
     zeros_size_ = greatest(greatest(depth_, second_depth_), Op_);
     zeros_ = arena.take<C>(zeros_size_);
     weights_ = arena.take<S>(D * O * depth_);
     second_weights_ = arena.take<S>(second_depth_ ? D * H * second_depth_ : 0);
+    by_head_width_ = Cell::gradients * units_.width();
+    by_head_ = arena.take<C>(heads > 1 ? 2 * D * B * by_head_width_ : 0);
     d_c_ = arena.take<C>(Cell::states > 1 ? D * B * H : 0);
     carried_ = arena.take<C>(Cell::carries ? D * B * O : 0);
     d_proj_ = arena.take<C>(layer.P ? D * N * Op_ : 0);
@@ -371,17 +414,38 @@ class Backward : Shape<Cell, S> {
   std::size_t used() const { return used_; }
 
   void run() {
+    start();
+    run_to(layer_.rows.T);
+    finish();
+  }
+
+  // In pieces: start(), then run_to() of more and more steps, then finish().
+  void start() {
     prepare();
-    const std::unique_ptr<LibraryProduct> library = library_product();
-    for (Index s = layer_.rows.T - 1; s >= 0; --s) step(s, library.get());
+    library_ = library_product();
+    s_ = layer_.rows.T, pairs_left_ = layer_.rows.pairs;
+  }
+  void run_to(Index count) {
+    const Index end = layer_.rows.T - count, last = pairs_left_;
+    while (s_ > end) {
+      step(--s_, library_.get());
+      pairs_left_ -= layer_.batch_sizes ? layer_.batch_sizes[s_] : layer_.rows.B;
+    }
+    if (layer_.piece_steps) gradients_.run_below(gradients_in(), pairs_left_, last);
+  }
+  void finish() {
     const BackwardData<S> a = data(0);
+    if (a.d_h0 && a.by_head) launch_elements(stream(), FirstGates<Cell, S>{a});
     if (a.d_h0) launch_product(stream(), InitialHidden<Cell, S>{{}, a});
     if (a.d_c0) launch_elements(stream(), InitialCell<S>{a});
-    gradients_.run({d_gates_, gates_group_, width_, Hp_, d_proj_});
+    gradients_.run(gradients_in());
   }
 
  private:
   void* stream() const { return layer_.tools.stream; }
+  typename Gradients<Cell, S, C>::Data gradients_in() const {
+    return {d_gates_, gates_group_, width_, Hp_, d_proj_};
+  }
   // Of packed data the rows of the step after are fewer or more: no product of one size.
   bool uses_library() const {
     return many_rows<S>(layer_) && !K::two_products && !layer_.batch_sizes;
@@ -389,32 +453,35 @@ class Backward : Shape<Cell, S> {
 
   void prepare() {
     launch_elements(stream(), Fill<C>{zeros_, zeros_size_});
-    if (narrow_gates_)
-      launch_elements(stream(), Fill<S>{narrow_gates_, layer_.directions * layer_.rows.B * depth_});
+    const Index rows = layer_.directions * layer_.rows.B;
+    if (by_head_) launch_elements(stream(), Fill<C>{by_head_, 2 * rows * by_head_width_});
+    if (narrow_gates_) launch_elements(stream(), Fill<S>{narrow_gates_, rows * depth_});
     for (Index d = 0; d < layer_.directions; ++d) pack(d);
   }
 
   // Columns of the weights: those of W_hh's gates in the order of their planes, then the second's.
   void pack(Index d) {
     const Parameters& p = layer_.parameters[d];
-    const Index H = layer_.H, O = layer_.O;
+    const fastrnn::Weight& w = p.weight_hh;
+    const Index H = layer_.H, O = layer_.O, gate = units_.own * w.row;
+    const auto pack_gate = [&](int g, const Heads& outs, S* to, Index stride) {
+      launch_elements(stream(), PackWeights<S>{static_cast<const S*>(w.data) + g * gate, w.unit,
+                                               w.row, outs.count * outs.own, units_.own,
+                                               units_.place, to, stride, outs, w.head, 0});
+    };
     S* to = weights_ + d * O * depth_;
     if (K::high - K::low > K::first)  // a plane that no gate reads
       launch_elements(stream(), Fill<S>{to, O * depth_});
     for (int g = 0; g < K::first; ++g)
-      pack_columns(p.weight_hh, g * H, H, O, to + (K::hidden_plane(g) - K::low) * Hp_, Hp_, depth_);
+      pack_gate(g, outs_, to + (K::hidden_plane(g) - K::low) * units_.place, depth_);
     S* second = second_weights_ + d * H * second_depth_;
     if (layer_.P)
-      pack_columns(p.weight_hr, 0, O, H, second, Op_, second_depth_);
+      launch_elements(stream(),
+                      PackWeights<S>{static_cast<const S*>(p.weight_hr.data), p.weight_hr.unit,
+                                     p.weight_hr.row, H, O, Op_, second, second_depth_});
     else
       for (int g = K::first; g < K::gates; ++g)
-        pack_columns(p.weight_hh, g * H, H, H, second + (g - K::first) * Hp_, Hp_, second_depth_);
-  }
-  // to[u][k] = w[begin + k][u].
-  void pack_columns(const fastrnn::Weight& w, Index begin, Index count, Index units, S* to,
-                    Index depth, Index stride) {
-    const S* from = static_cast<const S*>(w.data) + begin * w.row;
-    launch_elements(stream(), PackWeights<S>{from, w.unit, w.row, units, count, depth, to, stride});
+        pack_gate(g, units_, second + (g - K::first) * units_.place, second_depth_);
   }
 
   BackwardData<S> data(Index s) const {
@@ -422,12 +489,18 @@ class Backward : Shape<Cell, S> {
     a.rows = layer_.rows, a.maths = layer_.maths;
     a.s = s, a.D = layer_.directions, a.H = layer_.H, a.O = layer_.O, a.P = layer_.P;
     a.Hp = Hp_, a.Op = Op_;
+    a.units = units_, a.outs = outs_;
     a.saved = static_cast<const C*>(layer_.gates);
     a.saved_group = layer_.gates_group, a.saved_width = saved_width_;
     a.d_gates = d_gates_, a.gates_group = gates_group_, a.width = width_;
     a.zeros = zeros_, a.narrow_gates = narrow_gates_;
     a.weights = weights_, a.depth = depth_;
     a.second_weights = second_weights_, a.second_depth = second_depth_;
+    a.by_head_width = by_head_width_;
+    if (by_head_) {
+      const Index one = a.D * a.rows.B * by_head_width_;
+      a.by_head = by_head_ + s % 2 * one, a.by_head_after = by_head_ + (s + 1) % 2 * one;
+    }
     a.output = layer_.output, a.cell = layer_.cell, a.h0 = layer_.h0, a.c0 = layer_.c0;
     a.d_output = layer_.d_output, a.d_hidden = layer_.d_hidden, a.d_cell = layer_.d_cell;
     a.d_above = static_cast<const C*>(layer_.d_above);
@@ -480,11 +553,14 @@ class Backward : Shape<Cell, S> {
 
   const Layer& layer_;
   Gradients<Cell, S, C> gradients_;
+  Heads units_, outs_;
   Index Hp_ = 0, Op_ = 0, saved_width_ = 0, width_ = 0, depth_ = 0, second_depth_ = 0;
-  Index gates_group_ = 0, zeros_size_ = 0;
+  Index by_head_width_ = 0, gates_group_ = 0, zeros_size_ = 0;
   C *d_gates_ = nullptr, *zeros_ = nullptr, *d_c_ = nullptr, *carried_ = nullptr;
-  C *d_proj_ = nullptr, *products_ = nullptr;
+  C *d_proj_ = nullptr, *products_ = nullptr, *by_head_ = nullptr;
   S *weights_ = nullptr, *second_weights_ = nullptr, *narrow_gates_ = nullptr;
+  std::unique_ptr<LibraryProduct> library_;
+  Index s_ = 0, pairs_left_ = 0;  // steps that have not run, of one direction their pairs
   std::size_t used_ = 0;
 };
 

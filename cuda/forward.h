@@ -9,13 +9,15 @@
 //                units first, then W_hr. Both are a second launch of the step.
 // Layouts        x_gates   [D][pairs of the block of steps][gates·H], compute type
 //                h         [2][D][B][Op], storage: what enters a step, for every row: h before it,
-//                or
-//                          h0, or zeros. A step reads one and writes the other
+//                          or h0, or zeros. A step reads one and writes the other
 //                c         [D][B][H], the same for c, in place
 //                second    [D][B][Hp], compute type: what a second product reads
 //                weights   [D][first·H][Op], [D][(gates − first)·H or P][Hp], storage (product.h)
+//                Of several heads Op and Hp of what W_hh reads are wider, each head's units by
+//                themselves (Heads), and the weights' rows only as long as one head's.
 //                saved     a row of planes·Hp for each pair: the cell's saved values, then, with
 //                          projection, the hidden units before it
+// Heads          blocks of the same launch, as the directions are: a unit reads its own head alone.
 // Ownership      element (d, i, u) of states, outputs and saved values: the thread that finishes
 // it. Cost           a launch or two each step, some 2–4 µs where the product is small; W_hh from
 // L2 for
@@ -42,7 +44,7 @@ inline constexpr Index kProjectionBytes = FASTRNN_PROJECTION_BYTES;
 template <class S>
 bool many_rows(const Layer& layer) {
   const bool tensor_cores = sizeof(S) == 2 || (sizeof(S) == 4 && layer.tools.allow_tf32);
-  return layer.tools.library && layer.rows.B >= (tensor_cores ? 32 : 64);
+  return layer.tools.library && layer.maths.heads == 1 && layer.rows.B >= (tensor_cores ? 32 : 64);
 }
 
 // What the kernels of a step read and write.
@@ -52,6 +54,8 @@ struct ForwardData {
   Rows rows;
   CellOptions maths;
   Index s, D, H, O, P, Hp, Op;
+  Heads units, outs;  // of the H hidden units, of the O of h
+  Index second_width;
   const S* weights;
   const S* second_weights;
   const C* x_gates[2];
@@ -103,7 +107,7 @@ struct ForwardData {
     if (active) narrow(value, &stored);
     if (active || !rows.packed()) rows.at<S>(output, t, i)[d * O + u] = stored;
     if (active && walk(d).last(t, i)) h_n[state(d, i, O, u)] = stored;
-    pass_on(d, i, stored, initial_hidden(d, i, u), h_next + state(d, i, Op, u));
+    pass_on(d, i, stored, initial_hidden(d, i, u), h_next + state(d, i, Op, outs.at(u)));
   }
 };
 
@@ -124,7 +128,7 @@ struct InitialStates {
     const bool none = a.rows.length(i) == 0;
     if (u < a.O) {
       const S h0 = a.initial_hidden(d, i, u);
-      h[a.state(d, i, a.Op, u)] = initial ? h0 : S{};
+      h[a.state(d, i, a.Op, a.outs.at(u))] = initial ? h0 : S{};
       if (none) a.h_n[a.state(d, i, a.O, u)] = h0;
     }
     if constexpr (Cell::states > 1) {
@@ -150,12 +154,14 @@ struct ForwardStep : Shape<Cell, S> {
   FASTRNN_CELL Index directions() const { return a.D; }
   FASTRNN_CELL Index rows() const { return a.rows.B; }
   FASTRNN_CELL Index units() const { return a.H; }
-  FASTRNN_CELL Index depth() const { return a.Op; }
+  FASTRNN_CELL Index depth() const { return a.outs.place; }
   FASTRNN_CELL bool runs(Index d, Index i) const { return a.rows.active(a.walk(d).step(a.s), i); }
   FASTRNN_CELL const S* weight(Index d, int gate, Index u) const {
-    return a.weights + ((d * planes + gate) * a.H + u) * a.Op;
+    return a.weights + ((d * planes + gate) * a.H + u) * a.outs.place;
   }
-  FASTRNN_CELL const S* operand(Index d, Index i) const { return a.h + a.state(d, i, a.Op, 0); }
+  FASTRNN_CELL const S* operand(Index d, Index i, Index u) const {
+    return a.h + a.state(d, i, a.Op, a.units.head(u) * a.outs.place);
+  }
 
   FASTRNN_CELL void finish(Index d, Index i, Index u, const C* sums) const {
     const Index t = a.walk(d).step(a.s);
@@ -175,12 +181,12 @@ struct ForwardStep : Shape<Cell, S> {
     FASTRNN_UNROLL
     for (int g = 0; g < K::first; ++g)
       sum[g] = V(sums[g]) + (K::separate(g) ? V(a.bias_h[bias + g * a.H]) : x[g]);
-    previous[0] = a.P ? V(0) : V(widen(a.h[a.state(d, i, a.Op, u)]));
+    previous[0] = a.P ? V(0) : V(widen(a.h[a.state(d, i, a.Op, a.outs.at(u))]));
     C* keep = a.saved_row(d, t, i);
     if constexpr (K::two_products) {
       Cell::forward_first(a.maths, sum, previous, saved);
       store_saved(keep, u, saved);
-      a.second[a.state(d, i, a.Hp, u)] = saved[Cell::operand].v;
+      a.second[a.state(d, i, a.second_width, a.units.at(u))] = saved[Cell::operand].v;
     } else {
       V next[2];
       if constexpr (Cell::states > 1) previous[1] = V(a.c[a.state(d, i, a.H, u)]);
@@ -188,7 +194,7 @@ struct ForwardStep : Shape<Cell, S> {
       if (keep) store_saved(keep, u, saved);
       if constexpr (Cell::states > 1) a.finish_cell(d, t, i, u, next[1].v, true);
       if (!a.P) return a.finish_hidden(d, t, i, u, next[0].v, true);
-      a.second[a.state(d, i, a.Hp, u)] = next[0].v;
+      a.second[a.state(d, i, a.second_width, u)] = next[0].v;
       if (keep) keep[Cell::saved * a.Hp + u] = next[0].v;
     }
   }
@@ -213,13 +219,13 @@ struct ForwardSecond : Shape<Cell, S> {
   FASTRNN_CELL Index directions() const { return a.D; }
   FASTRNN_CELL Index rows() const { return a.rows.B; }
   FASTRNN_CELL Index units() const { return a.H; }
-  FASTRNN_CELL Index depth() const { return a.Hp; }
+  FASTRNN_CELL Index depth() const { return a.units.place; }
   FASTRNN_CELL bool runs(Index d, Index i) const { return a.rows.active(a.walk(d).step(a.s), i); }
   FASTRNN_CELL const S* weight(Index d, int gate, Index u) const {
-    return a.second_weights + ((d * planes + gate) * a.H + u) * a.Hp;
+    return a.second_weights + ((d * planes + gate) * a.H + u) * a.units.place;
   }
-  FASTRNN_CELL const C* operand(Index d, Index i) const {
-    return a.second + a.state(d, i, a.Hp, 0);
+  FASTRNN_CELL const C* operand(Index d, Index i, Index u) const {
+    return a.second + a.state(d, i, a.second_width, a.units.head(u) * a.units.place);
   }
 
   FASTRNN_CELL void finish(Index d, Index i, Index u, const C* sums) const {
@@ -234,7 +240,7 @@ struct ForwardSecond : Shape<Cell, S> {
     C* keep = a.saved_row(d, t, i);
     FASTRNN_UNROLL
     for (int k = 0; k < Cell::saved; ++k) saved[k] = V(keep[k * a.Hp + u]);
-    previous[0] = V(widen(a.h[a.state(d, i, a.Op, u)]));
+    previous[0] = V(widen(a.h[a.state(d, i, a.Op, a.outs.at(u))]));
     Cell::forward_second(a.maths, sum, previous, next, saved);
     FASTRNN_UNROLL
     for (int k = 0; k < Cell::saved; ++k) keep[k * a.Hp + u] = saved[k].v;
@@ -260,8 +266,8 @@ struct ForwardProjection {
   FASTRNN_CELL const S* weight(Index d, int, Index u) const {
     return a.second_weights + (d * a.P + u) * a.Hp;
   }
-  FASTRNN_CELL const C* operand(Index d, Index i) const {
-    return a.second + a.state(d, i, a.Hp, 0);
+  FASTRNN_CELL const C* operand(Index d, Index i, Index) const {
+    return a.second + a.state(d, i, a.second_width, 0);
   }
   FASTRNN_CELL void finish(Index d, Index i, Index u, const C* sums) const {
     const Index t = a.walk(d).step(a.s);
@@ -278,12 +284,14 @@ struct Biases : Shape<Cell, S> {
   Weight input, hidden;
   Index H;
   C *bias_x, *bias_h;
+  Index heads = 1;  // bias_h: all gates of a head, then those of the next
 
   FASTRNN_CELL Index count() const { return K::gates * H; }
   FASTRNN_CELL void element(Index n) const {
     const C x = value(input, n), h = value(hidden, n);
     bias_x[n] = K::separate(static_cast<int>(n / H)) ? x : x + h;
-    bias_h[n] = h;
+    const Index own = H / heads, u = n % H;
+    bias_h[heads == 1 ? n : (u / own * K::gates + n / H) * own + u % own] = h;
   }
   FASTRNN_CELL static C value(const Weight& w, Index n) {
     return w.data ? C(widen(static_cast<const S*>(w.data)[n * w.unit])) : C(0);
@@ -342,21 +350,25 @@ class Forward : Shape<Cell, S> {
   Forward(const Layer& layer, void* base) : layer_(layer) {
     Arena arena(base);
     const Index D = layer.directions, B = layer.rows.B, H = layer.H;
-    Hp_ = padded(H), Op_ = padded(layer.O);
+    units_ = heads_of(H, layer.maths.heads), outs_ = heads_of(layer.O, layer.maths.heads);
+    Hp_ = padded(H), Op_ = outs_.width();
     saved_width_ = (Cell::saved + (layer.P ? 1 : 0)) * Hp_;
-    weights_ = arena.take<S>(D * K::first * H * Op_);
+    weights_ = arena.take<S>(D * K::first * H * outs_.place);
     second_rows_ = layer.P ? layer.P : (K::gates - K::first) * H;
-    second_weights_ = arena.take<S>(D * second_rows_ * Hp_);
+    second_width_ = layer.P ? Hp_ : units_.width();
+    second_depth_ = layer.P ? Hp_ : units_.place;
+    second_weights_ = arena.take<S>(D * second_rows_ * second_depth_);
     bias_x_ = arena.take<C>(D * K::gates * H);
     bias_h_ = arena.take<C>(D * K::gates * H);
     h_ = arena.take<S>(2 * D * B * Op_);
     c_ = arena.take<C>(Cell::states > 1 ? D * B * H : 0);
-    second_ = arena.take<C>(second_rows_ ? D * B * Hp_ : 0);
+    second_ = arena.take<C>(second_rows_ ? D * B * second_width_ : 0);
     one_step_ = arena.take<C>(K::two_products && !layer.gates ? D * B * saved_width_ : 0);
     gathers_ = !uniform_rows(layer.input, layer.rows, packed(), layer.I, input_stride_);
     const Index gate_bytes = K::gates * H * static_cast<Index>(sizeof(C));
     const Index row_bytes = greatest(gate_bytes, gathers_ ? layer.I * sizeof(S) : 0);
     steps_ = least(layer.rows.T, greatest(1, kProjectionBytes / row_bytes / greatest(B, 1)));
+    if (layer.piece_steps) steps_ = least(steps_, layer.piece_steps);
     x_gates_ = arena.take<C>(D * steps_ * B * K::gates * H);
     x_rows_ = arena.take<S>(gathers_ ? steps_ * B * layer.I : 0);
     products_ = arena.take<C>(many_rows<S>(layer) ? D * B * K::first * H : 0);
@@ -366,16 +378,24 @@ class Forward : Shape<Cell, S> {
   std::size_t used() const { return used_; }
 
   void run() {
+    start();
+    run_to(layer_.rows.T);
+  }
+
+  // In pieces: start(), then run_to() of more and more steps, then finish().
+  void start() {
     prepare();
-    const std::unique_ptr<LibraryProduct> library = library_product();
-    // Pairs before the block of steps; of the second direction, the pairs up to it.
-    Index before[2] = {0, layer_.rows.pairs};
-    for (Index s = 0; s < layer_.rows.T;) {
-      const Index end = least(s + steps_, layer_.rows.T);
-      for (Index d = 0; d < layer_.directions; ++d) project(d, s, end, before[d]);
-      for (; s < end; ++s) step(s, library.get());
+    library_ = library_product();
+    before_[1] = layer_.rows.pairs;
+  }
+  void run_to(Index step_end) {
+    while (s_ < step_end) {
+      const Index end = least(s_ + steps_, step_end);
+      for (Index d = 0; d < layer_.directions; ++d) project(d, s_, end, before_[d]);
+      for (; s_ < end; ++s_) step(s_, library_.get());
     }
   }
+  void finish() {}
 
  private:
   bool packed() const { return layer_.batch_sizes != nullptr; }
@@ -384,26 +404,29 @@ class Forward : Shape<Cell, S> {
   void prepare() {
     const Index D = layer_.directions, B = layer_.rows.B;
     launch_elements(stream(), Fill<S>{h_, 2 * D * B * Op_});
-    if (second_rows_) launch_elements(stream(), Fill<C>{second_, D * B * Hp_});
+    if (second_rows_) launch_elements(stream(), Fill<C>{second_, D * B * second_width_});
     for (Index d = 0; d < D; ++d) pack(d);
     launch_elements(stream(), InitialStates<Cell, S>{data(0), h_});
   }
 
   void pack(Index d) {
     const Parameters& p = layer_.parameters[d];
-    const Index H = layer_.H, O = layer_.O, first = K::first * H;
-    const auto pack_rows = [&](const fastrnn::Weight& w, Index begin, Index count, Index columns,
-                               Index depth, S* to) {
-      const S* from = static_cast<const S*>(w.data) + begin * w.row;
+    const Index H = layer_.H, first = K::first * H;
+    const auto pack_gates = [&](int begin, Index rows, Index depth, S* to) {
+      const fastrnn::Weight& w = p.weight_hh;
+      const Index gate = units_.own * w.row;
       launch_elements(stream(),
-                      PackWeights<S>{from, w.row, w.unit, count, columns, depth, to, depth});
+                      PackWeights<S>{static_cast<const S*>(w.data) + begin * gate, w.row, w.unit,
+                                     rows, outs_.own, depth, to, depth, units_, w.head, gate});
     };
-    pack_rows(p.weight_hh, 0, first, O, Op_, weights_ + d * first * Op_);
-    S* second = second_weights_ + d * second_rows_ * Hp_;
+    pack_gates(0, first, outs_.place, weights_ + d * first * outs_.place);
+    S* second = second_weights_ + d * second_rows_ * second_depth_;
     if (layer_.P)
-      pack_rows(p.weight_hr, 0, layer_.P, H, Hp_, second);
+      launch_elements(stream(), PackWeights<S>{static_cast<const S*>(p.weight_hr.data),
+                                               p.weight_hr.row, p.weight_hr.unit, layer_.P, H,
+                                               second_depth_, second, second_depth_});
     else if (K::two_products)
-      pack_rows(p.weight_hh, first, second_rows_, H, Hp_, second);
+      pack_gates(K::first, second_rows_, second_depth_, second);
     const Index bias = d * K::gates * H;
     launch_elements(stream(),
                     Biases<Cell, S>{{}, p.bias_ih, p.bias_hh, H, bias_x_ + bias, bias_h_ + bias});
@@ -414,6 +437,7 @@ class Forward : Shape<Cell, S> {
     ForwardData<S> a{};
     a.rows = layer_.rows, a.maths = layer_.maths;
     a.s = s, a.D = D, a.H = layer_.H, a.O = layer_.O, a.P = layer_.P, a.Hp = Hp_, a.Op = Op_;
+    a.units = units_, a.outs = outs_, a.second_width = second_width_;
     a.weights = weights_, a.second_weights = second_weights_;
     for (Index d = 0; d < D; ++d) {
       a.x_gates[d] = x_gates_ + d * steps_ * B * K::gates * layer_.H;
@@ -472,12 +496,17 @@ class Forward : Shape<Cell, S> {
   }
 
   const Layer& layer_;
-  Index Hp_ = 0, Op_ = 0, saved_width_ = 0, second_rows_ = 0, steps_ = 0, input_stride_ = 0;
+  Heads units_, outs_;
+  Index Hp_ = 0, Op_ = 0, saved_width_ = 0, steps_ = 0, input_stride_ = 0;
+  Index second_rows_ = 0, second_width_ = 0, second_depth_ = 0;
   bool gathers_ = false;
   S *weights_ = nullptr, *second_weights_ = nullptr, *h_ = nullptr, *x_rows_ = nullptr;
   C *bias_x_ = nullptr, *bias_h_ = nullptr, *c_ = nullptr, *second_ = nullptr;
   C *one_step_ = nullptr, *x_gates_ = nullptr, *products_ = nullptr;
   Index x_first_[2] = {};
+  std::unique_ptr<LibraryProduct> library_;
+  Index s_ = 0;           // the step that comes next
+  Index before_[2] = {};  // pairs before it; of the second direction, the pairs up to it
   std::size_t used_ = 0;
 };
 

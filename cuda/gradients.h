@@ -11,7 +11,9 @@
 //             memory holds.
 // Layouts     packed  [pairs of the block][columns], storage
 //             sums    of half types: each gradient of a weight, compute type
-// Cost        G·H·(I + O) products a pair each for weights and input, on tensor cores where the
+// Heads       dW_hh of each from its own da and h alone, all of them as one product of many
+// batches. Cost        G·H·(I + O) products a pair each for weights and input, on tensor cores
+// where the
 //             library has them; packing reads and writes what it packs once.
 #pragma once
 
@@ -24,7 +26,8 @@ namespace fastrnn::cuda {
 // Pairs are packed together as far as they fill this many bytes.
 inline constexpr Index kGradientBytes = 2 * kProjectionBytes;
 
-// Rows of gates·H: to[n − first][g·H + u] = plane (code >> 4·g) & 15 of the gates' gradients.
+// Rows of gates·H: to[n − first][g·H + u] = plane (code >> 4·g) & 15 of the gates' gradients; of
+// several heads all gates of a head, then those of the next.
 template <class S, class G>
 struct GatherGates {
   static constexpr const char* name = "rows of the gates' gradients";
@@ -32,10 +35,12 @@ struct GatherGates {
   Index width, plane, H, gates, first, pairs;
   unsigned code;
   S* to;
+  Index heads = 1;
 
   FASTRNN_CELL Index count() const { return pairs * gates * H; }
   FASTRNN_CELL void element(Index n) const {
-    const Index u = n % H, g = n / H % gates, pair = first + n / H / gates;
+    const Index own = H / heads, g = n / own % gates, pair = first + n / H / gates;
+    const Index u = heads == 1 ? n % H : n % (gates * H) / (gates * own) * own + n % own;
     narrow(widen(d_gates[pair * width + ((code >> (4 * g)) & 15) * plane + u]), to + n);
   }
 };
@@ -163,7 +168,11 @@ class Gradients : Shape<Cell, S> {
   };
 
   explicit Gradients(const Layer& layer)
-      : layer_(layer), Hp_(padded(layer.H)), Op_(padded(layer.O)), rows_(K::gates * layer.H) {
+      : layer_(layer),
+        Hp_(padded(layer.H)),
+        Op_(padded(layer.O)),
+        rows_(K::gates * layer.H),
+        recurrent_(rows_ * layer.O / layer.maths.heads) {
     // What stands in the padding of the caller's input may be anything.
     const bool dirty = layer.rows.lengths && !layer.d_below;
     gathers_input_ = dirty || !uniform_rows(layer.input, layer.rows, layer.batch_sizes != nullptr,
@@ -186,7 +195,18 @@ class Gradients : Shape<Cell, S> {
     projected_ = arena.take<S>(P ? block_ * P : 0);
     d_inputs_ = arena.take<C>(half && layer_.d_input ? block_ * I : 0);
     for (Index d = 0; half && d < D; ++d)
-      sums_[d] = {arena.take<C>(rows_ * I), arena.take<C>(rows_ * O), arena.take<C>(P * H)};
+      sums_[d] = {arena.take<C>(rows_ * I), arena.take<C>(recurrent_), arena.take<C>(P * H)};
+  }
+
+  // The gradients of the input of the pairs first … last − 1, of one direction, for the layer
+  // below. run() leaves them out where a layer runs in pieces.
+  void run_below(const Data& data, Index first, Index last) {
+    data_ = data;
+    if (!layer_.d_below) return;
+    for (Index n0 = first; n0 < last; n0 += block_) {
+      const Index count = least(block_, last - n0);
+      add_input_gradient(0, n0, count, gates_rows(0, n0, count, K::input_code, 1, input_gates_));
+    }
   }
 
   void run(const Data& data) {
@@ -230,30 +250,36 @@ class Gradients : Shape<Cell, S> {
 
   void add_block(Index d, Index n0, Index count) {
     const Parameters to = wanted(d);
-    const Index H = layer_.H, I = layer_.I, O = layer_.O, first = K::first * H;
-    const MatrixRows input_gates = gates_rows(d, n0, count, K::input_code, input_gates_);
+    const Index H = layer_.H, I = layer_.I, O = layer_.O;
+    const MatrixRows input_gates = gates_rows(d, n0, count, K::input_code, 1, input_gates_);
     if (C* sum = sums(to.weight_ih, sums_[d].weight_ih))
-      add_weights(rows_, I, count, input_gates, input_rows(d, n0, count), sum, n0 > 0);
+      add_weights(1, rows_, I, count, input_gates, input_rows(d, n0, count), sum, n0 > 0);
     if (C* sum = sums(to.weight_hh, sums_[d].weight_hh)) {
-      const MatrixRows gates = K::hidden_code == K::input_code
+      const Index heads = layer_.maths.heads, units = H / heads, outs = O / heads;
+      const MatrixRows gates = K::hidden_code == K::input_code && heads == 1
                                    ? input_gates
-                                   : gates_rows(d, n0, count, K::hidden_code, hidden_gates_);
+                                   : gates_rows(d, n0, count, K::hidden_code, heads, hidden_gates_);
       launch_elements(stream(), GatherHidden<S>{layer_.rows, layer_.output, layer_.h0, d, O, n0,
                                                 count, hidden_});
-      add_weights(first, O, count, gates, {hidden_, O}, sum, n0 > 0);
+      add_weights(heads, K::first * units, outs, count, gates, {hidden_, O}, sum, n0 > 0);
       if constexpr (K::two_products)
-        add_weights(rows_ - first, H, count, {gates.data + first, gates.stride},
-                    kept_rows(d, n0, count, Cell::operand), sum + first * O, n0 > 0);
+        add_weights(heads, (K::gates - K::first) * units, units, count,
+                    {gates.data + K::first * units, gates.stride},
+                    kept_rows(d, n0, count, Cell::operand), sum + K::first * units * outs, n0 > 0);
     }
     if (C* sum = layer_.P ? sums(to.weight_hr, sums_[d].weight_hr) : nullptr)
-      add_weights(O, H, count, projected_rows(d, n0, count), kept_rows(d, n0, count, Cell::saved),
-                  sum, n0 > 0);
-    if (C* dx = input_gradient(n0)) {
-      const fastrnn::Weight& w = layer_.parameters[d].weight_ih;
-      multiply(layer_.tools,
-               Matrices<S>{count, I, rows_, input_gates.data, input_gates.stride, 1,
-                           static_cast<const S*>(w.data), w.unit, w.row, dx, I, d > 0});
-    }
+      add_weights(1, O, H, count, projected_rows(d, n0, count),
+                  kept_rows(d, n0, count, Cell::saved), sum, n0 > 0);
+    if (!layer_.piece_steps || !layer_.d_below) add_input_gradient(d, n0, count, input_gates);
+  }
+
+  void add_input_gradient(Index d, Index n0, Index count, const MatrixRows& gates) const {
+    C* const dx = input_gradient(n0);
+    if (!dx) return;
+    const fastrnn::Weight& w = layer_.parameters[d].weight_ih;
+    multiply(layer_.tools,
+             Matrices<S>{count, layer_.I, rows_, gates.data, gates.stride, 1,
+                         static_cast<const S*>(w.data), w.unit, w.row, dx, layer_.I, d > 0});
   }
 
   C* input_gradient(Index n0) const {
@@ -265,11 +291,13 @@ class Gradients : Shape<Cell, S> {
       return static_cast<C*>(layer_.d_input) + n0 * layer_.I;
   }
 
-  // sum[m][n] (+)= Σ over the pairs of left[m]·right[n].
-  void add_weights(Index m, Index n, Index pairs, const MatrixRows& left, const MatrixRows& right,
-                   C* sum, bool add) const {
+  // sum[m][n] (+)= Σ over the pairs of left[m]·right[n]; of `heads` such, each with its own columns
+  // of left and right.
+  void add_weights(Index heads, Index m, Index n, Index pairs, const MatrixRows& left,
+                   const MatrixRows& right, C* sum, bool add) const {
+    const Index gates = rows_ / heads;
     multiply(layer_.tools, Matrices<S>{m, n, pairs, left.data, 1, left.stride, right.data, 1,
-                                       right.stride, sum, n, add});
+                                       right.stride, sum, n, add, heads, gates, n, gates * n});
   }
 
   // Whether the gates' gradients lie in memory as the rows of a matrix.
@@ -280,13 +308,13 @@ class Gradients : Shape<Cell, S> {
     return regular;
   }
 
-  MatrixRows gates_rows(Index d, Index n0, Index count, unsigned code, S* to) const {
+  MatrixRows gates_rows(Index d, Index n0, Index count, unsigned code, Index heads, S* to) const {
     const G* from = data_.d_gates + d * data_.group;
     if constexpr (std::is_same_v<S, G>)
-      if (reads_gates(code))
+      if (heads == 1 && reads_gates(code))
         return {from + n0 * data_.width + (code & 15) * data_.plane, data_.width};
     launch_elements(stream(), GatherGates<S, G>{from, data_.width, data_.plane, layer_.H, K::gates,
-                                                n0, count, code, to});
+                                                n0, count, code, to, heads});
     return {to, rows_};
   }
 
@@ -321,7 +349,7 @@ class Gradients : Shape<Cell, S> {
       if (w.data) launch_elements(stream(), Narrow<S>{from, size, static_cast<S*>(w.data)});
     };
     one(to.weight_ih, sums_[d].weight_ih, rows_ * layer_.I);
-    one(to.weight_hh, sums_[d].weight_hh, rows_ * layer_.O);
+    one(to.weight_hh, sums_[d].weight_hh, recurrent_);
     if (layer_.P) one(to.weight_hr, sums_[d].weight_hr, layer_.P * layer_.H);
   }
 
@@ -345,7 +373,7 @@ class Gradients : Shape<Cell, S> {
     for (Index d = 0; d < layer_.directions; ++d) {
       const Parameters to = wanted(d);
       one(to.weight_ih, rows_ * layer_.I);
-      one(to.weight_hh, rows_ * layer_.O);
+      one(to.weight_hh, recurrent_);
       one(to.bias_ih, rows_);
       one(to.bias_hh, rows_);
       one(to.weight_hr, layer_.P * layer_.H);
@@ -354,7 +382,7 @@ class Gradients : Shape<Cell, S> {
 
   const Layer& layer_;
   Data data_{};
-  const Index Hp_, Op_, rows_;
+  const Index Hp_, Op_, rows_, recurrent_;  // the last: elements of a weight_hh
   Index block_ = 0, input_stride_ = 0;
   bool gathers_input_ = false;
   S *input_gates_ = nullptr, *hidden_gates_ = nullptr, *inputs_ = nullptr, *hidden_ = nullptr;

@@ -19,6 +19,7 @@ constexpr std::int32_t kPlain = 0, kTransposed = 1;                      // cubl
 constexpr int kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBfloat16 = 14;  // cudaDataType_t
 constexpr int kCompute32 = 68, kCompute64 = 70, kComputeTf32 = 77;       // cublasComputeType_t
 constexpr int kTransposeA = 3, kTransposeB = 4;   // cublasLtMatmulDescAttributes_t
+constexpr int kBatches = 5, kBatchStride = 6;     // cublasLtMatrixLayoutAttribute_t
 constexpr int kMostScratch = 1, kReductions = 3;  // cublasLtMatmulPreference…
 constexpr int kAlignmentA = 5, kAlignmentB = 6, kAlignmentC = 7, kAlignmentD = 8;
 constexpr std::uint32_t kReductionsInScratch = 2 | 4;  // in compute type, in output type; not in
@@ -45,6 +46,7 @@ struct Library {
   int (*layout_create)(void** layout, int type, std::uint64_t rows, std::uint64_t columns,
                        std::int64_t leading);
   int (*layout_destroy)(void* layout);
+  int (*layout_set)(void* layout, int attribute, const void* value, std::size_t size);
   int (*preference_create)(void** preference);
   int (*preference_destroy)(void* preference);
   int (*preference_set)(void* preference, int attribute, const void* value, std::size_t size);
@@ -74,6 +76,7 @@ bool find_functions(void* file, Library& l) {
          find(file, "cublasLtMatmulDescSetAttribute", l.description_set) &&
          find(file, "cublasLtMatrixLayoutCreate", l.layout_create) &&
          find(file, "cublasLtMatrixLayoutDestroy", l.layout_destroy) &&
+         find(file, "cublasLtMatrixLayoutSetAttribute", l.layout_set) &&
          find(file, "cublasLtMatmulPreferenceCreate", l.preference_create) &&
          find(file, "cublasLtMatmulPreferenceDestroy", l.preference_destroy) &&
          find(file, "cublasLtMatmulPreferenceSetAttribute", l.preference_set) &&
@@ -169,10 +172,11 @@ int compute_of(const Tools& tools, DType dtype) {
 
 Index bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-// Of a matrix whose rows lie `stride` bytes apart, what every row is aligned to.
-std::uint32_t alignment(const void* data, Index stride) {
+// Of matrices whose rows lie `stride` bytes apart, themselves `batch` bytes: what every row is
+// aligned to.
+std::uint32_t alignment(const void* data, Index stride, Index batch) {
   const std::uint64_t bits =
-      reinterpret_cast<std::uintptr_t>(data) | static_cast<std::uint64_t>(stride) | 256;
+      reinterpret_cast<std::uintptr_t>(data) | static_cast<std::uint64_t>(stride | batch) | 256;
   return static_cast<std::uint32_t>(bits & (~bits + 1));
 }
 
@@ -232,7 +236,18 @@ bool LibraryProduct::describe(const AnyMatrices& p) {
          l.layout_create(&left_, type, left.rows, left.columns, left.leading) == kSuccess &&
          l.layout_create(&right_, type, right.rows, right.columns, right.leading) == kSuccess &&
          l.layout_create(&result_, wide, static_cast<std::uint64_t>(p.n),
-                         static_cast<std::uint64_t>(p.m), p.to_m) == kSuccess;
+                         static_cast<std::uint64_t>(p.m), p.to_m) == kSuccess &&
+         (p.batches == 1 || repeat(left_, p.batches, p.b_batch)) &&
+         (p.batches == 1 || repeat(right_, p.batches, p.a_batch)) &&
+         (p.batches == 1 || repeat(result_, p.batches, p.to_batch));
+}
+
+// The matrix and those that follow it.
+bool LibraryProduct::repeat(void* layout, Index batches, Index stride) const {
+  const Library& l = *tools_.library;
+  const auto count = static_cast<std::int32_t>(batches);
+  return l.layout_set(layout, kBatches, &count, sizeof(count)) == kSuccess &&
+         l.layout_set(layout, kBatchStride, &stride, sizeof(stride)) == kSuccess;
 }
 
 bool LibraryProduct::choose(const AnyMatrices& p) {
@@ -244,9 +259,11 @@ bool LibraryProduct::choose(const AnyMatrices& p) {
   };
   const Index bytes = bytes_of(p.dtype), wide = doubles_ ? 8 : 4;
   const std::uint64_t scratch = tools_.scratch ? kLibraryScratch : 0;
-  const std::uint32_t left = alignment(p.b, (p.b_k == 1 ? p.b_n : p.b_k) * bytes);
-  const std::uint32_t right = alignment(p.a, (p.a_k == 1 ? p.a_m : p.a_k) * bytes);
-  const std::uint32_t result = alignment(p.to, p.to_m * wide);
+  const std::uint32_t left =
+      alignment(p.b, (p.b_k == 1 ? p.b_n : p.b_k) * bytes, p.b_batch * bytes);
+  const std::uint32_t right =
+      alignment(p.a, (p.a_k == 1 ? p.a_m : p.a_k) * bytes, p.a_batch * bytes);
+  const std::uint32_t result = alignment(p.to, p.to_m * wide, p.to_batch * wide);
   Found found{};
   int count = 0;
   const bool chosen = set(kMostScratch, scratch) && set(kReductions, kReductionsInScratch) &&

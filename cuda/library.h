@@ -35,7 +35,8 @@ struct Tools {
   bool allow_tf32 = false;
 };
 
-// to[m][n] (+)= Σ_k a(m, k)·b(n, k): a and b in `dtype`, `to` in its compute type.
+// to[m][n] (+)= Σ_k a(m, k)·b(n, k): a and b in `dtype`, `to` in its compute type; `batches` of
+// them, the matrices so many elements apart.
 struct AnyMatrices {
   DType dtype;
   Index m, n, k;
@@ -46,6 +47,7 @@ struct AnyMatrices {
   void* to;
   Index to_m;
   bool add;
+  Index batches, a_batch, b_batch, to_batch;
 };
 
 // One shape of product, prepared to be multiplied often. Lives on the host.
@@ -64,6 +66,7 @@ class LibraryProduct {
 
  private:
   bool describe(const AnyMatrices& p);
+  bool repeat(void* layout, Index batches, Index stride) const;
   bool choose(const AnyMatrices& p);
 
   const Tools tools_;

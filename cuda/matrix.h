@@ -3,7 +3,7 @@
 // By the library (library.h) where there is one that takes the strides, else by the kernel below: a
 // block owns 64 × 64 results, a thread 4 × 4 of them in registers, and k runs in tiles of 16
 // through shared memory, in its order; a long sum is added in runs of 256. So a result's bits
-// depend on its own row and column alone.
+// depend on its own row and column alone. Several products of one shape are one launch.
 #pragma once
 
 #include <cmath>
@@ -24,7 +24,8 @@ struct Matrices {
   Index b_n, b_k;
   C* to;
   Index to_m;
-  bool add;  // to what is there, else in its place
+  bool add;                                                   // to what is there, else in its place
+  Index batches = 1, a_batch = 0, b_batch = 0, to_batch = 0;  // so many, with these strides
 };
 
 template <class S>
@@ -44,17 +45,20 @@ struct MatrixProduct {
 
   Matrices<S> p;
 
-  Index blocks() const { return ceil_div(p.m, tile) * ceil_div(p.n, tile); }
+  Index blocks() const { return p.batches * tiles(); }
+  FASTRNN_CELL Index tiles() const { return ceil_div(p.m, tile) * ceil_div(p.n, tile); }
   FASTRNN_CELL Index rounds() const { return greatest(1, ceil_div(p.k, depth)); }
 
   template <int phase>
   FASTRNN_CELL void run(Index block, int thread, Index round, Shared& shared,
                         Registers& mine) const {
     const Index across = ceil_div(p.n, tile);
+    const Index batch = p.batches == 1 ? 0 : block / tiles();
+    block -= batch * tiles();
     const Index m0 = block / across * tile, n0 = block % across * tile, k0 = round * depth;
     if constexpr (phase == 0) {
-      load(shared.a, p.a, p.a_m, p.a_k, m0, p.m, k0, thread);
-      load(shared.b, p.b, p.b_n, p.b_k, n0, p.n, k0, thread);
+      load(shared.a, p.a + batch * p.a_batch, p.a_m, p.a_k, m0, p.m, k0, thread);
+      load(shared.b, p.b + batch * p.b_batch, p.b_n, p.b_k, n0, p.n, k0, thread);
     } else {
       const int row = thread / (tile / own) * own, column = thread % (tile / own) * own;
       C(&sum)[own][own] = mine.sum;
@@ -69,7 +73,7 @@ struct MatrixProduct {
       }
       const bool done = round + 1 == rounds();
       if (done || (round + 1) % run_rounds == 0) add(sum, mine.total);
-      if (done) store(mine.total, m0 + row, n0 + column);
+      if (done) store(mine.total, p.to + batch * p.to_batch, m0 + row, n0 + column);
     }
   }
 
@@ -95,11 +99,11 @@ struct MatrixProduct {
     }
   }
 
-  FASTRNN_CELL void store(const C (&sum)[own][own], Index row, Index column) const {
+  FASTRNN_CELL void store(const C (&sum)[own][own], C* result, Index row, Index column) const {
     for (int i = 0; i < own; ++i)
       for (int j = 0; j < own; ++j) {
         if (row + i >= p.m || column + j >= p.n) continue;
-        C* to = p.to + (row + i) * p.to_m + column + j;
+        C* to = result + (row + i) * p.to_m + column + j;
         *to = p.add ? *to + sum[i][j] : sum[i][j];
       }
   }
@@ -126,7 +130,8 @@ constexpr DType dtype_of<F16>() {
 
 template <class S>
 AnyMatrices any(const Matrices<S>& p) {
-  return {dtype_of<S>(), p.m, p.n, p.k, p.a, p.a_m, p.a_k, p.b, p.b_n, p.b_k, p.to, p.to_m, p.add};
+  return {dtype_of<S>(), p.m,  p.n,    p.k,   p.a,       p.a_m,     p.a_k,     p.b,       p.b_n,
+          p.b_k,         p.to, p.to_m, p.add, p.batches, p.a_batch, p.b_batch, p.to_batch};
 }
 
 template <class S>

@@ -7,8 +7,12 @@
 // Rows        lengths are sorted on the device, so that the rows of a step are the first ones of
 //             that order; pairs that do not run are zeroed beside the kernel, which leaves them as
 //             they are. Resets are read where they lie, if they are contiguous.
+// Heads       are the groups of teams of a launch, in the place of the directions, each with its
+// own
+//             block of W_hh and its own units of every array; a direction is then a launch by
+//             itself.
 // Layouts     x_gates   [D][pairs][gates·H], float
-//             weights   [D][gates·H][H], storage
+//             weights   [D][head][gates·H/heads][H/heads], storage
 //             d_gates   [D][pairs][gradients·H], storage; or, of float32, in the place of forward's
 //                       saved values where the caller gives these up
 //             Sequences and states are the caller's by their strides. Those whose units are not
@@ -55,13 +59,14 @@ const char* persistent_sizes(const Layer& layer, Pass pass, resident::Sizes* siz
   if (T > most || B > most || H > most) return "T, B or H is beyond 31 bits";
   if (pass == Pass::forward && D * layer.rows.pairs * Cell::gates * H > kMostProjected / 4)
     return "the projections of all steps take more than 4 GiB";
+  const Index heads = layer.maths.heads;
   *sizes = {Cell::name,
             operand_kind<S>(layer.tools.allow_tf32),
             pass,
             static_cast<int>(T),
             static_cast<int>(B),
-            static_cast<int>(H),
-            static_cast<int>(D)};
+            static_cast<int>(H / heads),
+            static_cast<int>(heads > 1 ? heads : D)};
   return nullptr;
 }
 
@@ -256,15 +261,37 @@ resident::StateOf<Stored<S>> written_state(const Layer& layer, void* data) {
   return {static_cast<Stored<S>*>(data), layer.rows.B * layer.H, layer.H};
 }
 
-// W_hh of all directions, [D][gates·H][H].
+// W_hh of all directions, [D][head][gates·H/heads][H/heads].
 template <class Cell, class S>
 void pack_recurrent(const Layer& layer, S* to) {
-  const Index H = layer.H, rows = Shape<Cell, S>::gates * H;
+  const Index rows = Shape<Cell, S>::gates * layer.H, heads = layer.maths.heads;
+  const Index units = layer.H / heads;
   for (Index d = 0; d < layer.directions; ++d) {
     const fastrnn::Weight& w = layer.parameters[d].weight_hh;
-    launch_elements(layer.tools.stream, PackWeights<S>{static_cast<const S*>(w.data), w.row, w.unit,
-                                                       rows, H, H, to + d * rows * H, H});
+    launch_elements(layer.tools.stream,
+                    PackWeights<S>{static_cast<const S*>(w.data), w.row, w.unit, rows, units, units,
+                                   to + d * rows * units, units, heads_of(rows, heads), w.head, 0});
   }
+}
+
+// Which groups of teams run backwards in time in the launch of direction d: the second direction;
+// or of several heads all of them or none.
+inline int reverse_from(const Layer& layer, Index d) {
+  if (layer.maths.heads == 1) return 1;
+  return d == 1 ? 0 : std::numeric_limits<int>::max();
+}
+
+// An array of all directions as the launch of direction d has it: whole, or of several heads the
+// direction's, cut into theirs.
+template <class Array>
+Array groups_of(const Layer& layer, Index d, Array all) {
+  if (layer.maths.heads == 1) return all;
+  if (all.data) all.data += d * all.group;
+  all.group = layer.H / layer.maths.heads;
+  return all;
+}
+inline Index launches_of(const Layer& layer) {
+  return layer.maths.heads == 1 ? 1 : layer.directions;
 }
 
 // ---- the two passes -----------------------------------------------------------------------------
@@ -283,7 +310,7 @@ class PersistentForward : Shape<Cell, S> {
     rows_.lay_out(layer, arena);
     h0_.lay_out(layer, layer.h0, arena);
     c0_.lay_out(layer, layer.c0, arena);
-    weights_ = arena.take<S>(D * gates_ * layer.H);
+    weights_ = arena.take<S>(D * gates_ * layer.H / layer.maths.heads);
     bias_x_ = arena.take<C>(D * gates_);
     bias_h_ = arena.take<C>(D * gates_);
     const bool gathers = !uniform_rows(layer.input, layer.rows, layer.batch_sizes != nullptr,
@@ -307,7 +334,8 @@ class PersistentForward : Shape<Cell, S> {
     rows_.clear_padding(layer_, static_cast<S*>(layer_.output.data), D * layer_.H);
     if (layer_.cell.data)
       rows_.clear_padding(layer_, static_cast<C*>(layer_.cell.data), D * layer_.H);
-    resident::launch_forward(*layer_.plan, arrays(), workspace_, stream());
+    for (Index d = 0; d < launches_of(layer_); ++d)
+      resident::launch_forward(*layer_.plan, arrays(d), workspace_, stream());
   }
 
  private:
@@ -318,7 +346,9 @@ class PersistentForward : Shape<Cell, S> {
     const Parameters& p = layer_.parameters[d];
     C *const bias = bias_x_ + d * gates_, *const to = x_gates_ + d * pairs_ * gates_;
     launch_elements(
-        stream(), Biases<Cell, S>{{}, p.bias_ih, p.bias_hh, layer_.H, bias, bias_h_ + d * gates_});
+        stream(),
+        Biases<Cell, S>{
+            {}, p.bias_ih, p.bias_hh, layer_.H, bias, bias_h_ + d * gates_, layer_.maths.heads});
     const bool biased = p.bias_ih.data || p.bias_hh.data;
     if (biased) launch_elements(stream(), RepeatRow<C>{bias, gates_, pairs_ * gates_, to});
     const Index block = x_rows_ ? block_ : pairs_;
@@ -327,22 +357,25 @@ class PersistentForward : Shape<Cell, S> {
                        to + n * gates_, biased);
   }
 
-  resident::Forward<Stored<S>> arrays() const {
-    const Index H = layer_.H, Hp = padded(H);
+  resident::Forward<Stored<S>> arrays(Index d) const {
+    using resident::PlanesOf;
+    const Index H = layer_.H, Hp = padded(H), units = H / layer_.maths.heads;
+    const auto groups = [&](const auto& all) { return groups_of(layer_, d, all); };
     resident::Forward<Stored<S>> a;
     a.steps = rows_.table(layer_);
     a.options = layer_.maths;
-    a.reverse_from = 1;
-    a.aligned = H % (16 / static_cast<Index>(sizeof(S))) == 0;
-    a.weight_hh = reinterpret_cast<const Stored<S>*>(weights_);
-    a.hidden_bias = bias_h_;
-    a.x_gates = {x_gates_, pairs_ * gates_, gates_, H};
-    a.h0 = h0_.get(layer_), a.c0 = c0_.get(layer_);
-    a.hidden = rows_.sequence<Stored<S>>(layer_.output, H);
-    a.cell = rows_.sequence<float>(layer_.cell, H);
-    a.saved = {static_cast<float*>(layer_.gates), layer_.gates_group, Cell::saved * Hp, Hp};
-    a.h_n = written_state<S>(layer_, layer_.h_n);
-    a.c_n = written_state<S>(layer_, layer_.c_n);
+    a.reverse_from = reverse_from(layer_, d);
+    a.aligned = units % (16 / static_cast<Index>(sizeof(S))) == 0;
+    a.weight_hh = reinterpret_cast<const Stored<S>*>(weights_) + d * gates_ * units;
+    a.hidden_bias = bias_h_ + d * gates_;
+    a.x_gates = groups(PlanesOf<const float>{x_gates_, pairs_ * gates_, gates_, H});
+    a.h0 = groups(h0_.get(layer_)), a.c0 = groups(c0_.get(layer_));
+    a.hidden = groups(rows_.sequence<Stored<S>>(layer_.output, H));
+    a.cell = groups(rows_.sequence<float>(layer_.cell, H));
+    a.saved = groups(PlanesOf<float>{static_cast<float*>(layer_.gates), layer_.gates_group,
+                                     Cell::saved * Hp, Hp});
+    a.h_n = groups(written_state<S>(layer_, layer_.h_n));
+    a.c_n = groups(written_state<S>(layer_, layer_.c_n));
     return a;
   }
 
@@ -373,7 +406,7 @@ class PersistentBackward : Shape<Cell, S> {
     states_[1].lay_out(layer, layer.c0, arena);
     states_[2].lay_out(layer, layer.d_h_n, arena);
     states_[3].lay_out(layer, layer.d_c_n, arena);
-    weights_ = arena.take<S>(D * K::gates * H * H);
+    weights_ = arena.take<S>(D * K::gates * H * H / layer.maths.heads);
     const bool adds = layer.d_hidden.data || (layer.d_output.data && layer.d_output.unit != 1);
     d_outputs_ = arena.take<C>(adds ? pairs_ * D * H : 0);
     const bool copies = layer.d_cell.data && layer.d_cell.unit != 1;
@@ -396,7 +429,8 @@ class PersistentBackward : Shape<Cell, S> {
       launch_elements(stream(),
                       CopySequence<C>{layer_.rows, layer_.d_cell, D * layer_.H, d_cells_});
     for (Index d = 0; d < D; ++d) rows_.clear_padding(layer_, d_gates_ + d * group_, width_);
-    resident::launch_backward(*layer_.plan, arrays(), workspace_, stream());
+    for (Index d = 0; d < launches_of(layer_); ++d)
+      resident::launch_backward(*layer_.plan, arrays(d), workspace_, stream());
     gradients_.run({d_gates_, group_, width_, plane_, nullptr});
   }
 
@@ -423,29 +457,33 @@ class PersistentBackward : Shape<Cell, S> {
     return a;
   }
 
-  resident::Backward<Stored<S>> arrays() const {
-    const Index H = layer_.H, Hp = padded(H);
+  resident::Backward<Stored<S>> arrays(Index d) const {
+    using resident::PlanesOf;
+    const Index H = layer_.H, Hp = padded(H), weights = K::gates * H * H / layer_.maths.heads;
+    const auto groups = [&](const auto& all) { return groups_of(layer_, d, all); };
     resident::Backward<Stored<S>> a;
     a.steps = rows_.table(layer_);
     a.options = layer_.maths;
-    a.reverse_from = 1;
-    a.weight_hh = reinterpret_cast<const Stored<S>*>(weights_);
-    a.hidden = rows_.sequence<const Stored<S>>(layer_.output, H);
-    a.cell = rows_.sequence<const float>(layer_.cell, H);
-    a.saved = {static_cast<const float*>(layer_.gates), layer_.gates_group, Cell::saved * Hp, Hp};
-    a.h0 = states_[0].get(layer_), a.c0 = states_[1].get(layer_);
-    a.d_h_n = states_[2].get(layer_), a.d_c_n = states_[3].get(layer_);
+    a.reverse_from = reverse_from(layer_, d);
+    a.weight_hh = reinterpret_cast<const Stored<S>*>(weights_) + d * weights;
+    a.hidden = groups(rows_.sequence<const Stored<S>>(layer_.output, H));
+    a.cell = groups(rows_.sequence<const float>(layer_.cell, H));
+    a.saved = groups(PlanesOf<const float>{static_cast<const float*>(layer_.gates),
+                                           layer_.gates_group, Cell::saved * Hp, Hp});
+    a.h0 = groups(states_[0].get(layer_)), a.c0 = groups(states_[1].get(layer_));
+    a.d_h_n = groups(states_[2].get(layer_)), a.d_c_n = groups(states_[3].get(layer_));
     if (d_outputs_)
-      a.d_above = rows_.contiguous<const float>(layer_, d_outputs_);
+      a.d_above = groups(rows_.contiguous<const float>(layer_, d_outputs_));
     else if (layer_.d_above)
-      a.d_above = rows_.contiguous(layer_, static_cast<const float*>(layer_.d_above));
+      a.d_above = groups(rows_.contiguous(layer_, static_cast<const float*>(layer_.d_above)));
     else
-      a.d_output = rows_.sequence<const Stored<S>>(layer_.d_output, H);
-    a.d_cell = d_cells_ ? rows_.contiguous<const float>(layer_, d_cells_)
-                        : rows_.sequence<const float>(layer_.d_cell, H);
-    a.d_gates = {reinterpret_cast<Stored<S>*>(d_gates_), group_, width_, plane_};
-    a.d_h0 = written_state<S>(layer_, layer_.d_h0);
-    a.d_c0 = written_state<S>(layer_, layer_.d_c0);
+      a.d_output = groups(rows_.sequence<const Stored<S>>(layer_.d_output, H));
+    a.d_cell = groups(d_cells_ ? rows_.contiguous<const float>(layer_, d_cells_)
+                               : rows_.sequence<const float>(layer_.d_cell, H));
+    a.d_gates =
+        groups(PlanesOf<Stored<S>>{reinterpret_cast<Stored<S>*>(d_gates_), group_, width_, plane_});
+    a.d_h0 = groups(written_state<S>(layer_, layer_.d_h0));
+    a.d_c0 = groups(written_state<S>(layer_, layer_.d_c0));
     return a;
   }
 

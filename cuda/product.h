@@ -3,8 +3,8 @@
 //   sum[d][row][plane][unit] = Σ_k operand(d, row)[k] · weight(d, plane, unit)[k]
 //
 // Layouts    weights [D][planes·units][depth] and operands [depth], both contiguous in k; depth is
-// a
-//            multiple of kUnitPadding, zero beyond what the matrix has.
+//            a multiple of kUnitPadding, zero beyond what the matrix has. Of several heads depth is
+//            that of one, and a unit's operand its head's share of the row (Heads).
 // Ownership  a block owns kWarps units of one direction and kTileRows rows; a warp owns a unit.
 // Each
 //            lane adds a share of k for every plane and row (in registers), the shares of the lanes
@@ -19,11 +19,12 @@
 //   Index depth() const;
 //   bool runs(Index d, Index row) const;          // false: the row's sums are not looked at
 //   const Weight* weight(Index d, int plane, Index unit) const;
-//   const Operand* operand(Index d, Index row) const;
+//   const Operand* operand(Index d, Index row, Index unit) const;
 //   void finish(Index d, Index row, Index unit, const C* sums) const;
 #pragma once
 
 #include "kernel.h"
+#include "problem.h"
 #include "storage.h"
 
 namespace fastrnn::cuda {
@@ -33,6 +34,21 @@ template <class S>
 struct alignas(4 * sizeof(S)) Four {
   S v[4];
 };
+
+// The units of a row as heads own them, head k those from k·own on; and where a product that reads
+// one head finds them: each head's in `place` values of its own, aligned, zeros at the end.
+struct Heads {
+  Index count = 1, own = 0, place = 0;
+
+  FASTRNN_CELL Index head(Index unit) const { return count == 1 ? 0 : unit / own; }
+  FASTRNN_CELL Index at(Index unit) const {
+    return count == 1 ? unit : unit / own * place + unit % own;
+  }
+  FASTRNN_CELL Index width() const { return count * place; }
+};
+inline Heads heads_of(Index units, Index count) {
+  return {count, units / count, padded(units / count)};
+}
 
 template <class C>
 constexpr int kTileRows = sizeof(C) == 8 ? 4 : 8;
@@ -102,7 +118,7 @@ struct Product {
     FASTRNN_UNROLL
     for (int r = 0; r < rows; ++r) {  // rows beyond the last repeat it; their sums are not used
       const Index row = least(p.row + r, body.rows() - 1);
-      operand[r] = body.operand(p.d, row);
+      operand[r] = body.operand(p.d, row, p.unit);
       any = any || body.runs(p.d, row);
     }
     const Index depth = any ? body.depth() : 0;
@@ -163,7 +179,9 @@ void launch_finish(void* stream, const Body& body, const typename Body::C* sums,
 }
 
 // Weights in the order in which Product reads them: to[m][k], m < units, k < depth, from the matrix
-// element (row, column) at first + m and k, or turned round. Zero beyond `columns`.
+// element (row, column) at first + m and k, or turned round. Zero beyond `columns`. Of several
+// heads m counts the units of all, for each gate again, and row and column are those of its head's
+// matrix.
 template <class S>
 struct PackWeights {
   static constexpr const char* name = "packing of weights";
@@ -172,11 +190,19 @@ struct PackWeights {
   Index units, columns, depth;
   S* to;
   Index to_m;  // stride
+  Heads heads = {};
+  Index from_head = 0, from_gate = 0;  // strides
 
   FASTRNN_CELL Index count() const { return units * depth; }
   FASTRNN_CELL void element(Index n) const {
     const Index m = n / depth, k = n % depth;
-    to[m * to_m + k] = k < columns ? from[m * from_m + k * from_k] : S{};
+    to[m * to_m + k] = k < columns ? from[row(m) + k * from_k] : S{};
+  }
+
+  FASTRNN_CELL Index row(Index m) const {
+    if (heads.count == 1) return m * from_m;
+    const Index head = m / heads.own % heads.count, gate = m / heads.own / heads.count;
+    return gate * from_gate + head * from_head + m % heads.own * from_m;
   }
 };
 

@@ -82,8 +82,11 @@ def test_explain_says_why_a_case_takes_composed_operations_on_cuda(
     monkeypatch.setenv("FASTRNN_CUDA_KERNELS", "1")
     monkeypatch.setattr(_C, "cuda_info", lambda: {"devices": [], "error": "no driver"})
     assert training("GRU,4,5,6,7") == "no CUDA device (no driver)"
-    reason = "(no CUDA kernel has heads and layer norm)"
-    assert training("GRU T5 B4 I6 H8 heads4 layernorm") == f"composed torch operations {reason}"
+    reason = "(no CUDA kernel has layer norm and members)"
+    assert (
+        training("GRU T5 B4 I6 H8 heads4 layernorm members2")
+        == f"composed torch operations {reason}"
+    )
 
 
 KERNELS = {False: (True, "ring, bfloat16"), True: (False, "more blocks than multiprocessors")}

@@ -10,6 +10,7 @@ import copy
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -30,7 +31,8 @@ from tolerances import assert_close
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-every_stack = pytest.mark.parametrize("options", STACKS.values(), ids=STACKS.keys())
+ALL_STACKS = {**STACKS, "gru-heads-2": Options("GRU", num_layers=2, heads=3)}
+every_stack = pytest.mark.parametrize("options", ALL_STACKS.values(), ids=ALL_STACKS.keys())
 every_step = pytest.mark.parametrize("steps", STEPS)
 CELLS = (
     ("RNN", 0, True),
@@ -133,6 +135,26 @@ def test_any_size_matches_the_reference(
     problem = random_problem(
         options, T=T, B=B, input_size=input_size, hidden_size=hidden_size, layout="lengths"
     )
+    check_against_reference(problem, dtype, device=gpu)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "B"), [(3, 5), (3, 70), (24, 5)])
+@pytest.mark.parametrize(("cell", "proj_size", "reset_after"), CELLS)
+def test_heads_match_the_reference(
+    gpu: torch.device,
+    cell: Any,
+    proj_size: int,
+    reset_after: bool,
+    heads: int,
+    B: int,
+    dtype: str,
+    layout: str,
+) -> None:
+    proj_size = 12 if proj_size and heads == 3 else 0
+    options = Options(cell, 2, True, proj_size=proj_size, reset_after=reset_after, heads=heads)
+    problem = random_problem(options, B=B, hidden_size=24, layout=layout, d_states=True)
     check_against_reference(problem, dtype, device=gpu)
 
 
@@ -300,6 +322,44 @@ def test_the_operator_is_what_runs(gpu: torch.device, cell: str) -> None:
     assert torch.equal(hidden[0], run(case)[0])
 
 
+# ---- layers side by side: three of one direction, sixty steps ------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize(("cell", "proj_size", "reset_after"), CELLS)
+def test_layers_side_by_side_match_the_reference(
+    gpu: torch.device,
+    cell: Any,
+    proj_size: int,
+    reset_after: bool,
+    heads: int,
+    dtype: str,
+    layout: str,
+) -> None:
+    proj_size = 8 if proj_size else 0
+    options = Options(cell, 3, proj_size=proj_size, reset_after=reset_after, heads=heads)
+    problem = random_problem(options, T=60, hidden_size=16, layout=layout, d_states=True)
+    check_against_reference(problem, dtype, device=gpu)
+
+
+def test_layers_side_by_side_in_several_threads(gpu: torch.device, cell: Any) -> None:
+    """Each on a stream of its own: none takes what another one waits for."""
+    case = moved(make(Options(cell, 3), dtype=torch.float32, sizes=(60, 4, 16, 64)), gpu)
+    expected = [*(run(case)), *gradients(case, run(case))]
+    torch.cuda.synchronize()
+
+    def work(_: int) -> bool:
+        with torch.cuda.stream(torch.cuda.Stream(gpu)):
+            found = [(values := run(case)), gradients(case, values)]
+            torch.cuda.current_stream().synchronize()
+        return all(map(torch.equal, [*found[0], *found[1]], expected))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(work, range(24)))
+
+
 # ---- streams, graphs, devices --------------------------------------------------------------------
 
 
@@ -331,12 +391,10 @@ def test_nothing_waits_for_the_device(gpu: torch.device, steps: str, cell: str) 
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("steps", ["padded", "lengths-reset", "packed"])
-@pytest.mark.parametrize("rows", [3, 80])
-def test_graph_capture(gpu: torch.device, cell: str, steps: str, rows: int) -> None:
+def check_graph(
+    gpu: torch.device, options: Options, steps: str, sizes: tuple[int, int, int, int]
+) -> None:
     """Forward and backward in one graph, replayed with other values."""
-    sizes = (6, rows, 8, 16)
-    options = Options(cell, 2, True)  # type: ignore[arg-type]
     case = moved(make(options, steps, dtype=torch.float32, sizes=sizes), gpu)
     other = moved(make(options, steps, dtype=torch.float32, sizes=sizes, seed=1), gpu)
     side = torch.cuda.Stream()
@@ -358,6 +416,17 @@ def test_graph_capture(gpu: torch.device, cell: str, steps: str, rows: int) -> N
     expected = run(other)
     torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
     torch.testing.assert_close(found, gradients(other, expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("steps", ["padded", "lengths-reset", "packed"])
+@pytest.mark.parametrize("rows", [3, 80])
+def test_graph_capture(gpu: torch.device, cell: Any, steps: str, rows: int) -> None:
+    check_graph(gpu, Options(cell, 2, True), steps, (6, rows, 8, 16))
+
+
+@pytest.mark.parametrize("steps", ["padded", "lengths-reset", "packed"])
+def test_graph_capture_of_layers_side_by_side(gpu: torch.device, cell: Any, steps: str) -> None:
+    check_graph(gpu, Options(cell, 3), steps, (60, 3, 8, 16))
 
 
 def test_the_device_of_the_arrays_not_the_current_one(gpu: torch.device, cell: str) -> None:

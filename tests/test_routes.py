@@ -34,11 +34,16 @@ def test_cuda_kernels_run_where_they_are_turned_on(
 
 @pytest.mark.parametrize(
     "own",
-    [{"peephole": True}, {"layer_norm": True}, {"heads": 2}, {"zoneout_h": 0.1}, {"zoneout_c": 0.1},
-     {"grad_clip": 1.0}, {"recompute": True}],
+    [{"peephole": True}, {"layer_norm": True}, {"zoneout_h": 0.1}, {"zoneout_c": 0.1},
+     {"grad_clip": 1.0}, {"recompute": True}, {"heads": 2, "layer_norm": True}],
 )  # fmt: skip
 def test_cuda_kernels_know_no_options_of_a_step(cuda: Any, own: dict[str, Any]) -> None:
     assert composed(cuda, Options("LSTM", **own))
+
+
+def test_cuda_kernels_know_heads(cuda: Any) -> None:
+    assert not composed(cuda, Options("LSTM", heads=2))
+    assert not composed(cuda, Options("GRU", 2, True, heads=4, reset_after=False))
 
 
 def test_cuda_kernels_know_no_extras(cuda: Any) -> None:

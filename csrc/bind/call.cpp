@@ -511,13 +511,15 @@ void Call::set_wanted_resets(py::handle d_reset_h, py::handle d_reset_c) {
 
 void Call::expect_kernels_for_options() const {
   const Problem& p = problem_;
-  const bool more = p.options.maths.beyond_the_cell() || p.options.recompute || p.reset_h.data ||
+  CellOptions maths = p.options.maths;
+  maths.heads = 1;  // these they know
+  const bool more = maths.beyond_the_cell() || p.options.recompute || p.reset_h.data ||
                     p.reset_c.data || p.dropout_mask.data || p.zoneout_h_mask.data ||
                     p.zoneout_c_mask.data;
   if (more && !host())
     throw py::value_error(
         "options: expected none that the CUDA kernels do not know, got one of peephole, "
-        "layer_norm, heads, zoneout, grad_clip, recompute, reset_hx, dropout_mask");
+        "layer_norm, zoneout, grad_clip, recompute, reset_hx, dropout_mask");
 }
 
 const Backend& Call::backend() const {

@@ -23,6 +23,8 @@ struct Layout {
   int type;
   std::uint64_t rows, columns;
   std::int64_t leading;
+  std::int32_t batches = 1;
+  std::int64_t batch = 0;
 };
 struct Preference {
   std::uint64_t scratch = 0;
@@ -51,8 +53,8 @@ bool fits(const Description& d, const Layout& a, const Layout& b, const Layout& 
   s.n = d.transposed[1] ? b.rows : b.columns;
   const std::uint64_t depth = d.transposed[1] ? b.columns : b.rows;
   const auto leads = [](const Layout& l) { return l.leading >= static_cast<std::int64_t>(l.rows); };
-  return depth == s.k && c.rows == s.m && c.columns == s.n && leads(a) && leads(b) && leads(c) &&
-         a.type == b.type;
+  return depth == s.k && a.batches == c.batches && b.batches == c.batches && c.rows == s.m &&
+         c.columns == s.n && leads(a) && leads(b) && leads(c) && a.type == b.type;
 }
 
 template <class S>
@@ -96,6 +98,12 @@ void multiply(const Description& d, const Sizes& s, const Layout& a, const void*
     }
 }
 
+// Matrix n of those that a layout stands for.
+void* moved(const Layout& l, const void* data, std::int64_t n) {
+  const std::int64_t bytes = l.type == 1 ? 8 : l.type == 0 ? 4 : 2;
+  return const_cast<char*>(static_cast<const char*>(data)) + n * l.batch * bytes;
+}
+
 bool aligned(const void* data, std::uint64_t alignment) {
   return alignment > 0 && reinterpret_cast<std::uintptr_t>(data) % alignment == 0;
 }
@@ -129,6 +137,16 @@ PUBLIC int cublasLtMatmulDescSetAttribute(void* description, int attribute, cons
 PUBLIC int cublasLtMatrixLayoutCreate(void** layout, int type, std::uint64_t rows,
                                       std::uint64_t columns, std::int64_t leading) {
   *layout = new Layout{type, rows, columns, leading};
+  return kSuccess;
+}
+PUBLIC int cublasLtMatrixLayoutSetAttribute(void* layout, int attribute, const void* from,
+                                            std::size_t size) {
+  auto* l = static_cast<Layout*>(layout);
+  void* to = attribute == 5   ? static_cast<void*>(&l->batches)
+             : attribute == 6 ? &l->batch
+                              : nullptr;
+  if (!to || size != (attribute == 5 ? sizeof(l->batches) : sizeof(l->batch))) return kInvalid;
+  std::memcpy(to, from, size);
   return kSuccess;
 }
 PUBLIC int cublasLtMatrixLayoutDestroy(void* layout) {
@@ -186,11 +204,18 @@ PUBLIC int cublasLtMatmul(void*, void* description, const void* alpha, const voi
       algorithm->data[3] != kMark || !aligned(a, algorithm->data[0]) ||
       !aligned(b, algorithm->data[1]) || !aligned(d, algorithm->data[2]))
     return kInvalid;
-  if (what.scale == 1)
-    multiply<double>(what, sizes, left, a, right, b, result, c, d,
-                     *static_cast<const double*>(alpha), *static_cast<const double*>(beta));
-  else
-    multiply<float>(what, sizes, left, a, right, b, result, c, d, *static_cast<const float*>(alpha),
-                    *static_cast<const float*>(beta));
+  for (std::int32_t n = 0; n < result.batches; ++n) {
+    const void *one = moved(left, a, n), *other = moved(right, b, n);
+    void* to = moved(result, d, n);
+    if (!aligned(one, algorithm->data[0]) || !aligned(other, algorithm->data[1]) ||
+        !aligned(to, algorithm->data[2]))
+      return kInvalid;
+    if (what.scale == 1)
+      multiply<double>(what, sizes, left, one, right, other, result, to, to,
+                       *static_cast<const double*>(alpha), *static_cast<const double*>(beta));
+    else
+      multiply<float>(what, sizes, left, one, right, other, result, to, to,
+                      *static_cast<const float*>(alpha), *static_cast<const float*>(beta));
+  }
   return kSuccess;
 }

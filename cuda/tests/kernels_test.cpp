@@ -60,6 +60,7 @@ struct Case {
   std::int64_t L() const { return options.layers; }
   std::int64_t P() const { return options.proj_size; }
   std::int64_t O() const { return P() ? P() : H; }
+  std::int64_t heads() const { return options.maths.heads; }
   std::int64_t G() const { return cell_traits(options).gates; }
   std::int64_t kept_layers() const { return every_layer || training ? L() : 1; }
   std::int64_t pairs() const {
@@ -75,13 +76,14 @@ struct Case {
                        : !reset.empty()   ? "reset"
                                           : "padded";
     char text[400];
-    std::snprintf(
-        text, sizeof(text), "%s L%d D%d P%d T%d B%d I%d H%d %s%s act %d gate %d%s%s%s%s%s%s%s",
-        options.cell.c_str(), int(L()), int(D()), int(P()), int(T), int(B), int(I), int(H), rows,
-        options.maths.reset_after ? "" : " reset-before", int(options.maths.activation),
-        int(options.maths.gate_activation), training ? "" : " inference", consume ? " consume" : "",
-        turned ? " turned" : "", batch_first ? " batch-first" : "", biases ? "" : " no-bias",
-        states ? "" : " no-hx", persistent ? " persistent" : "");
+    std::snprintf(text, sizeof(text),
+                  "%s L%d D%d P%d T%d B%d I%d H%d K%d %s%s act %d gate %d%s%s%s%s%s%s%s",
+                  options.cell.c_str(), int(L()), int(D()), int(P()), int(T), int(B), int(I),
+                  int(H), int(heads()), rows, options.maths.reset_after ? "" : " reset-before",
+                  int(options.maths.activation), int(options.maths.gate_activation),
+                  training ? "" : " inference", consume ? " consume" : "", turned ? " turned" : "",
+                  batch_first ? " batch-first" : "", biases ? "" : " no-bias",
+                  states ? "" : " no-hx", persistent ? " persistent" : "");
     return text;
   }
 };
@@ -110,6 +112,16 @@ void choose_rows(Case& c, Kind kind, Random& random) {
   if (c.B == 0) c.lengths.clear(), c.reset.clear();
 }
 
+// Some, which the sizes then are multiples of; now and then one for each unit.
+void choose_heads(Case& c, Random& random) {
+  std::int64_t& heads = c.options.maths.heads;
+  heads = chance(random, 0.2) && !c.P() ? c.H : between(random, 2, 5);
+  c.H = (c.H + heads - 1) / heads * heads;
+  if (!c.P()) return;
+  c.options.proj_size = (c.P() + heads - 1) / heads * heads;
+  if (c.P() >= c.H) c.H = c.P() + heads;
+}
+
 Case random_case(Random& random, bool smooth, bool many_rows) {
   Case c;
   static constexpr const char* cells[] = {"RNN", "LSTM", "GRU"};
@@ -130,6 +142,7 @@ Case random_case(Random& random, bool smooth, bool many_rows) {
   c.H = between(random, 1, 37);
   if (c.options.cell == "LSTM" && c.H > 1 && chance(random, 0.4))
     c.options.proj_size = between(random, 1, c.H - 1);
+  if (chance(random, 0.3)) choose_heads(c, random);
   choose_rows(c, static_cast<Kind>(between(random, 0, kKinds - 1)), random);
   c.training = chance(random, 0.8);
   c.every_layer = chance(random, 0.5);
@@ -170,7 +183,7 @@ std::vector<std::pair<std::int64_t, std::int64_t>> shapes(const Case& c) {
   const std::int64_t rows = c.G() * c.H;
   for (std::int64_t g = 0; g < c.L() * c.D(); ++g) {
     all.emplace_back(rows, g < c.D() ? c.I : c.D() * c.O());
-    all.emplace_back(rows, c.O());
+    all.emplace_back(rows, c.O() / c.heads());
     all.emplace_back(c.biases ? rows : 0, 1);
     all.emplace_back(c.biases ? rows : 0, 1);
     all.emplace_back(c.P(), c.P() ? c.H : 0);
@@ -227,7 +240,8 @@ std::vector<Parameters> parameters_of(const Case& c, std::vector<std::vector<S>>
     };
     Parameters p;
     p.weight_ih = weight(0);
-    p.weight_hh = weight(1);
+    p.weight_hh = matrix(w[size_of(g * 5 + 1)], c.G() * c.H / c.heads(), c.O() / c.heads(), turned);
+    p.weight_hh.head = c.G() * c.H / c.heads() * (c.O() / c.heads());
     p.bias_ih = bias(2);
     p.bias_hh = bias(3);
     p.weight_hr = weight(4);
@@ -421,12 +435,15 @@ void check_case(const char* type, const Case& c, Random& random, double toleranc
   cuda::emulator().order = Order::forwards;
   run(emulated_backend(), c, got);
   compare_all(c, got, expected, tolerance);
-  for (const Order order : {Order::backwards, Order::shuffled}) {
+  // With layers side by side, where they can.
+  cuda::emulator().multiprocessors = 1 << 20;
+  for (const Order order : {Order::backwards, Order::shuffled, Order::forwards}) {
     Arrays<S> again = got;
     cuda::emulator().order = order;
     run(emulated_backend(), c, again);
     same_bits_of_all(c, got, again);
   }
+  cuda::emulator().multiprocessors = 0;
 }
 
 template <class S>
@@ -445,31 +462,41 @@ std::string reason(const Case& c, DType dtype, Pass pass) {
   p.options = c.options;
   p.dtype = dtype;
   p.T = c.T, p.B = c.B, p.I = c.I, p.H = c.H;
-  p.persistent = c.persistent;
+  p.persistent = c.persistent, p.allow_tf32 = c.tf32;
   const std::vector<Parameters> parameters(size_of(c.L() * c.D()));
   p.parameters = parameters.data();
   const cuda::Stack stack(p, pass);
   return stack.plan().kernel ? "" : stack.plan().why;
 }
 
+// Whether a layer of the case has a persistent kernel: one of a single head always, of several
+// where the blocks of all fit.
+template <class S>
+bool has_one(const Case& c, Pass pass) {
+  const bool known = !c.P() && c.options.maths.reset_after && c.B > 0;
+  return known && (c.heads() == 1 || reason(c, dtype_of<S>(), pass).empty());
+}
+
 template <class S>
 void check_persistent_type(const char* type, double tolerance, bool tf32, int cases) {
   Random random(static_cast<unsigned>(sizeof(S)) * 1000 + tf32 + (tolerance > 1e-2));
-  long expected = 0;
+  long expected = 0, of_heads = 0;
   const long before = resident::persistent_launches();
   for (int k = 0; k < cases; ++k) {
     Case c = random_case(random, true, false);
     c.persistent = true, c.tf32 = tf32;
     if (k % 8) c.options.proj_size = 0, c.options.maths.reset_after = true;
-    const bool has_one = !c.options.proj_size && c.options.maths.reset_after && c.B > 0;
     check_case<S>(type, c, random, tolerance);
-    // check_case runs it three times.
-    if (has_one) expected += 3 * c.L() * (c.training ? 2 : 1);
+    // check_case runs it four times. Of several heads a direction is a launch by itself.
+    const std::int64_t launches = c.L() * (c.heads() > 1 ? c.D() : 1);
+    if (has_one<S>(c, Pass::forward)) expected += 4 * launches, of_heads += c.heads() > 1;
+    if (c.training && has_one<S>(c, Pass::backward)) expected += 4 * launches;
   }
   check::context() = type;
   ++checks;
   check::that("every layer that can has a persistent kernel",
               resident::persistent_launches() - before == expected);
+  check::that("some of them have heads", of_heads > 0 || cases < 10);
   std::printf("%s, persistent: %d cases, %ld launches, %d failures so far\n", type, cases, expected,
               check::failures());
 }
@@ -488,7 +515,9 @@ void check_reasons() {
   expect(reason(c, DType::f32, Pass::forward), "");
   expect(reason(c, DType::f16, Pass::backward), "");
   expect(reason(c, DType::f64, Pass::forward), "float64 has no persistent kernel");
-  c.H = 300;
+  c.options.maths.heads = 2;
+  expect(reason(c, DType::bf16, Pass::forward), "");
+  c.options.maths.heads = 1, c.H = 300;
   expect(reason(c, DType::f32, Pass::forward), "more blocks than multiprocessors");
   c.H = 8, c.options.proj_size = 3;
   expect(reason(c, DType::f32, Pass::backward), "proj_size has no persistent kernel");
@@ -544,6 +573,38 @@ void check_rows_apart() {
     }
 }
 
+// In how many pieces of time layers run side by side, or one after the other.
+void check_pieces() {
+  check::context() = "pieces of time";
+  Case c;
+  c.options.cell = "LSTM";
+  c.options.layers = 3, c.T = 7, c.B = 9, c.H = 20;  // 2·3 blocks
+  const auto expect = [&](const char* what, std::int64_t wanted) {
+    Problem p;
+    p.options = c.options;
+    p.T = c.T, p.B = c.B, p.I = c.I, p.H = c.H, p.persistent = c.persistent;
+    const std::vector<Parameters> parameters(size_of(c.L() * c.D()));
+    p.parameters = parameters.data();
+    ++checks;
+    check::that(what, cuda::Stack(p, Pass::forward).pieces() == wanted);
+    check::that(what, cuda::Stack(p, Pass::backward).pieces() == wanted);
+  };
+  cuda::emulator().multiprocessors = 12;
+  expect("a step leaves half of the device idle", 4);
+  cuda::emulator().multiprocessors = 11;
+  expect("a step fills more than half of the device", 1);
+  cuda::emulator().multiprocessors = 1000;
+  c.options.directions = 2;
+  expect("two directions", 1);
+  c.options.directions = 1, c.options.layers = 1;
+  expect("one layer", 1);
+  c.options.layers = 2, c.T = 2;
+  expect("few steps", 1);
+  c.T = 8, c.persistent = true, c.B = 2, c.H = 8;
+  expect("a persistent kernel", 1);
+  cuda::emulator().multiprocessors = 0;
+}
+
 // Many steps: the table of packed rows takes more than one launch.
 void check_many_steps() {
   Random random(7);
@@ -572,6 +633,10 @@ int main(int count, char** arguments) {
   check_lengths_out_of_range();
   check_rows_apart();
   check_many_steps();
-  std::printf("%ld launches\n", cuda::emulator().launches);
+  check_pieces();
+  std::printf("%ld launches, layers side by side %ld times\n", cuda::emulator().launches,
+              cuda::emulator().joins);
+  ++checks;
+  check::that("layers run side by side", cuda::emulator().joins >= percent);
   return check::result("kernels_test", checks);
 }

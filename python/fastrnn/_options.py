@@ -96,9 +96,9 @@ class Options:
 
     @property
     def beyond_the_cell(self) -> bool:
-        """Whether a step is more than the cell on the sum of two products."""
+        """Whether a step is more than the cell on two products, of however many heads."""
         own = (self.zoneout_h, self.zoneout_c, self.grad_clip)
-        return self.peephole or self.layer_norm or self.heads > 1 or any(own)
+        return self.peephole or self.layer_norm or any(own)
 
     def weight_shapes(self, width: int, hidden_size: int) -> dict[str, Shape]:
         """The weights of one layer and direction by name: torch's in torch's order, then our own.

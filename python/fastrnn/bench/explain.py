@@ -132,7 +132,6 @@ def cuda_kernel(case: Case, pass_: Pass) -> str:
 def _without_kernel(case: Case) -> str:
     """What of the case has no CUDA kernel, or nothing."""
     missing = {
-        "heads": case.heads > 1,
         "layer norm": case.layer_norm,
         "members": case.members > 1,
     }
