@@ -12,6 +12,7 @@
 #include "backend.h"
 #include "cuda_info.h"
 #include "stack.h"
+#include "status.h"
 
 namespace fastrnn {
 namespace {
@@ -19,12 +20,7 @@ namespace {
 using cuda::Index;
 using cuda::Stack;
 
-void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) {
-    cudaGetLastError();  // read, so that a later call does not meet it
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-  }
-}
+void check(cudaError_t status, const char* what) { cuda::require(status, "", what); }
 
 // The arrays' device is the thread's while this lives.
 class DeviceGuard {

@@ -4,9 +4,8 @@
 //                product, then step by step h·W_hhᵀ on top of it and the cell, in one launch for
 //                both directions (product.h), or, of many rows, by the library and one launch for
 //                the cells.
-// Two products   reset-before GRU: r and z first, then n from r∘h. Projection (proj_size): the
-// hidden
-//                units first, then W_hr. Both are a second launch of the step.
+// Two products   reset-before GRU: r and z first, then n from r∘h. Projection (proj_size):
+//                the hidden units first, then W_hr. Both are a second launch of the step.
 // Layouts        x_gates   [D][pairs of the block of steps][gates·H], compute type
 //                h         [2][D][B][Op], storage: what enters a step, for every row: h before it,
 //                          or h0, or zeros. A step reads one and writes the other
@@ -18,10 +17,9 @@
 //                saved     a row of planes·Hp for each pair: the cell's saved values, then, with
 //                          projection, the hidden units before it
 // Heads          blocks of the same launch, as the directions are: a unit reads its own head alone.
-// Ownership      element (d, i, u) of states, outputs and saved values: the thread that finishes
-// it. Cost           a launch or two each step, some 2–4 µs where the product is small; W_hh from
-// L2 for
-//                every tile of kTileRows rows.
+// Ownership      element (d, i, u) of states, outputs and saved values: who finishes it.
+// Cost           a launch or two each step, some 2–4 µs where the product is small; W_hh from
+//                L2 for every tile of kTileRows rows.
 #pragma once
 
 #include <memory>

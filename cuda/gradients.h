@@ -11,10 +11,9 @@
 //             memory holds.
 // Layouts     packed  [pairs of the block][columns], storage
 //             sums    of half types: each gradient of a weight, compute type
-// Heads       dW_hh of each from its own da and h alone, all of them as one product of many
-// batches. Cost        G·H·(I + O) products a pair each for weights and input, on tensor cores
-// where the
-//             library has them; packing reads and writes what it packs once.
+// Heads       dW_hh of each from its own da and h alone, all as one product of many batches.
+// Cost        G·H·(I + O) products a pair each for weights and input, on tensor cores where
+//             the library has them; packing reads and writes what it packs once.
 #pragma once
 
 #include <type_traits>

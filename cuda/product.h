@@ -6,10 +6,9 @@
 //            a multiple of kUnitPadding, zero beyond what the matrix has. Of several heads depth is
 //            that of one, and a unit's operand its head's share of the row (Heads).
 // Ownership  a block owns kWarps units of one direction and kTileRows rows; a warp owns a unit.
-// Each
-//            lane adds a share of k for every plane and row (in registers), the shares of the lanes
-//            are added in their order, then a lane finishes each (row, unit): so a sum's bits
-//            depend on nothing but its own row, unit and depth.
+//            Each lane adds a share of k for every plane and row (in registers), the shares of
+//            the lanes are added in their order, then a lane finishes each (row, unit): so a
+//            sum's bits depend on nothing but its own row, unit and depth.
 // Cost       for each block kWarps·planes·depth weights and kTileRows·depth operand values read,
 //            through L2; one launch a step.
 //

@@ -15,15 +15,13 @@
 #include <vector>
 
 #include "side_streams.h"
+#include "status.h"
 
 namespace fastrnn::cuda {
 namespace {
 
 void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // read, so that a later call does not meet it
-  throw std::runtime_error(std::string("the streams of a stack's layers: ") + what + ": " +
-                           cudaGetErrorString(status));
+  require(status, "the streams of a stack's layers: ", what);
 }
 
 // A stream, and the event that says how far it is.

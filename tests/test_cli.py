@@ -200,7 +200,7 @@ def test_a_missing_peer_says_how_to_install_it(
 def test_a_missing_cuda_device_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("torch sees a CUDA device on this machine")
     assert cli.main(["bench", "--device", "cuda"]) == 2
     assert "torch sees no CUDA device" in capsys.readouterr().err
 

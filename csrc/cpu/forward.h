@@ -1,26 +1,22 @@
 // One layer forward.
 //
-// Maths         csrc/cells/. For each direction, the steps run in blocks: first the projection of
-// the
-//               whole block, x·W_ihᵀ + b, then step by step h·W_hhᵀ on top of it and the cell, all
-//               gates of a tile of hidden units in registers at once. Without a backward pass to
-//               come the gates never reach memory.
-// Two products  reset-before GRU: r and z first, then n from r∘h. Projection (proj_size): the
-// hidden
-//               units first, then W_hr. Both run as a second pass over the step.
+// Maths         csrc/cells/. For each direction, the steps run in blocks: first the projection
+//               of the whole block, x·W_ihᵀ + b, then step by step h·W_hhᵀ on top of it and the
+//               cell, all gates of a tile of hidden units in registers at once, two rows side by
+//               side. Without a backward pass to come the gates never reach memory.
+// Two products  reset-before GRU: r and z first, then n from r∘h. Projection (proj_size):
+//               the hidden units first, then W_hr. Both run as a second pass over the step.
 // Layouts       x_gates   [block of units][row of the block of steps][tile][gate][lane]
 //               h         [2][B][padded(O)], the kernel's operands, written at t mod 2, read
 //                         from the other
 //               c         [B][Hp]
 //               saved     a row of planes·Hp for each pair: the cell's saved values, then, with
 //                         projection, the hidden units before it
-// Threads       Plan. A thread owns directions, rows and blocks of units; only a team that shares
-// rows
-//               meets at a barrier, once for each product of a step.
-//               Where one waits long for another there, the first goes on alone for a while.
-// Cost          per step and row G·H·(I + O) products, 4·G·H·O bytes of packed W_hh from the cache
-// for
-//               each block of rows.
+// Threads       Plan. A thread owns directions, rows and blocks of units; only a team that
+//               shares rows meets at a barrier, once for each product of a step. Where one
+//               waits long for another there, the first goes on alone for a while.
+// Cost          per step and row G·H·(I + O) products, 4·G·H·O bytes of packed W_hh from the
+//               cache for each block of rows.
 #pragma once
 
 #include "../cells/options.h"

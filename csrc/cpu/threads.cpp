@@ -27,8 +27,8 @@ constexpr int kSpins = 2000;  // about 40 µs
 constexpr std::chrono::microseconds kLate{500}, kLateStart{3000};
 constexpr std::chrono::milliseconds kCrowdedLeast{2}, kCrowdedMost{1000};
 #endif
-constexpr int kAgain =
-    8;  // of the last while's length: so soon after it, a late meeting is one more
+// A late meeting is one more so soon after the last while, in lengths of that.
+constexpr int kAgain = 8;
 
 using Clock = std::chrono::steady_clock;
 std::atomic<Clock::rep> crowded_until{0}, crowded_for{0};

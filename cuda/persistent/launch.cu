@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "persistent.h"
+#include "status.h"
 
 namespace fastrnn::resident {
 
@@ -38,10 +39,7 @@ const Kernel* kernels(int* count) {
 namespace {
 
 void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // read, so that a later call does not meet it
-  throw std::runtime_error(std::string("persistent kernels: ") + what + ": " +
-                           cudaGetErrorString(status));
+  cuda::require(status, "persistent kernels: ", what);
 }
 
 // A launch, with room for its attributes.
