@@ -42,7 +42,7 @@ Kernel backward_entry() {
 
 // A cell's kernels with one operand. How many chunks fit: product.h says what each takes of
 // the registers; a 16-bit operand has 32 places of K in a chunk, float32 16, so that the same sizes
-// of H need twice the chunks.
+// of H need twice the chunks; one block holds half the units then, backward.
 template <class Cell, class Operand>
 struct Kernels;
 
@@ -70,7 +70,8 @@ struct Kernels<Lstm, Operand> {
         forward_entry<F<Via::cluster, 2, 4, 0, 1>>(),
         forward_entry<F<Via::ring, 1, 4 - kLess<Operand>, kLess<Operand>, 2>>(),
         forward_entry<F<Via::ring, 1, 4, 4, 1>>(),
-        backward_entry<B<Via::block, 8, 12, 4, 1>>(),
+        backward_entry<std::conditional_t<Operand::per_word == 2, B<Via::block, 8, 12, 4, 1>,
+                                          B<Via::block, 4, 8, 0, 1>>>(),
         backward_entry<B<Via::cluster, 2, 12, 4, 1>>(),
         backward_entry<B<Via::ring, 1, 12, 4, 2>>(),
         backward_entry<B<Via::ring, 1, 12, 12, 1>>(),
@@ -94,7 +95,8 @@ struct Kernels<Gru, Operand> {
         forward_entry<F<Via::cluster, 2, 4, 0, 1>>(),
         forward_entry<F<Via::ring, 1, 4, 0, 2>>(),
         forward_entry<F<Via::ring, 1, 5, 4, 1>>(),
-        backward_entry<B<Via::block, 8, 10, 2, 1>>(),
+        backward_entry<std::conditional_t<Operand::per_word == 2, B<Via::block, 8, 10, 2, 1>,
+                                          B<Via::block, 4, 6, 0, 1>>>(),
         backward_entry<B<Via::cluster, 2, 10, 2, 1>>(),
         backward_entry<B<Via::ring, 1, 10, 2, 2>>(),
         backward_entry<B<Via::ring, 1, 12, 15, 1>>(),
