@@ -118,7 +118,11 @@ struct CudaMachine {
   }
   static __device__ __forceinline__ u32 address_of(int block, const void* at) {
     u32 there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(at)), "r"(block));
+    // Volatile: the compiler must not ask for a block that the cluster lacks, ahead of the branch
+    // that keeps it from sending there.
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+                 : "=r"(there)
+                 : "r"(address(at)), "r"(block));
     return there;
   }
   __device__ __forceinline__ void cluster_sync() {
