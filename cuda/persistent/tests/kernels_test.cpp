@@ -15,25 +15,6 @@ using namespace fastrnn::resident;
 
 long checks = 0;
 
-template <class Operand>
-struct Precision;
-template <>
-struct Precision<BFloat16> {
-  static constexpr double forward = 1e-2, backward = 3e-2;
-};
-template <>
-struct Precision<Float16> {
-  static constexpr double forward = 1.5e-3, backward = 4e-3;
-};
-template <>
-struct Precision<Tf32> {
-  static constexpr double forward = 2e-3, backward = 4e-3;
-};
-template <>
-struct Precision<Float32> {
-  static constexpr double forward = 3e-6, backward = 6e-6;
-};
-
 struct Run {
   unsigned delays = 0;
   int period = 0;  // zero: the plan's
@@ -54,18 +35,6 @@ void launch(Plan plan, const Arrays& arrays, const Run& how, Body body) {
   launch_on_host(plan, arrays, ring.data(), how.delays, body);
 }
 
-template <class Cell, class Operand>
-StepTable table_of(const Trial<Cell, Operand>& p) {
-  StepTable steps;
-  steps.T = p.T, steps.B = p.B;
-  if (!p.active.empty())
-    steps.active = p.active.data(), steps.offset = steps.position = p.offset.data();
-  if (!p.fresh.empty()) steps.fresh = p.fresh.data();
-  return steps;
-}
-
-const auto in_place = [](const auto& v) { return v.data(); };
-
 template <class F, class B>
 bool run(Trial<typename F::Cell, typename F::Operand>& p, const Run& how) {
   const Plan forth = plan_of<F>(Pass::forward, p.T, p.B, p.H, p.groups);
@@ -78,23 +47,6 @@ bool run(Trial<typename F::Cell, typename F::Operand>& p, const Run& how) {
   launch(back, backward_arrays(p, steps, in_place), how,
          [](HostMachine& machine, const auto& a) { backward<B>(machine, a); });
   return true;
-}
-
-template <class Cell, class Operand>
-void compare(const Trial<Cell, Operand>& p, const Expected& e) {
-  const auto load = [](Storage<Operand> s) { return Operand::load(s); };
-  const auto close = [&](const char* what, const auto& got, const auto& expected, double most) {
-    ++checks;
-    const double d = difference(got, expected, load);
-    if (!(d <= most)) check::close(what, d, 0, 0);
-  };
-  const double forth = Precision<Operand>::forward, back = Precision<Operand>::backward;
-  close("hidden", p.hidden, e.hidden, forth);
-  close("h_n", p.h_n, e.h_n, forth);
-  if (Cell::states > 1) close("c_n", p.c_n, e.c_n, forth);
-  close("d_gates", p.d_gates, e.d_gates, back);
-  close("d_h0", p.d_h0, e.d_h0, back);
-  if (Cell::states > 1) close("d_c0", p.d_c0, e.d_c0, back);
 }
 
 template <class T>
@@ -123,7 +75,7 @@ void check_config(const char* name, const std::vector<Sizes3>& sizes) {
     check::context() = std::string(name) + " " + p.text();
     auto again = p;
     if (!run<F, B>(p, {})) continue;
-    compare(p, Reference<typename F::Cell, typename F::Operand>(p).run());
+    checks += compare(p, Reference<typename F::Cell, typename F::Operand>(p).run());
     if (run<F, B>(again, {50 + 20 * seed, 1})) {
       same_bits("hidden after delays", again.hidden, p.hidden);
       same_bits("saved after delays", again.saved, p.saved);

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "../../../csrc/tests/check.h"
 #include "cells/elman.h"
 #include "cells/gru.h"
 #include "cells/lstm.h"
@@ -336,6 +337,60 @@ double difference(const std::vector<T>& got, const std::vector<double>& expected
     largest = std::fmax(largest, std::fabs(expected[i]));
   }
   return most / largest;
+}
+
+template <class Cell, class Operand>
+StepTable table_of(const Trial<Cell, Operand>& p) {
+  StepTable steps;
+  steps.T = p.T, steps.B = p.B;
+  if (!p.active.empty())
+    steps.active = p.active.data(), steps.offset = steps.position = p.offset.data();
+  if (!p.fresh.empty()) steps.fresh = p.fresh.data();
+  return steps;
+}
+
+// Arrays of the kernels' that stand where the trial's do.
+inline constexpr auto in_place = [](const auto& v) { return v.data(); };
+
+// What a pass may miss by, over the largest value.
+template <class Operand>
+struct Precision;
+template <>
+struct Precision<BFloat16> {
+  static constexpr double forward = 1e-2, backward = 3e-2;
+};
+template <>
+struct Precision<Float16> {
+  static constexpr double forward = 1.5e-3, backward = 4e-3;
+};
+template <>
+struct Precision<Tf32> {
+  static constexpr double forward = 2e-3, backward = 4e-3;
+};
+template <>
+struct Precision<Float32> {
+  static constexpr double forward = 3e-6, backward = 6e-6;
+};
+
+// Fails where results are further from the expected ones than that; returns how many it compared.
+template <class Cell, class Operand>
+long compare(const Trial<Cell, Operand>& p, const Expected& e, bool backward = true) {
+  long checks = 0;
+  const auto load = [](Storage<Operand> s) { return Operand::load(s); };
+  const auto close = [&](const char* what, const auto& got, const auto& expected, double most) {
+    ++checks;
+    const double d = difference(got, expected, load);
+    if (!(d <= most)) check::close(what, d, 0, 0);
+  };
+  const double forth = Precision<Operand>::forward, back = Precision<Operand>::backward;
+  close("hidden", p.hidden, e.hidden, forth);
+  close("h_n", p.h_n, e.h_n, forth);
+  if (Cell::states > 1) close("c_n", p.c_n, e.c_n, forth);
+  if (!backward) return checks;
+  close("d_gates", p.d_gates, e.d_gates, back);
+  close("d_h0", p.d_h0, e.d_h0, back);
+  if (Cell::states > 1) close("d_c0", p.d_c0, e.d_c0, back);
+  return checks;
 }
 
 }  // namespace fastrnn::resident

@@ -1,0 +1,29 @@
+// The virtual device as a test sees it. runtime.cpp stands in for CUDA's runtime: the host code
+// that nvcc compiled is linked against it, registers its kernels there, and launches them as on a
+// GPU.
+#pragma once
+
+#include <random>
+#include <string>
+
+#include "machine.h"
+
+namespace fastrnn::virtual_device {
+
+struct Device {
+  int multiprocessors = 8;
+  Order order = Order::forwards;
+  // Streams are queues, run when somebody waits for them, in any order that events allow; or what
+  // is issued runs at once, as a library's products do that know no queue.
+  bool at_once = false;
+  std::mt19937 random{1};
+  long launches = 0, cluster_launches = 0, cooperative_launches = 0;
+  long side_tasks = 0;  // work of other streams than the legacy one
+};
+
+Device& device();
+
+// Runs all that is queued. Throws std::runtime_error at what a kernel did wrong.
+void synchronize();
+
+}  // namespace fastrnn::virtual_device

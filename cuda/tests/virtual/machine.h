@@ -1,0 +1,126 @@
+// A GPU on the CPU: runs the PTX of a kernel, warp by warp, the 32 lanes of a warp side by side.
+//
+// Lanes       that take different ways part, each group with a program counter of its own. The
+// group
+//             that is furthest back goes first, and two groups that meet become one. Instructions
+//             for the whole warp (shuffles, tensor cores, barriers) wait until all of its lanes
+//             have come; if they never do, that is an error.
+// Warps       of the blocks that run at the same time take turns, of random length where they are
+//             shuffled: all blocks of a cluster or of a cooperative launch, else one block after
+//             the other. So a kernel that waits for another block works here if it may wait for it.
+// Memory      Global addresses are the host's, so that AddressSanitizer sees what a kernel should
+//             not touch. Shared memory is checked by its size, and starts as NaNs. A misaligned
+//             access, which a GPU refuses and a CPU forgives, is an error.
+// Clusters    Bytes that st.async sends arrive some time later, in any order; what they count on,
+//             an mbarrier, is a word of 64 bits here as there.
+//
+// What it is not: a weak memory (persistent/tests/ring_test.cpp is), a machine code, or fast.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "ptx.h"
+
+namespace fastrnn::virtual_device {
+
+inline constexpr int kLanes = 32;
+inline constexpr std::uint32_t kAllLanes = 0xffffffffu;
+
+enum class Order { forwards, backwards, shuffled };
+
+struct Launch {
+  const Function* function = nullptr;
+  std::vector<unsigned char> parameters;
+  int blocks = 1, threads = 1;
+  int cluster = 1;           // blocks of a cluster
+  bool cooperative = false;  // all blocks at the same time
+  std::size_t dynamic_shared = 0;
+  long most_turns = 10'000'000;  // of all warps; more: it does not end
+};
+
+struct Block;
+
+// Lanes at the same instruction.
+struct Group {
+  int at;
+  std::uint32_t lanes;
+  bool waits = false;  // at an instruction for the whole warp, or the whole block
+};
+
+struct Warp {
+  Block* block = nullptr;
+  int number = 0;  // of the block
+  std::vector<std::uint64_t> slots;
+  std::vector<Group> groups;
+  std::uint32_t alive = kAllLanes;
+  std::uint32_t active = 0;  // lanes that execute the instruction at hand
+  bool at_block_barrier = false;
+  bool yields = false;      // a wait that has not ended
+  bool again = false;       // the instruction is to be executed once more
+  bool parted = false;      // its last turn ended with several groups,
+  bool ahead = false;       // and those ahead went first
+  int line = 0;             // of the PTX, for errors
+  long cluster_phase = -1;  // that it arrived in
+
+  std::uint64_t* slot(int index) { return slots.data() + static_cast<std::size_t>(index) * kLanes; }
+};
+
+// Bytes on their way to another block's shared memory.
+struct Parcel {
+  std::uint32_t to, barrier;  // addresses of the cluster
+  std::uint32_t words[4];
+};
+
+struct Cluster {
+  std::vector<Block*> blocks;
+  std::vector<Parcel> parcels;
+  long phase = 0;
+  int arrived = 0;  // warps, in this phase
+};
+
+struct Block {
+  const Launch* launch = nullptr;
+  Cluster* cluster = nullptr;
+  int number = 0, rank = 0;  // of the grid, of the cluster
+  std::vector<unsigned char> shared;
+  std::vector<Warp> warps;
+  std::set<std::uint32_t> barriers;  // mbarriers that have been initialised
+};
+
+// Runs a launch to its end. Throws std::runtime_error, with the kernel and the PTX's line, at what
+// a GPU would refuse or where no thread can go on.
+void run(const Launch& launch, Order order, std::mt19937& random);
+
+// For decode(): what instructions do to memory.
+[[noreturn]] void refuse(const std::string& what);
+void* shared_memory(Block& block, std::uint64_t address, std::size_t bytes);
+// An address of the cluster: which block's, in the upper byte, plus one; zero: the own block.
+void* cluster_memory(Block& block, std::uint64_t address, std::size_t bytes);
+
+// An mbarrier, of one 64-bit word.
+class Mbarrier {
+ public:
+  Mbarrier(Block& block, std::uint64_t address, bool initialised = true);
+  void initialise(int count);
+  void expect(std::int32_t bytes);  // and arrive
+  void bytes_came(std::int32_t bytes);
+  bool completed(unsigned parity) const;
+
+ private:
+  struct State {
+    std::int32_t bytes;  // still to come; may be negative before they are expected
+    std::uint8_t count, pending;
+    std::uint16_t phase;
+  };
+  static_assert(sizeof(State) == 8);
+  void complete_phase();
+  unsigned char* word_;
+};
+
+}  // namespace fastrnn::virtual_device
