@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastrnn import _ops, functional
+from fastrnn import _ops, _recurrent, functional
 from fastrnn._engine import scalars
 from fastrnn._options import Options
 from fastrnn._recurrent import recurrent
@@ -76,6 +76,18 @@ def test_compiled_equals_eager(options: Options, steps: str) -> None:
     got = flat(torch.compile(run, fullgraph=True, backend="aot_eager")(*tensors_of(case)))
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
     torch.testing.assert_close(gradients(case, got), gradients(case, expected), rtol=0, atol=0)
+
+
+def test_the_composed_route_compiles(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does for tensors on devices without kernels."""
+    monkeypatch.setattr(_recurrent, "_needs_composed", lambda *_: True)
+    case = make(Options(cell, num_layers=2, bidirectional=True), "lengths-reset")  # type: ignore[arg-type]
+    run = runner(case, return_states=True)
+    expected = flat(run(*tensors_of(case)))
+    got = flat(torch.compile(run, fullgraph=True, backend="aot_eager")(*tensors_of(case)))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    mine, theirs = gradients(case, got), gradients(case, expected)
+    torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
 
 
 def test_compiled_without_gradient(cell: str) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fastrnn import _C, _recurrent
+from fastrnn import _C, _engine, _recurrent
 from fastrnn._engine import NO_EXTRAS, CudaRoute, engine_options, scalars
 from fastrnn._options import GATES, Options
 
@@ -63,6 +64,21 @@ def test_under_a_transform_cuda_tensors_are_composed(
 
     torch.func.vmap(observe)(torch.zeros(2))
     assert seen == [True, False]
+
+
+@pytest.mark.parametrize(("switch", "kernels"), [("0", False), ("1", True)])
+def test_a_compiler_takes_the_cuda_route_for_a_constant(
+    switch: str, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(_engine.CUDA_SWITCH, switch)
+    monkeypatch.setattr(_engine, "built_with_cuda", lru_cache(lambda: True))
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if _recurrent._cuda_knows(Options("LSTM"), NO_EXTRAS) else x
+
+    torch._dynamo.reset()
+    got = torch.compile(call, fullgraph=True, backend="eager")(torch.zeros(2))
+    assert got.tolist() == [float(kernels)] * 2
 
 
 @pytest.mark.parametrize("cell", GATES)

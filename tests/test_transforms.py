@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from unittest.mock import patch
 
 import pytest
@@ -28,6 +28,7 @@ from torch.func import (
     vmap,
 )
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
 from fastrnn import _C, _composed, _masks, _ops, functional
@@ -173,7 +174,38 @@ def counted() -> Iterator[dict[str, int]]:
         yield calls
 
 
+class ByEach(TorchDispatchMode):
+    """Sees to it that a kernel for one member after the other gives the bits of the ensemble's."""
+
+    kernels: ClassVar = {
+        _ops.forward_members_op: _ops._forward_members_cuda,
+        _ops.backward_members_op: _ops._backward_members_cuda,
+    }
+    compared = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **kwargs or {})
+        if func in self.kernels:
+            assert_equal(tuple(self.kernels[func](*args)), tuple(result))
+            self.compared += 1
+        return result
+
+
 # ---- vmap ----------------------------------------------------------------------------------------
+
+
+@every_stack
+@every_step
+def test_one_member_after_the_other(options: Options, steps: str) -> None:
+    each, dims = choose(several(options, steps), "everything")
+    given = stacked(each, dims)
+    for x in (given["input"], *given["hx"], *given["weights"]):
+        x.requires_grad_()
+    with ByEach() as mode:
+        weighted(vmap(partial(run, options), in_dims=(dims,))(given)).backward()
+    assert mode.compared == 2
 
 
 @every_stack

@@ -50,6 +50,8 @@ watchers: ContextVar[tuple[Callable[[int, State, bool], None], ...]] = ContextVa
 
 
 def _show(step: int, state: State, reverse: bool) -> None:
+    if torch.compiler.is_compiling():  # nobody watches a graph
+        return
     for watch in watchers.get():
         watch(step, state, reverse)
 

@@ -706,19 +706,49 @@ def _composed_gradients(
         return [next(found) if need else None for need in needs]
 
 
+# ---- Ensembles on devices whose engine runs none -------------------------------------------------
+
+
+def _at(x: Any, member: int) -> Any:
+    """A member's part of an argument; what is no tensor, or absent, is everybody's."""
+    return x.select(0, member) if isinstance(x, Tensor) and x.shape != (0,) else x
+
+
+def _of_each(kernel: Callable[..., Sequence[Tensor]], *arguments: Any) -> Sequence[Tensor]:
+    """What a kernel of ensembles gives, by `kernel` for one member after the other."""
+    input, h0, c0, weights, batch_sizes, *rest = arguments
+    each = [
+        kernel(
+            *(_at(x, member) for x in (input, h0, c0)),
+            [w.select(0, member) for w in weights],
+            batch_sizes,
+            *(_at(x, member) for x in rest),
+        )
+        for member in range(input.shape[0])
+    ]
+    return [y[0] if y[0].shape == (0,) else torch.stack(y) for y in zip(*each, strict=True)]
+
+
+def _forward_members_cuda(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(_of_each(_forward_kernel, *arguments))
+
+
+def _backward_members_cuda(*arguments: Any) -> list[Tensor]:
+    return list(_of_each(_backward_kernel, *arguments))
+
+
 # ---- Registration --------------------------------------------------------------------------------
 
 
-_kernels: tuple[tuple[str, Any, Any], ...] = (
-    ("forward", _forward_kernel, _forward_fake),
-    ("backward", _backward_kernel, _backward_fake),
-    ("forward_members", _forward_members_cpu, _forward_members_fake),
-    ("backward_members", _backward_members_cpu, _backward_fake),
+_kernels: tuple[tuple[str, Any, Any, Any], ...] = (  # on the CPU, on CUDA, of shapes alone
+    ("forward", _forward_kernel, _forward_kernel, _forward_fake),
+    ("backward", _backward_kernel, _backward_kernel, _backward_fake),
+    ("forward_members", _forward_members_cpu, _forward_members_cuda, _forward_members_fake),
+    ("backward_members", _backward_members_cpu, _backward_members_cuda, _backward_fake),
 )
-for _name, _kernel, _fake in _kernels:
-    library.impl(_name, _kernel, "CPU")
-    if not _name.endswith("_members"):
-        library.impl(_name, _kernel, "CUDA")
+for _name, _on_cpu, _on_cuda, _fake in _kernels:
+    library.impl(_name, _on_cpu, "CPU")
+    library.impl(_name, _on_cuda, "CUDA")
     torch.library.register_fake(f"fastrnn::{_name}", _fake, lib=library)
 
 forward_op = torch.ops.fastrnn.forward.default

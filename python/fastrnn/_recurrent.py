@@ -95,7 +95,16 @@ def _cuda_knows(options: Options, extras: Extras) -> bool:
     """Whether the CUDA kernels are on and compute what is asked for."""
     if options.beyond_the_cell or options.recompute or any(x is not None for x in extras):
         return False
+    return _kernels_on_cuda()
+
+
+def _kernels_on_cuda() -> bool:
     return cuda_route().kernels
+
+
+# torch.compile asks when it traces: what the environment says then is a constant of the graph. The
+# mark is that of `torch.compiler.assume_constant_result`, which would import the compiler here.
+_kernels_on_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _engine_route(
