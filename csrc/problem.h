@@ -177,7 +177,8 @@ struct Problem {
   Parameters* d_parameters = nullptr;  // [L·D], each contiguous, absent where not wanted
 
   // ---- scratch ------------------------------------------------------------------------------
-  void* workspace = nullptr;  // workspace_size() bytes, 64-byte aligned, contents undefined
+  // workspace_size() bytes, contents undefined; 64-byte aligned, on CUDA 256-byte aligned.
+  void* workspace = nullptr;
 };
 
 }  // namespace fastrnn

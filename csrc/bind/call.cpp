@@ -548,8 +548,9 @@ void Call::run(Pass pass, py::handle workspace, std::uintptr_t stream, bool allo
   if (!given.is_none()) {
     const Array a = array(given, {"workspace"});
     a.expect_writable().expect_contiguous();
-    if (a.bytes() < bytes || reinterpret_cast<std::uintptr_t>(a.data()) % 64 != 0)
-      a.complain(std::to_string(bytes) + " bytes, 64-byte aligned",
+    const std::uintptr_t alignment = host() ? 64 : 256;  // what the device's library asks for
+    if (a.bytes() < bytes || reinterpret_cast<std::uintptr_t>(a.data()) % alignment != 0)
+      a.complain(std::to_string(bytes) + " bytes, " + std::to_string(alignment) + "-byte aligned",
                  std::to_string(a.bytes()) + " bytes");
     problem_.workspace = a.data();
   }
