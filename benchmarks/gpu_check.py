@@ -119,11 +119,11 @@ def build(options: Options) -> list[Command]:
 def tests(options: Options) -> list[Command]:
     pytest = [options.python, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider"]
     workers = min(8, os.cpu_count() or 1)
+    side_by_side = ("-n", str(workers)) if _has("xdist", options.python) else ()
+    of_cuda = "tests/test_cuda.py"
     return [
-        Command(
-            "pytest",
-            (*pytest, *(("-n", str(workers)) if _has("xdist", options.python) else ()), "tests"),
-        )
+        Command("pytest, CUDA", (*pytest, *side_by_side, of_cuda), 0.7),
+        Command("pytest, all else", (*pytest, *side_by_side, "tests", f"--ignore={of_cuda}")),
     ]
 
 
@@ -132,7 +132,9 @@ def sanitizer(options: Options) -> list[Command]:
     smallest = (options.python, str(Path(__file__).resolve()), "--smallest-cases")
     listed = []
     for tool in ("memcheck", "racecheck"):
+        # Not the errors of CUDA's own calls, by which libraries find out what a driver can.
         with_tool = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
+        with_tool += ("--report-api-errors", "no")
         listed += [
             Command(f"{tool}, persistent kernels", (*with_tool, check, "--small"), 0.4),
             Command(f"{tool}, layers", (*with_tool, *smallest), 0.5),

@@ -10,6 +10,7 @@ import copy
 import os
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +136,8 @@ def test_any_size_matches_the_reference(
     problem = random_problem(
         options, T=T, B=B, input_size=input_size, hidden_size=hidden_size, layout="lengths"
     )
-    check_against_reference(problem, dtype, device=gpu)
+    looser = max(1.0, (hidden_size / 64) ** 0.5)  # an error grows as the root of a sum's length
+    check_against_reference(problem, dtype, device=gpu, looser=looser)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -179,11 +181,11 @@ def test_cublaslt_is_found_beside_torch(gpu: torch.device) -> None:
 
 
 def worst(actual: Outcome, truth: Outcome) -> float:
-    """The largest error of any array, as a share of the array's largest value."""
+    """The largest error of any array: its root mean square, as a share of the array's."""
     pairs = [*zip(actual.outputs, truth.outputs, strict=True)]
     pairs += zip(actual.d_inputs, truth.d_inputs, strict=True)
     pairs += [(actual.d_weights[name], d) for name, d in truth.d_weights.items()]
-    return max(float((a.double().cpu() - b).abs().max() / b.abs().max()) for a, b in pairs)
+    return max(float((a.double().cpu() - b).norm() / b.norm()) for a, b in pairs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -312,13 +314,17 @@ def test_autocast_as_torch(gpu: torch.device, cell: str, dtype: torch.dtype) -> 
     with torch.autocast("cuda", dtype=dtype):
         mine, other = ours(x)[0], theirs(x)[0]
     assert mine.dtype == other.dtype == dtype
-    assert_close(mine.double().cpu(), other.double().cpu(), "bfloat16", "output")
+    mine, other = (y.detach().double().cpu() for y in (mine, other))
+    assert_close(mine, other, "bfloat16", "output")
 
 
 def test_the_operator_is_what_runs(gpu: torch.device, cell: str) -> None:
     case = moved(make(Options(cell)), gpu)  # type: ignore[arg-type]
-    arguments = (case.input, case.hx[0], (*case.hx, None)[1], case.weights, None, None, None)
-    hidden = _ops.forward_op(*arguments, *scalars(case.options), False, False)[0]
+    h0, c0 = (*case.hx, None)[:2]
+    steps_and_extras = (None,) * 8
+    hidden = _ops.forward_op(
+        case.input, h0, c0, case.weights, *steps_and_extras, *scalars(case.options), False, False
+    )[0]
     assert torch.equal(hidden[0], run(case)[0])
 
 
@@ -384,7 +390,9 @@ def test_runs_on_the_current_stream(gpu: torch.device, cell: str) -> None:
 def test_nothing_waits_for_the_device(gpu: torch.device, steps: str, cell: str) -> None:
     case = moved(make(Options(cell, 2, True), steps, dtype=torch.float32), gpu)  # type: ignore[arg-type]
     gradients(case, run(case))  # what is made once is made
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode")  # is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         gradients(case, run(case))
     finally:
@@ -509,7 +517,7 @@ def test_a_workspace_on_the_device_is_needed(gpu: torch.device) -> None:
     with pytest.raises(ValueError, match=r"^workspace: expected \d+ bytes on the device of input"):
         forward_on(gpu, lambda call: None, workspace=None)
     small = torch.empty(64, dtype=torch.uint8, device=gpu)
-    with pytest.raises(ValueError, match=r"^workspace: expected \d+ bytes, 64-byte aligned"):
+    with pytest.raises(ValueError, match=r"^workspace: expected \d+ bytes, 256-byte aligned"):
         forward_on(gpu, lambda call: None, workspace=small)
 
 
