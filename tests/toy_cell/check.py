@@ -5,26 +5,17 @@ A program of its own, because the module that it is given stands in for `fastrnn
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-def load(path: str) -> None:
-    """The module at `path` as fastrnn._C."""
-    spec = importlib.util.spec_from_file_location("fastrnn._C", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fastrnn._C"] = module
-    spec.loader.exec_module(module)
-
+from replaced_module import load
 
 load(sys.argv[1])
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from engine import check_against_reference  # noqa: E402
 from fastrnn import reference  # noqa: E402

@@ -13,9 +13,9 @@ namespace fastrnn::virtual_device {
 struct Device {
   int multiprocessors = 8;
   Order order = Order::forwards;
-  // Streams are queues, run when somebody waits for them, in any order that events allow; or what
-  // is issued runs at once, as a library's products do that know no queue.
-  bool at_once = false;
+  // What is issued runs at once; or streams are queues, run when somebody waits for them, in any
+  // order that events allow.
+  bool at_once = true;
   std::mt19937 random{1};
   long launches = 0, cluster_launches = 0, cooperative_launches = 0;
   long side_tasks = 0;  // work of other streams than the legacy one

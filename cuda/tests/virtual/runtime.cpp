@@ -299,6 +299,13 @@ cudaError_t cudaGetDevice(int* which) { return *which = 0, cudaSuccess; }
 cudaError_t cudaSetDevice(int which) {
   return answer(which == 0 ? cudaSuccess : cudaErrorInvalidDevice);
 }
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  *properties = {};
+  std::strcpy(properties->name, "virtual device");
+  return cudaSuccess;
+}
+cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   return *value = attribute(which), cudaSuccess;

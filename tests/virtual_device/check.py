@@ -1,0 +1,88 @@
+"""Runs `fastrnn._C` on arrays of a CUDA device that is virtual, against the reference.
+
+A program of its own, because the module that it is given stands in for `fastrnn._C`. In it the CUDA
+backend is the package's own, but CUDA's runtime is that of cuda/tests/virtual, which runs the
+kernels' PTX on the CPU. The device's memory is the host's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from replaced_module import load
+
+load(sys.argv[1])
+
+import engine  # noqa: E402
+import fastrnn  # noqa: E402
+from fastrnn._options import Options  # noqa: E402
+from problems import LAYOUTS, random_problem  # noqa: E402
+
+CUDA = 2  # DLPack's number of it
+ALIGNMENT = 256
+
+pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+pointer_of.restype = ctypes.c_void_p
+pointer_of.argtypes = [ctypes.py_object, ctypes.c_char_p]
+
+
+class OnDevice:
+    """A host array that says of itself that it is the device's."""
+
+    def __init__(self, host: Any) -> None:
+        self.host = host
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return CUDA, 0
+
+    def __dlpack__(self, **_: Any) -> Any:
+        capsule = fastrnn.from_dlpack(self.host).__dlpack__()
+        device_type = pointer_of(capsule, b"dltensor") + ctypes.sizeof(ctypes.c_void_p)
+        ctypes.c_int32.from_address(device_type).value = CUDA
+        return capsule
+
+
+def workspace(size: int) -> OnDevice:
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return OnDevice(memory[start : start + size])
+
+
+persistent = sys.argv[2] == "persistent"
+work = {"workspace": workspace, "stream": 0, "persistent": persistent}
+to_float64 = engine.to_float64
+engine.on_device = lambda device: (OnDevice, work)
+engine.to_float64 = lambda x: to_float64(x.host if isinstance(x, OnDevice) else x)
+
+if persistent:
+    found = fastrnn._C.cuda_kernels(
+        engine.engine_options(Options("LSTM")), "float32", 5, 4, 8, 6, False, False, 0
+    )
+    assert found is not None
+    assert found[0], found[1]
+
+CELLS = (
+    ("RNN", {}),
+    ("LSTM", {}),
+    ("LSTM", {"proj_size": 3}),
+    ("GRU", {}),
+    ("GRU", {"reset_after": False}),
+    ("GRU", {"heads": 2}),
+)
+
+checked = 0
+for (cell, own), layout in itertools.product(CELLS, LAYOUTS):
+    options = Options(cell, 1 + checked % 2, checked % 3 == 0, **own)
+    problem = random_problem(options, layout=layout, seed=checked, hidden_size=6, d_states=True)
+    dtype = engine.DTYPES[checked % len(engine.DTYPES)]
+    engine.check_against_reference(problem, dtype, device="virtual")
+    checked += 1
+print(f"{checked} problems agree")
