@@ -23,6 +23,7 @@ load(sys.argv[1])
 
 import engine  # noqa: E402
 import fastrnn  # noqa: E402
+from fastrnn import _C  # noqa: E402
 from fastrnn._options import Options  # noqa: E402
 from problems import LAYOUTS, random_problem  # noqa: E402
 
@@ -63,7 +64,7 @@ engine.on_device = lambda device: (OnDevice, work)
 engine.to_float64 = lambda x: to_float64(x.host if isinstance(x, OnDevice) else x)
 
 if persistent:
-    found = fastrnn._C.cuda_kernels(
+    found = _C.cuda_kernels(
         engine.engine_options(Options("LSTM")), "float32", 5, 4, 8, 6, False, False, 0
     )
     assert found is not None
