@@ -12,7 +12,7 @@ namespace fastrnn::virtual_device {
 
 struct Device {
   int multiprocessors = 8;
-  Order order = Order::forwards;
+  Order order = Order::in_turn;
   // What is issued runs at once; or streams are queues, run when somebody waits for them, in any
   // order that events allow.
   bool at_once = true;

@@ -1,10 +1,8 @@
 // What each instruction does, for the lanes that execute it. Those that nvcc uses for the kernels
 // of this project, by the PTX ISA's description of each; decode() throws at any other.
 #include <algorithm>
-#include <cfenv>
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <sstream>
 #include <type_traits>
@@ -16,7 +14,6 @@ namespace fastrnn::virtual_device {
 namespace {
 
 using std::int16_t, std::int32_t, std::int64_t, std::uint16_t, std::uint32_t, std::uint64_t;
-using std::int8_t, std::uint8_t;
 
 // ---- values in slots ----------------------------------------------------------------------------
 
@@ -691,14 +688,11 @@ Execute decode_conversion(const std::string& opcode, const std::vector<std::stri
   if (how == "rn" && to == "f16" && from == "f32") return &convert<F16, float, Rounding::none>;
   if (how == "rn" && to == "bf16" && from == "f32") return &convert<Bf16, float, Rounding::none>;
   if (how == "rni" && from == "f32") return conversion_to<float, Rounding::to_nearest_integer>(to);
-  if (how == "rni" && from == "f64") return conversion_to<double, Rounding::to_nearest_integer>(to);
   if (how == "sat" && to == "f32" && from == "f32")
     return &convert<float, float, Rounding::saturated>;
   const bool exact = how.empty() && from[0] != 'f' && to[0] != 'f';
   const bool rounded = how == "rn" && to[0] == 'f' && from[0] != 'f';
-  const bool widens = how.empty() && to == "f64" && from == "f32";
-  const bool narrows = how == "rn" && to == "f32" && from == "f64";
-  if (!exact && !rounded && !widens && !narrows) unknown(opcode);
+  if (!exact && !rounded) unknown(opcode);
   return of_number(from, [&](auto x) { return conversion_to<decltype(x)>(to); });
 }
 
@@ -768,7 +762,6 @@ Execute decode_whole(const std::string& opcode, Kind* kind) {
       {"bra", nothing, Kind::branch},
       {"bra.uni", nothing, Kind::branch},
       {"ret", nothing, Kind::leave},
-      {"exit", nothing, Kind::leave},
       {"bar.sync", nothing, Kind::block_barrier},
       {"bar.warp.sync", nothing, Kind::together},
       {"shfl.sync.bfly.b32", shuffle<true>, Kind::together},

@@ -27,15 +27,6 @@ void fill_constants(Warp& warp) {
         case Special::block:
           value = static_cast<std::uint64_t>(block.number);
           break;
-        case Special::threads:
-          value = static_cast<std::uint64_t>(block.launch->threads);
-          break;
-        case Special::blocks:
-          value = static_cast<std::uint64_t>(block.launch->blocks);
-          break;
-        case Special::lane:
-          value = static_cast<std::uint64_t>(lane);
-          break;
       }
       warp.slot(constant.index)[lane] = value;
     }
@@ -195,7 +186,6 @@ class Together {
   Together(const Together&) = delete;
 
   void run() {
-    if (order_ == Order::backwards) std::reverse(warps_.begin(), warps_.end());
     std::size_t left = warps_.size();
     for (long turns = 0; left > 0; ++turns) {
       if (turns == launch_.most_turns) refuse("it does not end");
@@ -247,8 +237,6 @@ class Together {
     if (order_ == Order::shuffled) {
       std::shuffle(parcels.begin(), parcels.end(), random_);
       count = random_() % (count + 1);
-    } else if (order_ == Order::backwards) {
-      std::reverse(parcels.begin(), parcels.end());
     }
     for (std::size_t i = 0; i < count; ++i) {
       const Parcel& parcel = parcels[i];
@@ -343,7 +331,6 @@ void run(const Launch& launch, Order order, std::mt19937& random) {
   const int at_once = launch.cooperative ? launch.blocks : launch.cluster;
   std::vector<int> firsts(static_cast<std::size_t>(launch.blocks / at_once));
   for (std::size_t i = 0; i < firsts.size(); ++i) firsts[i] = static_cast<int>(i) * at_once;
-  if (order == Order::backwards) std::reverse(firsts.begin(), firsts.end());
   if (order == Order::shuffled) std::shuffle(firsts.begin(), firsts.end(), random);
   try {
     for (const int first : firsts)

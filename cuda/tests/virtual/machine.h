@@ -32,7 +32,7 @@ namespace fastrnn::virtual_device {
 inline constexpr int kLanes = 32;
 inline constexpr std::uint32_t kAllLanes = 0xffffffffu;
 
-enum class Order { forwards, backwards, shuffled };
+enum class Order { in_turn, shuffled };
 
 struct Launch {
   const Function* function = nullptr;

@@ -119,10 +119,7 @@ class Body {
     for (auto scope = scopes_.rbegin(); scope != scopes_.rend(); ++scope)
       if (const auto found = scope->find(text); found != scope->end()) return found->second;
     static const std::map<std::string, Special> specials{{"%tid.x", Special::thread},
-                                                         {"%ctaid.x", Special::block},
-                                                         {"%ntid.x", Special::threads},
-                                                         {"%nctaid.x", Special::blocks},
-                                                         {"%laneid", Special::lane}};
+                                                         {"%ctaid.x", Special::block}};
     if (const auto found = specials.find(text); found != specials.end())
       return constant(0, found->second);
     if (const auto found = symbols_.find(text); found != symbols_.end())

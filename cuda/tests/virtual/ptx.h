@@ -41,7 +41,7 @@ struct Instruction {
 };
 
 // Which value a special register has.
-enum class Special { none, thread, block, threads, blocks, lane };
+enum class Special { none, thread, block };
 
 struct Slot {
   int index;

@@ -233,7 +233,6 @@ void synchronize() {
       break;
     }
     CUstream_st* next = able.front();
-    if (device().order == Order::backwards) next = able.back();
     if (device().order == Order::shuffled) next = able[device().random() % able.size()];
     const std::function<void()> run = std::move(next->tasks[next->done++].run);
     run();
