@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from replaced_module import output_with
 
 
-def test_a_cell_is_one_header_and_one_reference_function() -> None:
-    assert output_with("toy_cell") == "45 problems agree"
+@pytest.mark.parametrize("isa", ["portable", ""], ids=["portable", "widest"])
+def test_a_cell_is_one_header_and_one_reference_function(isa: str) -> None:
+    """The module has a set with few registers and one with many, whose blocks differ."""
+    assert output_with("toy_cell", FASTRNN_ISA=isa) == "45 problems agree"

@@ -27,32 +27,33 @@ namespace {
 
 // ---- instruction sets -------------------------------------------------------------------------
 
+// Whether this CPU runs a set.
+struct Runs {
+  static bool portable() { return true; }
+  static bool neon() { return true; }  // where it is built
 #if defined(__x86_64__)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-// By the processor's own word: not every compiler that is used here knows the name.
-bool has_avxvnni() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << 4)) != 0;
-}
-bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && has_avx2();
-}
-bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+  static bool avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+  // By the processor's own word: not every compiler that is used here knows the name.
+  static bool avxvnni() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << 4)) != 0;
+  }
+  static bool avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && avx2();
+  }
+  static bool avx512vnni() { return avx512() && __builtin_cpu_supports("avx512vnni"); }
+  static bool avx512bf16() { return avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 #endif
+};
 
+// FASTRNN_SETS: a SET(name) for each that is built, widest first (CMakeLists.txt).
 std::vector<const InstructionSet*> runnable_sets() {
   std::vector<const InstructionSet*> sets;
-#if defined(__x86_64__)
-  if (has_avx512vnni() && __builtin_cpu_supports("avx512bf16")) sets.push_back(&avx512bf16_set);
-  if (has_avx512vnni()) sets.push_back(&avx512vnni_set);
-  if (has_avx512()) sets.push_back(&avx512_set);
-  if (has_avxvnni()) sets.push_back(&avxvnni_set);
-  if (has_avx2()) sets.push_back(&avx2_set);
-#elif defined(__aarch64__)
-  sets.push_back(&neon_set);
-#endif
-  sets.push_back(&portable_set);
+#define SET(name) \
+  if (Runs::name()) sets.push_back(&name##_set);
+  FASTRNN_SETS
+#undef SET
   return sets;
 }
 
