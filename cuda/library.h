@@ -24,7 +24,10 @@ const Library* find_library();
 const char* library_origin();
 
 // Scratch that the library may ask for, for each call of the engine.
-inline constexpr std::size_t kLibraryScratch = std::size_t{32} << 20;
+#if !defined(FASTRNN_LIBRARY_SCRATCH)  // the tests' library takes none, and they fill it each time
+#define FASTRNN_LIBRARY_SCRATCH (std::size_t{32} << 20)
+#endif
+inline constexpr std::size_t kLibraryScratch = FASTRNN_LIBRARY_SCRATCH;
 
 // What multiplies on behalf of one call.
 struct Tools {
