@@ -97,7 +97,7 @@ define sanitized
 endef
 
 sanitize: $(INSTALLED)  ## the C++ tests under ASan and UBSan, those of waiting under TSan
-	$(call sanitized,tsan,thread,barrier_test persistent_kernels_test persistent_ring_test,^(barrier|persistent\.ring|persistent\.kernels\.smallest)$$)
+	$(call sanitized,tsan,thread,barrier_test persistent_kernels_test_smallest persistent_ring_test,^(barrier|persistent\.ring|persistent\.kernels\.smallest)$$)
 	$(call sanitized,asan,address$(comma)undefined,all,^(barrier|cuda_kernels|engine|int8|maths|persistent\.(ring|plan|kernels\.smallest)))
 
 # ---- publish ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 // of unequal lengths, resets, two directions; and the same bits whatever the blocks' delays.
 #include <cstdio>
 #include <cstring>
+#include <type_traits>
 
 #include "../../../csrc/tests/check.h"
 #include "host_launch.h"
@@ -105,30 +106,33 @@ void check_cell(const char* name, const char* operand) {
                Config<Cell, Operand, Via::block, 1, 8, 32, 1, 1>>((text + "block").c_str(), kBlock);
 }
 
-}  // namespace
+enum class Part { LSTM, GRU, RNN, smallest };
 
-int main(int count, char** arguments) {
-  const std::string cell = count > 1 ? arguments[1] : "LSTM";
-  if (cell == "smallest") {  // every way once: for sanitizers, under which all else takes long
+template <Part part>
+void check_part() {
+  if constexpr (part == Part::LSTM) {
+    check_cell<Lstm, BFloat16>("LSTM", "bfloat16");
+    check_cell<Lstm, Float32>("LSTM", "3xTF32");
+    check_cell<Lstm, Float16>("LSTM", "float16");
+    check_cell<Lstm, Tf32>("LSTM", "TF32");
+  } else if constexpr (part != Part::smallest) {  // the others differ in the cell alone
+    using Cell = std::conditional_t<part == Part::GRU, Gru, Elman>;
+    check_cell<Cell, BFloat16>(Cell::name, "bfloat16");
+    check_cell<Cell, Float32>(Cell::name, "3xTF32");
+  } else {  // every way once: for sanitizers, under which all else takes long
     check_config<Config<Gru, BFloat16, Via::ring, 3, 1, 1, 1, 1>,
                  Config<Gru, BFloat16, Via::ring, 1, 1, 1, 1, 1>>("ring", {{5, 9, 20}});
     check_config<Config<Gru, BFloat16, Via::cluster, 3, 2, 1, 1, 1>,
                  Config<Gru, BFloat16, Via::cluster, 1, 2, 1, 1, 1>>("cluster", {{5, 9, 40}});
     check_config<Config<Gru, BFloat16, Via::block, 3, 8, 1, 1, 1>,
                  Config<Gru, BFloat16, Via::block, 1, 8, 16, 1, 1>>("block", {{3, 9, 20}});
-    return check::result("persistent kernels", checks);
   }
-  const bool every_operand = cell == "LSTM";  // the others differ in the cell alone
-  const auto all = [&](auto tag) {
-    using Cell = decltype(tag);
-    check_cell<Cell, BFloat16>(Cell::name, "bfloat16");
-    check_cell<Cell, Float32>(Cell::name, "3xTF32");
-    if (!every_operand) return;
-    check_cell<Cell, Float16>(Cell::name, "float16");
-    check_cell<Cell, Tf32>(Cell::name, "TF32");
-  };
-  if (cell == "LSTM") all(Lstm{});
-  if (cell == "GRU") all(Gru{});
-  if (cell == "RNN") all(Elman{});
+}
+
+}  // namespace
+
+// FASTRNN_PART: what this program checks, so that the parts compile side by side.
+int main() {
+  check_part<Part::FASTRNN_PART>();
   return check::result("persistent kernels", checks);
 }
