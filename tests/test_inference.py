@@ -142,6 +142,20 @@ def test_tensors_with_a_pending_negation_go_the_long_way() -> None:
     assert_same(short_way(layer, input), long_way(layer, input.clone()))
 
 
+@pytest.mark.parametrize("make", [lambda: fastrnn.GRU(I, H), lambda: fastrnn.GRUCell(I, H)])
+def test_weights_with_a_pending_negation(make: Callable[[], torch.nn.Module]) -> None:
+    module = make()
+    input = torch.randn(T, B, I) if isinstance(module, fastrnn.GRU) else torch.randn(B, I)
+    expected = long_way(module, input)
+    pending = {name: torch._neg_view(-p.detach()) for name, p in module.named_parameters()}
+    with torch.no_grad():
+        assert_same(flat(torch.func.functional_call(module, pending, (input,))), expected)
+    for name, weight in pending.items():
+        setattr(module, name, torch.nn.Parameter(weight))
+    for _ in range(3):
+        assert_same(short_way(module, input), expected)
+
+
 class Loud(Tensor):
     """A subclass that counts the calls that see it."""
 

@@ -288,6 +288,23 @@ def test_a_pending_negation_is_seen() -> None:
     assert torch.equal(got, fastrnn.Stream(layer, B).step(x.resolve_neg()))
 
 
+def test_a_pending_negation_of_weights_and_states_is_seen(cell: str) -> None:
+    layer = getattr(fastrnn, cell)(I, H)
+    x = uniform(2, B, I)
+    stream = fastrnn.Stream(layer, B)
+    stream.step(x[0])
+    state = stream.state
+    negated = tuple(torch._neg_view(-part) for part in states(stream))
+    expected = stream.step(x[1]).clone()
+    stream.state = negated if cell == "LSTM" else negated[0]
+    assert torch.equal(stream.step(x[1]), expected)
+    for name, weight in list(layer.named_parameters()):
+        setattr(layer, name, torch.nn.Parameter(torch._neg_view(-weight.detach())))
+    stream.refresh()
+    stream.state = state
+    assert torch.equal(stream.step(x[1]), expected)
+
+
 def test_an_output_made_in_inference_mode_can_be_used_with_a_gradient() -> None:
     layer, head = fastrnn.RNN(I, H), torch.nn.Linear(H, 2)
     stream = fastrnn.Stream(layer)

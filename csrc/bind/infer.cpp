@@ -103,7 +103,6 @@ bool nothing_listens(const py::tuple& tensors) {
   return true;
 }
 
-// An input or a state: negation may be pending on it, unlike on a parameter.
 void expect_settled(py::handle object) { expect(is_plain(object) && !negation_pending(object)); }
 
 bool has_shape(const Array& a, std::initializer_list<std::int64_t> shape) {
@@ -163,7 +162,7 @@ class Inference {
       PyObject* weight =
           PyDict_GetItemWithError(parameters.ptr(), PyTuple_GET_ITEM(names.ptr(), i));
       expect(weight != nullptr);
-      expect(is_plain(weight));
+      expect_settled(weight);
       objects_.push_back(py::reinterpret_borrow<py::object>(weight));
       arrays_.push_back(host_array(weight, {"weights"}));
       expect(same(arrays_.back().dtype(), dtype_));

@@ -230,8 +230,8 @@ class Stream:
                 got = f"{len(value)} of them" if isinstance(value, (tuple, list)) else repr(value)
                 raise TypeError(f"state must be two arrays, (h, c), got {got:.40}")
             h, c = value
-            c = self._wide(c)
-        self._engine.set_state(h, c)
+            c = self._wide(_settled(c))
+        self._engine.set_state(_settled(h), c)
 
     def _wide(self, c: Any) -> Any:
         """c of a half type as float32."""
@@ -373,10 +373,10 @@ def _dtype_name(dtype: Any) -> str:
 
 def _converted(array: Any, dtype: str) -> Any:
     """The array in that dtype; itself where it is of it."""
-    if str(array.dtype).removeprefix("torch.") == dtype:
-        return array
     if is_torch(array):
-        return array.detach().to(getattr(sys.modules["torch"], dtype))
+        return _settled(array.detach().to(getattr(sys.modules["torch"], dtype)))
+    if str(array.dtype) == dtype:
+        return array
     target: Any = dtype
     if dtype == "bfloat16":
         try:
@@ -387,6 +387,11 @@ def _converted(array: Any, dtype: str) -> Any:
             ) from None
         target = ml_dtypes.bfloat16
     return np.asarray(array).astype(target)
+
+
+def _settled(array: Any) -> Any:
+    """The array; where it is torch's and a negation is pending on it, its values."""
+    return array.resolve_neg() if is_torch(array) else array
 
 
 def _refuse_options(options: Options) -> None:
