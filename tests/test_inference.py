@@ -123,8 +123,15 @@ def test_empty_batch_and_long_sequences() -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [torch.randn(T, B, I + 1), torch.randn(T, B, I).double(), torch.randn(0, B, I), "text", None],
-    ids=["size", "dtype", "no-steps", "text", "none"],
+    [
+        torch.randn(T, B, I + 1),
+        torch.randn(T, B, I).double(),
+        torch.randn(0, B, I),
+        torch.randn(T, B, I, device="meta"),
+        "text",
+        None,
+    ],
+    ids=["size", "dtype", "no-steps", "device", "text", "none"],
 )
 def test_errors_are_those_of_the_long_way(bad: Any) -> None:
     layer = fastrnn.LSTM(I, H)

@@ -99,6 +99,8 @@ def test_meta_then_to_empty(name: str) -> None:
     ours = getattr(fastrnn, name)(3, 4, device="meta", dtype=F64)
     assert all(p.device.type == "meta" for p in ours.parameters())
     shapes = [tuple(t.shape) for t in tensors(ours(inputs(name)[0].to("meta")))]
+    with torch.no_grad():
+        assert [t.shape for t in tensors(ours(inputs(name)[0].to("meta")))] == shapes
     ours = ours.to_empty(device="cpu")
     ours.load_state_dict(theirs.state_dict())
     input = inputs(name)

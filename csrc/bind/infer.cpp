@@ -286,7 +286,9 @@ py::object infer(const CheckedOptions& options, PackCache& cache, const py::dict
     call.set_states(hx, cell);
     return call.run(input, batch_first, cell);
   } catch (const Refused&) {
-  } catch (const py::builtin_exception&) {  // memory that the engine cannot read
+  } catch (const py::builtin_exception&) {        // memory that the engine cannot read
+  } catch (const py::error_already_set& error) {  // or torch does not give: meta, sparse
+    if (!error.matches(PyExc_TypeError)) throw;
   }
   return py::none();
 }
