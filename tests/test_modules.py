@@ -364,6 +364,16 @@ def test_compile_traces_the_whole_forward(name: str) -> None:
         torch.testing.assert_close(compiled(*input, **arguments), expected, rtol=0, atol=0)
 
 
+def test_compile_traces_the_whole_forward_under_autocast(name: str) -> None:
+    layer, (input, _) = getattr(fastrnn, name)(3, 4), inputs(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got, expected = compiled(input.to(dtype)), layer(input.to(dtype))
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 # ---- warnings and options ---------------------------------------------------------------------
 
 

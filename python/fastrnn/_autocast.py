@@ -10,7 +10,6 @@ autocast's dtype. On other devices all have.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,7 +55,6 @@ def result_dtype(
     return torch.promote_types(dtype, carried)
 
 
-@lru_cache(maxsize=8)
 def _onednn_computes(dtype: torch.dtype) -> bool:
     """Whether torch takes oneDNN for ``dtype`` on this CPU."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
@@ -66,3 +64,7 @@ def _onednn_computes(dtype: torch.dtype) -> bool:
     if dtype == torch.float16:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     return dtype == torch.float32
+
+
+# A constant of the graph, as torch.compile cannot trace the questions; see _recurrent.py.
+_onednn_computes._dynamo_marked_constant = True  # type: ignore[attr-defined]
