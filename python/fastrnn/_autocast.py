@@ -5,7 +5,8 @@ follows torch.nn: on the CPU an LSTM or GRU adds each step's gates to a state th
 dtype it came in, so its results have the wider of the two dtypes; an Elman RNN computes the state
 anew at each step, and oneDNN's LSTM, which torch takes for a padded input without projection, of
 float32 or of a half type that this CPU computes in, casts the states too, so their results have
-autocast's dtype. On other devices all have.
+autocast's dtype; and a projected h is a product, which has autocast's dtype. On other devices all
+have.
 """
 
 from __future__ import annotations

@@ -393,7 +393,11 @@ class RecurrentLayer(Module):
             **steps,
         )
         if wide is not None:
-            output, hx_n = output.to(wide), tuple(state.to(wide) for state in hx_n)
+            # A projected h is a product, which torch leaves in autocast's dtype.
+            narrow = input.dtype if self.proj_size else wide
+            h_n, *c_n = hx_n
+            output = output.to(narrow)
+            hx_n = (h_n.to(narrow), *(state.to(wide) for state in c_n))
         return output, hx_n, states
 
     def _learned_states(self) -> tuple[Tensor, ...]:
