@@ -304,6 +304,13 @@ def test_backward_in_eval(name: str) -> None:
     assert_same(outcome(ours, *input), outcome(theirs, *input), F64)
 
 
+def test_new_states_of_a_cell_are_detached_in_place() -> None:
+    for name in CELLS:
+        for state in tensors(getattr(fastrnn, name)(3, 4)(torch.randn(2, 3))):
+            state.detach_()  # as in truncated backpropagation; torch refuses it to a view
+            assert not state.requires_grad
+
+
 def test_no_grad_and_inference_mode_give_the_same_values(name: str) -> None:
     layer, input = pair(name, 3, 4, dtype=F64)[1], inputs(name)
     expected = [t.detach() for t in tensors(layer(*input))]
