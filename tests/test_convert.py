@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -134,6 +135,15 @@ def test_a_layer_itself_is_returned_as_its_counterpart(name: str) -> None:
     assert repr(back) == repr(layer)
     assert set(vars(back)) == set(vars(layer))
     assert all(a is b for a, b in zip(back.parameters(), layer.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *CELLS])
+def test_nothing_that_was_kept_for_the_engine_goes_back(name: str) -> None:
+    ours = getattr(fastrnn, name)(3, 4)
+    ours(torch.randn((5, 2, 3) if name in LAYERS else (2, 3)))
+    back = fastrnn.to_torch(ours)
+    assert set(vars(back)) == set(vars(getattr(nn, name)(3, 4)))
+    pickle.dumps(back)
 
 
 def test_a_model_without_recurrent_layers_is_left_alone() -> None:

@@ -29,7 +29,7 @@ _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 
 # What each side derives from the rest of a layer's attributes.
 _TORCH_DERIVED = ("_flat_weights", "_flat_weight_refs")
-_OUR_DERIVED = ("_options", "_weight_shapes")
+_OUR_DERIVED = ("_options", "_weight_shapes", "_prepared")
 
 # Own options that change nothing of what a layer computes, so that torch's needs no equal of them.
 _COMPUTE_THE_SAME = ("forget_bias", "recompute")
