@@ -258,6 +258,13 @@ def test_what_torch_does_not_have_is_refused_and_nothing_is_changed(make: Any, s
         fastrnn.to_torch(layer)
 
 
+@pytest.mark.parametrize("zoneout", [0, (0.0, 0.0), [0, 0]])
+def test_zoneout_that_is_off_goes_back(zoneout: Any) -> None:
+    for name in ("LSTM", "LSTMCell"):
+        ours = getattr(fastrnn, name)(3, 4, zoneout=zoneout)
+        assert type(fastrnn.to_torch(ours)) is getattr(nn, name)
+
+
 def test_every_nonlinearity_torch_has_goes_back() -> None:
     for name in ("RNN", "RNNCell"):
         for nonlinearity in ("tanh", "relu"):
