@@ -346,7 +346,10 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "reset: dtype": ({"reset": np.zeros((4, 3))}, TypeError, "reset must be bool, got .*float64"),
     "activation": ({"activation": "gelu"}, ValueError, "activation must be one of .* got 'gelu'"),
     "num_layers": ({"num_layers": 0}, ValueError, "num_layers must be at least 1, got 0"),
+    "num_layers: text": ({"num_layers": "1"}, TypeError, "num_layers must be an int, got str"),
+    "num_layers: float": ({"num_layers": 1.5}, TypeError, "num_layers must be an int, got float"),
     "proj_size": ({"proj_size": -1}, ValueError, "proj_size must be .* got -1"),
+    "proj_size: None": ({"proj_size": None}, TypeError, "proj_size must be an int, got NoneType"),
 }
 
 
@@ -392,6 +395,11 @@ def test_tensors_on_different_devices_are_refused() -> None:
         ValueError, match="bias_ih_l0 must be on the device of input, cpu, got meta"
     ):
         functional.gru(torch.from_numpy(arrays.input), None, weights)
+
+
+def test_reset_after_is_a_bool() -> None:
+    with pytest.raises(TypeError, match="reset_after must be a bool, got NoneType"):
+        functional.gru(np.ones((1, 1, 1)), None, [], reset_after=None)  # type: ignore[arg-type]
 
 
 def test_nonlinearity_is_named_as_the_argument_is() -> None:

@@ -582,6 +582,16 @@ def test_a_stream_of_weights_equals_that_of_the_layer(cell: str) -> None:
         assert all(isinstance(state, np.ndarray) for state in states(stream))
 
 
+def test_a_stream_of_weights_takes_the_options_of_the_functions() -> None:
+    weights = [uniform(4 * H, size).numpy() for size in (I, H)]
+    x = uniform(T, 1, I).numpy()
+    options: dict[str, Any] = {"bias": False, "zoneout": (0.2, 0.1), "grad_clip": None}
+    expected, _ = fastrnn.functional.lstm(x, None, weights, **options)
+    stream = fastrnn.Stream.from_weights("LSTM", weights, **options)
+    for x_t, y_t in zip(x, expected.numpy(), strict=True):
+        assert np.array_equal(stream.step(x_t), y_t)
+
+
 # ---- copies, threads ----------------------------------------------------------------------------
 
 
@@ -728,6 +738,16 @@ def test_under_vmap_a_step_is_refused() -> None:
             lambda: fastrnn.Stream.from_weights("GRU", [], bidirectional=True),
             ValueError,
             "bidirectional must be False",
+        ),
+        (
+            lambda: fastrnn.Stream.from_weights("GRU", [], num_layers="1"),  # type: ignore[arg-type]
+            TypeError,
+            "num_layers must be an int, got str",
+        ),
+        (
+            lambda: fastrnn.Stream.from_weights("GRU", [], reset_after=None),
+            TypeError,
+            "reset_after must be a bool, got NoneType",
         ),
         (
             lambda: fastrnn.Stream.from_weights(

@@ -15,7 +15,7 @@ import numpy as np
 from . import _C
 from ._arguments import REAL, is_torch, weight_names
 from ._engine import engine_options, scalars
-from ._options import Options
+from ._options import Options, check_integers, make_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -116,13 +116,14 @@ class Stream:
         """
         if cell == "RNN" and "nonlinearity" in options:
             options["activation"] = options.pop("nonlinearity")
-        known = {field.name for field in fields(Options)}
+        known = {field.name for field in fields(Options)} - {"zoneout_h", "zoneout_c"} | {"zoneout"}
         if options.pop("bidirectional", False):
             raise ValueError("bidirectional must be False: a stream cannot run backwards")
         for name in options:
             if name not in known:
                 raise TypeError(f"from_weights has no option {name!r}")
-        described = Options(
+        check_integers(num_layers=num_layers, proj_size=proj_size)
+        described = make_options(
             cell,  # type: ignore[arg-type]
             num_layers=num_layers,
             bias=bias,

@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, Any
 from . import _arrays
 from ._arguments import is_torch, make_extras
 from ._engine import Extras, States
-from ._options import Options, make_options
+from ._options import Options, check_integers, make_options
 
 if TYPE_CHECKING:
     from ._recurrent import recurrent
@@ -331,6 +331,7 @@ def gru_backward(
 
 
 def _options(cell: Any, num_layers: int, bidirectional: bool, bias: bool, **others: Any) -> Options:
+    check_integers(num_layers=num_layers, proj_size=others.get("proj_size", 0))
     try:
         return make_options(
             cell,
