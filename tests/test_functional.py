@@ -397,6 +397,37 @@ def test_tensors_on_different_devices_are_refused() -> None:
         functional.gru(torch.from_numpy(arrays.input), None, weights)
 
 
+NO_VALUES = {
+    "text": "abc",
+    "None": [None, 1, 1],
+    "too large": [2**70, 1, 1],
+    "a set": {1, 2, 3},
+    "objects": np.array([1, None, 3]),
+    "ragged": [[1], [1, 2]],
+    "meta": torch.ones(3, dtype=torch.int64, device="meta"),
+}
+
+
+@pytest.mark.parametrize("value", NO_VALUES.values(), ids=NO_VALUES.keys())
+@pytest.mark.parametrize("name", ["lengths", "reset"])
+@pytest.mark.parametrize("arrays_of", ["numpy", "torch"])
+def test_what_holds_no_values_is_named(name: str, arrays_of: str, value: Any) -> None:
+    arrays = Arrays(Options("GRU"))
+    convert = to_torch if arrays_of == "torch" else lambda x: x
+    given = {"input": convert(arrays.input), "weights": convert(arrays.weights), "hx": None}
+    with pytest.raises((TypeError, ValueError), match=f"^{name} "):
+        arrays.run(**given, **{name: value})
+
+
+def test_an_array_that_torch_cannot_take_is_named() -> None:
+    arrays = Arrays(Options("GRU"))
+    reset = np.zeros((4, 3), bool)[::-1]
+    with pytest.raises(TypeError, match=r"reset must be .* got ndarray: .*negative"):
+        arrays.run(
+            input=to_torch(arrays.input), hx=None, weights=to_torch(arrays.weights), reset=reset
+        )
+
+
 def test_reset_after_is_a_bool() -> None:
     with pytest.raises(TypeError, match="reset_after must be a bool, got NoneType"):
         functional.gru(np.ones((1, 1, 1)), None, [], reset_after=None)  # type: ignore[arg-type]
