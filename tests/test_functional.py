@@ -457,6 +457,9 @@ def test_backward_checks_its_arguments(arrays_of: str) -> None:
         functional.lstm_backward(output, convert(arrays.hx[0]), saved)
     with pytest.raises(ValueError, match=r"d_c_n must have shape \(1, 3, 3\), got \(3, 3\)"):
         functional.lstm_backward(output, (None, convert(np.ones((3, 3)))), saved)
+    for d_states in (output, (output, output, output)):
+        with pytest.raises(TypeError, match=r"d_states must be None or States, \(d_h, d_c\), got"):
+            functional.lstm_backward(output, None, saved, d_states=d_states)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"saved must be what gru\(…, return_saved=True\).*of lstm"):
         functional.gru_backward(output, None, saved)
     with pytest.raises(TypeError, match=r"saved must be what lstm\(.* got int"):

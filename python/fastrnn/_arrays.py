@@ -114,7 +114,7 @@ def forward(
 
 
 def backward(
-    d_output: Any, d_hx_n: tuple[Any, ...], saved: Saved, d_states: States | None
+    d_output: Any, d_hx_n: tuple[Any, ...], saved: Saved, d_states: States
 ) -> tuple[
     _C.Tensor,
     tuple[_C.Tensor, ...] | None,
@@ -127,7 +127,7 @@ def backward(
     if d_output is not None and batch_first:
         d_output = d_output.transpose(0, 1)
     d_h_n, d_c_n = _pair(d_hx_n)
-    d_h, d_c = d_states or (None, None)
+    d_h, d_c = d_states
     dtype = given.input.dtype
     d_input = _C.empty(given.input.shape, dtype)
     d_hx = tuple(_C.empty(state.shape, dtype) for state in given.hx or ())

@@ -88,13 +88,13 @@ def backward(
     d_output: Tensor | None,
     d_hx_n: tuple[Tensor | None, ...],
     saved: Saved,
-    d_states: States | None,
+    d_states: States,
 ) -> tuple[Tensor, tuple[Tensor, ...] | None, list[Tensor], tuple[Tensor | None, ...] | None]:
     outputs, given = saved.outputs, saved.given
     d_h_n, d_c_n = (*d_hx_n, None, None)[:2]
     h_n, c_n = (*outputs.hx_n, None)[:2]
     h, c = outputs.states or (None, None)
-    d_h, d_c = d_states or (None, None)
+    d_h, d_c = d_states
     pairs = [
         _pair("d_output", outputs.output, d_output),
         _pair("d_h_n", h_n, d_h_n),

@@ -368,9 +368,7 @@ def _forward(
     return (output, hx_n if options.cell == "LSTM" else hx_n[0], *more)
 
 
-def _backward(
-    cell: str, d_output: Any, d_hx_n: Any, saved: Any, d_states: States | None
-) -> tuple[Any, ...]:
+def _backward(cell: str, d_output: Any, d_hx_n: Any, saved: Any, d_states: Any) -> tuple[Any, ...]:
     options = getattr(saved, "options", None)
     if not isinstance(options, Options) or options.cell != cell:
         name = cell.lower()
@@ -384,6 +382,10 @@ def _backward(
         d_hx_n = (None, None)
     elif not isinstance(d_hx_n, (tuple, list)) or len(d_hx_n) != 2:
         raise TypeError(f"d_hx_n must be None or a pair, (d_h_n, d_c_n), got {d_hx_n!r:.40}")
+    if d_states is None:
+        d_states = States(None, None)
+    elif not isinstance(d_states, (tuple, list)) or len(d_states) != 2:
+        raise TypeError(f"d_states must be None or States, (d_h, d_c), got {d_states!r:.40}")
     route: Any = _arrays
     if not isinstance(saved, _arrays.Saved):
         from . import _tensors as route
