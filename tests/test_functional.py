@@ -348,6 +348,8 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "num_layers": ({"num_layers": 0}, ValueError, "num_layers must be at least 1, got 0"),
     "num_layers: text": ({"num_layers": "1"}, TypeError, "num_layers must be an int, got str"),
     "num_layers: float": ({"num_layers": 1.5}, TypeError, "num_layers must be an int, got float"),
+    "return_states": ({"return_states": "a"}, TypeError, "return_states must be a bool, got str"),
+    "return_saved": ({"return_saved": 1}, TypeError, "return_saved must be a bool, got int"),
     "proj_size": ({"proj_size": -1}, ValueError, "proj_size must be .* got -1"),
     "proj_size: None": ({"proj_size": None}, TypeError, "proj_size must be an int, got NoneType"),
 }

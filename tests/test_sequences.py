@@ -293,6 +293,15 @@ def test_return_states_gives_every_layer_at_every_step(name: str) -> None:
     assert_equal_with_gradients(states.h, layer_by_layer(theirs, input), [input, *shared])
 
 
+def test_return_states_is_a_bool(name: str) -> None:
+    layer, input = getattr(fastrnn, name)(SIZE, H), torch.randn(T, B, SIZE)
+    for wrong in ("a", None, 0):
+        with pytest.raises(TypeError, match="return_states must be a bool, got"):
+            layer(input, return_states=wrong)
+        with pytest.raises(TypeError, match="return_states must be a bool"), torch.no_grad():
+            layer(input, return_states=wrong)
+
+
 @pytest.mark.parametrize("options", STACKS)
 def test_states_agree_with_output_and_final_states(name: str, options: dict[str, Any]) -> None:
     layer = getattr(fastrnn, name)(SIZE, H, dtype=F64, **options)

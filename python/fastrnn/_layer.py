@@ -267,11 +267,12 @@ class RecurrentLayer(Module):
         return_states: bool,
     ) -> Result:
         """Bring the arguments into the engine's layout, call it, and bring the result back."""
-        plain = lengths is None and reset is None and not return_states and not self._draws()
+        plain = lengths is None and reset is None and return_states is False and not self._draws()
         if plain and not (hx is None and self.learn_initial_state):
             found = _inference.run(self, input, hx, self.batch_first, False)
             if found is not None:
                 return found[0], found[1:], None
+        check_bool("return_states", return_states)
         if isinstance(input, PackedSequence):
             _checks.refuse_with_packed(lengths=lengths, reset=reset)
             return self._run_packed(input, hx, return_states)

@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, Any
 from . import _arrays
 from ._arguments import is_torch, make_extras
 from ._engine import Extras, States
-from ._options import Options, check_integers, make_options
+from ._options import Options, check_bool, check_integers, make_options
 
 if TYPE_CHECKING:
     from ._recurrent import recurrent
@@ -354,6 +354,8 @@ def _forward(
     return_saved: bool,
 ) -> tuple[Any, ...]:
     """The call, given input, hx, weights, lengths, reset and extras."""
+    check_bool("return_states", return_states)
+    check_bool("return_saved", return_saved)
     route: Any = _arrays
     if is_torch(given[0]):
         from . import _tensors as route
