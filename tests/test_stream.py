@@ -396,13 +396,16 @@ def test_a_stream_outlives_its_layers_weights() -> None:
     assert torch.equal(steps(stream, x), expected)
 
 
-def test_refresh_refuses_weights_of_other_shapes() -> None:
+def test_refresh_refuses_weights_of_other_shapes_and_none() -> None:
     layer = fastrnn.GRU(I, H)
     stream = fastrnn.Stream(layer)
     x = uniform(1, I)
     y = stream.step(x).clone()
     layer.weight_ih_l0 = torch.nn.Parameter(torch.zeros(3 * H, I + 1))
     with pytest.raises(ValueError, match=r"weight_ih_l0\): expected shape \(72, 20\)"):
+        stream.refresh()
+    layer.weight_ih_l0 = None
+    with pytest.raises(TypeError, match="weight_ih_l0 must be a Tensor, got None"):
         stream.refresh()
     stream.reset()
     assert torch.equal(stream.step(x), y)

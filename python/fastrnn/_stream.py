@@ -244,7 +244,8 @@ class Stream:
         """Take the weights, and a learned initial state, as they are now. The states stay.
 
         Raises:
-            TypeError, ValueError: the weights are of other shapes than before, or not on the CPU.
+            TypeError, ValueError: a weight is None, of another shape than before, or not on the
+                CPU.
         """
         self._engine.pack([_converted(weight, self._storage) for weight in self._source.weights()])
         self._take_initial_state()
@@ -295,8 +296,11 @@ class _Layer:
         return options
 
     def weights(self) -> list[Any]:
-        weights = [getattr(self._layer, name) for name in self._layer._flat_weights_names]
-        for weight in weights:
+        names = self._layer._flat_weights_names
+        weights = [getattr(self._layer, name) for name in names]
+        for name, weight in zip(names, weights, strict=True):
+            if weight is None:
+                raise TypeError(f"{name} must be a Tensor, got None")
             if weight.device.type != "cpu":
                 raise ValueError(
                     f"layer must be on the CPU, where a stream runs, got {weight.device}; "
