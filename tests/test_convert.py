@@ -156,6 +156,13 @@ def test_a_model_without_recurrent_layers_is_left_alone() -> None:
     assert fastrnn.convert(linear) is linear
 
 
+@pytest.mark.parametrize("model", [None, nn.LSTM])
+def test_what_is_no_module_is_refused_by_name(model: Any) -> None:
+    for change in (fastrnn.convert, fastrnn.to_torch):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got"):
+            change(model)
+
+
 def test_subclasses_are_left_alone() -> None:
     class MyLSTM(nn.LSTM):
         pass

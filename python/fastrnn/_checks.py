@@ -24,6 +24,12 @@ MAPPED_BATCH_SIZES = (
 )
 
 
+def check_model(model: Any) -> None:
+    """Refuse what is no module."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 # ---- the input and the states of a layer ------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from ._cells import RecurrentCell
+from ._checks import check_model
 from ._layer import RecurrentLayer
 from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
@@ -50,6 +51,9 @@ def convert(model: Module) -> Module:
         The model; where the model itself is one of torch.nn's recurrent layers or cells, the layer
         that takes its place.
 
+    Raises:
+        TypeError: model is no module.
+
     >>> import torch
     >>> model = torch.nn.ModuleDict({"rnn": torch.nn.LSTM(3, 4), "out": torch.nn.Linear(4, 1)})
     >>> convert(model)["rnn"]
@@ -57,6 +61,7 @@ def convert(model: Module) -> Module:
     >>> type(model["rnn"]).__module__
     'fastrnn.nn'
     """
+    check_model(model)
     return _swap(model, _OURS, _to_ours)
 
 
@@ -72,6 +77,7 @@ def to_torch(model: Module) -> Module:
         its place.
 
     Raises:
+        TypeError: model is no module.
         ValueError: a layer has an option that torch.nn does not have; the message names both. The
             model is then as it was. ``forget_bias`` and ``recompute`` stand in no way: what a layer
             computes is the same without them.
@@ -84,6 +90,7 @@ def to_torch(model: Module) -> Module:
         ...
     ValueError: the GRU at the top of the model has reset_after=False, which torch.nn does not have
     """
+    check_model(model)
     for path, module in model.named_modules():
         if _plain_class(module) in _TORCHS:
             _check_torch_has_it(path, module)

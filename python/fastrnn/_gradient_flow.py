@@ -16,6 +16,7 @@ import torch
 
 from . import _composed
 from ._cells import RecurrentCell
+from ._checks import check_model
 from ._layer import RecurrentLayer
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def gradient_flow(model: Module) -> GradientFlow:
         - ``flow.log(writer, step)``: the summary and the picture for TensorBoard.
 
     Raises:
+        TypeError: model is no module.
         ValueError: there is no layer or cell of fastrnn in the model.
 
     >>> import torch, fastrnn
@@ -85,6 +87,7 @@ def gradient_flow(model: Module) -> GradientFlow:
     >>> flow.norms["RNN.h"].shape, flow.summary["RNN.h"].verdict
     (torch.Size([100]), 'vanishing')
     """
+    check_model(model)
     return GradientFlow(model)
 
 
