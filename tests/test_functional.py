@@ -257,7 +257,7 @@ def test_batch_of_no_rows() -> None:
 
 # ---- Wrong arguments -----------------------------------------------------------------------------
 
-NAMES = "weight_ih_l0, weight_hh_l0, bias_ih_l0, bias_hh_l0"
+NAMES = "weight_ih, weight_hh, bias_ih, bias_hh"
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "input: a list": ({"input": [1.0]}, TypeError, "input must be an array .* got \\[1.0\\]"),
     "input: rank": (
@@ -284,7 +284,12 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weights: number": (
         {"weights": [np.ones((12, 2))]},
         ValueError,
-        f"weights must hold 4 arrays, {NAMES}; got 1",
+        f"weights must hold 4 arrays, {NAMES} of each layer and direction; got 1",
+    ),
+    "weights: of so many layers": (
+        {"num_layers": 2**40},
+        ValueError,
+        f"weights must hold {2**42} arrays, {NAMES} of each layer and direction; got 4",
     ),
     "weights: one array": (
         {"weights": np.ones((12, 2))},

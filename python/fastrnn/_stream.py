@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _C
-from ._arguments import REAL, is_torch, weight_names
+from ._arguments import REAL, check_number_of_weights, is_torch, weight_names
 from ._engine import engine_options, scalars
 from ._options import Options, check_integers, make_options
 
@@ -323,14 +323,8 @@ class _Arrays:
     """A flat list of arrays."""
 
     def __init__(self, options: Options, weights: Any) -> None:
-        if not isinstance(weights, (tuple, list)):
-            raise TypeError(f"weights must be a list of arrays, got {type(weights).__name__}")
-        names = weight_names(options)
-        if len(weights) != len(names):
-            raise ValueError(
-                f"weights must hold {len(names)} arrays, {', '.join(names)}; got {len(weights)}"
-            )
-        for name, weight in zip(names, weights, strict=True):
+        check_number_of_weights(options, weights)
+        for name, weight in zip(weight_names(options), weights, strict=True):
             if not hasattr(weight, "__dlpack__") or not hasattr(weight, "dtype"):
                 raise TypeError(
                     f"{name} must be an array (NumPy or another with __dlpack__), "
