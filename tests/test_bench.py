@@ -311,6 +311,18 @@ def test_a_plot_is_a_picture(option: str, tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("tiny_suite")
+def test_a_picture_that_cannot_be_written_is_an_error_after_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    options = ["bench", "--seconds", "0.01", "--pass", "inference", "--against", "torch"]
+    assert cli.main([*options, "--plot", str(tmp_path / "new.text")]) == 2
+    captured = capsys.readouterr()
+    assert "\nquick " in captured.out
+    assert "fastrnn: error: Format 'text' is not supported" in captured.err
+
+
 def test_the_report_ends_with_geometric_means_by_suite() -> None:
     document = records.document(runner.run(request(*TINY, passes=("inference",), peers=("torch",))))
     measured = document["records"]

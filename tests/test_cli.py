@@ -158,7 +158,9 @@ WRONG = {
     "unknown pass": (["bench", "--pass", "sideways"], "--pass 'sideways' is not known"),
     "unknown peer": (["bench", "--against", "abacus"], "peer 'abacus' is not known; there are:"),
     "no case left": (["bench", "--suite", "fastrnns", "--cell", "GRU"], "no case left"),
-    "no threads": (["bench", "--threads", "0"], "--threads: 0: expected a number above 0"),
+    "no threads": (["bench", "--threads", "0"], "--threads: 0: expected a finite number above 0"),
+    "endless": (["bench", "--seconds", "inf"], "--seconds: inf: expected a finite number above 0"),
+    "no name": (["bench", "--cell", ","], "--cell: ',': expected at least one name"),
     "nothing to compare": (["bench", "--compare", "nowhere.json"], "nowhere.json"),
     "explain nothing": (["info", "--explain", ""], "expected CELL,B,T,I,H"),
     "explain three sizes": (["info", "--explain", "GRU,1,2,3"], "expected CELL,B,T,I,H"),
@@ -169,6 +171,7 @@ WRONG = {
     "explain tf32": (["info", "--explain", "GRU,1,2,3,4", "--dtype", "tf32"], "of CUDA devices"),
     "device alone": (["info", "--device", "cuda"], "expected --explain CASE beside it"),
     "no folder": (["bench", "--json", "nowhere/new.json"], "there is no folder"),
+    "a folder": (["bench", "--json", "."], ".: expected the name of a file, got a folder"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -136,6 +137,15 @@ def test_a_layer_itself_is_returned_as_its_counterpart(name: str) -> None:
     assert all(a is b for a, b in zip(back.parameters(), layer.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("name", [*LAYERS, *CELLS])
+def test_nothing_that_was_kept_for_the_engine_goes_back(name: str) -> None:
+    ours = getattr(fastrnn, name)(3, 4)
+    ours(torch.randn((5, 2, 3) if name in LAYERS else (2, 3)))
+    back = fastrnn.to_torch(ours)
+    assert set(vars(back)) == set(vars(getattr(nn, name)(3, 4)))
+    pickle.dumps(back)
+
+
 def test_a_model_without_recurrent_layers_is_left_alone() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     before = list(model)
@@ -144,6 +154,13 @@ def test_a_model_without_recurrent_layers_is_left_alone() -> None:
     assert list(model) == before
     linear = nn.Linear(2, 2)
     assert fastrnn.convert(linear) is linear
+
+
+@pytest.mark.parametrize("model", [None, nn.LSTM])
+def test_what_is_no_module_is_refused_by_name(model: Any) -> None:
+    for change in (fastrnn.convert, fastrnn.to_torch):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got"):
+            change(model)
 
 
 def test_subclasses_are_left_alone() -> None:
@@ -246,6 +263,13 @@ def test_what_torch_does_not_have_is_refused_and_nothing_is_changed(make: Any, s
     assert type(model["first"]) is fastrnn.LSTM
     with pytest.raises(ValueError, match="at the top of the model has"):
         fastrnn.to_torch(layer)
+
+
+@pytest.mark.parametrize("zoneout", [0, (0.0, 0.0), [0, 0]])
+def test_zoneout_that_is_off_goes_back(zoneout: Any) -> None:
+    for name in ("LSTM", "LSTMCell"):
+        ours = getattr(fastrnn, name)(3, 4, zoneout=zoneout)
+        assert type(fastrnn.to_torch(ours)) is getattr(nn, name)
 
 
 def test_every_nonlinearity_torch_has_goes_back() -> None:

@@ -257,7 +257,7 @@ def test_batch_of_no_rows() -> None:
 
 # ---- Wrong arguments -----------------------------------------------------------------------------
 
-NAMES = "weight_ih_l0, weight_hh_l0, bias_ih_l0, bias_hh_l0"
+NAMES = "weight_ih, weight_hh, bias_ih, bias_hh"
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "input: a list": ({"input": [1.0]}, TypeError, "input must be an array .* got \\[1.0\\]"),
     "input: rank": (
@@ -284,7 +284,12 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weights: number": (
         {"weights": [np.ones((12, 2))]},
         ValueError,
-        f"weights must hold 4 arrays, {NAMES}; got 1",
+        f"weights must hold 4 arrays, {NAMES} of each layer and direction; got 1",
+    ),
+    "weights: of so many layers": (
+        {"num_layers": 2**40},
+        ValueError,
+        f"weights must hold {2**42} arrays, {NAMES} of each layer and direction; got 4",
     ),
     "weights: one array": (
         {"weights": np.ones((12, 2))},
@@ -346,7 +351,12 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "reset: dtype": ({"reset": np.zeros((4, 3))}, TypeError, "reset must be bool, got .*float64"),
     "activation": ({"activation": "gelu"}, ValueError, "activation must be one of .* got 'gelu'"),
     "num_layers": ({"num_layers": 0}, ValueError, "num_layers must be at least 1, got 0"),
+    "num_layers: text": ({"num_layers": "1"}, TypeError, "num_layers must be an int, got str"),
+    "num_layers: float": ({"num_layers": 1.5}, TypeError, "num_layers must be an int, got float"),
+    "return_states": ({"return_states": "a"}, TypeError, "return_states must be a bool, got str"),
+    "return_saved": ({"return_saved": 1}, TypeError, "return_saved must be a bool, got int"),
     "proj_size": ({"proj_size": -1}, ValueError, "proj_size must be .* got -1"),
+    "proj_size: None": ({"proj_size": None}, TypeError, "proj_size must be an int, got NoneType"),
 }
 
 
@@ -394,6 +404,42 @@ def test_tensors_on_different_devices_are_refused() -> None:
         functional.gru(torch.from_numpy(arrays.input), None, weights)
 
 
+NO_VALUES = {
+    "text": "abc",
+    "None": [None, 1, 1],
+    "too large": [2**70, 1, 1],
+    "a set": {1, 2, 3},
+    "objects": np.array([1, None, 3]),
+    "ragged": [[1], [1, 2]],
+    "meta": torch.ones(3, dtype=torch.int64, device="meta"),
+}
+
+
+@pytest.mark.parametrize("value", NO_VALUES.values(), ids=NO_VALUES.keys())
+@pytest.mark.parametrize("name", ["lengths", "reset"])
+@pytest.mark.parametrize("arrays_of", ["numpy", "torch"])
+def test_what_holds_no_values_is_named(name: str, arrays_of: str, value: Any) -> None:
+    arrays = Arrays(Options("GRU"))
+    convert = to_torch if arrays_of == "torch" else lambda x: x
+    given = {"input": convert(arrays.input), "weights": convert(arrays.weights), "hx": None}
+    with pytest.raises((TypeError, ValueError), match=f"^{name} "):
+        arrays.run(**given, **{name: value})
+
+
+def test_an_array_that_torch_cannot_take_is_named() -> None:
+    arrays = Arrays(Options("GRU"))
+    reset = np.zeros((4, 3), bool)[::-1]
+    with pytest.raises(TypeError, match=r"reset must be .* got ndarray: .*negative"):
+        arrays.run(
+            input=to_torch(arrays.input), hx=None, weights=to_torch(arrays.weights), reset=reset
+        )
+
+
+def test_reset_after_is_a_bool() -> None:
+    with pytest.raises(TypeError, match="reset_after must be a bool, got NoneType"):
+        functional.gru(np.ones((1, 1, 1)), None, [], reset_after=None)  # type: ignore[arg-type]
+
+
 def test_nonlinearity_is_named_as_the_argument_is() -> None:
     message = re.escape("nonlinearity must be one of")
     with pytest.raises(ValueError, match=message):
@@ -418,6 +464,9 @@ def test_backward_checks_its_arguments(arrays_of: str) -> None:
         functional.lstm_backward(output, convert(arrays.hx[0]), saved)
     with pytest.raises(ValueError, match=r"d_c_n must have shape \(1, 3, 3\), got \(3, 3\)"):
         functional.lstm_backward(output, (None, convert(np.ones((3, 3)))), saved)
+    for d_states in (output, (output, output, output)):
+        with pytest.raises(TypeError, match=r"d_states must be None or States, \(d_h, d_c\), got"):
+            functional.lstm_backward(output, None, saved, d_states=d_states)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"saved must be what gru\(…, return_saved=True\).*of lstm"):
         functional.gru_backward(output, None, saved)
     with pytest.raises(TypeError, match=r"saved must be what lstm\(.* got int"):

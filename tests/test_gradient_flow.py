@@ -314,10 +314,12 @@ def test_a_compiled_model_runs_uncompiled_and_is_recorded() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointed_layers_are_recorded(reentrant: bool) -> None:
+def test_checkpointed_layers_are_recorded_where_backward_runs_inside(reentrant: bool) -> None:
     layer = fastrnn.GRU(3, 4, dtype=F64)
     input = torch.randn(STEPS, ROWS, 3, dtype=F64, requires_grad=True)
     expected = recorded(layer, input, loss=lambda y: y[0].sum())
+    (d_input,) = torch.autograd.grad(layer(input)[0].sum(), input)
+    input.grad = None
 
     def run(x: Tensor) -> Tensor:
         return layer(x)[0].sum()
@@ -325,11 +327,14 @@ def test_checkpointed_layers_are_recorded(reentrant: bool) -> None:
     with fastrnn.gradient_flow(layer) as flow:
         checkpoint(run, input, use_reentrant=reentrant).backward()
     torch.testing.assert_close(flow.norms["GRU.h"], expected["GRU.h"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(input.grad, d_input, rtol=1e-10, atol=1e-12)
 
 
 def test_a_model_without_recurrent_layers_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model must hold a recurrent layer .* got Linear"):
         fastrnn.gradient_flow(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got NoneType"):
+        fastrnn.gradient_flow(None)  # type: ignore[arg-type]
 
 
 # ---- what is made of it --------------------------------------------------------------------------

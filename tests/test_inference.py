@@ -123,8 +123,15 @@ def test_empty_batch_and_long_sequences() -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [torch.randn(T, B, I + 1), torch.randn(T, B, I).double(), torch.randn(0, B, I), "text", None],
-    ids=["size", "dtype", "no-steps", "text", "none"],
+    [
+        torch.randn(T, B, I + 1),
+        torch.randn(T, B, I).double(),
+        torch.randn(0, B, I),
+        torch.randn(T, B, I, device="meta"),
+        "text",
+        None,
+    ],
+    ids=["size", "dtype", "no-steps", "device", "text", "none"],
 )
 def test_errors_are_those_of_the_long_way(bad: Any) -> None:
     layer = fastrnn.LSTM(I, H)
@@ -140,6 +147,20 @@ def test_tensors_with_a_pending_negation_go_the_long_way() -> None:
     input = torch.randn(T, B, I, dtype=torch.complex64).conj().imag
     assert input.is_neg()
     assert_same(short_way(layer, input), long_way(layer, input.clone()))
+
+
+@pytest.mark.parametrize("make", [lambda: fastrnn.GRU(I, H), lambda: fastrnn.GRUCell(I, H)])
+def test_weights_with_a_pending_negation(make: Callable[[], torch.nn.Module]) -> None:
+    module = make()
+    input = torch.randn(T, B, I) if isinstance(module, fastrnn.GRU) else torch.randn(B, I)
+    expected = long_way(module, input)
+    pending = {name: torch._neg_view(-p.detach()) for name, p in module.named_parameters()}
+    with torch.no_grad():
+        assert_same(flat(torch.func.functional_call(module, pending, (input,))), expected)
+    for name, weight in pending.items():
+        setattr(module, name, torch.nn.Parameter(weight))
+    for _ in range(3):
+        assert_same(short_way(module, input), expected)
 
 
 class Loud(Tensor):

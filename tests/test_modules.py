@@ -99,6 +99,8 @@ def test_meta_then_to_empty(name: str) -> None:
     ours = getattr(fastrnn, name)(3, 4, device="meta", dtype=F64)
     assert all(p.device.type == "meta" for p in ours.parameters())
     shapes = [tuple(t.shape) for t in tensors(ours(inputs(name)[0].to("meta")))]
+    with torch.no_grad():
+        assert [t.shape for t in tensors(ours(inputs(name)[0].to("meta")))] == shapes
     ours = ours.to_empty(device="cpu")
     ours.load_state_dict(theirs.state_dict())
     input = inputs(name)
@@ -302,6 +304,13 @@ def test_backward_in_eval(name: str) -> None:
     assert_same(outcome(ours, *input), outcome(theirs, *input), F64)
 
 
+def test_new_states_of_a_cell_are_detached_in_place() -> None:
+    for name in CELLS:
+        for state in tensors(getattr(fastrnn, name)(3, 4)(torch.randn(2, 3))):
+            state.detach_()  # as in truncated backpropagation; torch refuses it to a view
+            assert not state.requires_grad
+
+
 def test_no_grad_and_inference_mode_give_the_same_values(name: str) -> None:
     layer, input = pair(name, 3, 4, dtype=F64)[1], inputs(name)
     expected = [t.detach() for t in tensors(layer(*input))]
@@ -360,6 +369,16 @@ def test_compile_traces_the_whole_forward(name: str) -> None:
         }
         expected = layer(*input, **arguments)
         torch.testing.assert_close(compiled(*input, **arguments), expected, rtol=0, atol=0)
+
+
+def test_compile_traces_the_whole_forward_under_autocast(name: str) -> None:
+    layer, (input, _) = getattr(fastrnn, name)(3, 4), inputs(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got, expected = compiled(input.to(dtype)), layer(input.to(dtype))
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 # ---- warnings and options ---------------------------------------------------------------------

@@ -489,6 +489,16 @@ def test_autocast(
     assert_same(actual, expected, max((dtype, input_dtype), key=lambda d: torch.finfo(d).eps))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_autocast_of_a_projection(layout: str) -> None:
+    theirs, ours = pair("LSTM", 3, 4, 2, proj_size=2, batch_first=layout == "batch first")
+    input = _input(layout, torch.float32)
+    expected = outcome(theirs, input, under=torch.autocast("cpu", dtype=torch.bfloat16))
+    actual = outcome(ours, input, under=torch.autocast("cpu", dtype=torch.bfloat16))
+    assert [o.dtype for o in actual.outputs] == [o.dtype for o in expected.outputs]
+    assert_same(actual, expected, torch.bfloat16)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_autocast_leaves_float64_alone(name: str) -> None:
     theirs, ours = pair(name, 3, 4, dtype=torch.float64)

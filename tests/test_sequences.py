@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -155,6 +156,12 @@ def test_lengths_that_do_not_fit_are_refused(name: str) -> None:
         (torch.ones(B, 1, dtype=torch.int64), ValueError, r"lengths must have shape \(4,\)"),
         ([1, 2, 3, 7], ValueError, "lengths must lie between 0 and the 6 steps of input, got 7"),
         ([1, -2, 3, 4], ValueError, "lengths must lie between 0 and the 6 steps of input, got -2"),
+        ("four", TypeError, "lengths must be a tensor or what torch makes one of, got str"),
+        ([None, 2, 3, 4], TypeError, "lengths must be .* got list: .*NoneType"),
+        ([2**70, 2, 3, 4], TypeError, "lengths must be .* got list: Overflow"),
+        ({1, 2, 3, 4}, TypeError, "lengths must be .* got set"),
+        (np.array([1, None, 3, 4]), TypeError, "lengths must be .* got ndarray: .*object"),
+        (torch.ones(B, device="meta").int(), ValueError, "lengths must have values, got .* meta"),
     ]
     for lengths, error, message in wrong:
         with pytest.raises(error, match=message):
@@ -284,6 +291,15 @@ def test_return_states_gives_every_layer_at_every_step(name: str) -> None:
     input = torch.randn(T, B, SIZE, dtype=F64, requires_grad=True)
     states = ours(input, return_states=True)[2]
     assert_equal_with_gradients(states.h, layer_by_layer(theirs, input), [input, *shared])
+
+
+def test_return_states_is_a_bool(name: str) -> None:
+    layer, input = getattr(fastrnn, name)(SIZE, H), torch.randn(T, B, SIZE)
+    for wrong in ("a", None, 0):
+        with pytest.raises(TypeError, match="return_states must be a bool, got"):
+            layer(input, return_states=wrong)
+        with pytest.raises(TypeError, match="return_states must be a bool"), torch.no_grad():
+            layer(input, return_states=wrong)
 
 
 @pytest.mark.parametrize("options", STACKS)

@@ -288,6 +288,23 @@ def test_a_pending_negation_is_seen() -> None:
     assert torch.equal(got, fastrnn.Stream(layer, B).step(x.resolve_neg()))
 
 
+def test_a_pending_negation_of_weights_and_states_is_seen(cell: str) -> None:
+    layer = getattr(fastrnn, cell)(I, H)
+    x = uniform(2, B, I)
+    stream = fastrnn.Stream(layer, B)
+    stream.step(x[0])
+    state = stream.state
+    negated = tuple(torch._neg_view(-part) for part in states(stream))
+    expected = stream.step(x[1]).clone()
+    stream.state = negated if cell == "LSTM" else negated[0]
+    assert torch.equal(stream.step(x[1]), expected)
+    for name, weight in list(layer.named_parameters()):
+        setattr(layer, name, torch.nn.Parameter(torch._neg_view(-weight.detach())))
+    stream.refresh()
+    stream.state = state
+    assert torch.equal(stream.step(x[1]), expected)
+
+
 def test_an_output_made_in_inference_mode_can_be_used_with_a_gradient() -> None:
     layer, head = fastrnn.RNN(I, H), torch.nn.Linear(H, 2)
     stream = fastrnn.Stream(layer)
@@ -379,13 +396,16 @@ def test_a_stream_outlives_its_layers_weights() -> None:
     assert torch.equal(steps(stream, x), expected)
 
 
-def test_refresh_refuses_weights_of_other_shapes() -> None:
+def test_refresh_refuses_weights_of_other_shapes_and_none() -> None:
     layer = fastrnn.GRU(I, H)
     stream = fastrnn.Stream(layer)
     x = uniform(1, I)
     y = stream.step(x).clone()
     layer.weight_ih_l0 = torch.nn.Parameter(torch.zeros(3 * H, I + 1))
     with pytest.raises(ValueError, match=r"weight_ih_l0\): expected shape \(72, 20\)"):
+        stream.refresh()
+    layer.weight_ih_l0 = None
+    with pytest.raises(TypeError, match="weight_ih_l0 must be a Tensor, got None"):
         stream.refresh()
     stream.reset()
     assert torch.equal(stream.step(x), y)
@@ -565,6 +585,16 @@ def test_a_stream_of_weights_equals_that_of_the_layer(cell: str) -> None:
         assert all(isinstance(state, np.ndarray) for state in states(stream))
 
 
+def test_a_stream_of_weights_takes_the_options_of_the_functions() -> None:
+    weights = [uniform(4 * H, size).numpy() for size in (I, H)]
+    x = uniform(T, 1, I).numpy()
+    options: dict[str, Any] = {"bias": False, "zoneout": (0.2, 0.1), "grad_clip": None}
+    expected, _ = fastrnn.functional.lstm(x, None, weights, **options)
+    stream = fastrnn.Stream.from_weights("LSTM", weights, **options)
+    for x_t, y_t in zip(x, expected.numpy(), strict=True):
+        assert np.array_equal(stream.step(x_t), y_t)
+
+
 # ---- copies, threads ----------------------------------------------------------------------------
 
 
@@ -711,6 +741,16 @@ def test_under_vmap_a_step_is_refused() -> None:
             lambda: fastrnn.Stream.from_weights("GRU", [], bidirectional=True),
             ValueError,
             "bidirectional must be False",
+        ),
+        (
+            lambda: fastrnn.Stream.from_weights("GRU", [], num_layers="1"),  # type: ignore[arg-type]
+            TypeError,
+            "num_layers must be an int, got str",
+        ),
+        (
+            lambda: fastrnn.Stream.from_weights("GRU", [], reset_after=None),
+            TypeError,
+            "reset_after must be a bool, got NoneType",
         ),
         (
             lambda: fastrnn.Stream.from_weights(

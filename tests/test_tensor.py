@@ -217,6 +217,14 @@ def test_torch_expanded_and_empty(fast_dlpack: bool) -> None:
     assert _C.from_dlpack(torch.ones(0, 3)).torch().shape == (0, 3)
 
 
+def test_torch_values_with_a_pending_conjugation_or_negation(fast_dlpack: bool) -> None:
+    torch = pytest.importorskip("torch")
+    conjugated = torch.complex(torch.arange(3.0), torch.ones(3)).conj()
+    for pending in (conjugated, conjugated.imag):
+        expected = pending.resolve_conj().resolve_neg().numpy()
+        np.testing.assert_array_equal(_C.from_dlpack(pending).numpy(), expected)
+
+
 def test_torch_has_no_negative_strides() -> None:
     pytest.importorskip("torch")
     with pytest.raises(ValueError, match="no negative strides"):

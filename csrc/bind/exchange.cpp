@@ -146,20 +146,30 @@ const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
   return api;
 }
 
+// The object with its values in its memory: a tensor of torch's may wait for a conjugation or a
+// negation, which DLPack cannot tell.
+py::object settled(py::object object) {
+  for (const char* resolve : {"resolve_conj", "resolve_neg"})
+    if (py::hasattr(object, resolve)) object = object.attr(resolve)();
+  return object;
+}
+
 Import import_exchange(const dlpack::ExchangeApi& api, py::handle object, bool borrowed) {
   if (borrowed && api.to_tensor != nullptr) {
     Import import;
     if (api.to_tensor(object.ptr(), &import.view) != 0) throw py::error_already_set();
     return import;
   }
+  const py::object tensor = settled(py::reinterpret_borrow<py::object>(object));
   dlpack::ManagedVersioned* managed = nullptr;
-  if (api.to_managed(object.ptr(), &managed) != 0) throw py::error_already_set();
+  if (api.to_managed(tensor.ptr(), &managed) != 0) throw py::error_already_set();
   return own(managed);
 }
 
 Import import_dlpack(py::object object) {
   // torch refuses tensors that record a gradient; what is asked for is their values.
   if (py::hasattr(object, "detach")) object = object.attr("detach")();
+  object = settled(std::move(object));
   const py::object method = object.attr("__dlpack__");
   py::object capsule;
   try {

@@ -103,7 +103,6 @@ bool nothing_listens(const py::tuple& tensors) {
   return true;
 }
 
-// An input or a state: negation may be pending on it, unlike on a parameter.
 void expect_settled(py::handle object) { expect(is_plain(object) && !negation_pending(object)); }
 
 bool has_shape(const Array& a, std::initializer_list<std::int64_t> shape) {
@@ -163,7 +162,7 @@ class Inference {
       PyObject* weight =
           PyDict_GetItemWithError(parameters.ptr(), PyTuple_GET_ITEM(names.ptr(), i));
       expect(weight != nullptr);
-      expect(is_plain(weight));
+      expect_settled(weight);
       objects_.push_back(py::reinterpret_borrow<py::object>(weight));
       arrays_.push_back(host_array(weight, {"weights"}));
       expect(same(arrays_.back().dtype(), dtype_));
@@ -287,7 +286,9 @@ py::object infer(const CheckedOptions& options, PackCache& cache, const py::dict
     call.set_states(hx, cell);
     return call.run(input, batch_first, cell);
   } catch (const Refused&) {
-  } catch (const py::builtin_exception&) {  // memory that the engine cannot read
+  } catch (const py::builtin_exception&) {        // memory that the engine cannot read
+  } catch (const py::error_already_set& error) {  // or torch does not give: meta, sparse
+    if (!error.matches(PyExc_TypeError)) throw;
   }
   return py::none();
 }

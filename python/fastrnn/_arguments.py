@@ -49,14 +49,21 @@ def arguments(
     """The arguments in tuples, once their number is right."""
     if hx is not None:
         hx = _by_state(options, "hx", hx, "(h0, c0)")
+    check_number_of_weights(options, weights)
+    return Arguments(input, hx, tuple(weights), lengths, reset, extras)
+
+
+def check_number_of_weights(options: Options, weights: Any) -> None:
+    """Check that weights are a list as long as the options say, whose names are made after this."""
     if not isinstance(weights, (tuple, list)):
         raise TypeError(f"weights must be a list of arrays, got {type(weights).__name__}")
-    names = weight_names(options)
-    if len(weights) != len(names):
+    kinds = options.weight_kinds
+    number = len(kinds) * options.num_layers * options.directions
+    if len(weights) != number:
         raise ValueError(
-            f"weights must hold {len(names)} arrays, {', '.join(names)}; got {len(weights)}"
+            f"weights must hold {number} arrays, {', '.join(kinds)} of each layer and direction; "
+            f"got {len(weights)}"
         )
-    return Arguments(input, hx, tuple(weights), lengths, reset, extras)
 
 
 def make_extras(options: Options, reset_hx: Any, dropout_mask: Any, zoneout_mask: Any) -> Extras:

@@ -114,7 +114,7 @@ def forward(
 
 
 def backward(
-    d_output: Any, d_hx_n: tuple[Any, ...], saved: Saved, d_states: States | None
+    d_output: Any, d_hx_n: tuple[Any, ...], saved: Saved, d_states: States
 ) -> tuple[
     _C.Tensor,
     tuple[_C.Tensor, ...] | None,
@@ -127,7 +127,7 @@ def backward(
     if d_output is not None and batch_first:
         d_output = d_output.transpose(0, 1)
     d_h_n, d_c_n = _pair(d_hx_n)
-    d_h, d_c = d_states or (None, None)
+    d_h, d_c = d_states
     dtype = given.input.dtype
     d_input = _C.empty(given.input.shape, dtype)
     d_hx = tuple(_C.empty(state.shape, dtype) for state in given.hx or ())
@@ -201,19 +201,26 @@ def _time_major(given: Arguments, batch_first: bool) -> Arguments:
     T, B, _ = input.shape
     lengths, reset = given.lengths, given.reset
     if lengths is not None:
-        lengths = np.asarray(lengths)
+        lengths = _values("lengths", lengths)
         if lengths.dtype.kind not in "iu" and lengths.size:
             raise TypeError(f"lengths must be integers, got {lengths.dtype}")
         check_shape("lengths", lengths.shape, (B,))
         lengths = np.array(lengths, dtype=np.int64)
         check_lengths(lengths.tolist(), T)
     if reset is not None:
-        reset = np.asarray(reset)
+        reset = _values("reset", reset)
         if reset.dtype != np.bool_:
             raise TypeError(f"reset must be bool, got {reset.dtype}")
         check_shape("reset", reset.shape, (B, T) if batch_first else (T, B))
         reset = reset.T if batch_first else reset
     return given._replace(input=input, lengths=lengths, reset=reset)
+
+
+def _values(name: str, x: Any) -> np.ndarray[Any, Any]:
+    try:
+        return np.asarray(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} cannot be used as an array: {error}") from error
 
 
 def _gradient(name: str, d: Any, of: _C.Tensor | None) -> _C.Tensor | None:

@@ -5,12 +5,12 @@ follows torch.nn: on the CPU an LSTM or GRU adds each step's gates to a state th
 dtype it came in, so its results have the wider of the two dtypes; an Elman RNN computes the state
 anew at each step, and oneDNN's LSTM, which torch takes for a padded input without projection, of
 float32 or of a half type that this CPU computes in, casts the states too, so their results have
-autocast's dtype. On other devices all have.
+autocast's dtype; and a projected h is a product, which has autocast's dtype. On other devices all
+have.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,7 +56,6 @@ def result_dtype(
     return torch.promote_types(dtype, carried)
 
 
-@lru_cache(maxsize=8)
 def _onednn_computes(dtype: torch.dtype) -> bool:
     """Whether torch takes oneDNN for ``dtype`` on this CPU."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
@@ -66,3 +65,7 @@ def _onednn_computes(dtype: torch.dtype) -> bool:
     if dtype == torch.float16:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     return dtype == torch.float32
+
+
+# A constant of the graph, as torch.compile cannot trace the questions; see _recurrent.py.
+_onednn_computes._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -202,7 +202,8 @@ class RecurrentCell(Module):
         if self.training:
             extras = _masks.draw(options, input, input.shape[1], self.hidden_size, dropout=0.0)
         hx_n = recurrent(options, input, hx, weights, extras=extras, cache=cache)[1]
-        hx_n = tuple(state.squeeze(0) for state in hx_n)
+        # No views, which torch refuses to detach_(); nothing else sees the memory of hx_n.
+        hx_n = tuple(torch.ops.aten._unsafe_view.default(state, state.shape[1:]) for state in hx_n)
         return hx_n if wide is None else tuple(state.to(wide) for state in hx_n)
 
     def _weights(self, options: Options) -> tuple[list[Tensor], Options]:

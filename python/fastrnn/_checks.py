@@ -24,6 +24,12 @@ MAPPED_BATCH_SIZES = (
 )
 
 
+def check_model(model: Any) -> None:
+    """Refuse what is no module."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 # ---- the input and the states of a layer ------------------------------------------------------
 
 
@@ -147,19 +153,49 @@ def scalar_name(tensor: Tensor) -> str:
 # ---- which steps run --------------------------------------------------------------------------
 
 
+def as_tensor(name: str, value: Any, input: Tensor) -> Tensor:
+    """An argument beside the input as a tensor, on whatever device its values are.
+
+    Raises:
+        TypeError: torch makes no tensor of it.
+        ValueError: it is on the meta device, where there are no values, and input is not.
+    """
+    if not isinstance(value, Tensor):
+        try:
+            return torch.tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            kind = type(value).__name__
+            raise TypeError(
+                f"{name} must be a tensor or what torch makes one of, got {kind}: {error}"
+            ) from error
+    if value.device.type == "meta" and input.device.type != "meta":
+        raise ValueError(f"{name} must have values, got a tensor on the meta device")
+    return value
+
+
+def integer_tensor(lengths: Lengths, input: Tensor) -> Tensor:
+    """``lengths`` as a tensor of integers.
+
+    Raises:
+        TypeError, ValueError: as `as_tensor`; TypeError also where they are not integers.
+    """
+    tensor = as_tensor("lengths", lengths, input)
+    if tensor is not lengths and tensor.numel() == 0:
+        return tensor.to(torch.int64)  # torch.tensor([]) has the default dtype, a floating one
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"lengths must be integers, got {tensor.dtype}")
+    return tensor
+
+
 def lengths_tensor(lengths: Lengths, input: Tensor, unbatched: bool) -> Tensor:
     """``lengths`` as int64 (B,) beside a time-major input (T, B, I).
 
     Raises:
         TypeError: lengths are not integers.
-        ValueError: their shape is not (B,), or, on the CPU, one lies outside 0…T.
+        ValueError: their shape is not (B,), they have no values, or, on the CPU, one lies outside
+            0…T.
     """
-    if not isinstance(lengths, Tensor):
-        lengths = torch.tensor(lengths)
-        if lengths.numel() == 0:  # torch.tensor([]) has the default dtype, a floating one
-            lengths = lengths.to(torch.int64)
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+    lengths = integer_tensor(lengths, input)
     steps, batch = input.shape[0], input.shape[1]
     if unbatched and lengths.dim() == 0:
         lengths = lengths.unsqueeze(0)

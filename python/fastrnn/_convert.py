@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from ._cells import RecurrentCell
+from ._checks import check_model
 from ._layer import RecurrentLayer
 from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
@@ -29,7 +30,7 @@ _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 
 # What each side derives from the rest of a layer's attributes.
 _TORCH_DERIVED = ("_flat_weights", "_flat_weight_refs")
-_OUR_DERIVED = ("_options", "_weight_shapes")
+_OUR_DERIVED = ("_options", "_weight_shapes", "_prepared")
 
 # Own options that change nothing of what a layer computes, so that torch's needs no equal of them.
 _COMPUTE_THE_SAME = ("forget_bias", "recompute")
@@ -50,6 +51,9 @@ def convert(model: Module) -> Module:
         The model; where the model itself is one of torch.nn's recurrent layers or cells, the layer
         that takes its place.
 
+    Raises:
+        TypeError: model is no module.
+
     >>> import torch
     >>> model = torch.nn.ModuleDict({"rnn": torch.nn.LSTM(3, 4), "out": torch.nn.Linear(4, 1)})
     >>> convert(model)["rnn"]
@@ -57,6 +61,7 @@ def convert(model: Module) -> Module:
     >>> type(model["rnn"]).__module__
     'fastrnn.nn'
     """
+    check_model(model)
     return _swap(model, _OURS, _to_ours)
 
 
@@ -72,6 +77,7 @@ def to_torch(model: Module) -> Module:
         its place.
 
     Raises:
+        TypeError: model is no module.
         ValueError: a layer has an option that torch.nn does not have; the message names both. The
             model is then as it was. ``forget_bias`` and ``recompute`` stand in no way: what a layer
             computes is the same without them.
@@ -84,6 +90,7 @@ def to_torch(model: Module) -> Module:
         ...
     ValueError: the GRU at the top of the model has reset_after=False, which torch.nn does not have
     """
+    check_model(model)
     for path, module in model.named_modules():
         if _plain_class(module) in _TORCHS:
             _check_torch_has_it(path, module)
@@ -174,7 +181,8 @@ def _check_torch_has_it(path: str, module: Module) -> None:
         shown["nonlinearity"] = "relu" if module.nonlinearity == "relu" else "tanh"
     for name, default in shown.items():
         value = getattr(module, name)
-        if value != default and name not in _COMPUTE_THE_SAME:
+        off = (default, (0, 0), [0, 0])  # zoneout may be a pair
+        if value not in off and name not in _COMPUTE_THE_SAME:
             raise ValueError(
                 f"the {_plain_class(module).__name__} {where} has {name}={value!r}, "
                 "which torch.nn does not have"

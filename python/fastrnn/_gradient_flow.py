@@ -16,6 +16,7 @@ import torch
 
 from . import _composed
 from ._cells import RecurrentCell
+from ._checks import check_model
 from ._layer import RecurrentLayer
 
 if TYPE_CHECKING:
@@ -49,12 +50,12 @@ def gradient_flow(model: Module) -> GradientFlow:
     what comes from the output, from the layer above and from the step after, over all rows of the
     batch and all layers of the stack.
 
-    The forward pass must run inside the ``with`` block; backward may follow it. Inside, layers and
-    cells run in plain torch operations, so that each state has its gradient: the same results
-    within rounding, and the same dropout, but slower; compiled models are not compiled there.
-    Outside, nothing is changed. A layer or cell that is called several times before one backward
-    gives one curve, its calls one after another. Calls without a gradient and under ``torch.func``
-    are not recorded.
+    The forward pass must run inside the ``with`` block; backward may follow it, but must run inside
+    too where ``torch.utils.checkpoint`` has it run forward again. Inside, layers and cells run in
+    plain torch operations, so that each state has its gradient: the same results within rounding,
+    and the same dropout, but slower; compiled models are not compiled there. Outside, nothing is
+    changed. A layer or cell that is called several times before one backward gives one curve, its
+    calls one after another. Calls without a gradient and under ``torch.func`` are not recorded.
 
     Arguments:
         model: a module with fastrnn's layers or cells in it, or one of them. torch.nn's are not
@@ -76,6 +77,7 @@ def gradient_flow(model: Module) -> GradientFlow:
         - ``flow.log(writer, step)``: the summary and the picture for TensorBoard.
 
     Raises:
+        TypeError: model is no module.
         ValueError: there is no layer or cell of fastrnn in the model.
 
     >>> import torch, fastrnn
@@ -85,6 +87,7 @@ def gradient_flow(model: Module) -> GradientFlow:
     >>> flow.norms["RNN.h"].shape, flow.summary["RNN.h"].verdict
     (torch.Size([100]), 'vanishing')
     """
+    check_model(model)
     return GradientFlow(model)
 
 

@@ -267,11 +267,12 @@ class RecurrentLayer(Module):
         return_states: bool,
     ) -> Result:
         """Bring the arguments into the engine's layout, call it, and bring the result back."""
-        plain = lengths is None and reset is None and not return_states and not self._draws()
+        plain = lengths is None and reset is None and return_states is False and not self._draws()
         if plain and not (hx is None and self.learn_initial_state):
             found = _inference.run(self, input, hx, self.batch_first, False)
             if found is not None:
                 return found[0], found[1:], None
+        check_bool("return_states", return_states)
         if isinstance(input, PackedSequence):
             _checks.refuse_with_packed(lengths=lengths, reset=reset)
             return self._run_packed(input, hx, return_states)
@@ -393,7 +394,11 @@ class RecurrentLayer(Module):
             **steps,
         )
         if wide is not None:
-            output, hx_n = output.to(wide), tuple(state.to(wide) for state in hx_n)
+            # A projected h is a product, which torch leaves in autocast's dtype.
+            narrow = input.dtype if self.proj_size else wide
+            h_n, *c_n = hx_n
+            output = output.to(narrow)
+            hx_n = (h_n.to(narrow), *(state.to(wide) for state in c_n))
         return output, hx_n, states
 
     def _learned_states(self) -> tuple[Tensor, ...]:

@@ -66,7 +66,7 @@ class Options:
         _check_choice("cell", self.cell, get_args(Cell))
         _check_choice("activation", self.activation, get_args(Activation))
         _check_choice("gate_activation", self.gate_activation, get_args(GateActivation))
-        for name in ("peephole", "layer_norm", "recompute"):
+        for name in ("reset_after", "peephole", "layer_norm", "recompute"):
             check_bool(name, getattr(self, name))
         if self.num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {self.num_layers}")
@@ -187,6 +187,13 @@ def check_bool(argument: str, value: Any) -> None:
     """Refuse what is no bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{argument} must be a bool, got {type(value).__name__}")
+
+
+def check_integers(**sizes: Any) -> None:
+    """Refuse what is no integer; of layers torch.nn's own errors say so."""
+    for name, value in sizes.items():
+        if not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
 def check_forget_bias(value: Any, bias: bool) -> None:

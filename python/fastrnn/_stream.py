@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _C
-from ._arguments import REAL, is_torch, weight_names
+from ._arguments import REAL, check_number_of_weights, is_torch, weight_names
 from ._engine import engine_options, scalars
-from ._options import Options
+from ._options import Options, check_integers, make_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -116,13 +116,14 @@ class Stream:
         """
         if cell == "RNN" and "nonlinearity" in options:
             options["activation"] = options.pop("nonlinearity")
-        known = {field.name for field in fields(Options)}
+        known = {field.name for field in fields(Options)} - {"zoneout_h", "zoneout_c"} | {"zoneout"}
         if options.pop("bidirectional", False):
             raise ValueError("bidirectional must be False: a stream cannot run backwards")
         for name in options:
             if name not in known:
                 raise TypeError(f"from_weights has no option {name!r}")
-        described = Options(
+        check_integers(num_layers=num_layers, proj_size=proj_size)
+        described = make_options(
             cell,  # type: ignore[arg-type]
             num_layers=num_layers,
             bias=bias,
@@ -230,8 +231,8 @@ class Stream:
                 got = f"{len(value)} of them" if isinstance(value, (tuple, list)) else repr(value)
                 raise TypeError(f"state must be two arrays, (h, c), got {got:.40}")
             h, c = value
-            c = self._wide(c)
-        self._engine.set_state(h, c)
+            c = self._wide(_settled(c))
+        self._engine.set_state(_settled(h), c)
 
     def _wide(self, c: Any) -> Any:
         """c of a half type as float32."""
@@ -243,7 +244,8 @@ class Stream:
         """Take the weights, and a learned initial state, as they are now. The states stay.
 
         Raises:
-            TypeError, ValueError: the weights are of other shapes than before, or not on the CPU.
+            TypeError, ValueError: a weight is None, of another shape than before, or not on the
+                CPU.
         """
         self._engine.pack([_converted(weight, self._storage) for weight in self._source.weights()])
         self._take_initial_state()
@@ -294,8 +296,11 @@ class _Layer:
         return options
 
     def weights(self) -> list[Any]:
-        weights = [getattr(self._layer, name) for name in self._layer._flat_weights_names]
-        for weight in weights:
+        names = self._layer._flat_weights_names
+        weights = [getattr(self._layer, name) for name in names]
+        for name, weight in zip(names, weights, strict=True):
+            if weight is None:
+                raise TypeError(f"{name} must be a Tensor, got None")
             if weight.device.type != "cpu":
                 raise ValueError(
                     f"layer must be on the CPU, where a stream runs, got {weight.device}; "
@@ -318,14 +323,8 @@ class _Arrays:
     """A flat list of arrays."""
 
     def __init__(self, options: Options, weights: Any) -> None:
-        if not isinstance(weights, (tuple, list)):
-            raise TypeError(f"weights must be a list of arrays, got {type(weights).__name__}")
-        names = weight_names(options)
-        if len(weights) != len(names):
-            raise ValueError(
-                f"weights must hold {len(names)} arrays, {', '.join(names)}; got {len(weights)}"
-            )
-        for name, weight in zip(names, weights, strict=True):
+        check_number_of_weights(options, weights)
+        for name, weight in zip(weight_names(options), weights, strict=True):
             if not hasattr(weight, "__dlpack__") or not hasattr(weight, "dtype"):
                 raise TypeError(
                     f"{name} must be an array (NumPy or another with __dlpack__), "
@@ -373,10 +372,10 @@ def _dtype_name(dtype: Any) -> str:
 
 def _converted(array: Any, dtype: str) -> Any:
     """The array in that dtype; itself where it is of it."""
-    if str(array.dtype).removeprefix("torch.") == dtype:
-        return array
     if is_torch(array):
-        return array.detach().to(getattr(sys.modules["torch"], dtype))
+        return _settled(array.detach().to(getattr(sys.modules["torch"], dtype)))
+    if str(array.dtype) == dtype:
+        return array
     target: Any = dtype
     if dtype == "bfloat16":
         try:
@@ -387,6 +386,11 @@ def _converted(array: Any, dtype: str) -> Any:
             ) from None
         target = ml_dtypes.bfloat16
     return np.asarray(array).astype(target)
+
+
+def _settled(array: Any) -> Any:
+    """The array; where it is torch's and a negation is pending on it, its values."""
+    return array.resolve_neg() if is_torch(array) else array
 
 
 def _refuse_options(options: Options) -> None:

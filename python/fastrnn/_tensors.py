@@ -17,7 +17,7 @@ from ._arguments import (
     check_lengths,
     check_shape,
 )
-from ._checks import has_values
+from ._checks import as_tensor, has_values, integer_tensor
 from ._engine import Extras, States
 from ._recurrent import recurrent
 
@@ -88,13 +88,13 @@ def backward(
     d_output: Tensor | None,
     d_hx_n: tuple[Tensor | None, ...],
     saved: Saved,
-    d_states: States | None,
+    d_states: States,
 ) -> tuple[Tensor, tuple[Tensor, ...] | None, list[Tensor], tuple[Tensor | None, ...] | None]:
     outputs, given = saved.outputs, saved.given
     d_h_n, d_c_n = (*d_hx_n, None, None)[:2]
     h_n, c_n = (*outputs.hx_n, None)[:2]
     h, c = outputs.states or (None, None)
-    d_h, d_c = d_states or (None, None)
+    d_h, d_c = d_states
     pairs = [
         _pair("d_output", outputs.output, d_output),
         _pair("d_h_n", h_n, d_h_n),
@@ -154,18 +154,17 @@ def _describe(name: str, x: Any) -> Description:
 
 def _prepared(given: Arguments, batch_first: bool) -> Arguments:
     """lengths as int64 and reset as (T, B), both checked."""
-    B, T = given.input.shape[:2] if batch_first else reversed(given.input.shape[:2])
-    lengths, reset = given.lengths, given.reset
+    input, lengths, reset = given.input, given.lengths, given.reset
+    B, T = input.shape[:2] if batch_first else reversed(input.shape[:2])
     if lengths is not None:
-        lengths = torch.as_tensor(lengths, device=given.input.device)
-        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-            raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+        lengths = integer_tensor(lengths, input)
         check_shape("lengths", tuple(lengths.shape), (B,))
-        lengths = lengths.to(torch.int64).contiguous()
+        lengths = lengths.to(torch.int64)
         if has_values(lengths):
             check_lengths(lengths.tolist(), T)
+        lengths = lengths.to(input.device).contiguous()
     if reset is not None:
-        reset = torch.as_tensor(reset, device=given.input.device)
+        reset = as_tensor("reset", reset, input).to(input.device)
         if reset.dtype != torch.bool:
             raise TypeError(f"reset must be bool, got {reset.dtype}")
         check_shape("reset", tuple(reset.shape), (B, T) if batch_first else (T, B))

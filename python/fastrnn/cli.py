@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -123,14 +124,17 @@ def _add_bench(commands: Any) -> None:
 
 
 def _names(text: str) -> list[str]:
-    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected at least one name")
+    return names
 
 
 def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
     def convert(text: str) -> float:
         value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: expected a finite number above 0")
         return value
 
     convert.__name__ = kind.__name__  # argparse names it in its message
@@ -173,6 +177,8 @@ def _bench(parsed: argparse.Namespace) -> int:
     for path in (parsed.json, parsed.plot, parsed.roofline):
         if path and not path.absolute().parent.is_dir():
             raise CommandError(f"{path}: there is no folder {path.absolute().parent}")
+        if path and path.is_dir():
+            raise CommandError(f"{path}: expected the name of a file, got a folder")
 
     from fastrnn.bench import compare, plot, records, report
     from fastrnn.bench.progress import progress
@@ -190,12 +196,15 @@ def _bench(parsed: argparse.Namespace) -> int:
     print(report.render(document))
     if old is not None:
         print("\n" + compare.render(old, document))
-    if parsed.json:
-        records.save(document, parsed.json)
-    if parsed.plot and document["records"]:
-        plot.plot(document, parsed.plot)
-    if parsed.roofline and document["records"]:
-        plot.roofline(document, parsed.roofline)
+    try:
+        if parsed.json:
+            records.save(document, parsed.json)
+        if parsed.plot and document["records"]:
+            plot.plot(document, parsed.plot)
+        if parsed.roofline and document["records"]:
+            plot.roofline(document, parsed.roofline)
+    except (OSError, ValueError) as error:  # not allowed to write there; no format of a picture
+        raise CommandError(error) from error
     return INTERRUPTED if results.interrupted else 0
 
 

@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, Any
 from . import _arrays
 from ._arguments import is_torch, make_extras
 from ._engine import Extras, States
-from ._options import Options, make_options
+from ._options import Options, check_bool, check_integers, make_options
 
 if TYPE_CHECKING:
     from ._recurrent import recurrent
@@ -331,6 +331,7 @@ def gru_backward(
 
 
 def _options(cell: Any, num_layers: int, bidirectional: bool, bias: bool, **others: Any) -> Options:
+    check_integers(num_layers=num_layers, proj_size=others.get("proj_size", 0))
     try:
         return make_options(
             cell,
@@ -353,6 +354,8 @@ def _forward(
     return_saved: bool,
 ) -> tuple[Any, ...]:
     """The call, given input, hx, weights, lengths, reset and extras."""
+    check_bool("return_states", return_states)
+    check_bool("return_saved", return_saved)
     route: Any = _arrays
     if is_torch(given[0]):
         from . import _tensors as route
@@ -367,9 +370,7 @@ def _forward(
     return (output, hx_n if options.cell == "LSTM" else hx_n[0], *more)
 
 
-def _backward(
-    cell: str, d_output: Any, d_hx_n: Any, saved: Any, d_states: States | None
-) -> tuple[Any, ...]:
+def _backward(cell: str, d_output: Any, d_hx_n: Any, saved: Any, d_states: Any) -> tuple[Any, ...]:
     options = getattr(saved, "options", None)
     if not isinstance(options, Options) or options.cell != cell:
         name = cell.lower()
@@ -383,6 +384,10 @@ def _backward(
         d_hx_n = (None, None)
     elif not isinstance(d_hx_n, (tuple, list)) or len(d_hx_n) != 2:
         raise TypeError(f"d_hx_n must be None or a pair, (d_h_n, d_c_n), got {d_hx_n!r:.40}")
+    if d_states is None:
+        d_states = States(None, None)
+    elif not isinstance(d_states, (tuple, list)) or len(d_states) != 2:
+        raise TypeError(f"d_states must be None or States, (d_h, d_c), got {d_states!r:.40}")
     route: Any = _arrays
     if not isinstance(saved, _arrays.Saved):
         from . import _tensors as route
