@@ -87,18 +87,19 @@ format: $(INSTALLED)  ## write Python and C++ in the house's format
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP) $(wildcard tests/*/*.h)
 
-# $(call sanitized,DIRECTORY,SANITIZERS,TARGET,TESTS): build the C++ tests with sanitizers, run TESTS.
+# $(call sanitized,DIRECTORY,SANITIZERS,TARGET,TESTS,CUDA): build the C++ tests with sanitizers, and
+# with CUDA or without, and run TESTS.
 define sanitized
 	$(BIN)/cmake -S . -B build/$(1) -G Ninja \
 	    -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 -DFASTRNN_SANITIZE=$(2) \
-	    -DFASTRNN_PYTHON=OFF -DFASTRNN_CUDA=OFF -DFASTRNN_TESTS=ON -DFASTRNN_WERROR=ON
+	    -DFASTRNN_PYTHON=OFF -DFASTRNN_CUDA=$(5) -DFASTRNN_TESTS=ON -DFASTRNN_WERROR=ON
 	$(BIN)/cmake --build build/$(1) --target $(3)
 	$(BIN)/ctest --test-dir build/$(1) --output-on-failure --tests-regex '$(4)'
 endef
 
 sanitize: $(INSTALLED)  ## the C++ tests under ASan and UBSan, those of waiting under TSan
-	$(call sanitized,tsan,thread,barrier_test persistent_kernels_test_smallest persistent_ring_test,^(barrier|persistent\.ring|persistent\.kernels\.smallest)$$)
-	$(call sanitized,asan,address$(comma)undefined,all,^(barrier|cuda_kernels|engine|int8|maths|persistent\.(ring|plan|kernels\.smallest)))
+	$(call sanitized,tsan,thread,barrier_test persistent_kernels_test_smallest persistent_ring_test,^(barrier|persistent\.ring|persistent\.kernels\.smallest)$$,OFF)
+	$(call sanitized,asan,address$(comma)undefined,all,^(barrier|cuda_kernels|cuda_virtual\.[dsp]|engine|int8|maths|persistent\.(ring|plan|kernels\.smallest)),AUTO)
 
 # ---- publish ----------------------------------------------------------------------------------
 
