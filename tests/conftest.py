@@ -5,6 +5,7 @@ torch is not imported here unless it is installed: the tests of the NumPy half r
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from importlib.util import find_spec
@@ -43,6 +44,13 @@ if find_spec("hypothesis") is not None:
 
 def pytest_report_header() -> str | None:
     return f"no torch, so without {', '.join(collect_ignore)}" if collect_ignore else None
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _only_new_objects_are_collected() -> None:
+    """What the tests of a file find, all other tests and torch, no collection walks again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
