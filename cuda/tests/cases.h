@@ -311,6 +311,12 @@ struct Workspace {
   }
 };
 
+// A device that keeps no packed weights and runs no ensembles, as CUDA's does not.
+constexpr Backend backend_of(std::size_t (*workspace_size)(const Problem&, Pass),
+                             void (*forward)(const Problem&), void (*backward)(const Problem&)) {
+  return {workspace_size, nullptr, nullptr, forward, backward, nullptr, nullptr};
+}
+
 template <class S>
 void run(const Backend& backend, const Case& c, Arrays<S>& a) {
   const std::int64_t groups = c.L() * c.D(), N = c.pairs();

@@ -20,14 +20,10 @@ using namespace fastrnn::cases;
 using cuda::Order;
 
 const Backend& emulated_backend() {
-  static constexpr Backend backend{
-      [](const Problem& p, Pass pass) { return cuda::Stack(p, pass).workspace_size(); },
-      nullptr,
-      nullptr,
-      [](const Problem& p) { cuda::Stack(p, Pass::forward).forward(); },
-      [](const Problem& p) { cuda::Stack(p, Pass::backward).backward(); },
-      nullptr,
-      nullptr};
+  static constexpr Backend backend =
+      backend_of([](const Problem& p, Pass pass) { return cuda::Stack(p, pass).workspace_size(); },
+                 [](const Problem& p) { cuda::Stack(p, Pass::forward).forward(); },
+                 [](const Problem& p) { cuda::Stack(p, Pass::backward).backward(); });
   return backend;
 }
 

@@ -23,20 +23,16 @@ using virtual_device::device;
 using virtual_device::Order;
 
 const Backend& virtual_backend() {
-  static constexpr Backend backend{
-      [](const Problem& p, Pass pass) { return cuda_backend().workspace_size(p, pass); },
-      nullptr,
-      nullptr,
-      [](const Problem& p) {
-        cuda_backend().forward(p);
-        virtual_device::synchronize();
-      },
-      [](const Problem& p) {
-        cuda_backend().backward(p);
-        virtual_device::synchronize();
-      },
-      nullptr,
-      nullptr};
+  static constexpr Backend backend =
+      backend_of([](const Problem& p, Pass pass) { return cuda_backend().workspace_size(p, pass); },
+                 [](const Problem& p) {
+                   cuda_backend().forward(p);
+                   virtual_device::synchronize();
+                 },
+                 [](const Problem& p) {
+                   cuda_backend().backward(p);
+                   virtual_device::synchronize();
+                 });
   return backend;
 }
 
