@@ -159,7 +159,7 @@ void check_kernel(const resident::Kernel& tested, int T, int B, int H, unsigned 
   checks += resident::compare(p, Reference<Cell, Operand>(p).run(), goes_back);
 }
 
-// Where every place for weights is taken, in registers and in shared memory, or as many as the
+// Where the weights fill the registers and go on in shared memory, or the largest that the
 // device has room for.
 int large_size(const resident::Kernel& k) {
   const int fields = k.pass == Pass::forward ? 1 : k.gates;
