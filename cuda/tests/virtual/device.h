@@ -4,7 +4,6 @@
 #pragma once
 
 #include <random>
-#include <string>
 
 #include "machine.h"
 

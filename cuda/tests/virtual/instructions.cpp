@@ -340,19 +340,6 @@ void select(Warp& warp, const Instruction& in) {
   for_lanes(warp, [&](int lane) { to.set(lane, first[lane] ? a[lane] : b[lane]); });
 }
 
-template <class T>
-struct Widened {
-  using type = T;
-};
-template <>
-struct Widened<F16> {
-  using type = float;
-};
-template <>
-struct Widened<Bf16> {
-  using type = float;
-};
-
 enum class Rounding { none, to_nearest_integer, saturated };
 
 template <class To, class From, Rounding rounding>

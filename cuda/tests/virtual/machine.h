@@ -18,8 +18,6 @@
 #pragma once
 
 #include <cstdint>
-#include <deque>
-#include <memory>
 #include <random>
 #include <set>
 #include <string>

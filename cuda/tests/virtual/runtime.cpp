@@ -2,7 +2,6 @@
 // what each refuses.
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
 #include <cstring>
 #include <functional>
 #include <map>
