@@ -2,10 +2,10 @@
 #include <pybind11/pybind11.h>
 
 #include "call.h"
+#include "frozen.h"
 #include "infer.h"
 #include "info.h"
 #include "options.h"
-#include "pack_cache.h"
 #include "stream.h"
 #include "tensor.h"
 
@@ -13,7 +13,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "The engine, low level: arrays in and out, nothing allocated, everything checked.";
   fastrnn::bind::register_tensor(module);
   fastrnn::bind::register_options(module);
-  fastrnn::bind::register_pack_cache(module);
+  fastrnn::bind::register_frozen(module);
   fastrnn::bind::register_call(module);
   fastrnn::bind::register_infer(module);
   fastrnn::bind::register_stream(module);

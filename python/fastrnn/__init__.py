@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from . import functional, reference
     from ._C import Tensor, from_dlpack
     from ._convert import convert, to_torch
+    from ._freeze import freeze, unfreeze
     from ._gradient_flow import gradient_flow
     from ._keras import from_keras
     from ._onnx import onnx_translation_table
@@ -41,6 +42,7 @@ __all__ = [
     "Tensor",
     "__version__",
     "convert",
+    "freeze",
     "from_dlpack",
     "from_keras",
     "functional",
@@ -49,6 +51,7 @@ __all__ = [
     "onnx_translation_table",
     "reference",
     "to_torch",
+    "unfreeze",
 ]
 
 _SUBMODULES = ("functional", "nn", "reference")
@@ -56,6 +59,7 @@ _HOMES = {  # name: the module it comes from, imported when the name is first us
     **dict.fromkeys(("Tensor", "from_dlpack"), "_C"),
     **dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"), "nn"),
     **dict.fromkeys(("convert", "to_torch"), "_convert"),
+    **dict.fromkeys(("freeze", "unfreeze"), "_freeze"),
     "from_keras": "_keras",
     "gradient_flow": "_gradient_flow",
     "onnx_translation_table": "_onnx",

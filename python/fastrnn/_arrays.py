@@ -76,7 +76,8 @@ def forward(
     compute = "float64" if dtype == "float64" else "float32"
     every, two = return_states or return_saved, engine.states == 2
 
-    hidden = _C.empty((L if every else 1, T, B, D * out), dtype)
+    output = _C.empty((T, B, D * out), dtype)
+    hidden = _C.empty((L, T, B, D * out), dtype) if every else None
     h_n = _C.empty((L * D, B, out), dtype)
     c_n = _C.empty((L * D, B, H), dtype) if two else None
     cell = _C.empty((L, T, B, D * H), compute) if two and every else None
@@ -93,17 +94,17 @@ def forward(
         None,
         given.lengths,
         given.reset,
-        hidden,
+        output if hidden is None else hidden,
         h_n,
         c_n,
         cell,
         gates,
         all_layers=every,
         extras=given.extras,
+        output=None if hidden is None else output,
     )
-    output = hidden[-1]
     saved = None
-    if return_saved:
+    if return_saved and hidden is not None:
         saved = Saved(options, batch_first, given, hidden, h_n, c_n, cell, gates)
     return Outputs(
         output.transpose(0, 1) if batch_first else output,
@@ -122,8 +123,8 @@ def backward(
     tuple[_C.Tensor | None, ...] | None,
 ]:
     options, batch_first, given, hidden, h_n, c_n, cell, gates = saved
-    output = hidden[-1].transpose(0, 1) if batch_first else hidden[-1]
-    d_output = _gradient("d_output", d_output, output)
+    last = hidden[-1]
+    d_output = _gradient("d_output", d_output, last.transpose(0, 1) if batch_first else last)
     if d_output is not None and batch_first:
         d_output = d_output.transpose(0, 1)
     d_h_n, d_c_n = _pair(d_hx_n)

@@ -9,7 +9,7 @@ caller, who has torch.utils.checkpoint for that.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from ._options import (
     make_options,
 )
 from .functional import recurrent
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _COMMON_OPTIONS = {
     name: default
@@ -137,6 +140,12 @@ class RecurrentCell(Module):
         _inference.forget(self)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
+    def train(self, mode: bool = True) -> Self:
+        """As torch.nn's; training thaws a frozen cell."""
+        if mode:
+            _inference.forget(self)
+        return super().train(mode)
+
     def __getstate__(self) -> dict[str, Any]:
         return _inference.state_without(self)
 
@@ -195,13 +204,11 @@ class RecurrentCell(Module):
         _checks.check_cell_companions(input, hx or (), weights, self._names(options.bias))
         if hx is not None:
             hx = tuple(state.unsqueeze(0) for state in hx)
-        cache = None  # of weights that autocast has just made there is nothing to keep
-        if half is None and not torch.compiler.is_compiling():
-            cache = _inference.prepared(self).cache
+        frozen = None if half is not None else _inference.frozen(self)
         input, extras = input.unsqueeze(0), NO_EXTRAS
         if self.training:
             extras = _masks.draw(options, input, input.shape[1], self.hidden_size, dropout=0.0)
-        hx_n = recurrent(options, input, hx, weights, extras=extras, cache=cache)[1]
+        hx_n = recurrent(options, input, hx, weights, extras=extras, frozen=frozen)[1]
         # No views, which torch refuses to detach_(); nothing else sees the memory of hx_n.
         hx_n = tuple(torch.ops.aten._unsafe_view.default(state, state.shape[1:]) for state in hx_n)
         return hx_n if wide is None else tuple(state.to(wide) for state in hx_n)

@@ -11,7 +11,7 @@ import math
 import numbers
 import re
 import warnings
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ from ._options import (
     make_options,
 )
 from .functional import States, recurrent
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Device = torch.device | str | int | None
 Result = tuple[Any, tuple[Tensor, ...], States | None]
@@ -205,12 +208,13 @@ class RecurrentLayer(Module):
         initialize(self)
 
     def flatten_parameters(self) -> None:
-        """Forget the weights that inference keeps packed; the next call takes them as they are.
+        """Do nothing: every call reads the weights where they are."""
 
-        Of use where a few values were written without torch's knowledge, through ``.data`` or a
-        NumPy view. All else that changes a weight is noticed by itself.
-        """
-        _inference.forget(self)
+    def train(self, mode: bool = True) -> Self:
+        """As torch.nn's; training thaws a frozen layer."""
+        if mode:
+            _inference.forget(self)
+        return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         _inference.forget(self)
@@ -380,9 +384,6 @@ class RecurrentLayer(Module):
             anew = tuple(_autocast.cast(state, half) for state in anew)
             weights = [_autocast.cast(weight, half) for weight in weights]
         _checks.check_companions(input, (*(hx or ()), *anew), weights)
-        cache = None  # of weights that autocast has just made there is nothing to keep
-        if half is None and not torch.compiler.is_compiling():
-            cache = _inference.prepared(self).cache
         output, hx_n, states = recurrent(
             self._options,
             input,
@@ -390,7 +391,7 @@ class RecurrentLayer(Module):
             weights,
             extras=self._extras(input, batch, anew if steps.get("reset") is not None else ()),
             dropout=dropout,
-            cache=cache,
+            frozen=None if half is not None else _inference.frozen(self),
             **steps,
         )
         if wide is not None:

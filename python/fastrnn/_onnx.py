@@ -92,11 +92,11 @@ def _translate(*arguments: Any) -> Any:
     stack = _Stack(options, given["weights"], given["lengths"])
     outputs, finals = stack.run(given["input"], given["h0"], given["c0"])
     nothing = stack.empty(given["input"])
-    if not (states or save):
-        outputs = outputs[-1:]
-    hidden = stack.joined([stack.op.Unsqueeze(y, [0]) for y in outputs])
+    hidden = nothing
+    if states or save:
+        hidden = stack.joined([stack.op.Unsqueeze(y, [0]) for y in outputs])
     h_n, *c_n = (stack.joined(parts) for parts in zip(*finals, strict=True))
-    return hidden, h_n, c_n[0] if c_n else nothing, nothing, nothing
+    return outputs[-1], h_n, c_n[0] if c_n else nothing, hidden, nothing, nothing
 
 
 def _check_options(options: Options, states: bool) -> None:
