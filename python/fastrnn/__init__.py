@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ._gradient_flow import gradient_flow
     from ._keras import from_keras
     from ._onnx import onnx_translation_table
+    from ._patch import patch_torch, unpatch_torch
     from ._stream import Stream
     from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
@@ -47,8 +48,10 @@ __all__ = [
     "gradient_flow",
     "info",
     "onnx_translation_table",
+    "patch_torch",
     "reference",
     "to_torch",
+    "unpatch_torch",
 ]
 
 _SUBMODULES = ("functional", "nn", "reference")
@@ -59,6 +62,7 @@ _HOMES = {  # name: the module it comes from, imported when the name is first us
     "from_keras": "_keras",
     "gradient_flow": "_gradient_flow",
     "onnx_translation_table": "_onnx",
+    **dict.fromkeys(("patch_torch", "unpatch_torch"), "_patch"),
     "Stream": "_stream",
 }
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _autocast, _checks, _inference, _masks
@@ -30,6 +30,7 @@ from ._options import (
     check_probability,
     make_options,
 )
+from ._surface import DERIVED, RNNSurface, state_of
 from .functional import States, recurrent
 
 Device = torch.device | str | int | None
@@ -49,8 +50,11 @@ COMMON_OPTIONS: dict[str, Any] = {
 OUTSIDE_THE_STEP = ("recurrent_dropout", "learn_initial_state", "forget_bias")
 
 
-class RecurrentLayer(Module):
-    """The base of RNN, LSTM and GRU; not made to be used by itself."""
+_CELLS: dict[str, Cell] = {"LSTM": "LSTM", "GRU": "GRU", "RNN_TANH": "RNN", "RNN_RELU": "RNN"}
+
+
+class RecurrentLayer(RNNSurface):
+    """The base of RNN, LSTM and GRU; it takes the arguments of torch.nn's RNNBase."""
 
     __constants__: ClassVar[list[str]] = [
         "mode",
@@ -87,14 +91,14 @@ class RecurrentLayer(Module):
         mode: str,
         input_size: int,
         hidden_size: int,
-        num_layers: int,
-        bias: bool,
-        batch_first: bool,
-        dropout: float,
-        bidirectional: bool,
-        proj_size: int,
-        device: Device,
-        dtype: torch.dtype | None,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         **own_options: Any,
     ) -> None:
         super().__init__()
@@ -107,7 +111,7 @@ class RecurrentLayer(Module):
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
         self.proj_size = proj_size
-        for name, value in own_options.items():
+        for name, value in {**self.own_options, **own_options}.items():
             setattr(self, name, value)
         self._check_sizes(dropout)
         self._describe()
@@ -162,10 +166,17 @@ class RecurrentLayer(Module):
 
     def _maths(self) -> dict[str, Any]:
         """The options that change the maths of a step."""
-        return {n: getattr(self, n) for n in self.own_options if n not in OUTSIDE_THE_STEP}
+        own = {n: getattr(self, n) for n in self.own_options if n not in OUTSIDE_THE_STEP}
+        if self.cell == "RNN":
+            own["activation"] = self.mode.removeprefix("RNN_").lower()
+        return own
 
     def _describe(self) -> None:
         """Derive the options and the names and shapes of the weights from the attributes."""
+        if not hasattr(type(self), "cell"):  # a class of the user's right over this one
+            if self.mode not in _CELLS:
+                raise ValueError(f"Unrecognized RNN mode: {self.mode}")
+            self.__dict__["cell"] = _CELLS[self.mode]
         self._options: Options = make_options(
             self.cell,
             num_layers=self.num_layers,
@@ -217,16 +228,7 @@ class RecurrentLayer(Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        return _inference.state_without(self)
-
-    @property
-    def all_weights(self) -> list[list[Tensor]]:
-        """The weights of each layer and direction, in torch.nn's order."""
-        return [[getattr(self, name) for name in names] for names in self._all_weights]
-
-    @property
-    def _flat_weights(self) -> list[Tensor | None]:
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+        return state_of(self)
 
     def extra_repr(self) -> str:
         """torch.nn's line, then the options torch.nn does not have, where they are on."""
@@ -248,12 +250,14 @@ class RecurrentLayer(Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled layer, also one from before ``proj_size`` or an own option existed."""
-        derived = ("_flat_weights", "_flat_weight_refs", "all_weights")
+        derived = ("_flat_weights", "_flat_weight_refs", "all_weights", *DERIVED)
         own = {name: value for name, value in state.items() if name not in derived}
         super().__setstate__(own)  # type: ignore[no-untyped-call]
         for name, default in {"proj_size": 0, **self.own_options}.items():
             if name not in self.__dict__:
                 setattr(self, name, default)
+        if self.mode.startswith("RNN_"):
+            self.__dict__.setdefault("nonlinearity", self.mode.removeprefix("RNN_").lower())
         self._describe()
 
     # ---- forward ------------------------------------------------------------------------------
@@ -268,7 +272,7 @@ class RecurrentLayer(Module):
     ) -> Result:
         """Bring the arguments into the engine's layout, call it, and bring the result back."""
         plain = lengths is None and reset is None and return_states is False and not self._draws()
-        if plain and not (hx is None and self.learn_initial_state):
+        if plain and not self._given() and not (hx is None and self.learn_initial_state):
             found = _inference.run(self, input, hx, self.batch_first, False)
             if found is not None:
                 return found[0], found[1:], None
@@ -348,6 +352,8 @@ class RecurrentLayer(Module):
             weights = [parameters[name] for name in self._flat_weights_names]
         except KeyError:  # parametrized, weight norm, a replica: not a registered parameter
             weights = [getattr(self, name) for name in self._flat_weights_names]
+        if self._given():
+            weights = list(self._flat_weights)
         _checks.check_weight_shapes(weights, self._flat_weights_names, self._weight_shapes)
         _checks.check_input(input, weights[0], dims, self.input_size)
         if hx is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._cells import GRUCell, LSTMCell, RNNCell
 from ._layer import COMMON_OPTIONS, Device, RecurrentLayer
+from ._surface import LSTMSurface
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -146,9 +147,6 @@ class RNN(RecurrentLayer):
             recompute=recompute,
         )
 
-    def _maths(self) -> dict[str, Any]:
-        return {"activation": self.nonlinearity, **super()._maths()}
-
     def extra_repr(self) -> str:
         """torch.nn's line, then the nonlinearity where torch.nn does not have it."""
         line = super().extra_repr()
@@ -198,7 +196,7 @@ class RNN(RecurrentLayer):
         return (output, hx_n[0], states) if return_states else (output, hx_n[0])
 
 
-class LSTM(RecurrentLayer):
+class LSTM(LSTMSurface, RecurrentLayer):
     """Layers of the LSTM.
 
     With a_t = W_ih·x_t + b_ih + W_hh·h_{t-1} + b_hh, cut into a_i, a_f, a_g, a_o: i = σ(a_i),
