@@ -25,7 +25,7 @@ RECOGNISED: dict[type, type] = {}
 # What a module derives from its other attributes, or keeps for the engine.
 DERIVED = ("_options", "_weight_shapes", "_prepared")
 
-_GIVEN = "_given_weights"
+GIVEN = "_given_weights"
 
 
 class Recognising(ABCMeta):
@@ -122,22 +122,22 @@ class RNNSurface(Module, metaclass=Recognising):
             own = getattr(self, name, None)
             if weight is not own:
                 given[name] = (weight, own)
-        self.__dict__.pop(_GIVEN, None)
+        self.__dict__.pop(GIVEN, None)
         if given:
-            self.__dict__[_GIVEN] = given
+            self.__dict__[GIVEN] = given
 
     def _given(self) -> dict[str, Tensor | None]:
         """The weights written to ``_flat_weights`` whose parameters are the same as then."""
-        given = self.__dict__.get(_GIVEN)
+        given = self.__dict__.get(GIVEN)
         if given is None:
             return {}
         if any(getattr(self, name, None) is not own for name, (_, own) in given.items()):
-            del self.__dict__[_GIVEN]
+            del self.__dict__[GIVEN]
             return {}
         return {name: weight for name, (weight, _) in given.items()}
 
     def _init_flat_weights(self) -> None:
-        self.__dict__.pop(_GIVEN, None)
+        self.__dict__.pop(GIVEN, None)
 
     def _update_flat_weights(self) -> None:
         """Does nothing: every call reads the parameters."""
