@@ -67,20 +67,36 @@ _HOMES = {  # name: the module it comes from, imported when the name is first us
 }
 
 
+_WITHOUT_TORCH = "functional, Stream, Tensor, from_dlpack, reference and info"
+
+
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 
         value: Any = version("fastrnn")
-    elif name in _SUBMODULES:
-        value = import_module(f".{name}", __name__)
-    elif name in _HOMES:
-        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    elif name in _SUBMODULES or name in _HOMES:
+        value = _imported(name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
     return value
 
 
+def _imported(name: str) -> Any:
+    """A submodule, or what a submodule holds by this name."""
+    try:
+        module = import_module(f".{_HOMES.get(name, name)}", __name__)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "torch":
+            raise
+        raise ModuleNotFoundError(
+            f"fastrnn.{name} needs PyTorch, which is not installed: install torch, or fastrnn's "
+            f"extra 'torch'. Without PyTorch there are fastrnn's {_WITHOUT_TORCH}",
+            name=error.name,
+        ) from error
+    return getattr(module, name) if name in _HOMES else module
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_SUBMODULES})
+    return sorted({*__all__, *_SUBMODULES})

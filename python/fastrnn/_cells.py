@@ -17,7 +17,13 @@ from torch.nn import Module, Parameter
 
 from . import _autocast, _checks, _inference, _masks
 from ._engine import NO_EXTRAS
-from ._layer import COMMON_OPTIONS, OUTSIDE_THE_STEP, Device, initialize
+from ._layer import (
+    COMMON_OPTIONS,
+    OUTSIDE_THE_STEP,
+    Device,
+    initialize,
+    restore_own_options,
+)
 from ._options import (
     GATES,
     Activation,
@@ -47,7 +53,7 @@ class RecurrentCell(Module, metaclass=Recognising):
 
     __constants__: ClassVar[list[str]] = ["input_size", "hidden_size", "bias"]
 
-    cell: ClassVar[Cell]
+    _cell: ClassVar[Cell]
     # The options torch.nn does not have, each with the value that is torch.nn's behaviour.
     own_options: ClassVar[dict[str, Any]] = {}
 
@@ -58,9 +64,6 @@ class RecurrentCell(Module, metaclass=Recognising):
     weight_hh: Tensor
     bias_ih: Tensor | None
     bias_hh: Tensor | None
-    heads: int = 1
-    learn_initial_state: bool = False
-    forget_bias: float | None = None  # of an LSTM it may be another
 
     def __init__(
         self,
@@ -76,12 +79,14 @@ class RecurrentCell(Module, metaclass=Recognising):
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.bias = bias
+        # Attributes too, for who reads them; a user's class may give these another meaning.
+        self._own: dict[str, Any] = own_options
         for name, value in own_options.items():
             setattr(self, name, value)
         self._describe()
-        check_heads(self.heads, hidden_size=hidden_size)
-        check_bool("learn_initial_state", self.learn_initial_state)
-        check_forget_bias(self.forget_bias, bool(bias))
+        check_heads(self._own.get("heads", 1), hidden_size=hidden_size)
+        check_bool("learn_initial_state", self._own.get("learn_initial_state", False))
+        check_forget_bias(self._own.get("forget_bias"), bool(bias))
         if not self._weight_shapes:
             rows = num_chunks * hidden_size
             self._weight_shapes = {"weight_ih": (rows, input_size), "weight_hh": (rows, hidden_size)}
@@ -98,26 +103,26 @@ class RecurrentCell(Module, metaclass=Recognising):
         """Derive the options and the shapes of all weights, biases too, from the attributes."""
         self._options: Options | None = None
         self._weight_shapes: dict[str, Shape] = {}
-        if not hasattr(type(self), "cell"):  # a class of the user's right over this one
+        if not hasattr(type(self), "_cell"):  # a class of the user's right over this one
             return
         self._options = self._make_options()
-        own = {name: getattr(self, name) for name in ("layer_norm", "heads")}
-        whole = make_options(self.cell, peephole=getattr(self, "peephole", False), **own)
+        own = {name: self._own[name] for name in ("layer_norm", "heads")}
+        whole = make_options(self._cell, peephole=self._own.get("peephole", False), **own)
         shapes = whole.weight_shapes(self.input_size, self.hidden_size)
         self._weight_shapes = shapes
 
     def _make_options(self) -> Options | None:
-        return make_options(self.cell, bias=bool(self.bias), **self._maths())
+        return make_options(self._cell, bias=bool(self.bias), **self._maths())
 
     def _maths(self) -> dict[str, Any]:
         """The options that change the maths of a step."""
-        return {n: getattr(self, n) for n in self.own_options if n not in OUTSIDE_THE_STEP}
+        return {n: v for n, v in self._own.items() if n not in OUTSIDE_THE_STEP}
 
     def _learned_shapes(self) -> dict[str, Shape]:
         """The parameters that `learn_initial_state` asks for."""
-        if not self.learn_initial_state:
+        if not self._own.get("learn_initial_state"):
             return {}
-        names = ("h_0", "c_0") if self.cell == "LSTM" else ("h_0",)
+        names = ("h_0", "c_0") if self._cell == "LSTM" else ("h_0",)
         return dict.fromkeys(names, (1, self.hidden_size))
 
     def reset_parameters(self) -> None:
@@ -133,8 +138,11 @@ class RecurrentCell(Module, metaclass=Recognising):
         shown = [str(self.input_size), str(self.hidden_size)]
         if self.bias is not True:
             shown.append(f"bias={self.bias}")
-        for name, default in self.own_options.items():
-            value = getattr(self, name)
+        defaults = self.own_options
+        if "nonlinearity" in self.__dict__:
+            defaults = {"nonlinearity": "tanh", **defaults}
+        for name, default in defaults.items():
+            value = self._own[name] if name in self._own else getattr(self, name)
             if value != default:
                 shown.append(f"{name}={value}")
         return ", ".join(shown)
@@ -158,9 +166,7 @@ class RecurrentCell(Module, metaclass=Recognising):
         """Restore a pickled cell, also one from before an own option existed."""
         own = {name: value for name, value in state.items() if name not in DERIVED}
         super().__setstate__(own)  # type: ignore[no-untyped-call]
-        for name, default in self.own_options.items():
-            if name not in self.__dict__:
-                setattr(self, name, default)
+        restore_own_options(self, state)
         self._describe()
 
     def _trains(self) -> bool:
@@ -174,12 +180,12 @@ class RecurrentCell(Module, metaclass=Recognising):
 
     def _run(self, input: Tensor, hx: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """One step: the new states, each (B, H) or, for an unbatched input, (H,)."""
-        learned = hx is None and self.learn_initial_state
+        learned = hx is None and self._own["learn_initial_state"]
         if self._options is not None and not learned and not self._draws() and self.hidden_size:
             found = _inference.run(self, input, hx, False, True)
             if found is not None:
                 return found
-        _checks.check_cell_input(f"{self.cell}Cell", input, hx or ())
+        _checks.check_cell_input(f"{self._cell}Cell", input, hx or ())
         unbatched = input.dim() == 1
         if unbatched:
             input = input.unsqueeze(0)
@@ -207,7 +213,7 @@ class RecurrentCell(Module, metaclass=Recognising):
         half = _autocast.requested(input)
         wide = None
         if half is not None:
-            wide = _autocast.result_dtype(self.cell, half, input, hx, fused=False)
+            wide = _autocast.result_dtype(self._cell, half, input, hx, fused=False)
             input = _autocast.cast(input, half)
             hx = None if hx is None else tuple(_autocast.cast(state, half) for state in hx)
             weights = [_autocast.cast(weight, half) for weight in weights]
@@ -307,8 +313,8 @@ class RNNCell(RecurrentCell):
     __module__ = "fastrnn.nn"
     __constants__: ClassVar[list[str]] = ["input_size", "hidden_size", "bias", "nonlinearity"]
 
-    cell = "RNN"
-    own_options: ClassVar[dict[str, Any]] = {"nonlinearity": "tanh", **_COMMON_OPTIONS}
+    _cell = "RNN"
+    own_options: ClassVar[dict[str, Any]] = _COMMON_OPTIONS
     nonlinearity: str
 
     def __init__(
@@ -326,6 +332,7 @@ class RNNCell(RecurrentCell):
         learn_initial_state: bool = False,
         grad_clip: float | None = None,
     ) -> None:
+        self.nonlinearity = nonlinearity
         super().__init__(
             input_size,
             hidden_size,
@@ -333,7 +340,6 @@ class RNNCell(RecurrentCell):
             GATES["RNN"],
             device,
             dtype,
-            nonlinearity=nonlinearity,
             layer_norm=layer_norm,
             heads=heads,
             zoneout=zoneout,
@@ -347,9 +353,7 @@ class RNNCell(RecurrentCell):
         return super()._make_options()
 
     def _maths(self) -> dict[str, Any]:
-        own = super()._maths()
-        own["activation"] = own.pop("nonlinearity")
-        return own
+        return {"activation": self.nonlinearity, **super()._maths()}
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step.
@@ -423,7 +427,7 @@ class LSTMCell(RecurrentCell):
 
     __module__ = "fastrnn.nn"
 
-    cell = "LSTM"
+    _cell = "LSTM"
     own_options: ClassVar[dict[str, Any]] = {
         "activation": "tanh",
         "gate_activation": "sigmoid",
@@ -544,7 +548,7 @@ class GRUCell(RecurrentCell):
 
     __module__ = "fastrnn.nn"
 
-    cell = "GRU"
+    _cell = "GRU"
     own_options: ClassVar[dict[str, Any]] = {
         "activation": "tanh",
         "gate_activation": "sigmoid",

@@ -177,13 +177,20 @@ def _plain_class(module: Module) -> type[Module]:
 
 def _to_ours(module: Module, target: type[Module]) -> Module:
     ours: Any = _build(module, target)
+    state = _shared_state(module, _TORCH_DERIVED)
     base = RecurrentLayer if is_a(ours, RecurrentLayer) else RecurrentCell
-    base.__setstate__(ours, _shared_state(module, _TORCH_DERIVED))  # not a user's own
+    base.__setstate__(ours, state)  # not a user's own
+    if users_class(target):
+        for name in _own_options(ours).keys() - state.keys():  # a user's class does not read them
+            vars(ours).pop(name, None)
     return _rebind_hooks(_rebind_functions(ours, module))
 
 
 def _to_torchs(module: Module, target: type[Module]) -> Module:
-    dropped = {*_OUR_DERIVED, *_own_options(module)} - {"nonlinearity"}
+    own = _own_options(module)
+    dropped = [*_OUR_DERIVED, "_own"]
+    if users_class(_plain_class(module)) is None:
+        dropped += [name for name in own if vars(module).get(name) == own[name]]
     layer: Any = _build(module, target)
     layer.__dict__.update(_shared_state(module, dropped))
     if isinstance(layer, BASES[0]):
@@ -230,18 +237,19 @@ def _rebind_hooks(module: Module) -> Module:
 
 
 def _own_options(module: Module) -> dict[str, Any]:
-    cls: Any = type(module)
-    return cls.own_options if is_a(module, RecurrentLayer, RecurrentCell) else {}
+    """The values of the options that torch.nn does not have."""
+    return vars(module)["_own"] if is_a(module, RecurrentLayer, RecurrentCell) else {}
 
 
-def _check_torch_has_it(path: str, module: Module) -> None:
+def _check_torch_has_it(path: str, module: Any) -> None:
     where = f"at {path!r}" if path else "at the top of the model"
-    shown = dict(_own_options(module))
+    values = dict(_own_options(module))
+    defaults = dict(module.own_options)
     if is_a(module, RNN, RNNCell):
-        shown["nonlinearity"] = "relu" if module.nonlinearity == "relu" else "tanh"
-    for name, default in shown.items():
-        value = getattr(module, name)
-        off = (default, (0, 0), [0, 0])  # zoneout may be a pair
+        values["nonlinearity"] = module.nonlinearity
+        defaults["nonlinearity"] = "relu" if module.nonlinearity == "relu" else "tanh"
+    for name, value in values.items():
+        off = (defaults[name], (0, 0), [0, 0])  # zoneout may be a pair
         if value not in off and name not in _COMPUTE_THE_SAME:
             raise ValueError(
                 f"the {_plain_class(module).__name__} {where} has {name}={value!r}, "

@@ -151,7 +151,7 @@ def reason_against(module: Module, cls: type) -> str | None:
 def _names_of(ours: Any, torchs: type) -> set[str]:
     """The names of attributes that our layer has and torch's does not."""
     shared = {*dir(torchs), *dir(ABC), *_INTERNALS, "nonlinearity"}
-    return {*dir(ours), *ours.own_options, *DERIVED, GIVEN} - shared
+    return {*dir(ours), *DERIVED, GIVEN, "_own"} - shared
 
 
 def _reason_against_class(cls: type, torchs: type, own: set[str]) -> str | None:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ._options import Cell
-
 # Our classes and torch.nn's of the same kind; filled by `patch_torch`, and empty without it.
 RECOGNISED: dict[type, type] = {}
 
@@ -80,7 +78,6 @@ class RNNSurface(Module, metaclass=Recognising):
 
     __jit_unused_properties__: ClassVar[list[str]] = ["all_weights"]
 
-    cell: ClassVar[Cell]
     mode: str
     input_size: int
     hidden_size: int

@@ -94,7 +94,7 @@ class RNN(RecurrentLayer):
     (torch.Size([2, 5, 4]), torch.Size([1, 2, 4]))
     """
 
-    cell = "RNN"
+    _cell = "RNN"
     nonlinearity: str
 
     def __init__(
@@ -125,6 +125,7 @@ class RNN(RecurrentLayer):
                 f"Unknown nonlinearity '{nonlinearity}'. "
                 "Select from 'tanh', 'relu', 'sigmoid' or 'identity'."
             )
+        self.nonlinearity = nonlinearity
         super().__init__(
             _NONLINEARITIES[nonlinearity],
             input_size,
@@ -137,7 +138,6 @@ class RNN(RecurrentLayer):
             0,
             device,
             dtype,
-            nonlinearity=nonlinearity,
             layer_norm=layer_norm,
             heads=heads,
             recurrent_dropout=recurrent_dropout,
@@ -266,7 +266,7 @@ class LSTM(LSTMSurface, RecurrentLayer):
     (torch.Size([5, 2, 8]), torch.Size([4, 2, 4]), torch.Size([4, 2, 4]))
     """
 
-    cell = "LSTM"
+    _cell = "LSTM"
     own_options: ClassVar[dict[str, Any]] = {
         "activation": "tanh",
         "gate_activation": "sigmoid",
@@ -438,7 +438,7 @@ class GRU(RecurrentLayer):
     torch.Size([1, 5, 2, 4])
     """
 
-    cell = "GRU"
+    _cell = "GRU"
     own_options: ClassVar[dict[str, Any]] = {
         "activation": "tanh",
         "gate_activation": "sigmoid",
