@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import fastrnn
-from fastrnn.nn import RecurrentLayer
+from fastrnn._layer import RecurrentLayer
 from pairs import CELLS, LAYERS, assert_same, outcome
 
 if TYPE_CHECKING:
@@ -408,7 +408,7 @@ def test_torchs_modules_that_name_the_layers_are_imported_and_work_meanwhile() -
         import torch.ao.quantization, torch.ao.ns.fx.mappings, torch.ao.pruning
         import torch.nn.quantized, torch.nn.quantized.dynamic, torch.nn.quantizable
         import torch.ao.nn.quantized.reference.modules.rnn as reference
-        assert issubclass(reference.LSTM, fastrnn.nn.RecurrentLayer)
+        assert issubclass(reference.LSTM, fastrnn._layer.RecurrentLayer)
         assert reference.LSTM(3, 4)(torch.randn(5, 2, 3))[0].shape == (5, 2, 4)
         assert reference.GRUCell(3, 4)(torch.randn(2, 3)).shape == (2, 4)
         fastrnn.unpatch_torch()

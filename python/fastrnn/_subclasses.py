@@ -84,7 +84,9 @@ def over_ours(cls: type) -> type:
     if kind is not type:
         metaclass = type("_Substituting", (_Substituting, kind), {})
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return metaclass(cls.__name__, (cls,), {**names, "__reduce_ex__": _reduce_ex, _MARK: True})
+    ours = metaclass(cls.__name__, (cls,), {**names, "__reduce_ex__": _reduce_ex})
+    setattr(ours, _MARK, True)  # last: a class that __init_subclass__ refused still exists
+    return ours
 
 
 def users_class(cls: type) -> type | None:
