@@ -89,7 +89,10 @@ class RecurrentCell(Module, metaclass=Recognising):
         check_forget_bias(self._own.get("forget_bias"), bool(bias))
         if not self._weight_shapes:
             rows = num_chunks * hidden_size
-            self._weight_shapes = {"weight_ih": (rows, input_size), "weight_hh": (rows, hidden_size)}
+            self._weight_shapes = {
+                "weight_ih": (rows, input_size),
+                "weight_hh": (rows, hidden_size),
+            }
             self._weight_shapes |= dict.fromkeys(("bias_ih", "bias_hh"), (rows,))
         for name, shape in {**self._weight_shapes, **self._learned_shapes()}.items():
             if name.startswith("bias") and not bias:

@@ -175,7 +175,7 @@ def _explain(parsed: argparse.Namespace) -> int:
 def _bench(parsed: argparse.Namespace) -> int:
     if parsed.list:
         return _list_suites()
-    _require("torch", "pip install 'fastrnn[torch]'")
+    _require("torch", "pip install torch")
     if parsed.plot or parsed.roofline:
         _require("matplotlib", "pip install 'fastrnn[bench]'")
     for path in (parsed.json, parsed.plot, parsed.roofline):
