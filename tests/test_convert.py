@@ -470,7 +470,6 @@ def test_a_forward_on_the_object_follows_the_new_module() -> None:
     plain.forward = lambda input: inner(input)[0] * 2  # type: ignore[method-assign, assignment]
     expected = plain(given_to(plain))
     ours = converted(plain)
-    del inner
     torch.testing.assert_close(ours(given_to(plain)), expected)
     assert ours.forward.__closure__[0].cell_contents.__self__ is ours
 

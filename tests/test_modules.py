@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import os
 import pickle
 import pickletools
@@ -294,9 +295,9 @@ def test_a_cell_that_lost_one_bias() -> None:
 # ---- the surface of torch.nn's bases ----------------------------------------------------------
 
 
-def raised(call: Any) -> tuple[type, str] | None:
+def raised(call: Any, *args: Any) -> tuple[type, str] | None:
     try:
-        call()
+        call(*args)
     except (ValueError, RuntimeError) as error:
         return type(error), str(error)
     return None
@@ -314,11 +315,9 @@ def test_the_checks_of_rnnbase_accept_and_refuse_what_torchs_do(
     states = [(L, B, H) for L in (2, 4) for B in (2, 3, 5) for H in (2, 4)] + [(2, 4)]
     for layer in (theirs, ours):
         said: list[Any] = []
-        for shape in shapes:
-            for dtype in (torch.float32, F64):
-                input = torch.zeros(shape, dtype=dtype)
-                for batch_sizes in (None, sizes):
-                    said.append(raised(lambda: layer.check_input(input, batch_sizes)))  # noqa: B023
+        for shape, dtype in itertools.product(shapes, (torch.float32, F64)):
+            input = torch.zeros(shape, dtype=dtype)
+            said += [raised(layer.check_input, input, given) for given in (None, sizes)]
         for batch_sizes, input in ((None, torch.zeros(5, 2, 3)), (sizes, torch.zeros(5, 3))):
             said.append(layer.get_expected_hidden_size(input, batch_sizes))
             if name == "LSTM":
@@ -326,11 +325,11 @@ def test_the_checks_of_rnnbase_accept_and_refuse_what_torchs_do(
             for shape in states:
                 state: Any = torch.zeros(shape)
                 expected = layer.get_expected_hidden_size(input, batch_sizes)
-                said.append(raised(lambda: layer.check_hidden_size(state, expected)))  # noqa: B023
+                said.append(raised(layer.check_hidden_size, state, expected))
                 hidden = (state, state) if name == "LSTM" else state
                 for check in (layer.check_forward_args, getattr(torch.nn, name).check_forward_args):
                     bound = () if check == layer.check_forward_args else (layer,)
-                    said.append(raised(lambda: check(*bound, input, hidden, batch_sizes)))  # noqa: B023
+                    said.append(raised(check, *bound, input, hidden, batch_sizes))
         told.append(said)
     assert told[1] == told[0]
     assert any(told[0])
@@ -430,7 +429,7 @@ def test_gradients_reach_what_was_written_to_flat_weights(layer: str) -> None:
 def test_a_cell_without_hidden_units(cell: str, bias: bool, unbatched: bool) -> None:
     theirs, ours = pair(cell, 3, 0, bias=bias)
     input = torch.randn(3) if unbatched else torch.randn(2, 3)
-    state = torch.randn(input.shape[:-1] + (0,))
+    state = torch.randn((*input.shape[:-1], 0))
     for hx in (None, (state, state) if cell == "LSTMCell" else state):
         assert_same(outcome(ours, input, hx), outcome(theirs, input, hx), torch.float32)
         with torch.no_grad():

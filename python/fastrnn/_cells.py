@@ -64,6 +64,7 @@ class RecurrentCell(Module, metaclass=Recognising):
     weight_hh: Tensor
     bias_ih: Tensor | None
     bias_hh: Tensor | None
+    _weight_shapes: dict[str, Shape]
 
     def __init__(
         self,
@@ -105,7 +106,7 @@ class RecurrentCell(Module, metaclass=Recognising):
     def _describe(self) -> None:
         """Derive the options and the shapes of all weights, biases too, from the attributes."""
         self._options: Options | None = None
-        self._weight_shapes: dict[str, Shape] = {}
+        self._weight_shapes = {}
         if not hasattr(type(self), "_cell"):  # a class of the user's right over this one
             return
         self._options = self._make_options()

@@ -6,7 +6,6 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.nn.utils import parametrize
 
 from ._cells import RecurrentCell
@@ -193,7 +192,7 @@ def _to_torchs(module: Module, target: type[Module]) -> Module:
         dropped += [name for name in own if vars(module).get(name) == own[name]]
     layer: Any = _build(module, target)
     layer.__dict__.update(_shared_state(module, dropped))
-    if isinstance(layer, BASES[0]):
+    if is_a(layer, BASES[0]):
         layer._init_flat_weights()
     return _rebind_hooks(_rebind_functions(layer, module))
 

@@ -223,7 +223,7 @@ class RecurrentLayer(RNNSurface):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         _inference.forget(self)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         return state_of(self)

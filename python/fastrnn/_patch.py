@@ -137,8 +137,9 @@ def _patch() -> bool:
 
 def _allow_rnn(undo: ExitStack) -> None:
     """Let dynamo trace what torch.nn.LSTM and the like name, in every thread."""
-    from torch._dynamo import config  # after torch: its import takes a second
+    from torch._dynamo import config as module  # here, as its import takes a second
 
+    config: Any = module
     entry = config._config["allow_rnn"]
     undo.callback(setattr, entry, "default", entry.default)
     entry.default = True  # what is set by the public name holds in one thread alone
@@ -179,5 +180,5 @@ class _Maker:
 
 
 def _reduce(layer: torch.nn.Module) -> tuple[Any, ...]:
-    _, _, *state = object.__reduce_ex__(layer, 2)
-    return _Maker(type(layer)), (), *state
+    reduced: Any = object.__reduce_ex__(layer, 2)
+    return _Maker(type(layer)), (), *reduced[2:]

@@ -76,15 +76,16 @@ def over_ours(cls: type) -> type:
     Arguments:
         cls: a class derived from one of torch.nn's layers or cells.
     """
-    for derived in cls.__subclasses__():
+    known: list[type] = cls.__subclasses__()
+    for derived in known:
         if users_class(derived) is cls:
             return derived
     kind = type(cls)
-    metaclass = _Substituting
+    metaclass: type = _Substituting
     if kind is not type:
         metaclass = type("_Substituting", (_Substituting, kind), {})
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    ours = metaclass(cls.__name__, (cls,), {**names, "__reduce_ex__": _reduce_ex})
+    ours: type = metaclass(cls.__name__, (cls,), {**names, "__reduce_ex__": _reduce_ex})
     setattr(ours, _MARK, True)  # last: a class that __init_subclass__ refused still exists
     return ours
 
@@ -102,14 +103,14 @@ def _reduce_ex(module: Any, protocol: int) -> Any:
     return empty, (cls,), module.__getstate__()
 
 
-def empty(cls: type) -> Any:
+def empty(cls: Any) -> Any:
     """An instance without attributes of the user's class over ours: what pickled modules name.
 
     Where `patch_torch` was called before the class was made, the class itself is over ours.
     """
     if not torchs_class(cls):
         return cls.__new__(cls)
-    ours = over_ours(cls)
+    ours: Any = over_ours(cls)
     return ours.__new__(ours)
 
 
