@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import abc
 import copy
+import functools
+import inspect
 import io
 import pickle
 import subprocess
@@ -472,6 +474,28 @@ def test_a_forward_on_the_object_follows_the_new_module() -> None:
     ours = converted(plain)
     torch.testing.assert_close(ours(given_to(plain)), expected)
     assert ours.forward.__closure__[0].cell_contents.__self__ is ours
+
+
+def test_functions_on_other_modules_follow_too() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Dropped(3, 4)
+            self.forward = self.layer.forward  # type: ignore[method-assign, assignment]
+            self.part = functools.partial(self.layer.forward)
+            self.bound = self.layer.extra_repr
+            vars(self)["hidden"] = self.layer
+
+    wrapper = converted(Wrapper())
+    for value in (wrapper.forward, wrapper.part.func):
+        caught = inspect.getclosurevars(value).nonlocals
+        assert caught["module"] is wrapper.layer
+        assert caught["inner"].__self__ is wrapper.layer
+    assert wrapper.bound.__self__ is wrapper.hidden is wrapper.layer
+    input = given_to(wrapper.layer)
+    assert not torch.equal(wrapper(input)[0], wrapper(input)[0])
+    wrapper.eval()
+    assert torch.equal(wrapper.part(input)[0], wrapper.layer(input)[0])
 
 
 def test_a_parametrized_users_class_changes_over_and_back() -> None:

@@ -160,11 +160,11 @@ def _strided(value: Any) -> Any:
     return type(value)(_strided(part) for part in value) if isinstance(value, tuple) else value
 
 
-@pytest.mark.parametrize(("name", "training", "index"), CASES)
-def test_second_derivatives(name: str, training: bool, index: int) -> None:
-    case = module_inputs(name, torch.float64, training)[index]
+@pytest.mark.parametrize(("name", "index"), [(n, i) for n, training, i in CASES if not training])
+def test_second_derivatives(name: str, index: int) -> None:
+    case = module_inputs(name, torch.float64, False)[index]
     results = []
-    for layer in construct(name, case, torch.float64, training):
+    for layer in construct(name, case, torch.float64, False):
         leaves = [p for p in layer.parameters() if p.requires_grad]
         arguments = fresh(case.forward_input.args)
         leaves += [t for t in tensors(arguments) if t.is_floating_point()]

@@ -165,6 +165,8 @@ def _swap(
         for name, child in parent._modules.items():
             if child in swapped:
                 parent._modules[name] = swapped[child]
+    for module in [*model.modules(), *swapped.values()]:
+        _rebind_functions(module, swapped)
     return swapped.get(model, model)
 
 
@@ -182,7 +184,7 @@ def _to_ours(module: Module, target: type[Module]) -> Module:
     if users_class(target):
         for name in _own_options(ours).keys() - state.keys():  # a user's class does not read them
             vars(ours).pop(name, None)
-    return _rebind_hooks(_rebind_functions(ours, module))
+    return _rebind_hooks(ours)
 
 
 def _to_torchs(module: Module, target: type[Module]) -> Module:
@@ -194,7 +196,7 @@ def _to_torchs(module: Module, target: type[Module]) -> Module:
     layer.__dict__.update(_shared_state(module, dropped))
     if is_a(layer, BASES[0]):
         layer._init_flat_weights()
-    return _rebind_hooks(_rebind_functions(layer, module))
+    return _rebind_hooks(layer)
 
 
 def _shared_state(module: Module, dropped: Iterable[str]) -> dict[str, Any]:
@@ -218,12 +220,13 @@ def _build(module: Module, target: type[Module]) -> Module:
     return target.__new__(target)
 
 
-def _rebind_functions(module: Module, old: Module) -> Module:
-    """Point functions on the module, such as another forward, at it instead of the old one."""
+def _rebind_functions(module: Module, swapped: dict[Module, Module]) -> None:
+    """Point functions on a module, such as another forward, at the new modules."""
+    if module in swapped:  # an old one, which goes on as it was
+        return
     for name, value in vars(module).items():
         if callable(value):
-            vars(module)[name] = rebound(value, old, module)
-    return module
+            vars(module)[name] = rebound(value, swapped)
 
 
 def _rebind_hooks(module: Module) -> Module:

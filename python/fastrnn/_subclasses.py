@@ -246,22 +246,24 @@ def _caught(value: Any) -> list[Any]:
     return []
 
 
-def rebound(value: Any, old: Module, new: Module, seen: tuple[Any, ...] = ()) -> Any:
-    """The value with the new module in the place of the old, where functions have caught the old.
+def rebound(value: Any, swapped: dict[Module, Module], seen: tuple[Any, ...] = ()) -> Any:
+    """The value with new modules in the place of the old, where functions have caught the old.
 
-    The old module's methods become the new one's of the same name.
+    An old module's methods become the new one's of the same name.
     """
-    if value is old:
-        return new
+    if isinstance(value, Module):
+        return swapped.get(value, value)
     if isinstance(value, MethodType):
-        if value.__self__ is not old:
+        old = value.__self__
+        if not isinstance(old, Module) or old not in swapped:
             return value
+        new = swapped[old]
         return MethodType(_counterpart(value.__func__, old, new), new)
     if any(value is other for other in seen):
         return value
 
     def part(caught: Any) -> Any:
-        return rebound(caught, old, new, (*seen, value))
+        return rebound(caught, swapped, (*seen, value))
 
     def parts(caught: dict[str, Any] | None) -> dict[str, Any]:
         return {name: part(own) for name, own in (caught or {}).items()}
