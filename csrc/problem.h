@@ -152,8 +152,8 @@ struct Problem {
   // Forward on a CPU: the last layer of `hidden` once more, [T, B, D·O] or [N, D·O], in an array
   // that the caller may write to before backward reads `hidden`. Null: not wanted.
   void* output = nullptr;
-  void* h_n = nullptr;      // [L·D, B, O], storage
-  void* c_n = nullptr;      // [L·D, B, H], storage; null for cells of one state
+  void* h_n = nullptr;  // [L·D, B, O], storage
+  void* c_n = nullptr;  // [L·D, B, H], storage; null for cells of one state
   // Every c, compute type: [L, T, B, D·H] or [L, N, D·H]; padding is zero. Null: not wanted.
   void* cell = nullptr;
   // What backward needs beside `hidden` and `cell`, compute type: [L·D, T·B or N, planes·Hp], in

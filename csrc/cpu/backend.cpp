@@ -112,8 +112,8 @@ bool beyond_the_cell(const Problem& p, Pass pass) {
   const bool step = p.options.maths.beyond_the_cell() || p.dropout_mask.data ||
                     p.zoneout_h_mask.data || p.zoneout_c_mask.data;
   if (pass == Pass::forward) return step;
-  return step || p.options.maths.grad_clip > 0 || p.reset_h.data || p.reset_c.data ||
-         p.d_reset_h || p.d_reset_c;
+  return step || p.options.maths.grad_clip > 0 || p.reset_h.data || p.reset_c.data || p.d_reset_h ||
+         p.d_reset_c;
 }
 
 CellEntry cell_entry(const Options& o) {

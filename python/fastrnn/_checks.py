@@ -272,9 +272,17 @@ def check_cell_input(name: str, input: Tensor, states: Sequence[Tensor]) -> None
 
 
 def check_cell_sizes(
-    input: Tensor, states: Sequence[Tensor], input_size: int, hidden_size: int
+    input: Tensor,
+    states: Sequence[Tensor],
+    input_size: int,
+    hidden_size: int,
+    unbatched: bool,
 ) -> None:
-    """Refuse a batch (B, I) and states (B, H) that do not fit each other or the cell."""
+    """Refuse a batch (B, I) and states (B, H) that do not fit each other or the cell.
+
+    Arguments:
+        unbatched: whether the caller gave single rows, to which a first axis was added.
+    """
     if input.shape[1] != input_size:
         raise RuntimeError(
             f"input has inconsistent input_size: got {input.shape[1]} expected {input_size}"
@@ -285,10 +293,16 @@ def check_cell_sizes(
                 f"Input batch size {input.shape[0]} doesn't match hidden{index} "
                 f"batch size {state.shape[0]}"
             )
-        if state.dim() != 2 or state.shape[1] != hidden_size:
+        if state.dim() > 1 and state.shape[1] != hidden_size:
             raise RuntimeError(
                 f"hidden{index} has inconsistent hidden_size: "
-                f"got {state.size(1)}, expected {hidden_size}"
+                f"got {state.shape[1]}, expected {hidden_size}"
+            )
+        if state.dim() != 2:
+            expected, given = (1, state.dim() - 1) if unbatched else (2, state.dim())
+            raise RuntimeError(
+                f"hidden{index} must be {expected}-D beside a {expected}-D input, "
+                f"got {given}-D of shape {tuple(state.shape[1:] if unbatched else state.shape)}"
             )
 
 

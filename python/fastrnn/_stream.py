@@ -283,7 +283,7 @@ class _Layer:
 
     def __init__(self, layer: Any) -> None:
         module = sys.modules.get("fastrnn._layer")  # a layer has imported it
-        if module is None or not isinstance(layer, module.RecurrentLayer):
+        if module is None or module.RecurrentLayer not in type(layer).__mro__:
             hint = "; fastrnn.convert makes one of torch.nn's" if _is_torch_module(layer) else ""
             raise TypeError(
                 f"layer must be a fastrnn.RNN, LSTM or GRU, got {type(layer).__name__}{hint}"
