@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from . import _autocast, _checks, _inference, _masks
+from . import _autocast, _checks, _inference, _masks, _tools
 from ._engine import NO_EXTRAS
 from ._layer import COMMON_OPTIONS, OUTSIDE_THE_STEP, Device, initialize
 from ._options import (
@@ -140,6 +140,9 @@ class RecurrentCell(Module):
     def __getstate__(self) -> dict[str, Any]:
         return _inference.state_without(self)
 
+    def __prepare_scriptable__(self) -> Module:
+        return _tools.scriptable(self)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled cell, also one from before an own option existed."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -153,13 +156,19 @@ class RecurrentCell(Module):
         own = self._options
         return self.training and own is not None and (own.zoneout_h > 0 or own.zoneout_c > 0)
 
-    def _run(self, input: Tensor, hx: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        """One step: the new states, each (B, H) or, for an unbatched input, (H,)."""
+    def _run(self, input: Tensor, hx: tuple[Tensor, ...] | None) -> tuple[Any, ...]:
+        """One step: the new states, each (B, H) or, for an unbatched input, (H,).
+
+        Of a call that torch.fx traces, its proxy and, for an LSTM, None.
+        """
         learned = hx is None and self.learn_initial_state
         if self._options is not None and not learned and not self._draws():
             found = _inference.run(self, input, hx, False, True)
             if found is not None:
                 return found
+        if _tools.is_traced(input, hx):
+            traced = _tools.call_whole(self, input, hx)
+            return (traced, None) if self.cell == "LSTM" else (traced,)
         _checks.check_cell_input(type(self).__name__, input, hx or ())
         unbatched = input.dim() == 1
         if unbatched:
@@ -202,8 +211,7 @@ class RecurrentCell(Module):
         if self.training:
             extras = _masks.draw(options, input, input.shape[1], self.hidden_size, dropout=0.0)
         hx_n = recurrent(options, input, hx, weights, extras=extras, cache=cache)[1]
-        # No views, which torch refuses to detach_(); nothing else sees the memory of hx_n.
-        hx_n = tuple(torch.ops.aten._unsafe_view.default(state, state.shape[1:]) for state in hx_n)
+        hx_n = tuple(_tools.without_first_axis(state) for state in hx_n)
         return hx_n if wide is None else tuple(state.to(wide) for state in hx_n)
 
     def _weights(self, options: Options) -> tuple[list[Tensor], Options]:
@@ -453,10 +461,13 @@ class LSTMCell(RecurrentCell):
         """
         if isinstance(hx, Tensor) and input.dim() == 2 and hx.dim() in (2, 3):
             raise TypeError("hx must be a tuple or list of two tensors (h_0, c_0), got one Tensor")
-        if hx is not None and len(hx) != 2:
-            raise RuntimeError("lstm_cell expects two hidden states")
-        h, c = self._run(input, None if hx is None else (hx[0], hx[1]))
-        return h, c
+        states = hx
+        if hx is not None and (type(hx) is not tuple or len(hx) != 2):
+            states = _tools.two_states(hx)
+            if len(states) != 2 and not _tools.is_traced(hx):
+                raise RuntimeError("lstm_cell expects two hidden states")
+        h, c = self._run(input, states)
+        return h if c is None else (h, c)
 
 
 class GRUCell(RecurrentCell):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _autocast, _checks, _inference, _masks
+from . import _autocast, _checks, _inference, _masks, _tools
 from ._engine import NO_EXTRAS, Extras
 from ._options import (
     Cell,
@@ -33,7 +33,8 @@ from ._options import (
 from .functional import States, recurrent
 
 Device = torch.device | str | int | None
-Result = tuple[Any, tuple[Tensor, ...], States | None]
+# A call that torch.fx traces has its proxy for the output, and None for the states.
+Result = tuple[Any, Any, States | None]
 
 # The own options of every layer, each with the value that is torch.nn's behaviour.
 COMMON_OPTIONS: dict[str, Any] = {
@@ -246,6 +247,9 @@ class RecurrentLayer(Module):
                 shown.append(f"{name}={value}")
         return ", ".join(shown)
 
+    def __prepare_scriptable__(self) -> Module:
+        return _tools.scriptable(self)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled layer, also one from before ``proj_size`` or an own option existed."""
         derived = ("_flat_weights", "_flat_weight_refs", "all_weights")
@@ -272,6 +276,10 @@ class RecurrentLayer(Module):
             found = _inference.run(self, input, hx, self.batch_first, False)
             if found is not None:
                 return found[0], found[1:], None
+        usual = plain and hx is None and isinstance(input, Tensor)
+        if not usual and _tools.is_traced(input, hx, lengths, reset):
+            options = {"lengths": lengths, "reset": reset, "return_states": return_states}
+            return _tools.call_whole(self, input, hx, **options), None, None
         check_bool("return_states", return_states)
         if isinstance(input, PackedSequence):
             _checks.refuse_with_packed(lengths=lengths, reset=reset)
