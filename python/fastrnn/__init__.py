@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from . import functional, reference
     from ._C import Tensor, from_dlpack
     from ._convert import convert, to_torch
+    from ._decompositions import decompositions
     from ._gradient_flow import gradient_flow
     from ._keras import from_keras
     from ._onnx import onnx_translation_table
@@ -41,6 +42,7 @@ __all__ = [
     "Tensor",
     "__version__",
     "convert",
+    "decompositions",
     "from_dlpack",
     "from_keras",
     "functional",
@@ -56,6 +58,7 @@ _HOMES = {  # name: the module it comes from, imported when the name is first us
     **dict.fromkeys(("Tensor", "from_dlpack"), "_C"),
     **dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"), "nn"),
     **dict.fromkeys(("convert", "to_torch"), "_convert"),
+    "decompositions": "_decompositions",
     "from_keras": "_keras",
     "gradient_flow": "_gradient_flow",
     "onnx_translation_table": "_onnx",

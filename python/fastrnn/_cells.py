@@ -339,7 +339,7 @@ class RNNCell(RecurrentCell):
         """
         if self._options is None or self._options.activation != self.nonlinearity:
             self._options = self._make_options()
-        (h,) = self._run(input, None if hx is None else (hx,))
+        h: Tensor = self._run(input, None if hx is None else (hx,))[0]
         return h
 
 
@@ -467,7 +467,7 @@ class LSTMCell(RecurrentCell):
             if len(states) != 2 and not _tools.is_traced(hx):
                 raise RuntimeError("lstm_cell expects two hidden states")
         h, c = self._run(input, states)
-        return h if c is None else (h, c)
+        return h if c is None else (h, c)  # None: torch.fx traces the call
 
 
 class GRUCell(RecurrentCell):
@@ -576,5 +576,5 @@ class GRUCell(RecurrentCell):
             ValueError: input or hx is neither 1-D nor 2-D.
             RuntimeError: sizes, dtypes or devices do not fit.
         """
-        (h,) = self._run(input, None if hx is None else (hx,))
+        h: Tensor = self._run(input, None if hx is None else (hx,))[0]
         return h

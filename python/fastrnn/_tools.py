@@ -58,9 +58,7 @@ def call_whole(module: Module, input: Any, hx: tuple[Any, ...] | None, **options
     tracer = _proxies((input, hx, *options.values())).tracer
     if not isinstance(tracer, torch.fx.Tracer):
         raise RuntimeError(f"expected a torch.fx.Tracer behind the proxy, got {tracer!r}")
-    args = (input,)
-    if hx is not None:
-        args = (input, hx[0] if len(hx) == 1 else hx)
+    args = (input,) if hx is None else (input, hx[0] if len(hx) == 1 else hx)
     given = {name: x for name, x in options.items() if x is not None and x is not False}
     path = tracer.path_of_module(module)
     name = f"fastrnn.{_own_class(module).__name__}"
@@ -81,8 +79,8 @@ def call_whole(module: Module, input: Any, hx: tuple[Any, ...] | None, **options
     # what they call is kept whole.
     if module._backward_hooks or module._backward_pre_hooks:
         raise RuntimeError(
-            f"torch.fx loses the backward hooks of {name} at {path!r}, which has forward hooks or a "
-            "forward of its own besides: remove them before tracing"
+            f"torch.fx loses the backward hooks of {name} at {path!r}, which has forward hooks or "
+            "a forward of its own besides: remove them before tracing"
         )
     layer = tracer.create_proxy("get_attr", path, (), {})
     return tracer.create_proxy("call_function", call_forward, (layer, *args), given)
@@ -183,4 +181,5 @@ def without_first_axis(state: Tensor) -> Tensor:
     """
     if torch._C._get_tracing_state() is not None:
         return state.squeeze(0)
-    return torch.ops.aten._unsafe_view.default(state, state.shape[1:])
+    seen: Tensor = torch.ops.aten._unsafe_view.default(state, state.shape[1:])
+    return seen

@@ -197,7 +197,7 @@ class RNN(RecurrentLayer):
             input, None if hx is None else (hx,), lengths, reset, return_states
         )
         if hx_n is None:  # torch.fx traces the call
-            return output
+            return output  # type: ignore[no-any-return]
         return (output, hx_n[0], states) if return_states else (output, hx_n[0])
 
 
@@ -381,7 +381,7 @@ class LSTM(RecurrentLayer):
                 raise IndexError(f"hx must hold two tensors (h_0, c_0), got {len(states_0)}")
         output, hx_n, states = self._run(input, states_0, lengths, reset, return_states)
         if hx_n is None:  # torch.fx traces the call
-            return output
+            return output  # type: ignore[no-any-return]
         return (output, hx_n, states) if return_states else (output, hx_n)
 
 
@@ -549,5 +549,5 @@ class GRU(RecurrentLayer):
             input, None if hx is None else (hx,), lengths, reset, return_states
         )
         if hx_n is None:  # torch.fx traces the call
-            return output
+            return output  # type: ignore[no-any-return]
         return (output, hx_n[0], states) if return_states else (output, hx_n[0])
