@@ -13,7 +13,7 @@ from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 
 from . import _autocast, _checks, _inference, _masks, _tools
 from ._engine import NO_EXTRAS
@@ -37,7 +37,7 @@ _COMMON_OPTIONS = {
 }
 
 
-class RecurrentCell(Module):
+class RecurrentCell(_tools.SeenByTools):
     """The base of RNNCell, LSTMCell and GRUCell; not made to be used by itself."""
 
     __constants__: ClassVar[list[str]] = ["input_size", "hidden_size", "bias"]
@@ -139,9 +139,6 @@ class RecurrentCell(Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return _inference.state_without(self)
-
-    def __prepare_scriptable__(self) -> Module:
-        return _tools.scriptable(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled cell, also one from before an own option existed."""

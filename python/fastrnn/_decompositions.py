@@ -82,8 +82,10 @@ def _backward(operators: Any, *arguments: Any) -> list[Any]:
         )
         for member in range(given[0].shape[0])
     ]
-    found = zip(*every, needs, strict=True)
-    return [torch.stack(ds) if need else ds[0] for *ds, need in found]
+    by_argument = zip(*every, strict=True)
+    return [
+        torch.stack(ds) if need else ds[0] for ds, need in zip(by_argument, needs, strict=True)
+    ]
 
 
 def _gradients(

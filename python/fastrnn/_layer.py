@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _autocast, _checks, _inference, _masks, _tools
@@ -50,7 +50,7 @@ COMMON_OPTIONS: dict[str, Any] = {
 OUTSIDE_THE_STEP = ("recurrent_dropout", "learn_initial_state", "forget_bias")
 
 
-class RecurrentLayer(Module):
+class RecurrentLayer(_tools.SeenByTools):
     """The base of RNN, LSTM and GRU; not made to be used by itself."""
 
     __constants__: ClassVar[list[str]] = [
@@ -246,9 +246,6 @@ class RecurrentLayer(Module):
             if value != default:
                 shown.append(f"{name}={value}")
         return ", ".join(shown)
-
-    def __prepare_scriptable__(self) -> Module:
-        return _tools.scriptable(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled layer, also one from before ``proj_size`` or an own option existed."""

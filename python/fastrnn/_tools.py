@@ -1,4 +1,4 @@
-"""What tools that look at a model see: torch.fx, torch.jit.
+"""What tools that look at a model see: torch.fx, torch.jit; Opacus, see _opacus.py.
 
 torch.fx takes modules of torch.nn alone for leaves, goes into all others, and calls their forward
 with proxies for tensors. Ours then records the call of the whole layer, as for a leaf.
@@ -14,14 +14,38 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.fx import Proxy
+from torch.nn import Module
 from torch.nn.modules import module as _torch_module
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from . import _opacus
+
 if TYPE_CHECKING:
-    from torch.nn import Module
+    from torch.utils.hooks import RemovableHandle
+
+
+class SeenByTools(Module):
+    """What layers and cells have for tools that look at a model."""
+
+    def __prepare_scriptable__(self) -> Module:
+        return scriptable(self)
+
+    def register_forward_hook(self, hook: Any, **options: Any) -> RemovableHandle:
+        """As ``torch.nn.Module.register_forward_hook``; Opacus' hook sees all arguments here."""
+        if type(self).forward is _own_class(self).forward:
+            calls = _opacus.forward_hook(hook)
+            if calls is not None:
+                return super().register_forward_hook(calls, **{**options, "with_kwargs": True})
+        return super().register_forward_hook(hook, **options)
+
+    def register_full_backward_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        """As ``torch.nn.Module.register_full_backward_hook``, but for Opacus' hook."""
+        handle = _opacus.backward_hook(self, hook)
+        return handle or super().register_full_backward_hook(hook, prepend)
+
 
 # ---- torch.fx ------------------------------------------------------------------------------------
 
