@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import _autocast, _checks, _inference, _masks, _tools
+from . import _autocast, _checks, _inference, _masks, _onnx_export, _tools
 from ._engine import NO_EXTRAS
 from ._layer import COMMON_OPTIONS, OUTSIDE_THE_STEP, Device, initialize
 from ._options import (
@@ -207,7 +207,8 @@ class RecurrentCell(_tools.SeenByTools):
         input, extras = input.unsqueeze(0), NO_EXTRAS
         if self.training:
             extras = _masks.draw(options, input, input.shape[1], self.hidden_size, dropout=0.0)
-        hx_n = recurrent(options, input, hx, weights, extras=extras, cache=cache)[1]
+        run = _onnx_export.route(recurrent)
+        hx_n = run(options, input, hx, weights, extras=extras, cache=cache)[1]
         hx_n = tuple(_tools.without_first_axis(state) for state in hx_n)
         return hx_n if wide is None else tuple(state.to(wide) for state in hx_n)
 

@@ -73,7 +73,7 @@ def _backward(operators: Any, *arguments: Any) -> list[Any]:
     cotangents = given[count - len(_transforms._COTANGENTS) : count]
     if not operators.members:
         return _gradients(options, needs, forward, cotangents)
-    every = [
+    every: list[Sequence[Tensor]] = [
         _gradients(
             options,
             needs,
@@ -83,9 +83,7 @@ def _backward(operators: Any, *arguments: Any) -> list[Any]:
         for member in range(given[0].shape[0])
     ]
     by_argument = zip(*every, strict=True)
-    return [
-        torch.stack(ds) if need else ds[0] for ds, need in zip(by_argument, needs, strict=True)
-    ]
+    return [torch.stack(ds) if need else ds[0] for ds, need in zip(by_argument, needs, strict=True)]
 
 
 def _gradients(
@@ -102,7 +100,13 @@ def _gradients(
         for place, leaf in zip(needed, leaves, strict=True):
             flat[place] = leaf
         stack = _transforms._stack(options, _transforms._nested(flat, _transforms._FORWARD))
-        outputs = ([stack.hidden[-1]], stack.hidden, stack.cell, [stack.h_n], [stack.c_n])
+        outputs: tuple[Any, ...] = (
+            [stack.hidden[-1]],
+            stack.hidden,
+            stack.cell,
+            [stack.h_n],
+            [stack.c_n],
+        )
         d_output, d_hidden, d_cell, d_h_n, d_c_n = cotangents
         gradients: tuple[Any, ...] = ([d_output], d_hidden, d_cell, [d_h_n], [d_c_n])
         pairs = [

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _autocast, _checks, _inference, _masks, _tools
+from . import _autocast, _checks, _inference, _masks, _onnx_export, _tools
 from ._engine import NO_EXTRAS, Extras
 from ._options import (
     Cell,
@@ -388,7 +388,7 @@ class RecurrentLayer(_tools.SeenByTools):
         cache = None  # of weights that autocast has just made there is nothing to keep
         if half is None and not torch.compiler.is_compiling():
             cache = _inference.prepared(self).cache
-        output, hx_n, states = recurrent(
+        output, hx_n, states = _onnx_export.route(recurrent)(
             self._options,
             input,
             hx,

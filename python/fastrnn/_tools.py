@@ -9,6 +9,7 @@ on the same parameters.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,21 @@ class SeenByTools(Module):
 
     def __prepare_scriptable__(self) -> Module:
         return scriptable(self)
+
+    def _slow_forward(self, *input: Any, **kwargs: Any) -> Any:
+        """What torch calls while it traces.
+
+        torch.onnx's older exporter gives the model that it exports every argument by position, also
+        those that go by keyword, and a bool as a tensor.
+        """
+        named = list(inspect.signature(self.forward).parameters.values())
+        by_position = [p for p in named if p.kind is not p.KEYWORD_ONLY]
+        if len(input) > len(by_position) and not any(p.kind is p.VAR_POSITIONAL for p in named):
+            extra = named[len(by_position) : len(input)]
+            for p, x in zip(extra, input[len(by_position) :], strict=True):
+                kwargs[p.name] = bool(x) if isinstance(p.default, bool) else x
+            input = input[: len(by_position)]
+        return super()._slow_forward(*input, **kwargs)  # type: ignore[no-untyped-call]
 
     def register_forward_hook(self, hook: Any, **options: Any) -> RemovableHandle:
         """As ``torch.nn.Module.register_forward_hook``; Opacus' hook sees all arguments here."""
