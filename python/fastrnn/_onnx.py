@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 Value = Any  # onnx_ir.Value
 
 ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}  # the gates of ours, in ONNX's order
+UNROLLED = (
+    "export torch.export.export(model, args).run_decompositions(fastrnn.decompositions()), which "
+    "has the steps unrolled"
+)
 _FUNCTIONS: dict[str, tuple[str, tuple[float, float] | None]] = {  # name, alpha and beta
     "tanh": ("Tanh", None),
     "relu": ("Relu", None),
@@ -104,13 +108,12 @@ def check_options(options: Options, states: bool) -> None:
         value = getattr(options, field.name)
         if field.name not in _TRANSLATED and value != field.default:
             raise ValueError(
-                f"{field.name}={value!r} has no equal in ONNX's {options.cell}: "
-                "the layer cannot be exported"
+                f"{field.name}={value!r} has no equal in ONNX's {options.cell}: {UNROLLED}"
             )
     if states and options.cell == "LSTM":
         raise ValueError(
             "return_states=True has no equal in ONNX's LSTM, which gives no c but the last: "
-            "the layer cannot be exported"
+            f"{UNROLLED}"
         )
 
 
@@ -118,9 +121,7 @@ def check_arrays(given: dict[str, Any]) -> None:
     for name, value in given.items():
         if name not in _ARRAYS and value is not None:
             known = {"batch_sizes": "a PackedSequence (give lengths= instead)", "reset": "reset="}
-            raise ValueError(
-                f"{known.get(name, name)} has no equal in ONNX: the call cannot be exported"
-            )
+            raise ValueError(f"{known.get(name, name)} has no equal in ONNX: {UNROLLED}")
 
 
 def attributes(options: Options) -> dict[str, Any]:

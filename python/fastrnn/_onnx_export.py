@@ -151,6 +151,5 @@ def _check_torch_has_it(options: Options, **call: Any) -> None:
     for name, value in found.items():
         raise ValueError(
             f"torch.onnx.export(dynamo=False) has no equal for {name}{value} of fastrnn's "
-            f"{options.cell}: use dynamo=True, which has more, or fastrnn.decompositions() on what "
-            "torch.export.export gives"
+            f"{options.cell}: try dynamo=True, which has more, or {_onnx.UNROLLED}"
         )
