@@ -139,16 +139,18 @@ def test_flops_stand_under_the_module_that_computes() -> None:
     assert counted == (torch.ops.fastrnn.forward, 2 * T * B * 3 * H * (I + H))
 
 
-@pytest.mark.parametrize(
-    "order",
-    [
-        "from torch.utils.flop_counter import FlopCounterMode; counter = FlopCounterMode(display=False)"
-        "\nimport fastrnn; layer = fastrnn.RNN(32, 64)",
-        "import fastrnn; layer = fastrnn.RNN(32, 64); layer(x)\n"
-        "from torch.utils.flop_counter import FlopCounterMode; counter = FlopCounterMode(display=False)",
-    ],
-    ids=["counter first", "layer first"],
-)
+COUNTER = """
+from torch.utils.flop_counter import FlopCounterMode
+counter = FlopCounterMode(display=False)
+"""
+LAYER = """
+import fastrnn
+layer = fastrnn.RNN(32, 64)
+layer(x)
+"""
+
+
+@pytest.mark.parametrize("order", [COUNTER + LAYER, LAYER + COUNTER], ids=["counter", "layer"])
 def test_whichever_is_imported_first(order: str) -> None:
     code = (
         "import sys, torch; x = torch.zeros(10, 4, 32)\n"
