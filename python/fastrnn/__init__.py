@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from . import functional, reference
     from ._C import Tensor, from_dlpack
     from ._convert import convert, to_torch
+    from ._decompositions import decompositions
     from ._freeze import freeze, unfreeze
     from ._gradient_flow import gradient_flow
     from ._keras import from_keras
@@ -43,6 +44,7 @@ __all__ = [
     "Tensor",
     "__version__",
     "convert",
+    "decompositions",
     "freeze",
     "from_dlpack",
     "from_keras",
@@ -62,6 +64,7 @@ _HOMES = {  # name: the module it comes from, imported when the name is first us
     **dict.fromkeys(("Tensor", "from_dlpack"), "_C"),
     **dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"), "nn"),
     **dict.fromkeys(("convert", "to_torch"), "_convert"),
+    "decompositions": "_decompositions",
     **dict.fromkeys(("freeze", "unfreeze"), "_freeze"),
     "from_keras": "_keras",
     "gradient_flow": "_gradient_flow",

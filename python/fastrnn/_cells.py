@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 
-from . import _autocast, _checks, _inference, _masks
+from . import _autocast, _checks, _inference, _masks, _onnx_export, _tools
 from ._engine import NO_EXTRAS
 from ._layer import (
     COMMON_OPTIONS,
@@ -48,7 +48,7 @@ _COMMON_OPTIONS = {
 }
 
 
-class RecurrentCell(Module, metaclass=Recognising):
+class RecurrentCell(_tools.SeenByTools, metaclass=Recognising):
     """The base of RNNCell, LSTMCell and GRUCell; it takes the arguments of torch.nn's RNNCellBase.
 
     A class of the user's right over it gets its weights from here and brings a forward of its own.
@@ -191,13 +191,19 @@ class RecurrentCell(Module, metaclass=Recognising):
         own = self._options
         return self._trains() and own is not None and (own.zoneout_h > 0 or own.zoneout_c > 0)
 
-    def _run(self, input: Tensor, hx: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        """One step: the new states, each (B, H) or, for an unbatched input, (H,)."""
+    def _run(self, input: Tensor, hx: tuple[Tensor, ...] | None) -> tuple[Any, ...]:
+        """One step: the new states, each (B, H) or, for an unbatched input, (H,).
+
+        Of a call that torch.fx traces, its proxy and, for an LSTM, None.
+        """
         learned = hx is None and self._own["learn_initial_state"]
         if self._options is not None and not learned and not self._draws() and self.hidden_size:
             found = _inference.run(self, input, hx, False, True)
             if found is not None:
                 return found
+        if _tools.is_traced(input, hx):
+            traced = _tools.call_whole(self, input, hx)
+            return (traced, None) if self._cell == "LSTM" else (traced,)
         _checks.check_cell_input(f"{self._cell}Cell", input, hx or ())
         unbatched = input.dim() == 1
         if unbatched:
@@ -240,9 +246,9 @@ class RecurrentCell(Module, metaclass=Recognising):
         input, extras = input.unsqueeze(0), NO_EXTRAS
         if self._trains():
             extras = _masks.draw(options, input, input.shape[1], self.hidden_size, dropout=0.0)
-        hx_n = recurrent(options, input, hx, weights, extras=extras, frozen=frozen)[1]
-        # No views, which torch refuses to detach_(); nothing else sees the memory of hx_n.
-        hx_n = tuple(torch.ops.aten._unsafe_view.default(state, state.shape[1:]) for state in hx_n)
+        run = _onnx_export.route(recurrent)
+        hx_n = run(options, input, hx, weights, extras=extras, frozen=frozen)[1]
+        hx_n = tuple(_tools.without_first_axis(state) for state in hx_n)
         return hx_n if wide is None else tuple(state.to(wide) for state in hx_n)
 
     def _weights(self, options: Options) -> tuple[list[Tensor], Options]:
@@ -382,7 +388,7 @@ class RNNCell(RecurrentCell):
         """
         if self._options is None or self._options.activation != self.nonlinearity:
             self._options = self._make_options()
-        (h,) = self._run(input, None if hx is None else (hx,))
+        h: Tensor = self._run(input, None if hx is None else (hx,))[0]
         return h
 
 
@@ -505,10 +511,13 @@ class LSTMCell(RecurrentCell):
         """
         if isinstance(hx, Tensor) and input.dim() == 2 and hx.dim() in (2, 3):
             raise TypeError("hx must be a tuple or list of two tensors (h_0, c_0), got one Tensor")
-        if hx is not None and len(hx) != 2:
-            raise RuntimeError("lstm_cell expects two hidden states")
-        h, c = self._run(input, None if hx is None else (hx[0], hx[1]))
-        return h, c
+        states = hx
+        if hx is not None and (type(hx) is not tuple or len(hx) != 2):
+            states = _tools.two_states(hx)
+            if len(states) != 2 and not _tools.is_traced(hx):
+                raise RuntimeError("lstm_cell expects two hidden states")
+        h, c = self._run(input, states)
+        return h if c is None else (h, c)  # None: torch.fx traces the call
 
 
 class GRUCell(RecurrentCell):
@@ -618,5 +627,5 @@ class GRUCell(RecurrentCell):
             ValueError: input or hx is neither 1-D nor 2-D.
             RuntimeError: sizes, dtypes or devices do not fit.
         """
-        (h,) = self._run(input, None if hx is None else (hx,))
+        h: Tensor = self._run(input, None if hx is None else (hx,))[0]
         return h

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _autocast, _checks, _inference, _masks
+from . import _autocast, _checks, _inference, _masks, _onnx_export, _tools
 from ._engine import NO_EXTRAS, Extras
 from ._options import (
     Cell,
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Device = torch.device | str | int | None
-Result = tuple[Any, tuple[Tensor, ...], States | None]
+# A call that torch.fx traces has its proxy for the output, and None for the states.
+Result = tuple[Any, Any, States | None]
 
 # The own options of every layer, each with the value that is torch.nn's behaviour.
 COMMON_OPTIONS: dict[str, Any] = {
@@ -56,7 +57,7 @@ OUTSIDE_THE_STEP = ("recurrent_dropout", "learn_initial_state", "forget_bias")
 _CELLS: dict[str, Cell] = {"LSTM": "LSTM", "GRU": "GRU", "RNN_TANH": "RNN", "RNN_RELU": "RNN"}
 
 
-class RecurrentLayer(RNNSurface):
+class RecurrentLayer(RNNSurface, _tools.SeenByTools):
     """The base of RNN, LSTM and GRU; it takes the arguments of torch.nn's RNNBase."""
 
     __constants__: ClassVar[list[str]] = [
@@ -277,6 +278,10 @@ class RecurrentLayer(RNNSurface):
             found = _inference.run(self, input, hx, self.batch_first, False)
             if found is not None:
                 return found[0], found[1:], None
+        usual = plain and hx is None and isinstance(input, Tensor)
+        if not usual and _tools.is_traced(input, hx, lengths, reset):
+            options = {"lengths": lengths, "reset": reset, "return_states": return_states}
+            return _tools.call_whole(self, input, hx, **options), None, None
         check_bool("return_states", return_states)
         if isinstance(input, PackedSequence):
             _checks.refuse_with_packed(lengths=lengths, reset=reset)
@@ -387,7 +392,7 @@ class RecurrentLayer(RNNSurface):
             anew = tuple(_autocast.cast(state, half) for state in anew)
             weights = [_autocast.cast(weight, half) for weight in weights]
         _checks.check_companions(input, (*(hx or ()), *anew), weights)
-        output, hx_n, states = recurrent(
+        output, hx_n, states = _onnx_export.route(recurrent)(
             self._options,
             input,
             hx,

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _C, _composed
+from . import _C, _composed, _flops
 from ._engine import Extras, Scalars, cuda_route, engine_options, saved_size
 from ._options import Options
 
@@ -511,6 +511,8 @@ def forward(*arguments: Any, frozen: _C.Frozen | None = None) -> ForwardOutputs:
         or torch._C._functorch.maybe_current_level() is not None
         or not _C.nothing_listens((*arguments[:3], *arguments[3], *arguments[7:12]))
     ):
+        if not torch.compiler.is_compiling():
+            _flops.register()
         outputs = forward_op(*arguments[:-1], False)
     else:
         save = arguments[-1]
@@ -748,3 +750,5 @@ forward_op = torch.ops.fastrnn.forward.default
 backward_op = torch.ops.fastrnn.backward.default
 forward_members_op = torch.ops.fastrnn.forward_members.default
 backward_members_op = torch.ops.fastrnn.backward_members.default
+
+_flops.register()

@@ -29,7 +29,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from . import _checks, _composed, _ops
+from . import _checks, _composed, _flops, _ops
 from ._engine import Extras
 from ._options import Options
 
@@ -479,6 +479,7 @@ def _forward_autograd(operators: _Operators, *arguments: Any) -> tuple[Tensor, .
 
 
 def _backward_autograd(operators: _Operators, *arguments: Any) -> list[Tensor]:
+    _flops.register()
     flat = _flat(arguments[: len(_BACKWARD)])
     if _records(flat):
         return list(_apply(_Gradients, operators, arguments[len(_BACKWARD) :], *flat))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from . import _tools
 from ._cells import GRUCell, LSTMCell, RNNCell
 from ._layer import COMMON_OPTIONS, Device, RecurrentLayer
 from ._surface import LSTMSurface
@@ -193,6 +194,8 @@ class RNN(RecurrentLayer):
         output, hx_n, states = self._run(
             input, None if hx is None else (hx,), lengths, reset, return_states
         )
+        if hx_n is None:  # torch.fx traces the call
+            return output  # type: ignore[no-any-return]
         return (output, hx_n[0], states) if return_states else (output, hx_n[0])
 
 
@@ -367,10 +370,16 @@ class LSTM(LSTMSurface, RecurrentLayer):
         """
         if isinstance(hx, Tensor) and hx.dim() == 4:
             raise TypeError("hx must be a tuple or list of two tensors (h_0, c_0), got one Tensor")
-        states_0 = None if hx is None else (hx[0], hx[1])
-        if hx is not None and len(hx) > 2:
-            raise RuntimeError("lstm expects two hidden states")
+        states_0 = hx
+        if hx is not None and (type(hx) is not tuple or len(hx) != 2):
+            states_0 = _tools.two_states(hx)
+            if len(states_0) > 2:
+                raise RuntimeError("lstm expects two hidden states")
+            if len(states_0) < 2 and not _tools.is_traced(hx):
+                raise IndexError(f"hx must hold two tensors (h_0, c_0), got {len(states_0)}")
         output, hx_n, states = self._run(input, states_0, lengths, reset, return_states)
+        if hx_n is None:  # torch.fx traces the call
+            return output  # type: ignore[no-any-return]
         return (output, hx_n, states) if return_states else (output, hx_n)
 
 
@@ -537,4 +546,6 @@ class GRU(RecurrentLayer):
         output, hx_n, states = self._run(
             input, None if hx is None else (hx,), lengths, reset, return_states
         )
+        if hx_n is None:  # torch.fx traces the call
+            return output  # type: ignore[no-any-return]
         return (output, hx_n[0], states) if return_states else (output, hx_n[0])
