@@ -245,7 +245,7 @@ class _AtOneTransform(_SingleLevelFunction):
     @classmethod
     def run(cls, *arguments: Any) -> Any:
         with enable_single_level_autograd_function():
-            return cls.apply(*arguments)
+            return cls.apply(*arguments)  # type: ignore[attr-defined]
 
 
 def _as_asked(
@@ -503,9 +503,6 @@ def _backward_autograd(operators: _Operators, *arguments: Any) -> list[Tensor]:
     return found
 
 
-# Before torch 2.5 there is no such registration, and the composed route serves under transforms.
-REGISTERED = hasattr(torch.library, "register_vmap")
-
 for _operators in (ONE, _ENSEMBLE):
     for _operator, _autograd, _map in (
         (_operators.forward, _forward_autograd, _map_forward),
@@ -513,5 +510,4 @@ for _operators in (ONE, _ENSEMBLE):
     ):
         _name = _operator._schema.name
         _ops.library.impl(_name.partition("::")[2], partial(_autograd, _operators), "Autograd")
-        if REGISTERED:
-            torch.library.register_vmap(_name, partial(_map, _operators), lib=_ops.library)
+        torch.library.register_vmap(_name, partial(_map, _operators), lib=_ops.library)
