@@ -20,7 +20,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 CPP := $(shell find csrc cuda tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup demo bench test test-cpp test-python test-numpy lint typecheck format sanitize \
+.PHONY: help setup demo bench test test-cpp test-python test-numpy test-torch lint typecheck format sanitize \
         docs benchmark-docs wheel cuda gpu-check clean
 
 help:  ## list these targets
@@ -72,12 +72,29 @@ lint: $(INSTALLED) typecheck  ## ruff, clang-format and mypy; changes nothing
 	$(BIN)/clang-format --dry-run --Werror $(CPP) $(wildcard tests/*/*.h)
 
 # What NumPy users get: the wheel, built in isolation, where torch was never installed. The Python
-# is PYTHON, for example `make test-numpy PYTHON=python3.13`.
+# is PYTHON, for example `make test-numpy PYTHON=python3.14`.
 test-numpy:  ## install into a .venv without torch and test what needs none there
 	rm -rf .venv-numpy
 	$(PYTHON) -m venv .venv-numpy
 	.venv-numpy/bin/python -m pip install --quiet . pytest hypothesis ml_dtypes
 	.venv-numpy/bin/python -m pytest
+
+# A torch that is in that .venv already stays, whatever its version: a build without CUDA, a nightly.
+# The C++ is compiled in build/torch, once for all of them, without the modules of its own tests.
+TORCH_VENV := .venv-torch-$(TORCH)
+
+$(TORCH_VENV)/.installed: pyproject.toml CMakeLists.txt $(CPP)
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -c 'import torch' 2>/dev/null \
+	    || $(@D)/bin/python -m pip install --quiet 'torch==$(TORCH)'
+	$(@D)/bin/python -m pip install --quiet $(BUILD_TOOLS)
+	$(@D)/bin/python -m pip install --quiet --no-build-isolation \
+	    --config-settings=build-dir=build/torch --editable '.[torch,test]'
+	touch $@
+
+test-torch: $(if $(TORCH),$(TORCH_VENV)/.installed)  ## the Python tests beside another torch: TORCH=2.14.1
+	@test -n '$(TORCH)' || { echo 'make test-torch: say which, for example TORCH=2.14.1'; exit 1; }
+	$(TORCH_VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 typecheck: $(INSTALLED)  ## mypy --strict over the package
 	$(BIN)/mypy --strict python/fastrnn
@@ -129,7 +146,7 @@ gpu-check:  ## build, test, sanitize and time on this machine's GPU, in under te
 	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) --parts '$(PARTS)' --suites '$(SUITES)' --dtypes '$(DTYPES)'
 
 clean:  ## remove everything that these targets made
-	rm -rf .venv .venv-numpy build dist demo docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-numpy .venv-torch-* build dist demo docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 comma := ,

@@ -348,7 +348,7 @@ def test_padding_may_hold_anything(cell: str) -> None:
         torch.testing.assert_close(again, gradients, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")  # torch's own
 def test_composed_route_under_transforms() -> None:
     case = make(Options("LSTM"), requires_grad=False)
 

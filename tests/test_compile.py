@@ -16,6 +16,7 @@ from fastrnn import _ops, _recurrent, functional
 from fastrnn._engine import scalars
 from fastrnn._options import Options
 from fastrnn._recurrent import recurrent
+from operators import opcheck
 from stacks import STACKS, STEPS, Case, make
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ def test_negative_views_are_read_with_their_sign() -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")  # torch's own
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor() -> None:
     case = make(Options("LSTM", num_layers=2), dtype=torch.float32)
@@ -266,7 +267,7 @@ def forward_arguments(case: Case, states: bool, save: bool) -> tuple[Any, ...]:
 @pytest.mark.parametrize("steps", ["padded", "lengths-reset", "packed"])
 def test_opcheck_forward(options: Options, steps: str) -> None:
     arguments = forward_arguments(make(options, steps), states=True, save=True)
-    torch.library.opcheck(torch.ops.fastrnn.forward.default, arguments)
+    opcheck(torch.ops.fastrnn.forward.default, arguments)
 
 
 @pytest.mark.parametrize("states", [False, True])
@@ -274,7 +275,7 @@ def test_opcheck_forward(options: Options, steps: str) -> None:
 def test_opcheck_forward_without_gradient(cell: str, states: bool, dtype: torch.dtype) -> None:
     case = make(Options(cell, num_layers=2), dtype=dtype, requires_grad=False)  # type: ignore[arg-type]
     arguments = forward_arguments(case, states, save=False)
-    torch.library.opcheck(torch.ops.fastrnn.forward.default, arguments)
+    opcheck(torch.ops.fastrnn.forward.default, arguments)
 
 
 @every_stack
@@ -298,7 +299,7 @@ def test_opcheck_backward(options: Options, steps: str, which: str) -> None:
     if which == "some":
         d_hidden = d_cell = d_c_n = None
         needs = [k % 2 == 0 and need for k, need in enumerate(needs)]
-    torch.library.opcheck(
+    opcheck(
         torch.ops.fastrnn.backward.default,
         (
             *arguments[:12],

@@ -16,6 +16,7 @@ from fastrnn import _ops, _recurrent, functional, reference
 from fastrnn._engine import scalars
 from fastrnn._options import Options
 from fastrnn._recurrent import recurrent
+from operators import opcheck
 from option_cases import ALONE, PAIRS, OptionCase
 from stacks import EXTRAS, Case, make
 from tolerances import assert_close
@@ -157,7 +158,7 @@ def test_clamped_gradients_of_an_identity(cell: Any) -> None:
     assert d_input.abs().max() > 1e-6
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")  # torch's own
 @alone
 def test_transforms(case: OptionCase) -> None:
     torchs = given(case, requires_grad=False)
@@ -189,7 +190,7 @@ def test_transforms(case: OptionCase) -> None:
         torch.testing.assert_close(curved, twice, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")  # torch's own
 def test_forward_mode_passes_a_clamp_as_it_is(cell: Any) -> None:
     clipped = given(OptionCase(Options(cell, grad_clip=0.01), "padded"), requires_grad=False)
     plain = clipped._replace(options=replace(clipped.options, grad_clip=0.0))
@@ -429,7 +430,7 @@ def operator_arguments(case: Case, save: bool) -> tuple[Any, ...]:
 def test_opcheck(case: OptionCase) -> None:
     torchs = given(case)
     arguments = operator_arguments(torchs, save=True)
-    torch.library.opcheck(torch.ops.fastrnn.forward.default, arguments)
+    opcheck(torch.ops.fastrnn.forward.default, arguments)
     detached = given(case, requires_grad=False)
     arguments = operator_arguments(detached, save=True)
     output, h_n, c_n, hidden, cell, gates = _ops.forward_op(*arguments)
@@ -439,7 +440,7 @@ def test_opcheck(case: OptionCase) -> None:
     d = [torch.randn_like(x) for x in (output, hidden, cell, h_n, c_n)]
     d_output, d_hidden, d_cell, d_h_n, d_c_n = d
     d_c = (d_cell, d_h_n, d_c_n) if two else (None, d_h_n, None)
-    torch.library.opcheck(
+    opcheck(
         torch.ops.fastrnn.backward.default,
         (
             *arguments[:12],

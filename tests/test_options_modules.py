@@ -377,7 +377,7 @@ def test_zoneout_of_c_alone(a_cell: str) -> None:
     torch.testing.assert_close(h, plain(x, hx)[0])  # h comes from the new c
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")  # torch's own
 @pytest.mark.parametrize("option", [{"recurrent_dropout": 0.5}, {"zoneout": 0.5}], ids=str)
 def test_masks_follow_the_randomness_of_vmap(layer: str, option: dict[str, Any]) -> None:
     ours, input = make(layer, **option), batch(layer)

@@ -35,6 +35,7 @@ from fastrnn import _C, _composed, _masks, _ops, functional
 from fastrnn._engine import Extras, scalars
 from fastrnn._options import Options
 from fastrnn._recurrent import recurrent
+from operators import opcheck
 from option_cases import ALONE, PAIRS, OptionCase
 from stacks import EXTRAS, STACKS, STEPS, Case, make
 from tolerances import assert_close
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 # torch's own, at its first forward-mode derivative
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 
 SIZE = 3  # of a mapped axis
 every_stack = pytest.mark.parametrize("options", STACKS.values(), ids=STACKS.keys())
@@ -1234,7 +1235,7 @@ def opcheck_backward_members(options: Options, each: list[dict[str, Any]]) -> No
         torch.randn_like(h_n),
         None,
     )
-    torch.library.opcheck(
+    opcheck(
         _ops.backward_members_op,
         (*arguments, hidden, cell, gates, *cotangents, *scalars(options), needs),
     )
@@ -1245,7 +1246,7 @@ def opcheck_backward_members(options: Options, each: list[dict[str, Any]]) -> No
 def test_opcheck_members_with_options(case: OptionCase, recompute: bool) -> None:
     options = replace(case.options, recompute=recompute)
     arguments = members_arguments(several_with(case), requires_grad=True)
-    torch.library.opcheck(_ops.forward_members_op, (*arguments, *scalars(options), True, True))
+    opcheck(_ops.forward_members_op, (*arguments, *scalars(options), True, True))
     opcheck_backward_members(options, several_with(case))
 
 
@@ -1254,7 +1255,7 @@ def test_opcheck_members_with_options(case: OptionCase, recompute: bool) -> None
 @pytest.mark.parametrize("save", [False, True])
 def test_opcheck_forward_members(options: Options, steps: str, save: bool) -> None:
     arguments = members_arguments(several(options, steps), requires_grad=True)
-    torch.library.opcheck(_ops.forward_members_op, (*arguments, *scalars(options), True, save))
+    opcheck(_ops.forward_members_op, (*arguments, *scalars(options), True, save))
 
 
 @every_stack

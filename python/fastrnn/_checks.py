@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _autocast
+from . import _autocast, _torch_version
+
+_torch_version.check(torch.__version__)
 
 Lengths = Tensor | Sequence[int]
 Shape = tuple[int, ...]

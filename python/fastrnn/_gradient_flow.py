@@ -120,8 +120,8 @@ class GradientFlow:
             after = module.register_forward_hook(_Hook(self._after), always_call=True)
             self._open.callback(before.remove)
             self._open.callback(after.remove)
-        if hasattr(torch.compiler, "set_stance"):  # torch 2.6: compiled code would see no hook
-            self._open.enter_context(torch.compiler.set_stance("force_eager"))
+        # Compiled code would see no hook.
+        self._open.enter_context(torch.compiler.set_stance("force_eager"))
         return self
 
     def __exit__(self, *exception: object) -> None:

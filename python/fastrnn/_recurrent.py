@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _composed, _ops, _transforms
+from . import _composed, _ops, _transforms  # noqa: F401  (_transforms registers the rules)
 from ._C import Frozen
 from ._engine import NO_EXTRAS, Extras, States, cuda_route, scalars
 from ._options import Options
@@ -86,9 +86,8 @@ def _needs_composed(options: Options, input: Tensor, extras: Extras) -> bool:
         return False
     if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _composed.watchers.get()):
         return True
-    if torch._C._functorch.maybe_current_level() is None:
-        return False
-    return on_cuda or not _transforms.REGISTERED  # ensembles have no kernels on CUDA
+    # Ensembles have no kernels on CUDA.
+    return on_cuda and torch._C._functorch.maybe_current_level() is not None
 
 
 def _cuda_knows(options: Options, extras: Extras) -> bool:

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.utils import _pytree as pytree
 
 from . import _checks, _composed, _flops, _ops
@@ -230,13 +231,21 @@ def backward(*arguments: Any) -> list[Tensor]:
 # ---- grad ----------------------------------------------------------------------------------------
 
 
-def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """``function.apply`` at the transform that runs now, which has brought the dispatcher here.
+class _AtOneTransform(_SingleLevelFunction):
+    """A gradient at the transform that runs now, which has brought the dispatcher here.
 
-    By itself it would begin again with the innermost.
+    The base of ``torch.autograd.Function``, from which torch derives its own rule for grad.
+    ``Function`` itself refuses ``forward(ctx, …)`` under a transform, and with ``setup_context``
+    makes a class at every call. ``torch.library.register_autograd`` is made of such a ``Function``:
+    under ``torch.func.grad`` its operators fail (torch 2.10 to 2.14).
     """
-    with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+    @classmethod
+    def run(cls, *arguments: Any) -> Any:
+        with enable_single_level_autograd_function():
+            return cls.apply(*arguments)  # type: ignore[attr-defined]
 
 
 def _as_asked(outputs: tuple[Tensor, ...], states: bool, save: bool) -> tuple[Tensor, ...]:
@@ -258,7 +267,7 @@ def _further_out(function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
 
 
-class _Recorded(torch.autograd.Function):
+class _Recorded(_AtOneTransform):
     """The operator ``forward`` with its gradient, the operator ``backward``."""
 
     @staticmethod
@@ -295,7 +304,7 @@ class _Recorded(torch.autograd.Function):
         return (None, None, *wanted, *(None,) * (len(flat) - len(needs)))
 
 
-class _Gradients(torch.autograd.Function):
+class _Gradients(_AtOneTransform):
     """The operator ``backward`` with its gradient, by composed operations.
 
     What ``forward`` saved has none: it depends on the arguments, and through these it counts.
@@ -471,7 +480,7 @@ def _forward_autograd(operators: _Operators, *arguments: Any) -> tuple[Tensor, .
     flat = _flat(given)
     outputs: tuple[Tensor, ...]
     if _records(flat):
-        outputs = _apply(_Recorded, operators, scalars, *flat)
+        outputs = _Recorded.run(operators, scalars, *flat)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             outputs = operators.forward(*arguments)
@@ -482,14 +491,11 @@ def _backward_autograd(operators: _Operators, *arguments: Any) -> list[Tensor]:
     _flops.register()
     flat = _flat(arguments[: len(_BACKWARD)])
     if _records(flat):
-        return list(_apply(_Gradients, operators, arguments[len(_BACKWARD) :], *flat))
+        return list(_Gradients.run(operators, arguments[len(_BACKWARD) :], *flat))
     with torch._C._AutoDispatchBelowAutograd():
         found: list[Tensor] = operators.backward(*arguments)
     return found
 
-
-# Before torch 2.5 there is no such registration, and the composed route serves under transforms.
-REGISTERED = hasattr(torch.library, "register_vmap")
 
 for _operators in (ONE, _ENSEMBLE):
     for _operator, _autograd, _map in (
@@ -498,5 +504,4 @@ for _operators in (ONE, _ENSEMBLE):
     ):
         _name = _operator._schema.name
         _ops.library.impl(_name.partition("::")[2], partial(_autograd, _operators), "Autograd")
-        if REGISTERED:
-            torch.library.register_vmap(_name, partial(_map, _operators), lib=_ops.library)
+        torch.library.register_vmap(_name, partial(_map, _operators), lib=_ops.library)
