@@ -15,7 +15,8 @@ Import borrow_named(py::handle object, const Name& name) {
   try {
     return borrow(object);
   } catch (py::error_already_set& error) {
-    const std::string text = name.text() + ": the array cannot be read";
+    if (!error.matches(PyExc_Exception)) throw;  // KeyboardInterrupt
+    const std::string text = name.text() + ": the array cannot be read: " + reason(error);
     py::raise_from(error, PyExc_TypeError, text.c_str());
     throw py::error_already_set();
   } catch (const py::value_error& error) {

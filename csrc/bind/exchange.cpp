@@ -288,6 +288,11 @@ Import keep(py::handle object) { return checked(import_array(object, false)); }
 
 bool set_fast_dlpack(bool on) { return std::exchange(fast_dlpack, on); }
 
+std::string reason(const py::error_already_set& error) {
+  const std::string text = py::str(error.value());
+  return text.substr(0, text.find('\n'));
+}
+
 void refuse(py::handle object) {
   throw py::type_error("expected an array (NumPy, torch, or any object with __dlpack__), got " +
                        std::string(Py_TYPE(object.ptr())->tp_name));

@@ -285,6 +285,11 @@ Tensor from_dlpack(py::handle x) {
     throw py::type_error(std::string("x: ") + error.what());
   } catch (const py::buffer_error& error) {
     throw py::buffer_error(std::string("x: ") + error.what());
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_Exception)) throw;
+    const std::string text = "x: the array cannot be read: " + reason(error);
+    py::raise_from(error, PyExc_BufferError, text.c_str());
+    throw py::error_already_set();
   }
 }
 

@@ -188,7 +188,8 @@ def _array(name: str, x: Any) -> _C.Tensor:
     try:
         return _C.from_dlpack(x)
     except (TypeError, ValueError, BufferError) as error:
-        raise TypeError(f"{name} cannot be used as an array: {error}") from error
+        reason = str(error).removeprefix("x: ")
+        raise TypeError(f"{name} cannot be used as an array: {reason}") from error
 
 
 def _describe(name: str, x: _C.Tensor) -> Description:

@@ -78,15 +78,91 @@ def permuted(state: Tensor, indices: Tensor) -> Tensor:
     return state.index_select(1, indices)
 
 
-def check_batch_sizes(batch_sizes: Tensor) -> None:
-    """Refuse a PackedSequence whose batch_sizes are of another kind than torch packs."""
-    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1:
+def check_packed_data(data: Any) -> None:
+    """Refuse the data of a PackedSequence that are no rows."""
+    if not isinstance(data, Tensor):
+        kind = type(data).__name__
+        raise RuntimeError(f"input must have 2 dimensions as a PackedSequence, got {kind}")
+    if data.dim() != 2:
+        raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+
+
+def check_batch_sizes(batch_sizes: Any, data: Tensor) -> None:
+    """Refuse a PackedSequence whose batch_sizes are not what torch packs its data into.
+
+    Raises:
+        RuntimeError: batch_sizes are no int64 tensor (T,) on the CPU; they are mapped by vmap; or,
+            where their values can be read, one is below 1 or larger than the one before, or they do
+            not add up to the rows of ``data``.
+    """
+    if not isinstance(batch_sizes, Tensor):
+        kind = type(batch_sizes).__name__
+        raise RuntimeError(f"batch_sizes of a PackedSequence must be a tensor, got {kind}")
+    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or batch_sizes.shape[0] == 0:
         raise RuntimeError(
-            f"batch_sizes of a PackedSequence must be int64 (T,), "
+            f"batch_sizes of a PackedSequence must be int64 (T,) of at least one step, "
             f"got {batch_sizes.dtype} of shape {tuple(batch_sizes.shape)}"
         )
     if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(batch_sizes):
         raise RuntimeError(MAPPED_BATCH_SIZES)
+    if batch_sizes.device.type != "cpu":
+        raise RuntimeError(
+            f"batch_sizes of a PackedSequence must be on the CPU, got {batch_sizes.device}"
+        )
+    if has_values(batch_sizes):
+        check_step_sizes(batch_sizes.tolist(), data.shape[0])
+
+
+def check_step_sizes(sizes: Sequence[int], rows: int) -> None:
+    """Refuse values of batch_sizes that no PackedSequence of so many rows has."""
+    before = left = rows
+    for t, size in enumerate(sizes):
+        left -= size
+        if not 1 <= size <= before or left < 0:
+            got = f"{size} at step {t}"
+            break
+        before = size
+    else:
+        if sizes and left == 0:
+            return
+        got = f"{rows - left} in all"
+    raise RuntimeError(
+        "batch_sizes of a PackedSequence must be at least 1, never increase and add up to the "
+        f"{rows} rows of its data, got {got}"
+    )
+
+
+def packed_rows(batch_sizes: Tensor, data: Tensor) -> int:
+    """B of packed data, before memory is asked for; the engine checks the other values.
+
+    Raises:
+        RuntimeError: batch_sizes are empty, or the first of them is no number of rows of ``data``.
+    """
+    rows = int(batch_sizes[0]) if batch_sizes.numel() > 0 else 0
+    if not 1 <= rows <= data.shape[0]:
+        check_step_sizes([rows], data.shape[0])
+    return rows
+
+
+def check_indices(name: str, indices: Any, batch: int) -> None:
+    """Refuse the order of a PackedSequence's rows where it is none of so many rows."""
+    if indices is None:
+        return
+    if not isinstance(indices, Tensor):
+        kind = type(indices).__name__
+        raise RuntimeError(f"{name} of a PackedSequence must be None or a tensor, got {kind}")
+    if indices.dtype != torch.int64 or indices.shape != (batch,):
+        raise RuntimeError(
+            f"{name} of a PackedSequence must be int64 of shape ({batch},), "
+            f"got {indices.dtype} of shape {tuple(indices.shape)}"
+        )
+    if has_values(indices):
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < 0 or high >= batch:
+            raise RuntimeError(
+                f"{name} of a PackedSequence must lie between 0 and {batch - 1}, "
+                f"got {low if low < 0 else high}"
+            )
 
 
 def refuse_with_packed(**arguments: Tensor | Sequence[int] | None) -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _checks
 from ._engine import NO_EXTRAS, Extras
 
 if TYPE_CHECKING:
@@ -200,6 +201,7 @@ def _steps(
 ) -> _Steps:
     if batch_sizes is not None:
         sizes = [int(size) for size in batch_sizes.tolist()]
+        _checks.check_step_sizes(sizes, input.shape[0])
         return _Steps(sizes[0], sizes, None, None)
     active = None
     if lengths is not None:

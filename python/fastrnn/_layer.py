@@ -326,8 +326,12 @@ class RecurrentLayer(Module):
         self, input: PackedSequence, hx: tuple[Tensor, ...] | None, return_states: bool
     ) -> Result:
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        _checks.check_batch_sizes(batch_sizes)
+        _checks.check_packed_data(data)
+        _checks.check_batch_sizes(batch_sizes, data)
         batch = int(batch_sizes[0])
+        _checks.check_indices("sorted_indices", sorted_indices, batch)
+        _checks.check_indices("unsorted_indices", unsorted_indices, batch)
+        batch_sizes = batch_sizes.contiguous()
         if hx is not None and sorted_indices is not None:
             hx = tuple(_checks.permuted(state, sorted_indices) for state in hx)
         weights = self._checked_weights(data, hx, 2, batch)

@@ -69,7 +69,8 @@ def forward(
             "return_saved must be False under the transforms of torch.func: take gradients with "
             "torch.func.grad or torch.func.vjp"
         )
-    with torch.enable_grad():
+    # Neither no_grad nor inference_mode: the graph is for `backward`, and is of this call alone.
+    with torch.inference_mode(False), torch.enable_grad():
         own = Arguments(
             _leaf(given.input),
             given.hx and tuple(map(_leaf, given.hx)),
@@ -138,7 +139,8 @@ def _run(options: Options, given: Arguments, batch_first: bool, return_states: b
 
 
 def _leaf(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_()
+    x = x.detach()
+    return (x.clone() if x.is_inference() else x).requires_grad_()
 
 
 def _leaves_of_extras(extras: Extras) -> Extras:
