@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastrnn import Stream, _C, functional
+from fastrnn import _C, Stream, functional
 
 FLOAT, BFLOAT = 2, 4
 
@@ -124,17 +124,20 @@ def test_no_elements_need_no_memory() -> None:
 
 
 LIES = {
-    "negative size": (dict(shape=(2, -3)), "expected sizes of 0 or more, got -3 of axis 1"),
-    "negative axes": (dict(ndim=-1), "expected 0 to 64 axes, got -1"),
-    "too many axes": (dict(shape=(1,) * 65), "expected 0 to 64 axes, got 65"),
-    "no shape": (dict(shape=None, ndim=2), "expected a shape, got an array of 2 axes without one"),
-    "no data": (dict(data=None), "expected an array with data, got one without"),
-    "sizes beyond": (dict(shape=(2**40, 2**40)), "expected an array in memory"),
-    "strides beyond": (dict(strides=(2**62, 1)), "expected an array in memory"),
-    "negative strides beyond": (dict(strides=(-(2**63), 1)), "expected an array in memory"),
-    "four bits": (dict(dtype=(FLOAT, 4, 2)), "expected an array of numbers, got DLPack type"),
-    "no type at all": (dict(dtype=(99, 7, 0)), "expected an array of numbers, got DLPack type"),
-    "another DLPack": (dict(version=(2, 0)), r"expected an array by DLPack 1.x, got DLPack 2.x"),
+    "negative size": ({"shape": (2, -3)}, "expected sizes of 0 or more, got -3 of axis 1"),
+    "negative axes": ({"ndim": -1}, "expected 0 to 64 axes, got -1"),
+    "too many axes": ({"shape": (1,) * 65}, "expected 0 to 64 axes, got 65"),
+    "no shape": (
+        {"shape": None, "ndim": 2},
+        "expected a shape, got an array of 2 axes without one",
+    ),
+    "no data": ({"data": None}, "expected an array with data, got one without"),
+    "sizes beyond": ({"shape": (2**40, 2**40)}, "expected an array in memory"),
+    "strides beyond": ({"strides": (2**62, 1)}, "expected an array in memory"),
+    "negative strides beyond": ({"strides": (-(2**63), 1)}, "expected an array in memory"),
+    "four bits": ({"dtype": (FLOAT, 4, 2)}, "expected an array of numbers, got DLPack type"),
+    "no type at all": ({"dtype": (99, 7, 0)}, "expected an array of numbers, got DLPack type"),
+    "another DLPack": ({"version": (2, 0)}, r"expected an array by DLPack 1.x, got DLPack 2.x"),
 }
 
 

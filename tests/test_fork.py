@@ -103,7 +103,9 @@ def test_a_forked_child_computes_the_same_and_does_not_hang() -> None:
 
 
 def test_a_child_of_a_child_too() -> None:
-    ends_well(NUMPY + "before = run(); assert in_child(lambda: in_child(run) + run()) == 2 * before")
+    ends_well(
+        NUMPY + "before = run(); assert in_child(lambda: in_child(run) + run()) == 2 * before"
+    )
 
 
 def test_a_child_may_use_threads_again() -> None:

@@ -67,6 +67,7 @@ class RecurrentCell(Module):
         **own_options: Any,
     ) -> None:
         super().__init__()
+        _checks.check_integers(input_size=input_size, hidden_size=hidden_size)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.bias = bias
@@ -160,6 +161,8 @@ class RecurrentCell(Module):
             found = _inference.run(self, input, hx, False, True)
             if found is not None:
                 return found
+        _checks.check_tensor("input", input)
+        _checks.check_states(hx)
         _checks.check_cell_input(type(self).__name__, input, hx or ())
         unbatched = input.dim() == 1
         if unbatched:
@@ -451,11 +454,11 @@ class LSTMCell(RecurrentCell):
             RuntimeError: sizes, dtypes or devices do not fit, or hx does not hold two tensors.
             TypeError: hx is one tensor beside a batch.
         """
-        if isinstance(hx, Tensor) and input.dim() == 2 and hx.dim() in (2, 3):
+        _checks.check_tensor("input", input)
+        given: Any = hx
+        if isinstance(given, Tensor) and input.dim() == 2 and given.dim() in (2, 3):
             raise TypeError("hx must be a tuple or list of two tensors (h_0, c_0), got one Tensor")
-        if hx is not None and len(hx) != 2:
-            raise RuntimeError("lstm_cell expects two hidden states")
-        h, c = self._run(input, None if hx is None else (hx[0], hx[1]))
+        h, c = self._run(input, _checks.state_pair(hx, "lstm_cell"))
         return h, c
 
 

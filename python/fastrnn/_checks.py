@@ -17,6 +17,7 @@ from . import _autocast
 
 Lengths = Tensor | Sequence[int]
 Shape = tuple[int, ...]
+_MOST = 2**48  # of any size; no machine has so much memory
 
 MAPPED_BATCH_SIZES = (
     "batch_sizes of a PackedSequence cannot be mapped by vmap: they must be the same all along the "
@@ -28,6 +29,52 @@ def check_model(model: Any) -> None:
     """Refuse what is no module."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+# ---- tensors and sizes -------------------------------------------------------------------------
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Refuse what is no tensor, and tensors whose values do not lie in strides."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout is not torch.strided:
+        kind = "a nested one" if value.is_nested else f"one of layout {value.layout}"
+        raise TypeError(f"{name} must be a dense Tensor, got {kind}")
+
+
+def check_states(states: Sequence[Any] | None) -> None:
+    """Refuse initial states that are no tensors."""
+    for index, state in enumerate(states or ()):
+        check_tensor("hx" if states is None or len(states) == 1 else f"hx[{index}]", state)
+
+
+def state_pair(hx: Any, function: str) -> tuple[Any, Any] | None:
+    """hx of an LSTM as its two parts; torch.nn takes them apart of one tensor (2, ·) too.
+
+    Raises:
+        TypeError: hx is another tensor, or neither a tuple nor a list.
+        RuntimeError: it has more or fewer than two parts; torch's error.
+    """
+    if hx is None:
+        return None
+    if not isinstance(hx, (tuple, list)) and not (
+        isinstance(hx, Tensor) and hx.dim() > 0 and hx.shape[0] == 2
+    ):
+        kind = "one Tensor" if isinstance(hx, Tensor) else type(hx).__name__
+        raise TypeError(f"hx must be a tuple or list of two tensors (h_0, c_0), got {kind}")
+    if len(hx) != 2:
+        raise RuntimeError(f"{function} expects two hidden states")
+    return hx[0], hx[1]
+
+
+def check_integers(**sizes: Any) -> None:
+    """Refuse sizes that are no ints, in the words of torch.nn's layers, or beyond all memory."""
+    for name, size in sizes.items():
+        if not hasattr(type(size), "__index__"):
+            raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
+        if size > _MOST:
+            raise ValueError(f"{name} must be at most {_MOST}, got {size}")
 
 
 # ---- the input and the states of a layer ------------------------------------------------------
@@ -80,9 +127,7 @@ def permuted(state: Tensor, indices: Tensor) -> Tensor:
 
 def check_packed_data(data: Any) -> None:
     """Refuse the data of a PackedSequence that are no rows."""
-    if not isinstance(data, Tensor):
-        kind = type(data).__name__
-        raise RuntimeError(f"input must have 2 dimensions as a PackedSequence, got {kind}")
+    check_tensor("input", data)
     if data.dim() != 2:
         raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
 
@@ -91,13 +136,12 @@ def check_batch_sizes(batch_sizes: Any, data: Tensor) -> None:
     """Refuse a PackedSequence whose batch_sizes are not what torch packs its data into.
 
     Raises:
-        RuntimeError: batch_sizes are no int64 tensor (T,) on the CPU; they are mapped by vmap; or,
+        TypeError: batch_sizes are no tensor.
+        RuntimeError: they are no int64 tensor (T,) on the CPU; they are mapped by vmap; or,
             where their values can be read, one is below 1 or larger than the one before, or they do
             not add up to the rows of ``data``.
     """
-    if not isinstance(batch_sizes, Tensor):
-        kind = type(batch_sizes).__name__
-        raise RuntimeError(f"batch_sizes of a PackedSequence must be a tensor, got {kind}")
+    check_tensor("batch_sizes", batch_sizes)
     if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or batch_sizes.shape[0] == 0:
         raise RuntimeError(
             f"batch_sizes of a PackedSequence must be int64 (T,) of at least one step, "
@@ -110,12 +154,14 @@ def check_batch_sizes(batch_sizes: Any, data: Tensor) -> None:
             f"batch_sizes of a PackedSequence must be on the CPU, got {batch_sizes.device}"
         )
     if has_values(batch_sizes):
-        check_step_sizes(batch_sizes.tolist(), data.shape[0])
+        check_step_sizes(batch_sizes, data.shape[0])
 
 
-def check_step_sizes(sizes: Sequence[int], rows: int) -> None:
-    """Refuse values of batch_sizes that no PackedSequence of so many rows has."""
+def check_step_sizes(batch_sizes: Tensor, rows: int) -> list[int]:
+    """The values of batch_sizes, once they are those of a PackedSequence of so many rows."""
     before = left = rows
+    # No step has no row, so that one more than the rows tells of too many steps.
+    sizes: list[int] = batch_sizes[: rows + 1].tolist()
     for t, size in enumerate(sizes):
         left -= size
         if not 1 <= size <= before or left < 0:
@@ -124,7 +170,7 @@ def check_step_sizes(sizes: Sequence[int], rows: int) -> None:
         before = size
     else:
         if sizes and left == 0:
-            return
+            return sizes
         got = f"{rows - left} in all"
     raise RuntimeError(
         "batch_sizes of a PackedSequence must be at least 1, never increase and add up to the "
@@ -140,7 +186,7 @@ def packed_rows(batch_sizes: Tensor, data: Tensor) -> int:
     """
     rows = int(batch_sizes[0]) if batch_sizes.numel() > 0 else 0
     if not 1 <= rows <= data.shape[0]:
-        check_step_sizes([rows], data.shape[0])
+        check_step_sizes(batch_sizes, data.shape[0])
     return rows
 
 
@@ -148,12 +194,10 @@ def check_indices(name: str, indices: Any, batch: int) -> None:
     """Refuse the order of a PackedSequence's rows where it is none of so many rows."""
     if indices is None:
         return
-    if not isinstance(indices, Tensor):
-        kind = type(indices).__name__
-        raise RuntimeError(f"{name} of a PackedSequence must be None or a tensor, got {kind}")
-    if indices.dtype != torch.int64 or indices.shape != (batch,):
+    check_tensor(name, indices)
+    if indices.dtype not in (torch.int64, torch.int32) or indices.shape != (batch,):
         raise RuntimeError(
-            f"{name} of a PackedSequence must be int64 of shape ({batch},), "
+            f"{name} of a PackedSequence must be integers of shape ({batch},), "
             f"got {indices.dtype} of shape {tuple(indices.shape)}"
         )
     if has_values(indices):
@@ -185,6 +229,8 @@ def check_weight_shapes(
     for weight, name, shape in zip(weights, names, shapes, strict=True):
         if weight is None:
             raise TypeError(f"{name} must be a Tensor, got None")
+        if not isinstance(weight, Tensor) or weight.is_nested:
+            check_tensor(name, weight)
         if weight.shape != shape:
             raise RuntimeError(f"{name} must have shape {shape}, got {tuple(weight.shape)}")
 
@@ -244,6 +290,7 @@ def as_tensor(name: str, value: Any, input: Tensor) -> Tensor:
             raise TypeError(
                 f"{name} must be a tensor or what torch makes one of, got {kind}: {error}"
             ) from error
+    check_tensor(name, value)
     if value.device.type == "meta" and input.device.type != "meta":
         raise ValueError(f"{name} must have values, got a tensor on the meta device")
     return value
@@ -280,7 +327,7 @@ def lengths_tensor(lengths: Lengths, input: Tensor, unbatched: bool) -> Tensor:
             f"lengths must have shape ({batch},), one for each sequence of the batch, "
             f"got {tuple(lengths.shape)}"
         )
-    lengths = lengths.to(torch.int64)
+    lengths = lengths.to(torch.int64).resolve_neg()
     if batch > 0 and has_values(lengths):
         low, high = (int(bound) for bound in lengths.aminmax())
         if low < 0 or high > steps:
@@ -312,6 +359,7 @@ def reset_tensor(reset: Any, input: Tensor, unbatched: bool, batch_first: bool) 
     if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
         kind = reset.dtype if isinstance(reset, Tensor) else type(reset).__name__
         raise TypeError(f"reset must be a bool tensor, got {kind}")
+    check_tensor("reset", reset)
     steps, batch = input.shape[0], input.shape[1]
     expected: Shape
     if unbatched:
@@ -361,7 +409,12 @@ def check_cell_sizes(
                 f"Input batch size {input.shape[0]} doesn't match hidden{index} "
                 f"batch size {state.shape[0]}"
             )
-        if state.dim() != 2 or state.shape[1] != hidden_size:
+        if state.dim() != 2:
+            raise RuntimeError(
+                f"hidden{index} must have as many dimensions as input: "
+                f"one row of size {hidden_size} for each row of input"
+            )
+        if state.shape[1] != hidden_size:
             raise RuntimeError(
                 f"hidden{index} has inconsistent hidden_size: "
                 f"got {state.size(1)}, expected {hidden_size}"

@@ -200,8 +200,7 @@ def _steps(
     input: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None
 ) -> _Steps:
     if batch_sizes is not None:
-        sizes = [int(size) for size in batch_sizes.tolist()]
-        _checks.check_step_sizes(sizes, input.shape[0])
+        sizes = _checks.check_step_sizes(batch_sizes, input.shape[0])
         return _Steps(sizes[0], sizes, None, None)
     active = None
     if lengths is not None:

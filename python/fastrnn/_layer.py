@@ -104,7 +104,7 @@ class RecurrentLayer(Module):
         self.num_layers = num_layers
         self.bias = bias
         self.batch_first = batch_first
-        self.dropout = float(dropout)
+        self.dropout = dropout
         self.bidirectional = bidirectional
         self.proj_size = proj_size
         for name, value in own_options.items():
@@ -127,6 +127,7 @@ class RecurrentLayer(Module):
                 "dropout should be a number in range [0, 1] representing the probability of an "
                 "element being zeroed"
             )
+        self.dropout = float(dropout)
         if dropout > 0 and self.num_layers == 1:
             warnings.warn(
                 "dropout option adds dropout after all but last recurrent layer, so non-zero "
@@ -144,6 +145,8 @@ class RecurrentLayer(Module):
                 raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
             if value <= 0:
                 raise ValueError(f"{name} must be greater than zero")
+        sizes = ("input_size", "hidden_size", "num_layers", "proj_size")
+        _checks.check_integers(**{name: getattr(self, name) for name in sizes})
         if self.num_layers <= 0:
             raise ValueError("num_layers must be greater than zero")
         if self.proj_size < 0:
@@ -273,9 +276,11 @@ class RecurrentLayer(Module):
             if found is not None:
                 return found[0], found[1:], None
         check_bool("return_states", return_states)
+        _checks.check_states(hx)
         if isinstance(input, PackedSequence):
             _checks.refuse_with_packed(lengths=lengths, reset=reset)
             return self._run_packed(input, hx, return_states)
+        _checks.check_tensor("input", input)
         if input.dim() not in (2, 3):
             tensor = " tensor" if self.cell == "RNN" else ""
             raise ValueError(

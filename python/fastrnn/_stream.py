@@ -200,7 +200,10 @@ class Stream:
         self._engine.reset(None if rows is None else self._mask(rows))
 
     def _mask(self, rows: Any) -> Any:
-        rows = np.asarray(rows)
+        try:
+            rows = np.asarray(rows)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"rows must be bools or integers: {error}") from error
         if rows.dtype == np.bool_:
             if rows.shape != (self.batch_size,):
                 raise ValueError(f"rows must have shape ({self.batch_size},), got {rows.shape}")

@@ -17,7 +17,7 @@ from ._arguments import (
     check_lengths,
     check_shape,
 )
-from ._checks import as_tensor, has_values, integer_tensor
+from ._checks import as_tensor, check_tensor, has_values, integer_tensor
 from ._engine import Extras, States
 from ._recurrent import recurrent
 
@@ -151,6 +151,7 @@ def _leaves_of_extras(extras: Extras) -> Extras:
 def _describe(name: str, x: Any) -> Description:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor as input is, got {type(x).__name__}")
+    check_tensor(name, x)
     return Description(tuple(x.shape), str(x.dtype).removeprefix("torch."), str(x.device))
 
 
@@ -161,7 +162,7 @@ def _prepared(given: Arguments, batch_first: bool) -> Arguments:
     if lengths is not None:
         lengths = integer_tensor(lengths, input)
         check_shape("lengths", tuple(lengths.shape), (B,))
-        lengths = lengths.to(torch.int64)
+        lengths = lengths.to(torch.int64).resolve_neg()
         if has_values(lengths):
             check_lengths(lengths.tolist(), T)
         lengths = lengths.to(input.device).contiguous()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from . import _checks
 from ._cells import GRUCell, LSTMCell, RNNCell
 from ._layer import COMMON_OPTIONS, Device, RecurrentLayer
 
@@ -369,9 +370,7 @@ class LSTM(RecurrentLayer):
         """
         if isinstance(hx, Tensor) and hx.dim() == 4:
             raise TypeError("hx must be a tuple or list of two tensors (h_0, c_0), got one Tensor")
-        states_0 = None if hx is None else (hx[0], hx[1])
-        if hx is not None and len(hx) > 2:
-            raise RuntimeError("lstm expects two hidden states")
+        states_0 = _checks.state_pair(hx, "lstm")
         output, hx_n, states = self._run(input, states_0, lengths, reset, return_states)
         return (output, hx_n, states) if return_states else (output, hx_n)
 
