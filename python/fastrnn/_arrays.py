@@ -203,7 +203,8 @@ def _time_major(given: Arguments, batch_first: bool) -> Arguments:
     lengths, reset = given.lengths, given.reset
     if lengths is not None:
         lengths = _values("lengths", lengths)
-        if lengths.dtype.kind not in "iu" and lengths.size:
+        kind = lengths.dtype.kind
+        if kind not in "iu" and (lengths.size or kind != "f"):  # an empty list has kind f
             raise TypeError(f"lengths must be integers, got {lengths.dtype}")
         check_shape("lengths", lengths.shape, (B,))
         lengths = np.array(lengths, dtype=np.int64)

@@ -38,9 +38,10 @@ def check_tensor(name: str, value: Any) -> None:
     """Refuse what is no tensor, and tensors whose values do not lie in strides."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
-    if value.is_nested or value.layout is not torch.strided:
-        kind = "a nested one" if value.is_nested else f"one of layout {value.layout}"
-        raise TypeError(f"{name} must be a dense Tensor, got {kind}")
+    if value.is_nested:
+        raise TypeError(f"{name} must be a dense Tensor, got a nested one")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense Tensor, got one of layout {value.layout}")
 
 
 def check_states(states: Sequence[Any] | None) -> None:
@@ -73,8 +74,8 @@ def check_integers(**sizes: Any) -> None:
     for name, size in sizes.items():
         if not hasattr(type(size), "__index__"):
             raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
-        if size > _MOST:
-            raise ValueError(f"{name} must be at most {_MOST}, got {size}")
+        if abs(size) > _MOST:
+            raise ValueError(f"{name} must be between 0 and {_MOST}, got {size}")
 
 
 # ---- the input and the states of a layer ------------------------------------------------------
@@ -190,7 +191,7 @@ def packed_rows(batch_sizes: Tensor, data: Tensor) -> int:
     return rows
 
 
-def check_indices(name: str, indices: Any, batch: int) -> None:
+def check_indices(name: str, indices: Any, batch: int, data: Tensor) -> None:
     """Refuse the order of a PackedSequence's rows where it is none of so many rows."""
     if indices is None:
         return
@@ -199,6 +200,11 @@ def check_indices(name: str, indices: Any, batch: int) -> None:
         raise RuntimeError(
             f"{name} of a PackedSequence must be integers of shape ({batch},), "
             f"got {indices.dtype} of shape {tuple(indices.shape)}"
+        )
+    if indices.device != data.device:
+        raise RuntimeError(
+            f"{name} of a PackedSequence must be on the device of its data, {data.device}, "
+            f"got {indices.device}"
         )
     if has_values(indices):
         low, high = (int(bound) for bound in indices.aminmax())
@@ -223,14 +229,11 @@ def refuse_with_packed(**arguments: Tensor | Sequence[int] | None) -> None:
 
 
 def check_weight_shapes(
-    weights: Sequence[Tensor | None], names: Sequence[str], shapes: Sequence[Shape]
+    weights: Sequence[Any], names: Sequence[str], shapes: Sequence[Shape]
 ) -> None:
     """Refuse weights that were replaced by something of another kind or shape."""
     for weight, name, shape in zip(weights, names, shapes, strict=True):
-        if weight is None:
-            raise TypeError(f"{name} must be a Tensor, got None")
-        if not isinstance(weight, Tensor) or weight.is_nested:
-            check_tensor(name, weight)
+        check_tensor(name, weight)
         if weight.shape != shape:
             raise RuntimeError(f"{name} must have shape {shape}, got {tuple(weight.shape)}")
 
@@ -305,7 +308,8 @@ def integer_tensor(lengths: Lengths, input: Tensor) -> Tensor:
     tensor = as_tensor("lengths", lengths, input)
     if tensor is not lengths and tensor.numel() == 0:
         return tensor.to(torch.int64)  # torch.tensor([]) has the default dtype, a floating one
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+    no_integers = tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized
+    if no_integers or tensor.dtype == torch.bool:
         raise TypeError(f"lengths must be integers, got {tensor.dtype}")
     return tensor
 

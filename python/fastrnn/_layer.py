@@ -334,8 +334,8 @@ class RecurrentLayer(Module):
         _checks.check_packed_data(data)
         _checks.check_batch_sizes(batch_sizes, data)
         batch = int(batch_sizes[0])
-        _checks.check_indices("sorted_indices", sorted_indices, batch)
-        _checks.check_indices("unsorted_indices", unsorted_indices, batch)
+        _checks.check_indices("sorted_indices", sorted_indices, batch, data)
+        _checks.check_indices("unsorted_indices", unsorted_indices, batch, data)
         batch_sizes = batch_sizes.contiguous()
         if hx is not None and sorted_indices is not None:
             hx = tuple(_checks.permuted(state, sorted_indices) for state in hx)

@@ -11,35 +11,37 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from . import calls, verdict
 from .draw import Draw
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 PATIENCE = 60  # seconds for one call
 
 
-def finding(seed: int, index: int, *, aloud: bool = False) -> tuple[str, str | None]:
-    """Make one call. Returns how it ended, in a word, and what is wrong with that."""
+def finding(
+    seed: int, index: int, say: Callable[[str], None], *, aloud: bool = False
+) -> tuple[str, str | None]:
+    """Make one call. Returns how it ended, in a word, and what is wrong with that.
+
+    It says "theirs" before torch.nn, which has crashes of its own, is asked.
+    """
     draw = Draw(f"{seed}:{index}")
     call = calls.draw_call(draw)
     title = f"{call.title}; {', '.join(draw.notes) or 'as it should be'}"
     if aloud:
         print(title, flush=True)
-    by_torch = expected = None
-    if call.expected is not None:
-        try:
-            expected = call.expected()
-        except Exception as error:
-            by_torch = error
-    try:
-        ours = call.ours()
-    except Exception as error:
+    ours, error = outcome(call.ours)
+    say("theirs")
+    expected, by_torch = outcome(call.expected) if call.expected else (None, None)
+    if error is not None:
         if aloud:
-            traceback.print_exc()
+            traceback.print_exception(error)
             print("torch.nn:", repr(by_torch) if by_torch else "no error, or not asked")
         what = verdict.unclear(error, call.names, by_torch)
         if not draw.broken:
@@ -53,6 +55,15 @@ def finding(seed: int, index: int, *, aloud: bool = False) -> tuple[str, str | N
     return "compared", where and f"{title} → {where}"
 
 
+def outcome(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """What a function gives, or its error; both sides draw the same random numbers."""
+    torch.manual_seed(0)
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
+
+
 def work(seed: int, numbers: range, pipe: int) -> None:
     """Make calls, and say before each which it is, after each what became of it."""
     warnings.simplefilter("ignore")
@@ -60,7 +71,7 @@ def work(seed: int, numbers: range, pipe: int) -> None:
         for index in numbers:
             print(f"begin\t{index}", file=out)
             try:
-                kind, what = finding(seed, index)
+                kind, what = finding(seed, index, lambda word: print(word, file=out))
             except Exception:
                 kind, what = "broken", "the campaign itself: " + traceback.format_exc()
             print(f"{kind}\t{' '.join(what.split()) if what else ''}", file=out)
@@ -86,6 +97,8 @@ def batch(seed: int, numbers: range) -> Iterator[tuple[int, str, str]]:
             kind, _, rest = line.decode().partition("\t")
             if kind == "begin":
                 index, ended = int(rest), "begun"
+            elif kind == "theirs":
+                ended = kind
             else:
                 ended = kind
                 yield index, kind, rest
@@ -99,7 +112,9 @@ def batch(seed: int, numbers: range) -> Iterator[tuple[int, str, str]]:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
-    if hangs:
+    if ended == "theirs":
+        yield index, "hang of torch.nn" if hangs else "crash of torch.nn", ""
+    elif hangs:
         yield index, "hang", f"no answer for {PATIENCE} s"
     elif ended == "begun" or code != 0:
         yield index, "crash", f"the process ended with {code}"
@@ -132,7 +147,7 @@ def main() -> int:
     parser.add_argument("--only", type=int, help="repeat the call of this number, in this process")
     given = parser.parse_args()
     if given.only is not None:
-        kind, what = finding(given.seed, given.only, aloud=True)
+        kind, what = finding(given.seed, given.only, print, aloud=True)
         print(f"{kind}: {what or 'nothing wrong'}")
         return 1 if what else 0
     began = time.monotonic()
