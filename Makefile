@@ -20,8 +20,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 CPP := $(shell find csrc cuda tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup demo bench test test-cpp test-python test-numpy test-torch lint typecheck format sanitize \
-        docs benchmark-docs wheel cuda gpu-check clean
+.PHONY: help setup demo bench test test-cpp test-python test-numpy test-torch lint typecheck format fuzz \
+        sanitize docs benchmark-docs wheel cuda gpu-check clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -113,6 +113,12 @@ define sanitized
 	$(BIN)/cmake --build build/$(1) --target $(3)
 	$(BIN)/ctest --test-dir build/$(1) --output-on-failure --tests-regex '$(4)'
 endef
+
+# SEED repeats a campaign; `cd tests && python -m fuzz --seed SEED --only NUMBER` repeats one call.
+SEED ?= $(shell date +%s)
+CALLS ?= 20000
+fuzz: $(INSTALLED)  ## random calls, valid and not: right results or clear errors, no crash, no hang
+	cd tests && ../$(BIN)/python -m fuzz --seed $(SEED) --calls $(CALLS)
 
 sanitize: $(INSTALLED)  ## the C++ tests under ASan and UBSan, those of waiting under TSan
 	$(call sanitized,tsan,thread,barrier_test persistent_kernels_test_smallest persistent_ring_test,^(barrier|persistent\.ring|persistent\.kernels\.smallest)$$,OFF)

@@ -16,6 +16,7 @@
 #include "backend.h"
 #include "dtype.h"
 #include "frozen.h"
+#include "gil.h"
 #include "memory.h"
 #include "options.h"
 
@@ -564,7 +565,7 @@ void Call::run(Pass pass, py::handle workspace, std::uintptr_t stream, bool allo
                  std::to_string(a.bytes()) + " bytes");
     problem_.workspace = a.data();
   }
-  py::gil_scoped_release no_gil;
+  const WithoutGil no_gil;
   const Scratch scratch(given.is_none() ? bytes : 0);
   if (given.is_none()) problem_.workspace = scratch.data();
   (pass == Pass::forward ? device.forward : device.backward)(problem_);
@@ -585,7 +586,7 @@ void Call::run_together(const std::vector<Call>& calls, Pass pass) {
   const auto count = static_cast<std::int64_t>(calls.size());
   const bool pack = pass == Pass::forward && count > 1 && same_weights(calls[0], calls[1]);
   const Backend& backend = cpu_backend();
-  py::gil_scoped_release no_gil;
+  const WithoutGil no_gil;
   const Memory packed(pack ? backend.packed_size(problems[0]) : 0);
   if (pack) backend.pack(problems[0], packed.data());
   for (Problem& problem : problems) problem.packed = pack ? packed.data() : nullptr;

@@ -13,6 +13,7 @@
 #include "backend.h"
 #include "dtype.h"
 #include "frozen.h"
+#include "gil.h"
 #include "memory.h"
 #include "options.h"
 
@@ -218,7 +219,7 @@ class Inference {
     }
     const Backend& backend = cpu_backend();
     {
-      py::gil_scoped_release no_gil;
+      const WithoutGil no_gil;
       const Scratch scratch(backend.workspace_size(problem_, Pass::forward));
       problem_.workspace = scratch.data();
       backend.forward(problem_);

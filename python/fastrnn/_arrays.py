@@ -189,7 +189,8 @@ def _array(name: str, x: Any) -> _C.Tensor:
     try:
         return _C.from_dlpack(x)
     except (TypeError, ValueError, BufferError) as error:
-        raise TypeError(f"{name} cannot be used as an array: {error}") from error
+        reason = str(error).removeprefix("x: ")
+        raise TypeError(f"{name} cannot be used as an array: {reason}") from error
 
 
 def _describe(name: str, x: _C.Tensor) -> Description:
@@ -203,7 +204,8 @@ def _time_major(given: Arguments, batch_first: bool) -> Arguments:
     lengths, reset = given.lengths, given.reset
     if lengths is not None:
         lengths = _values("lengths", lengths)
-        if lengths.dtype.kind not in "iu" and lengths.size:
+        kind = lengths.dtype.kind
+        if kind not in "iu" and (lengths.size or kind != "f"):  # an empty list has kind f
             raise TypeError(f"lengths must be integers, got {lengths.dtype}")
         check_shape("lengths", lengths.shape, (B,))
         lengths = np.array(lengths, dtype=np.int64)

@@ -80,6 +80,7 @@ class RecurrentCell(_tools.SeenByTools, metaclass=Recognising):
         **own_options: Any,
     ) -> None:
         super().__init__()
+        _checks.check_integers(input_size=input_size, hidden_size=hidden_size)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.bias = bias
@@ -204,6 +205,8 @@ class RecurrentCell(_tools.SeenByTools, metaclass=Recognising):
         if _tools.is_traced(input, hx):
             traced = _tools.call_whole(self, input, hx)
             return (traced, None) if self._cell == "LSTM" else (traced,)
+        _checks.check_tensor("input", input)
+        _checks.check_states(hx)
         _checks.check_cell_input(f"{self._cell}Cell", input, hx or ())
         unbatched = input.dim() == 1
         if unbatched:
@@ -509,14 +512,10 @@ class LSTMCell(RecurrentCell):
             RuntimeError: sizes, dtypes or devices do not fit, or hx does not hold two tensors.
             TypeError: hx is one tensor beside a batch.
         """
-        if isinstance(hx, Tensor) and input.dim() == 2 and hx.dim() in (2, 3):
+        both: Any = isinstance(hx, Tensor) and isinstance(input, Tensor)
+        if both and input.dim() == 2 and hx.dim() in (2, 3):  # type: ignore[union-attr]
             raise TypeError("hx must be a tuple or list of two tensors (h_0, c_0), got one Tensor")
-        states = hx
-        if hx is not None and (type(hx) is not tuple or len(hx) != 2):
-            states = _tools.two_states(hx)
-            if len(states) != 2 and not _tools.is_traced(hx):
-                raise RuntimeError("lstm_cell expects two hidden states")
-        h, c = self._run(input, states)
+        h, c = self._run(input, _tools.two_states(hx, "lstm_cell"))
         return h if c is None else (h, c)  # None: torch.fx traces the call
 
 

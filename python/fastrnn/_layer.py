@@ -108,7 +108,7 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
         self.num_layers = num_layers
         self.bias = bias
         self.batch_first = batch_first
-        self.dropout = float(dropout)
+        self.dropout = dropout
         self.bidirectional = bidirectional
         self.proj_size = proj_size
         # Attributes too, for who reads them; a user's class may give these another meaning.
@@ -133,6 +133,7 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
                 "dropout should be a number in range [0, 1] representing the probability of an "
                 "element being zeroed"
             )
+        self.dropout = float(dropout)
         if dropout > 0 and self.num_layers == 1:
             warnings.warn(
                 "dropout option adds dropout after all but last recurrent layer, so non-zero "
@@ -150,6 +151,8 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
                 raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
             if value <= 0:
                 raise ValueError(f"{name} must be greater than zero")
+        sizes = ("input_size", "hidden_size", "num_layers", "proj_size")
+        _checks.check_integers(**{name: getattr(self, name) for name in sizes})
         if self.num_layers <= 0:
             raise ValueError("num_layers must be greater than zero")
         if self.proj_size < 0:
@@ -283,9 +286,11 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
             options = {"lengths": lengths, "reset": reset, "return_states": return_states}
             return _tools.call_whole(self, input, hx, **options), None, None
         check_bool("return_states", return_states)
+        _checks.check_states(hx)
         if isinstance(input, PackedSequence):
             _checks.refuse_with_packed(lengths=lengths, reset=reset)
             return self._run_packed(input, hx, return_states)
+        _checks.check_tensor("input", input)
         if input.dim() not in (2, 3):
             tensor = " tensor" if self._cell == "RNN" else ""
             raise ValueError(
@@ -336,8 +341,12 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
         self, input: PackedSequence, hx: tuple[Tensor, ...] | None, return_states: bool
     ) -> Result:
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        _checks.check_batch_sizes(batch_sizes)
+        _checks.check_packed_data(data)
+        _checks.check_batch_sizes(batch_sizes, data)
         batch = int(batch_sizes[0])
+        _checks.check_indices("sorted_indices", sorted_indices, batch, data)
+        _checks.check_indices("unsorted_indices", unsorted_indices, batch, data)
+        batch_sizes = batch_sizes.contiguous()
         if hx is not None and sorted_indices is not None:
             hx = tuple(_checks.permuted(state, sorted_indices) for state in hx)
         weights = self._checked_weights(data, hx, 2, batch)

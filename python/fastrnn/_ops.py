@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _C, _composed, _flops
+from . import _C, _checks, _composed, _flops
 from ._engine import Extras, Scalars, cuda_route, engine_options, saved_size
 from ._options import Options
 
@@ -170,7 +170,7 @@ def _run_forward(
     """Allocate the outputs and call the engine; None for what is not wanted."""
     extras, options, (states, save) = rest[:5], rest[5:-2], rest[-2:]
     engine = engine_options(*options)
-    rows = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    rows = input.shape[1] if batch_sizes is None else _checks.packed_rows(batch_sizes, input)
     sizes = _sizes(engine, input, rows, weights, options, states, save)
     compute = _compute_dtype(input.dtype)
     output = input.new_empty(sizes.output)
@@ -385,7 +385,7 @@ def _forward_members_cpu(
     extras, options, (states, save) = rest[:5], rest[5:-2], rest[-2:]
     engine = engine_options(*options)
     members, one = input.shape[0], input.select(0, 0)
-    rows = one.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    rows = one.shape[1] if batch_sizes is None else _checks.packed_rows(batch_sizes, one)
     first = [w.select(0, 0) for w in weights]
     sizes = _sizes(engine, one, rows, first, options, states, save)
     outputs = _new_outputs(input, sizes, (members,))

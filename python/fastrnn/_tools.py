@@ -22,7 +22,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from . import _opacus
+from . import _checks, _opacus
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -79,9 +79,9 @@ def is_traced(*arguments: Any) -> bool:
     return False
 
 
-def two_states(hx: Any) -> tuple[Any, ...]:
-    """An LSTM's hx, of any length, as a tuple; of a proxy, which has no length, (hx,)."""
-    return (hx,) if isinstance(hx, Proxy) else tuple(hx)
+def two_states(hx: Any, function: str) -> tuple[Any, ...] | None:
+    """An LSTM's hx as its two parts (`_checks.state_pair`); of a proxy, which has none, (hx,)."""
+    return (hx,) if isinstance(hx, Proxy) else _checks.state_pair(hx, function)
 
 
 def call_whole(module: Module, input: Any, hx: tuple[Any, ...] | None, **options: Any) -> Proxy:

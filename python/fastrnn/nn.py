@@ -370,13 +370,7 @@ class LSTM(LSTMSurface, RecurrentLayer):
         """
         if isinstance(hx, Tensor) and hx.dim() == 4:
             raise TypeError("hx must be a tuple or list of two tensors (h_0, c_0), got one Tensor")
-        states_0 = hx
-        if hx is not None and (type(hx) is not tuple or len(hx) != 2):
-            states_0 = _tools.two_states(hx)
-            if len(states_0) > 2:
-                raise RuntimeError("lstm expects two hidden states")
-            if len(states_0) < 2 and not _tools.is_traced(hx):
-                raise IndexError(f"hx must hold two tensors (h_0, c_0), got {len(states_0)}")
+        states_0 = _tools.two_states(hx, "lstm")
         output, hx_n, states = self._run(input, states_0, lengths, reset, return_states)
         if hx_n is None:  # torch.fx traces the call
             return output  # type: ignore[no-any-return]
