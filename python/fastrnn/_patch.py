@@ -72,6 +72,8 @@ def patch_torch() -> TorchPatch:
 
     - Layers constructed inside packages are fastrnn's, also those that a package constructs when it
       loads its own files, and classes derived from ``torch.nn.LSTM`` derive from ``fastrnn.LSTM``.
+      Its forward checks by itself: it does not call their ``check_input``, ``permute_hidden`` and
+      the like.
     - Whole models that torch.nn's layers were pickled in are loaded with fastrnn's layers
       (``torch.load(file, weights_only=False)``).
     - ``isinstance(m, torch.nn.LSTM)`` is True for fastrnn's layers, and for those that torch made
