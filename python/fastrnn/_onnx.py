@@ -46,7 +46,10 @@ _TRANSLATED = (  # options that ONNX has
 
 
 def onnx_translation_table() -> dict[Any, Callable[..., Any]]:
-    """What ``torch.onnx.export`` needs to export models with fastrnn's layers.
+    """What ``torch.onnx.export`` needs to export programs that hold fastrnn's layers.
+
+    A model is exported without it. It is needed for what ``torch.export.export`` has made of a
+    model before.
 
     Each layer of a stack becomes one LSTM, GRU or RNN node of standard ONNX, both directions
     together; ``lengths`` become its ``sequence_lens``. T and B may be dynamic.
@@ -62,9 +65,9 @@ def onnx_translation_table() -> dict[Any, Callable[..., Any]]:
         ModuleNotFoundError: onnxscript is not installed; ``pip install 'fastrnn[onnx]'`` does.
 
     >>> import torch, fastrnn
+    >>> layer = fastrnn.GRU(3, 4, num_layers=2).eval()
     >>> program = torch.onnx.export(
-    ...     fastrnn.GRU(3, 4, num_layers=2).eval(),
-    ...     (torch.randn(5, 2, 3),),
+    ...     torch.export.export(layer, (torch.randn(5, 2, 3),)),
     ...     dynamo=True,
     ...     verbose=False,
     ...     custom_translation_table=fastrnn.onnx_translation_table(),
