@@ -334,8 +334,14 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
         if not self.training:
             return False
         own = self._options
-        inside = self._own["recurrent_dropout"] > 0 or own.zoneout_h > 0 or own.zoneout_c > 0
+        inside = self._recurrent_dropout() > 0 or own.zoneout_h > 0 or own.zoneout_c > 0
         return inside or self._drops()
+
+    def _recurrent_dropout(self) -> float:
+        """The attribute, which may change, but where a user's class may mean something else by it."""
+        of_ours = type(self).__module__ == RecurrentLayer.__module__.replace("._layer", ".nn")
+        found: float = vars(self)["recurrent_dropout"] if of_ours else self._own["recurrent_dropout"]
+        return found
 
     def _run_packed(
         self, input: PackedSequence, hx: tuple[Tensor, ...] | None, return_states: bool
@@ -432,7 +438,7 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
         """What the options ask for besides: masks while training, the states after a reset."""
         extras = NO_EXTRAS
         if self.training:
-            size, dropout = self.hidden_size, self._own["recurrent_dropout"]
+            size, dropout = self.hidden_size, self._recurrent_dropout()
             extras = _masks.draw(self._options, input, batch, size, dropout)
         names = ("reset_h", "reset_c")
         anew_by_name = {name: s[:, 0] for name, s in zip(names, anew, strict=False)}

@@ -161,7 +161,7 @@ def _axes(module: Any, input: Tensor, packed: bool) -> _Axes | None:
     if input.dim() == 2:
         return None
     rows = 0 if module.batch_first and not packed else 1
-    finals = (1, 1) if module.cell == "LSTM" else (1,)
+    finals = (1, 1) if module._cell == "LSTM" else (1,)
     return _Axes({"input": rows, "hx": 1, "lengths": 0, "reset": rows}, (rows, *finals, 2, 2))
 
 
