@@ -21,6 +21,7 @@ NO_MEMORY = re.compile(r"allocate|out of memory|cannot be addressed|overflow|max
 OF_TORCH = re.compile(
     r"^Inference tensors cannot be saved for backward"
     r"|^INDICES element is out of DATA bounds"
+    r"|^Internal error: NestedTensorImpl doesn.t support strides"
     r"|^Trying to create tensor with negative dimension"
     r"|^Expected sequence length to be larger than 0 in RNN$"
 )
