@@ -3,63 +3,93 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
+import time
+from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from fuzz import __main__ as fuzz  # noqa: E402 - after the skip
+from fuzz import calls  # noqa: E402
+
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
 
-def campaign(*arguments: str, code: str = "") -> subprocess.CompletedProcess[str]:
-    """Run the campaign; `code` runs before it in the same process."""
-    program = f"import sys; sys.argv[1:] = {list(arguments)!r}; {code}\n"
-    program += "from fuzz.__main__ import main; sys.exit(main())"
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=Path(__file__).parent,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
+def test_a_short_campaign_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    ends = fuzz.campaign(seed=5, first=0, count=300, size=100)
+    assert capsys.readouterr().out == ""
+    assert ends["findings"] == 0
+    assert sum(ends.values()) == 300
+    assert ends["compared"] > 30  # with torch.nn
+
+
+def crash() -> None:
+    os.abort()
+
+
+def hang() -> None:
+    time.sleep(60)
+
+
+def unclear() -> None:
+    raise IndexError("list index out of range")
+
+
+def wrong() -> Any:
+    return torch.full((1,), 7.0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        (crash, "crash: the process ended with -6"),
+        (hang, "hang: no answer for 2 s"),
+        (unclear, "error: a title; as it should be → a valid call is refused: IndexError: list"),
+        (wrong, "compared: a title; as it should be → result: Tensor-likes are not close"),
+    ],
+)
+def test_a_fault_is_a_line_with_seed_and_number(
+    fault: Any, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        calls, "draw_call", lambda draw: calls.Call("a title", set(), fault, lambda: torch.ones(1))
     )
+    ends = fuzz.campaign(7, first=3, count=2, size=2, patience=2 if fault is hang else 60)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"--seed 7 --only 3: {line}")
+    assert second.startswith(f"--seed 7 --only 4: {line}")
+    assert ends["findings"] == 2
 
 
-def test_a_short_campaign_finds_nothing() -> None:
-    done = campaign("--seed", "5", "--calls", "400", "--batch", "150")
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.startswith("seed 5: 400 calls")
-    assert "0 findings" in done.stdout
+def test_a_call_is_repeated_by_seed_and_number() -> None:
+    def titles(seed: int) -> list[str]:
+        drawn = [calls.draw_call(fuzz.Draw(f"{seed}:{index}")).title for index in range(20)]
+        return [" ".join(title.split()) for title in drawn]
+
+    assert titles(1) == titles(1)
+    assert titles(1) != titles(2)
 
 
-SABOTAGE = {
-    "crash": ("os.abort()", "crash: the process ended with -6"),
-    "unclear error": ("raise IndexError('input')", "a IndexError"),
-    "wrong result": ("return torch.zeros(1), None", "result"),
-}
+@pytest.mark.parametrize(
+    ("error", "clear"),
+    [
+        (ValueError("input must have 3 dimensions"), True),
+        (ValueError("it must have 3 dimensions"), False),
+        (ValueError(""), False),
+        (KeyError("input"), False),
+        (MemoryError("std::bad_alloc"), False),
+        (MemoryError("out of memory: 7 bytes cannot be allocated"), True),
+        (TypeError("'NoneType' object has no attribute 'input'"), False),
+        (AttributeError("input"), False),
+    ],
+    ids=repr,
+)
+def test_what_a_clear_error_is(error: Exception, clear: bool) -> None:
+    assert (fuzz.verdict.unclear(error, {"input"}, None) is None) == clear
 
 
-@pytest.mark.parametrize(("what", "line"), SABOTAGE.values(), ids=SABOTAGE.keys())
-def test_a_fault_is_a_line_with_seed_and_number_that_repeat_it(what: str, line: str) -> None:
-    code = f"""import os, torch, fastrnn
-def forward(self, *_, **__):
-    {what}
-fastrnn.GRU.forward = forward"""
-    done = campaign("--seed", "5", "--calls", "40", "--batch", "20", code=code)
-    assert done.returncode == 1
-    found = [text for text in done.stdout.splitlines() if line in text]
-    assert found, done.stdout
-    assert found[0].startswith("--seed 5 --only ")
-    again = campaign(*found[0].partition(":")[0].split(), code=code)
-    assert again.returncode != 0
-
-
-def test_a_hang_is_found() -> None:
-    code = """import time, fastrnn, fuzz.__main__
-fuzz.__main__.PATIENCE = 1
-fastrnn.GRU.forward = lambda *_, **__: time.sleep(60)"""
-    done = campaign("--seed", "5", "--calls", "8", code=code)
-    assert "hang: no answer for 1 s" in done.stdout
+def test_torch_s_own_error_is_clear() -> None:
+    error = RuntimeError("something")
+    assert fuzz.verdict.unclear(error, {"input"}, RuntimeError("something")) is None
+    assert fuzz.verdict.unclear(error, {"input"}, ValueError("something")) is not None

@@ -259,8 +259,25 @@ LAYER_ERRORS: dict[str, Any] = {
         if name != "LSTM"
         else layer(torch.randn(5, 2, 3), [s.to("meta") for s in _states(name, 1, 2, 4)])
     ),
-    "a list": lambda layer, name: layer([[1.0]]),
-    "an empty tuple of states": lambda layer, name: layer(torch.randn(5, 2, 3), ()),
+}
+# Where torch's own error is Python's and names no argument.
+NAMED_ERRORS: dict[str, Any] = {
+    "a list": (lambda layer: layer([[1.0]]), TypeError, "input must be a Tensor, got list"),
+    "no states": (
+        lambda layer: layer(torch.randn(5, 2, 3), ()),
+        (TypeError, RuntimeError),
+        "hx must be a Tensor, got tuple|lstm expects two hidden states",
+    ),
+    "a text for dropout": (
+        lambda layer: type(layer)(3, 4, dropout="a"),
+        ValueError,
+        "dropout should be a number in range",
+    ),
+    "half a layer": (
+        lambda layer: type(layer)(3, 4, num_layers=1.5),
+        TypeError,
+        "num_layers should be of type int, got: float",
+    ),
 }
 
 
@@ -273,6 +290,18 @@ def test_more_layer_errors(name: str, what: str) -> None:
             LAYER_ERRORS[what](layer, name)
         raised.append((type(caught.value), str(caught.value)))
     assert raised[1] == raised[0]
+
+
+@pytest.mark.parametrize("what", NAMED_ERRORS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_errors_that_name_the_argument_where_torchs_do_not(name: str, what: str) -> None:
+    call, error, message = NAMED_ERRORS[what]
+    theirs, ours = pair(name, 3, 4)
+    with pytest.raises((TypeError, ValueError, AttributeError, IndexError, RuntimeError)) as caught:
+        call(theirs)
+    assert not any(word in str(caught.value) for word in ("input", "hx", "num_layers"))
+    with pytest.raises(error, match=message):
+        call(ours)
 
 
 def test_three_states_for_an_lstm() -> None:
@@ -315,8 +344,6 @@ def test_an_rnn_cell_of_unknown_nonlinearity() -> None:
     [
         {"dropout": True},
         {"dropout": 2},
-        {"dropout": "a"},
-        {"num_layers": 1.5},
         {"num_layers": -1},
         {"proj_size": -1},
         {"proj_size": 4},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -11,6 +11,7 @@ from . import _inference
 from ._cells import RecurrentCell
 from ._checks import check_model
 from ._layer import RecurrentLayer
+from ._surface import is_a
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -55,7 +56,7 @@ def freeze(model: _Model) -> _Model:
     check_model(model)
     left = []
     for path, module in model.named_modules():
-        if not isinstance(module, RecurrentLayer | RecurrentCell):
+        if not is_a(module, RecurrentLayer, RecurrentCell):
             continue
         reason = _freeze_one(module)
         if reason:
@@ -87,15 +88,15 @@ def unfreeze(model: _Model) -> _Model:
     """
     check_model(model)
     for module in model.modules():
-        if isinstance(module, RecurrentLayer | RecurrentCell):
+        if is_a(module, RecurrentLayer, RecurrentCell):
             _inference.forget(module)
     return model
 
 
-def _freeze_one(module: RecurrentLayer | RecurrentCell) -> str | None:
+def _freeze_one(module: Any) -> str | None:
     """Freeze a layer or a cell, or say why that cannot be."""
     if module._options is None:
-        return "its nonlinearity is unknown"
+        return "its class or its nonlinearity is unknown to the engine"
     names = module._flat_weights_names
     weights = [w for name in names if (w := module._parameters.get(name)) is not None]
     if len(weights) != len(names) or any(type(w) is not torch.nn.Parameter for w in weights):

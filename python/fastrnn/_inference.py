@@ -83,8 +83,3 @@ def freeze(module: Any, weights: tuple[Tensor, ...]) -> None:
 def forget(module: Any) -> None:
     """Drop what a module keeps for the engine."""
     module.__dict__.pop(_ATTRIBUTE, None)
-
-
-def state_without(module: Any) -> dict[str, Any]:
-    """A module's state for pickling and copying: all but what it keeps for the engine."""
-    return {name: value for name, value in module.__dict__.items() if name != _ATTRIBUTE}

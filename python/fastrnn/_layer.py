@@ -338,10 +338,10 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
         return inside or self._drops()
 
     def _recurrent_dropout(self) -> float:
-        """The attribute, which may change, but where a user's class may mean something else by it."""
-        of_ours = type(self).__module__ == RecurrentLayer.__module__.replace("._layer", ".nn")
-        found: float = vars(self)["recurrent_dropout"] if of_ours else self._own["recurrent_dropout"]
-        return found
+        """The attribute, which may change; a user's class may mean something else by it."""
+        found: float = self._own["recurrent_dropout"]
+        ours = type(self).__module__ == "fastrnn.nn"
+        return vars(self).get("recurrent_dropout", found) if ours else found
 
     def _run_packed(
         self, input: PackedSequence, hx: tuple[Tensor, ...] | None, return_states: bool
@@ -414,7 +414,7 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
             weights,
             extras=self._extras(input, batch, anew if steps.get("reset") is not None else ()),
             dropout=dropout,
-            frozen=None if half is not None else _inference.frozen(self),
+            frozen=None if half is not None or self._given() else _inference.frozen(self),
             **steps,
         )
         if wide is not None:

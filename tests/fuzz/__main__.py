@@ -13,6 +13,8 @@ import warnings
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two threads on a core must not spin
+
 import torch
 
 from . import calls, verdict
@@ -21,15 +23,13 @@ from .draw import Draw
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-PATIENCE = 60  # seconds for one call
-
 
 def finding(
     seed: int, index: int, say: Callable[[str], None], *, aloud: bool = False
 ) -> tuple[str, str | None]:
     """Make one call. Returns how it ended, in a word, and what is wrong with that.
 
-    It says "theirs" before torch.nn, which has crashes of its own, is asked.
+    It says "theirs" before torch.nn, which has crashes of its own, is asked, and "begun" after.
     """
     draw = Draw(f"{seed}:{index}")
     call = calls.draw_call(draw)
@@ -39,6 +39,7 @@ def finding(
     ours, error = outcome(call.ours)
     say("theirs")
     expected, by_torch = outcome(call.expected) if call.expected else (None, None)
+    say("begun")
     if error is not None:
         if aloud:
             traceback.print_exception(error)
@@ -77,7 +78,7 @@ def work(seed: int, numbers: range, pipe: int) -> None:
             print(f"{kind}\t{' '.join(what.split()) if what else ''}", file=out)
 
 
-def batch(seed: int, numbers: range) -> Iterator[tuple[int, str, str]]:
+def batch(seed: int, numbers: range, patience: float) -> Iterator[tuple[int, str, str]]:
     """Make calls in a process of its own: number, how it ended, what is wrong."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -97,12 +98,12 @@ def batch(seed: int, numbers: range) -> Iterator[tuple[int, str, str]]:
             kind, _, rest = line.decode().partition("\t")
             if kind == "begin":
                 index, ended = int(rest), "begun"
-            elif kind == "theirs":
+            elif kind in ("theirs", "begun"):
                 ended = kind
             else:
                 ended = kind
                 yield index, kind, rest
-        hangs = not select.select([reading], [], [], PATIENCE)[0]
+        hangs = not select.select([reading], [], [], patience)[0]
         more = b"" if hangs else os.read(reading, 2**16)
         if not more:
             break
@@ -115,19 +116,24 @@ def batch(seed: int, numbers: range) -> Iterator[tuple[int, str, str]]:
     if ended == "theirs":
         yield index, "hang of torch.nn" if hangs else "crash of torch.nn", ""
     elif hangs:
-        yield index, "hang", f"no answer for {PATIENCE} s"
+        yield index, "hang", f"no answer for {patience} s"
     elif ended == "begun" or code != 0:
         yield index, "crash", f"the process ended with {code}"
 
 
-def campaign(seed: int, first: int, count: int, size: int) -> Counter[str]:
-    """Make `count` calls, `size` in a process; print findings as they come."""
+def campaign(
+    seed: int, first: int, count: int, size: int = 500, patience: float = 60
+) -> Counter[str]:
+    """Make `count` calls, `size` in a process; print findings as they come.
+
+    A call without an answer after `patience` seconds is a hang.
+    """
     ends: Counter[str] = Counter()
     start, last = first, first + count
     while start < last:
         numbers = range(start, min(start + size, last))
         index = start
-        for index, kind, what in batch(seed, numbers):
+        for index, kind, what in batch(seed, numbers, patience):
             ends[kind] += 1
             if what:
                 ends["findings"] += 1
@@ -144,6 +150,7 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=20000, help="how many")
     parser.add_argument("--first", type=int, default=0, help="number of the first call")
     parser.add_argument("--batch", type=int, default=500, help="calls in a process")
+    parser.add_argument("--patience", type=float, default=60, help="seconds until a hang is one")
     parser.add_argument("--only", type=int, help="repeat the call of this number, in this process")
     given = parser.parse_args()
     if given.only is not None:
@@ -151,7 +158,7 @@ def main() -> int:
         print(f"{kind}: {what or 'nothing wrong'}")
         return 1 if what else 0
     began = time.monotonic()
-    ends = campaign(given.seed, given.first, given.calls, given.batch)
+    ends = campaign(given.seed, given.first, given.calls, given.batch, given.patience)
     findings = ends.pop("findings", 0)
     told = ", ".join(f"{number} {kind}" for kind, number in sorted(ends.items()))
     print(f"seed {given.seed}: {sum(ends.values())} calls in {time.monotonic() - began:.0f} s:")
