@@ -429,6 +429,7 @@ void lay_out_parts(const Stack& s, Pieces& pieces, Workspace& w) {
     layer.steps = &part;
     packed = std::max(packed, s.kernels.packed_size(layer));
     layer.packed = layer.gates = &present;
+    layer.general = beyond_the_cell(p, Pass::forward);
     again = std::max(again, s.kernels.forward_scratch(layer));
   }
   w.part_steps = pieces.take(part_size(p, steps));
@@ -617,6 +618,7 @@ class Parts {
   // Of its results only the gates are new.
   Layer forward_again(Layer layer) const {
     layer.scratch = w_.again;
+    layer.general = beyond_the_cell(s_.p, Pass::forward);
     layer.output = {w_.hidden, 0, s_.O, 1};
     layer.cell = {};
     layer.h_n = w_.h_n;
