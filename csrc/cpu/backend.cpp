@@ -261,17 +261,22 @@ std::int64_t packed_before(const Stack& s, std::int64_t l) {
   return static_cast<std::int64_t>(first) + (l - 1) * static_cast<std::int64_t>(later);
 }
 
-// Products with weights that are not packed, up to which packing them first costs more: a product
-// takes about twice as long in place, packing as long as four (measured in docs/kernels-cpu.md).
-constexpr std::int64_t kInPlace = 3;
+// Whether `products` products of `rows` rows each cost less with weights read where they lie than
+// with weights packed first. To turn them costs as much as to multiply three rows by them; packing
+// costs as much as so many turns, the more the farther away they and their copy lie (measured:
+// docs/kernels-cpu.md).
+bool pays_in_place(std::int64_t products, std::int64_t rows, std::int64_t weights,
+                   std::size_t bytes) {
+  const auto size = static_cast<double>(weights) * static_cast<double>(bytes);
+  const double turns = size <= kInnerBytes / 4 ? 3 : size <= kInnerBytes ? 6 : 8;
+  return static_cast<double>(products) * (1 + static_cast<double>(rows) / 3) <= turns;
+}
 
 // The weights that few rows are multiplied by are read where they lie.
 void read_in_place(const Stack& s, Layer& layer) {
-  const auto products = [&](std::int64_t rows) {
-    return (rows + s.kernels.rows_per_block - 1) / s.kernels.rows_per_block;
-  };
-  layer.x_in_place = products(s.pairs) <= kInPlace;
-  layer.h_in_place = s.p.T * products(s.p.B) <= kInPlace;
+  const std::int64_t outputs = s.cell.traits.gates * layer.H;
+  layer.x_in_place = pays_in_place(1, s.pairs, outputs * layer.I, s.storage);
+  layer.h_in_place = pays_in_place(s.p.T, s.p.B, outputs * layer.O / layer.maths.heads, s.storage);
   for (std::int64_t d = 0; d < layer.directions; ++d) {
     const Parameters& p = layer.parameters[d];
     layer.x_in_place = layer.x_in_place && p.weight_ih.unit == 1;
