@@ -9,7 +9,8 @@
 - contention  a case while other processes keep cores busy, against the same case without them
 - lengths     rows of uniform lengths through `lengths=` and as a PackedSequence, against the padded
               whole and torch's packed layers
-- step        one step for one row, layers and cells, in microseconds
+- step        one step for one row, in microseconds: a layer, frozen and as a stream, against torch
+              and ONNX Runtime; a cell against torch's
 - stream      a step of a stream in each dtype, for one row, against the layer and ONNX Runtime
 - recompute   training that keeps no gates against training that does: memory and time
 - bfloat16    bfloat16 against our float32 and torch's bfloat16
@@ -296,18 +297,28 @@ def _of_lengths(case: Case, pass_: Pass, drawn: Tensor) -> dict[str, Prepared]:
 
 
 def step(options: Options) -> list[Row]:
-    """Microseconds of inference."""
+    """Microseconds of inference; the last row has the geometric means of the ratios."""
     rows = []
     for cell in ("LSTM", "GRU", "RNN"):
-        case = options.case(cell, 1, 1, 256)
-        layers = time_in_turns(options, prepare(case, "inference", *LIBRARIES, "onnxruntime"))
-        cells = time_in_turns(options, _cells(case))
-        for what, times in ((cell, layers), (f"{cell}Cell", cells)):
-            best = min(time for name, time in times.items() if name != "fastrnn")
-            ratio = best / times["fastrnn"]
-            sizes = f"{what} T1 B1 I{case.I} H{case.H}"
-            rows.append({"case": sizes, **columns(times, "µs"), "best peer / ours": ratio})
-    return rows
+        for H in (32,) if options.tiny else (32, 64, 128, 256, 384, 640, 1024):
+            case = options.case(cell, 1, 1, H)
+            layer = getattr(fastrnn, cell)(case.I, case.H)
+            prepared = prepare(case, "inference", *LIBRARIES, "onnxruntime")
+            prepared["stream"] = _stream(layer, "float32")
+            data = make_data(case, "cpu")
+            prepared["frozen"] = prepare_layer(layer.eval(), data, "inference", {})
+            fastrnn.freeze(layer)
+            times = time_in_turns(options, prepared | _cells(case))
+            ratios = {
+                "torch / layer": times["torch"] / times["fastrnn"],
+                "torch / cell": times["torch cell"] / times["cell"],
+            }
+            if "onnxruntime" in times:
+                for ours in ("frozen", "stream"):
+                    ratios[f"onnxruntime / {ours}"] = times["onnxruntime"] / times[ours]
+            rows.append({"case": f"{cell} I{case.I} H{case.H}", **columns(times, "µs"), **ratios})
+    means = {name: report.geometric_mean([row[name] for row in rows]) for name in ratios}
+    return [*rows, {"case": "geometric mean", **means}]
 
 
 def _cells(case: Case) -> dict[str, Prepared]:
@@ -318,7 +329,7 @@ def _cells(case: Case) -> dict[str, Prepared]:
     def prepared(cell: torch.nn.Module) -> Prepared:
         return Prepared(lambda _: cell(x, hx), dict, context=torch.inference_mode)
 
-    return {"fastrnn": prepared(fastrnn.convert(theirs)), "torch": prepared(theirs)}
+    return {"cell": prepared(fastrnn.convert(theirs)), "torch cell": prepared(theirs)}
 
 
 # ---- streams ------------------------------------------------------------------------------------

@@ -48,9 +48,9 @@ struct CellOptions {
   double zoneout_h = 0, zoneout_c = 0;  // how much of the old value stays (Krueger et al. 2017)
   double grad_clip = 0;  // backward: the limit of the gradients of h and c at a step; 0: none
 
-  // Whether a step is more than the cell of csrc/cells/ on the sum of two products.
+  // Whether a step forward is more than the cell of csrc/cells/ on the sum of two products.
   bool beyond_the_cell() const {
-    return peephole || layer_norm || heads > 1 || zoneout_h > 0 || zoneout_c > 0 || grad_clip > 0;
+    return peephole || layer_norm || heads > 1 || zoneout_h > 0 || zoneout_c > 0;
   }
 };
 
@@ -149,8 +149,11 @@ struct Problem {
   // ---- forward: written; backward: read. All contiguous -------------------------------------
   bool all_layers = false;  // hidden holds every layer, else the last alone
   void* hidden = nullptr;   // [L or 1, T, B, D·O] or [L or 1, N, D·O], storage; padding is zero
-  void* h_n = nullptr;      // [L·D, B, O], storage
-  void* c_n = nullptr;      // [L·D, B, H], storage; null for cells of one state
+  // Forward on a CPU: the last layer of `hidden` once more, [T, B, D·O] or [N, D·O], in an array
+  // that the caller may write to before backward reads `hidden`. Null: not wanted.
+  void* output = nullptr;
+  void* h_n = nullptr;  // [L·D, B, O], storage
+  void* c_n = nullptr;  // [L·D, B, H], storage; null for cells of one state
   // Every c, compute type: [L, T, B, D·H] or [L, N, D·H]; padding is zero. Null: not wanted.
   void* cell = nullptr;
   // What backward needs beside `hidden` and `cell`, compute type: [L·D, T·B or N, planes·Hp], in

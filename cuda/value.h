@@ -61,7 +61,7 @@ FASTRNN_CELL Value<T> minimum(Value<T> a, Value<T> b) {
 }
 template <class T>
 FASTRNN_CELL Value<T> positive(Value<T> x) {
-  return Value<T>(x.v > T(0) ? 1 : 0);
+  return Value<T>(x.v <= T(0) ? 0 : 1);
 }
 template <class T>
 FASTRNN_CELL Value<T> between(Value<T> x, Value<T> low, Value<T> high) {

@@ -168,15 +168,37 @@ def test_unused_outputs_get_no_gradient(cell: str) -> None:
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("changed", ["weight", "input", "output"])
+@pytest.mark.parametrize("changed", ["weight", "input"])
 def test_in_place_change_between_forward_and_backward_is_detected(changed: str) -> None:
     case = make(Options("GRU"))
     output, *_ = outputs(case)
     value = output.sum()
     with torch.no_grad():
-        {"weight": case.weights[1], "input": case.input, "output": output}[changed].add_(1)
+        {"weight": case.weights[1], "input": case.input}[changed].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("return_states", [False, True])
+def test_the_output_may_be_written_to_before_backward(
+    cell: str, layers: int, return_states: bool
+) -> None:
+    case = make(Options(cell, num_layers=layers, bidirectional=True), "lengths-reset")  # type: ignore[arg-type]
+    expected = torch.autograd.grad((2 * (outputs(case)[0] + 1)).pow(2).sum(), case.leaves)
+    output = outputs(case, return_states=return_states)[0]
+    output.add_(1).mul_(2)
+    got = torch.autograd.grad(output.pow(2).sum(), case.leaves)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_output_holds_its_own_bytes_alone(cell: str, layers: int, grad: bool) -> None:
+    case = make(Options(cell, num_layers=layers), requires_grad=grad)  # type: ignore[arg-type]
+    for states in (False, True):
+        output = outputs(case, return_states=states)[0].detach()
+        assert output.untyped_storage().nbytes() == output.nbytes
 
 
 def test_final_states_may_change_in_place(cell: str) -> None:
@@ -237,10 +259,10 @@ def test_graph_is_freed_without_the_garbage_collector(cell: str) -> None:
 def test_operator_saves_by_itself_where_a_gradient_is_recorded() -> None:
     options = Options("LSTM", num_layers=2)
     case = make(options)
-    hidden, *finals = _ops.forward_op(
+    given = _ops.forward_op(
         case.input, *case.hx, case.weights, *(None,) * 8, *scalars(options), False, False
     )[:3]
-    got = torch.autograd.grad(loss((hidden[0], *finals)), case.leaves)
+    got = torch.autograd.grad(loss(given), case.leaves)
     expected = torch.autograd.grad(loss(outputs(case)), case.leaves)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 

@@ -26,6 +26,13 @@ def test_help_shows_examples(arguments: list[str], capsys: pytest.CaptureFixture
     assert "examples:\n  fastrnn " in capsys.readouterr().out
 
 
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        cli.main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"fastrnn {fastrnn.__version__}\n"
+
+
 def test_info_json_parses_and_names_what_runs() -> None:
     done = run("info", "--json")
     assert done.returncode == 0, done.stderr

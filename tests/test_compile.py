@@ -310,9 +310,9 @@ def test_opcheck_forward_without_gradient(cell: str, states: bool, dtype: torch.
 def test_opcheck_backward(options: Options, steps: str, which: str) -> None:
     case = make(options, steps, requires_grad=False)
     arguments = forward_arguments(case, states=True, save=True)
-    hidden, h_n, c_n, cell, gates = _ops.forward_op(*arguments)
+    output, h_n, c_n, hidden, cell, gates = _ops.forward_op(*arguments)
     two = options.cell == "LSTM"
-    d_output, d_hidden = torch.randn_like(hidden[-1]), torch.randn_like(hidden)
+    d_output, d_hidden = torch.randn_like(output), torch.randn_like(hidden)
     d_cell = torch.randn_like(cell) if two else None
     d_c_n = torch.randn_like(c_n) if two else None
     needs = [

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import abc
 import copy
+import functools
+import inspect
+import io
 import pickle
+import subprocess
+import sys
+import textwrap
+import warnings
 from typing import Any
 
 import pytest
@@ -13,6 +21,8 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
+from fastrnn._cells import RecurrentCell
+from fastrnn._layer import RecurrentLayer
 from pairs import CELLS, LAYERS, Outcome, backward, fresh, tensors
 
 pytestmark = pytest.mark.filterwarnings(
@@ -163,14 +173,11 @@ def test_what_is_no_module_is_refused_by_name(model: Any) -> None:
             change(model)
 
 
-def test_subclasses_are_left_alone() -> None:
-    class MyLSTM(nn.LSTM):
-        pass
-
+def test_subclasses_of_ours_are_left_alone() -> None:
     class OurGRU(fastrnn.GRU):
         pass
 
-    model = nn.ModuleList([MyLSTM(3, 4), OurGRU(3, 4)])
+    model = nn.ModuleList([OurGRU(3, 4)])
     before = list(model)
     assert list(fastrnn.convert(model)) == before
     assert list(fastrnn.to_torch(model)) == before
@@ -278,3 +285,401 @@ def test_every_nonlinearity_torch_has_goes_back() -> None:
             theirs = fastrnn.to_torch(getattr(fastrnn, name)(3, 4, nonlinearity=nonlinearity))
             assert theirs.nonlinearity == nonlinearity
             assert type(theirs) is getattr(nn, name)
+
+
+# ---- users' classes ---------------------------------------------------------------------------
+
+
+class Bare(nn.GRU):
+    """It changes nothing."""
+
+
+class Halved(nn.LSTM):
+    """It does something around torch's forward, and takes its own arguments."""
+
+    def __init__(self, *sizes: int, factor: float = 0.5) -> None:
+        super().__init__(*sizes, batch_first=True)
+        self.factor = factor
+        self.head = nn.Linear(self.hidden_size, 2)
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        output, states = super().forward(input, hx=hx)
+        return self.head(output * self.factor), states
+
+    def size(self) -> int:
+        return self.hidden_size
+
+
+class Flexible(abc.ABC, nn.RNNBase):
+    """A base class of the user's with an abstract method."""
+
+    @abc.abstractmethod
+    def start(self, input: Tensor) -> Any: ...
+
+    def forward(self, input: Any, hx: Any = None, lengths: Tensor | None = None) -> Any:
+        if lengths is None:
+            return super().forward(input, self.start(input) if hx is None else hx)
+        packed = pack_padded_sequence(input, lengths, enforce_sorted=False)
+        output, states = super().forward(packed, hx=hx)
+        return pad_packed_sequence(output)[0], states
+
+
+class FlexibleRNN(Flexible, nn.RNN):
+    def start(self, input: Tensor) -> Tensor:
+        return input.new_ones(self.num_layers, input.shape[1], self.hidden_size)
+
+
+class Stepped(nn.GRU):
+    """The call of torch's forward stands in another method, with the long form of super."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._last(input) * 2
+
+    def _last(self, input: Tensor) -> Tensor:
+        return super(Stepped, self).forward(input)[1]  # noqa: UP008
+
+
+class QuietCell(nn.LSTMCell):
+    @torch.no_grad()
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        return super().forward(input, hx)
+
+
+class Dropped(nn.LSTM):
+    """Its weights are drawn anew by a forward that is put on the object."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        weight = self._parameters.pop("weight_hh_l0")
+        self.weight_hh_l0_raw = nn.Parameter(weight.data)
+        module, inner = self, self.forward
+
+        def forward(*args: Any) -> Any:
+            dropped = nn.functional.dropout(module.weight_hh_l0_raw, 0.5, module.training)
+            module.weight_hh_l0 = dropped * 1
+            return inner(*args)
+
+        self.forward = forward  # type: ignore[method-assign]
+
+
+class Normed(nn.GRU):
+    """Its attributes have the names of our options."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.layer_norm = nn.LayerNorm(self.hidden_size)
+        self.heads = 3
+        self.recurrent_dropout = 0.7
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        return self.layer_norm(super().forward(input, hx)[0]) * self.heads
+
+
+USERS = [Bare, Halved, FlexibleRNN, Stepped, QuietCell, Dropped, Normed]
+
+
+@pytest.fixture(params=USERS, ids=lambda cls: cls.__name__)
+def users(request: pytest.FixtureRequest) -> Any:
+    """A module of each of the users' classes."""
+    torch.manual_seed(1)
+    return request.param(3, 4)
+
+
+def given_to(module: Any) -> Tensor:
+    torch.manual_seed(3)
+    return torch.randn((2, 3) if isinstance(module, nn.RNNCellBase | RecurrentCell) else (5, 2, 3))
+
+
+def results(module: Any) -> list[Tensor]:
+    torch.manual_seed(2)
+    return [result.detach() for result in tensors(module(given_to(module)))]
+
+
+def converted(module: Any) -> Any:
+    """The module changed over, without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return fastrnn.convert(module)
+
+
+def test_a_users_class_keeps_its_name_and_methods_over_our_layer(users: Any) -> None:
+    cls, before, keys = type(users), results(users), list(users.state_dict())
+    ours = converted(users)
+    assert isinstance(ours, cls)
+    assert isinstance(ours, RecurrentLayer | RecurrentCell)
+    assert not isinstance(ours, nn.RNNBase | nn.RNNCellBase)
+    assert type(ours).__name__ == cls.__name__
+    assert type(ours).__module__ == cls.__module__
+    assert repr(ours) == repr(users)
+    assert list(ours.state_dict()) == keys
+    assert all(a is b for a, b in zip(ours.parameters(), users.parameters(), strict=True))
+    torch.testing.assert_close(results(ours), before)
+    if cls is Halved:
+        assert ours.size() == 4
+        assert isinstance(type(ours)(3, 4, factor=0.1), RecurrentLayer)
+
+
+def test_a_users_class_goes_back(users: Any) -> None:
+    cls, before, attributes = type(users), results(users), set(vars(users))
+    back = fastrnn.to_torch(converted(users))
+    assert type(back) is cls
+    assert set(vars(back)) == attributes
+    assert all(torch.equal(a, b) for a, b in zip(results(back), before, strict=True))
+
+
+def test_a_converted_users_module_is_copied_and_pickled(users: Any) -> None:
+    ours = converted(users)
+    if type(users) is Dropped:  # torch copies no module with a function on it that holds it
+        ours = converted(Bare(3, 4))
+    expected = results(ours)
+    buffer = io.BytesIO()
+    torch.save(ours, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    for copied in (copy.copy(ours), copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), loaded):
+        assert type(copied) is type(ours)
+        assert all(torch.equal(a, b) for a, b in zip(results(copied), expected, strict=True))
+        assert set(vars(fastrnn.to_torch(copied))) == set(vars(fastrnn.to_torch(ours)))
+
+
+def test_two_modules_of_one_users_class_have_one_class_afterwards() -> None:
+    model = converted(nn.ModuleList([Halved(3, 4), Halved(3, 4)]))
+    assert type(model[0]) is type(model[1])
+    assert isinstance(Halved(3, 4), nn.LSTM)  # the class itself is as it was
+
+
+def test_a_users_forward_gets_our_gradients_and_is_compiled_whole() -> None:
+    torch.manual_seed(1)
+    theirs = Halved(3, 4).double()
+    input = torch.randn(2, 5, 3, dtype=torch.float64)
+    expected = outcome(theirs, input)
+    ours = converted(theirs)
+    torch.testing.assert_close(outcome(ours, input), expected, rtol=1e-10, atol=1e-12)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(input), ours(input), rtol=0, atol=0)
+
+
+def test_a_forward_on_the_object_follows_the_new_module() -> None:
+    old = Dropped(3, 4)
+    ours = converted(old)
+    old.eval()
+    input = given_to(ours)
+    first, second = (ours(input)[0] for _ in range(2))
+    assert not torch.equal(first, second)
+    plain = nn.GRU(3, 4)
+    inner = plain.forward
+    plain.forward = lambda input: inner(input)[0] * 2  # type: ignore[method-assign, assignment]
+    expected = plain(given_to(plain))
+    ours = converted(plain)
+    torch.testing.assert_close(ours(given_to(plain)), expected)
+    assert ours.forward.__closure__[0].cell_contents.__self__ is ours
+
+
+def test_functions_on_other_modules_follow_too() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Dropped(3, 4)
+            self.forward = self.layer.forward  # type: ignore[method-assign, assignment]
+            self.part = functools.partial(self.layer.forward)
+            self.bound = self.layer.extra_repr
+            vars(self)["hidden"] = self.layer
+
+    wrapper = converted(Wrapper())
+    for value in (wrapper.forward, wrapper.part.func):
+        caught = inspect.getclosurevars(value).nonlocals
+        assert caught["module"] is wrapper.layer
+        assert caught["inner"].__self__ is wrapper.layer
+    assert wrapper.bound.__self__ is wrapper.hidden is wrapper.layer
+    input = given_to(wrapper.layer)
+    assert not torch.equal(wrapper(input)[0], wrapper(input)[0])
+    wrapper.eval()
+    assert torch.equal(wrapper.part(input)[0], wrapper.layer(input)[0])
+
+
+def test_a_parametrized_users_class_changes_over_and_back() -> None:
+    module = parametrizations.weight_norm(Halved(3, 4), "weight_hh_l0")
+    before = results(module)
+    ours = converted(module)
+    torch.testing.assert_close(results(ours), before)
+    assert isinstance(ours, Halved)
+    torch.testing.assert_close(results(copy.deepcopy(ours)), before)
+    back = fastrnn.to_torch(ours)
+    assert isinstance(back, nn.LSTM)
+    torch.testing.assert_close(results(back), before)
+    parametrize.remove_parametrizations(back, "weight_hh_l0")
+    assert type(back) is Halved
+
+
+def test_recurrent_modules_inside_a_users_module_change_over_too() -> None:
+    class Nested(nn.GRU):
+        def __init__(self) -> None:
+            super().__init__(3, 4)
+            self.inner = nn.LSTM(3, 4)
+
+        def forward(self, input: Tensor) -> Any:
+            return super().forward(input)[0] + self.inner(input)[0]
+
+    nested = Nested()
+    before = results(nested)
+    ours = converted(nested)
+    assert type(ours.inner) is fastrnn.LSTM
+    torch.testing.assert_close(results(ours), before)
+    assert type(fastrnn.to_torch(ours).inner) is nn.LSTM
+
+
+def test_a_compiled_module_does_not_keep_what_was_compiled_of_the_old() -> None:
+    layer = nn.LSTM(3, 4)
+    layer.compile(backend="aot_eager")
+    ours = converted(layer)
+    assert ours._compiled_call_impl is None
+    assert type(ours(given_to(ours))[0]) is Tensor
+    ours.compile(backend="aot_eager")
+    assert fastrnn.to_torch(ours)._compiled_call_impl is None
+
+
+# ---- what is left, and the warning that says so -----------------------------------------------
+
+
+class OwnEngine(nn.GRU):
+    def forward(self, input: Tensor) -> Any:
+        h = input.new_zeros(1, input.shape[1], self.hidden_size)
+        weights = self._flat_weights
+        return torch._VF.gru(input, h, weights, True, 1, 0.0, False, False, False)[0]
+
+
+class OwnForward(nn.LSTM):
+    def forward(self, input: Tensor) -> Any:
+        return nn.functional.linear(input, self.weight_ih_l0)
+
+
+class Named(nn.LSTM):
+    def forward(self, input: Tensor) -> Any:
+        return nn.LSTM.forward(self, input)
+
+
+class Unchecked(nn.LSTM):
+    def check_forward_args(self, *args: Any) -> None:
+        """It lets everything through."""
+
+
+class OwnWeights(nn.LSTM):
+    @property
+    def _flat_weights(self) -> Any:
+        return self.kept
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: Any) -> None:
+        self.kept = weights
+
+
+class OwnRun(nn.LSTM):
+    def _run(self) -> None:
+        """A name of ours."""
+
+
+class OwnBase(nn.RNNBase):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__("GRU", *sizes)
+
+
+class OwnReduce(nn.GRU):
+    def __reduce__(self) -> Any:
+        return OwnReduce, (self.input_size, self.hidden_size)
+
+
+class Slotted(nn.GRU):
+    __slots__ = ("kept",)
+
+
+class Registered(nn.GRU):
+    """A class that lets nothing be derived from it without a name."""
+
+    def __init_subclass__(cls, *, name: str) -> None:
+        super().__init_subclass__()
+
+
+REASONS = {
+    OwnEngine: r"forward of OwnEngine calls torch's engine, _VF, itself",
+    OwnForward: r"its forward does not call super\(\)\.forward",
+    Named: r"forward of Named names torch\.nn's LSTM itself",
+    Unchecked: r"Unchecked defines check_forward_args",
+    OwnWeights: r"OwnWeights defines _flat_weights",
+    OwnRun: r"OwnRun defines _run, which has another meaning in fastrnn",
+    OwnBase: r"derived from torch\.nn's base class",
+    OwnReduce: r"OwnReduce defines __reduce__",
+    Slotted: r"Slotted has __slots__",
+    Registered: r"no class can be derived from it: .*'name'",
+}
+
+
+@pytest.mark.parametrize("cls", REASONS, ids=lambda cls: cls.__name__)
+def test_what_does_more_than_call_torchs_forward_is_left_and_named(cls: Any) -> None:
+    model = nn.ModuleDict({"first": nn.LSTM(3, 4), "rest": nn.Sequential(cls(3, 4))})
+    layer = model["rest"][0]
+    said = rf"convert left 1 recurrent module as torch\.nn's: 'rest\.0' \(.*\): .*{REASONS[cls]}"
+    with pytest.warns(UserWarning, match=said) as caught:
+        fastrnn.convert(model)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert model["rest"][0] is layer
+    assert type(layer) is cls
+    assert type(model["first"]) is fastrnn.LSTM
+    with pytest.warns(UserWarning, match="the model itself"):
+        assert fastrnn.convert(layer) is layer
+
+
+def test_one_warning_names_all_that_is_left() -> None:
+    quantized = torch.ao.nn.quantized.reference.LSTMCell(3, 4)
+    replaced = nn.GRU(3, 4)
+    replaced.forward = lambda input: input  # type: ignore[method-assign, assignment]
+    taken = nn.GRU(3, 4)
+    taken._own = 1
+    model = nn.ModuleDict({"a": OwnForward(3, 4), "b": replaced, "c": quantized, "d": taken})
+    model["again"] = model["a"]
+    with pytest.warns(UserWarning, match="convert left 4 recurrent modules") as caught:
+        fastrnn.convert(model)
+    assert len(caught) == 1
+    message = str(caught[0].message)
+    assert "'b' (torch.nn.modules.rnn.GRU): its forward was replaced by one" in message
+    assert "'c' (torch.ao.nn.quantized.reference.modules.rnn.LSTMCell): it is derived" in message
+    assert "'d' (torch.nn.modules.rnn.GRU): its attribute _own has another meaning" in message
+    assert [type(module) for module in model.values()][:2] == [OwnForward, nn.GRU]
+
+
+def test_a_users_file_is_loaded_where_torch_is_patched_first(tmp_path: Any) -> None:
+    (tmp_path / "users_module.py").write_text(
+        textwrap.dedent("""
+            import torch
+
+            class Doubled(torch.nn.LSTM):
+                def forward(self, input, hx=None):
+                    return super().forward(input, hx)[0] * 2
+        """)
+    )
+    run = "import pickle, sys, torch, fastrnn; sys.path.insert(0, sys.argv[1]); "
+    write = run + textwrap.dedent("""
+        import users_module
+        layer = fastrnn.convert(users_module.Doubled(3, 4))
+        input = torch.randn(5, 2, 3)
+        open(sys.argv[1] + "/file", "wb").write(pickle.dumps((layer, input, layer(input))))
+    """)
+    read = run + textwrap.dedent("""
+        import contextlib
+        for patch in (fastrnn.patch_torch, contextlib.nullcontext):
+            with patch():
+                sys.modules.pop("users_module", None)
+                layer, input, output = pickle.loads(open(sys.argv[1] + "/file", "rb").read())
+            assert isinstance(layer, fastrnn.LSTM), type(layer).__mro__
+            assert torch.equal(layer(input), output)
+    """)
+    for code in (write, read):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr

@@ -322,10 +322,10 @@ def test_the_operator_is_what_runs(gpu: torch.device, cell: str) -> None:
     case = moved(make(Options(cell)), gpu)  # type: ignore[arg-type]
     h0, c0 = (*case.hx, None)[:2]
     steps_and_extras = (None,) * 8
-    hidden = _ops.forward_op(
+    output = _ops.forward_op(
         case.input, h0, c0, case.weights, *steps_and_extras, *scalars(case.options), False, False
     )[0]
-    assert torch.equal(hidden[0], run(case)[0])
+    assert torch.equal(output, run(case)[0])
 
 
 # ---- layers side by side: three of one direction, sixty steps ------------------------------------

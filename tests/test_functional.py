@@ -289,7 +289,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weights: of so many layers": (
         {"num_layers": 2**40},
         ValueError,
-        f"weights must hold {2**42} arrays, {NAMES} of each layer and direction; got 4",
+        f"num_layers must be at most {2**16}, got {2**40}",
     ),
     "weights: one array": (
         {"weights": np.ones((12, 2))},

@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -63,10 +64,6 @@ def assert_same(got: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def cache_of(module: torch.nn.Module) -> Any:
-    return _inference.prepared(module).cache
-
-
 # ---- the same as the long way -------------------------------------------------------------------
 
 LAYERS = {
@@ -95,11 +92,9 @@ def test_layer_equals_the_long_way(name: str, dtype: torch.dtype, options: dict[
     hx: Any = (h, torch.randn(groups, B, H).to(dtype)) if name.startswith("lstm") else h
     for arguments in [(input,), (input, hx), (input.transpose(0, 1).contiguous().transpose(0, 1),)]:
         expected = long_way(layer, *arguments)
-        for _ in range(3):  # to be packed, packed now, packed before
-            assert_same(short_way(layer, *arguments), expected)
+        assert_same(short_way(layer, *arguments), expected)
         with torch.no_grad():
             assert takes_the_short_way(layer, *arguments)
-    assert cache_of(layer).packed
 
 
 @pytest.mark.parametrize("cell", ["LSTMCell", "GRUCell", "RNNCell"])
@@ -109,16 +104,13 @@ def test_cell_equals_the_long_way(cell: str, bias: bool) -> None:
     input, h = torch.randn(B, I), torch.randn(B, H)
     hx: Any = (h, torch.randn(B, H)) if cell == "LSTMCell" else h
     for arguments in [(input,), (input, hx), (input[0],)]:
-        expected = long_way(module, *arguments)
-        for _ in range(3):
-            assert_same(short_way(module, *arguments), expected)
+        assert_same(short_way(module, *arguments), long_way(module, *arguments))
 
 
 def test_empty_batch_and_long_sequences() -> None:
     layer = fastrnn.GRU(I, H)
     for input in (torch.randn(T, 0, I), torch.randn(3000, 2, I)):
-        for _ in range(3):
-            assert_same(short_way(layer, input), long_way(layer, input))
+        assert_same(short_way(layer, input), long_way(layer, input))
 
 
 @pytest.mark.parametrize(
@@ -159,8 +151,7 @@ def test_weights_with_a_pending_negation(make: Callable[[], torch.nn.Module]) ->
         assert_same(flat(torch.func.functional_call(module, pending, (input,))), expected)
     for name, weight in pending.items():
         setattr(module, name, torch.nn.Parameter(weight))
-    for _ in range(3):
-        assert_same(short_way(module, input), expected)
+    assert_same(short_way(module, input), expected)
 
 
 class Loud(Tensor):
@@ -215,9 +206,7 @@ def test_inference_tensors_as_weights() -> None:
         input = torch.randn(T, B, I)
         first = flat(layer(input))
         layer.weight_hh_l0.mul_(2)  # no version counter says so
-        for _ in range(3):
-            second = flat(layer(input))
-        assert not cache_of(layer).packed
+        second = flat(layer(input))
     assert not torch.equal(first[0], second[0])
     assert_same(second, long_way(layer, input))
 
@@ -239,7 +228,7 @@ def fused_step(layer: Any) -> None:
 
 def copy_without_gradient(layer: Any) -> None:
     with torch.no_grad():
-        layer.weight_hh_l0.copy_(torch.randn_like(layer.weight_hh_l0))
+        layer.weight_hh_l0.copy_(torch.rand_like(layer.weight_hh_l0) / 8)
 
 
 def one_value(layer: Any) -> None:
@@ -248,12 +237,12 @@ def one_value(layer: Any) -> None:
 
 
 def data_replaced(layer: Any) -> None:
-    layer.weight_hh_l0.data = torch.randn_like(layer.weight_hh_l0)
+    layer.weight_hh_l0.data = torch.rand_like(layer.weight_hh_l0) / 8
 
 
 def data_replaced_again_and_again(layer: Any) -> None:
     for _ in range(20):  # memory that is let go comes back
-        layer.weight_hh_l0.data = torch.randn_like(layer.weight_hh_l0)
+        layer.weight_hh_l0.data = torch.rand_like(layer.weight_hh_l0) / 8
         gc.collect()
 
 
@@ -286,7 +275,7 @@ def state_dict_assigned(layer: Any) -> None:
 
 
 def parameter_replaced(layer: Any) -> None:
-    layer.weight_hh_l0 = torch.nn.Parameter(torch.randn_like(layer.weight_hh_l0))
+    layer.weight_hh_l0 = torch.nn.Parameter(torch.rand_like(layer.weight_hh_l0) / 8)
 
 
 def storage_resized(layer: Any) -> None:
@@ -295,7 +284,7 @@ def storage_resized(layer: Any) -> None:
     torch.empty(size, dtype=torch.uint8)
     storage.resize_(size)
     with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(layer.weight_hh_l0):
-        layer.weight_hh_l0.copy_(torch.randn_like(layer.weight_hh_l0))  # as FSDP gathers
+        layer.weight_hh_l0.copy_(torch.rand_like(layer.weight_hh_l0) / 8)  # as FSDP gathers
 
 
 def drawn_anew(layer: Any) -> None:
@@ -305,6 +294,14 @@ def drawn_anew(layer: Any) -> None:
 def transposed_view(layer: Any) -> None:
     old = layer.weight_hh_l0
     layer.weight_hh_l0.data = old.data.view(H, -1).t()
+
+
+def one_value_unseen(layer: Any) -> None:
+    layer.weight_hh_l0.data.view(-1)[5] += 30.0
+
+
+def block_written_by_numpy(layer: Any) -> None:
+    layer.weight_hh_l0.detach().numpy()[8:16, 2:9] = 3.0
 
 
 def swapped_biases(layer: Any) -> None:
@@ -317,32 +314,73 @@ def swapped_biases(layer: Any) -> None:
 CHANGES: list[Callable[[Any], None]] = [
     in_place_step, fused_step, copy_without_gradient, one_value, data_replaced,
     data_replaced_again_and_again, data_written, bias_written, row_written, column_written,
-    numpy_written, state_dict_loaded,
+    numpy_written, one_value_unseen, block_written_by_numpy, state_dict_loaded,
     state_dict_assigned, parameter_replaced, storage_resized, drawn_anew, transposed_view,
     swapped_biases,
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("steps", [1, T, 200])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_changed_weight_is_seen(change: Callable[[Any], None]) -> None:
-    layer, input = fastrnn.LSTM(I, H), torch.randn(T, B, I)
+def test_a_changed_weight_is_seen(change: Callable[[Any], None], steps: int) -> None:
+    layer, input = fastrnn.LSTM(I, H), torch.randn(steps, B, I)
+    hx = (torch.randn(1, B, H), torch.randn(1, B, H))
     for _ in range(3):
-        before = short_way(layer, input)
-    assert cache_of(layer).packed
+        before = short_way(layer, input, hx)
     change(layer)
-    expected = long_way(layer, input)
-    assert not torch.equal(before[0], expected[0])
-    for _ in range(3):
-        assert_same(short_way(layer, input), expected)
-    assert cache_of(layer).packed
+    other = torch.nn.LSTM(I, H)
+    other.load_state_dict(layer.state_dict())
+    expected = flat(other(input, hx))
+    assert not torch.allclose(before[0], expected[0], atol=1e-5)
+    for got in (short_way(layer, input, hx), flat(layer(input, hx))):  # recorded, too
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_finite_differences_through_data_are_the_gradient(cell: str, recorded: bool) -> None:
+    module = getattr(fastrnn, cell)(6, 8).double()
+    input = torch.randn(*((4,) if "Cell" in cell else (5, 3)), 6, dtype=torch.float64)
+
+    def loss() -> Tensor:
+        with torch.set_grad_enabled(recorded):
+            return flat(module(input))[0].pow(2).sum()
+
+    flat(module(input))[0].pow(2).sum().backward()
+    for weight in module.parameters():
+        values, gradient = weight.data.view(-1), weight.grad.view(-1)
+        for at in torch.randperm(values.numel())[:20].tolist():
+            kept, found = values[at].item(), []
+            for shift in (1e-6, -1e-6):
+                values[at] = kept + shift
+                found.append(loss().item())
+            values[at] = kept
+            assert abs((found[0] - found[1]) / 2e-6 - gradient[at]) < 1e-6
+
+
+@pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
+def test_masks_written_through_views_are_seen(cell: str) -> None:
+    layer, input = getattr(fastrnn, cell)(8, 64), torch.randn(5, 2, 8)
+    for write in (
+        lambda w: w.data.mul_(torch.block_diag(*[torch.ones(16, 16)] * 4).repeat(len(w) // 64, 1)),
+        lambda w: [gate.tril_() for gate in w.data.split(64)],
+        lambda w: w.data.clamp_(-0.05, 0.05),
+        lambda w: w.detach().numpy().__setitem__((slice(0, 8), slice(8, 16)), 1),
+    ):
+        before = short_way(layer, input)
+        write(layer.weight_hh_l0)
+        other = getattr(torch.nn, cell)(8, 64)
+        other.load_state_dict(layer.state_dict())
+        got, expected = short_way(layer, input), flat(other(input))
+        assert not torch.allclose(before[0], expected[0], atol=1e-4)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_another_dtype_is_seen() -> None:
     layer, input = fastrnn.LSTM(I, H), torch.randn(T, B, I)
     for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float32):
         layer.to(dtype)
-        for _ in range(3):
-            assert_same(short_way(layer, input.to(dtype)), long_way(layer, input.to(dtype)))
+        assert_same(short_way(layer, input.to(dtype)), long_way(layer, input.to(dtype)))
 
 
 class Double(torch.nn.Module):
@@ -353,13 +391,11 @@ class Double(torch.nn.Module):
 @pytest.mark.parametrize("way", ["parametrize", "weight-norm", "functional-call"])
 def test_weights_that_are_computed(way: str) -> None:
     layer, input = fastrnn.LSTM(I, H), torch.randn(T, B, I)
-    for _ in range(3):
-        before = short_way(layer, input)
+    before = short_way(layer, input)
     if way == "functional-call":
         other = {name: 2 * p.detach() for name, p in layer.named_parameters()}
         with torch.no_grad():
-            for _ in range(3):
-                inside = flat(torch.func.functional_call(layer, other, (input,)))
+            inside = flat(torch.func.functional_call(layer, other, (input,)))
         assert not torch.equal(inside[0], before[0])
         assert_same(short_way(layer, input), before)
         layer.load_state_dict(other)
@@ -375,15 +411,6 @@ def test_weights_that_are_computed(way: str) -> None:
     assert_same(short_way(layer, input), long_way(layer, input))
 
 
-def test_flatten_parameters_forgets() -> None:
-    layer, input = fastrnn.GRU(I, H), torch.randn(T, B, I)
-    for _ in range(2):
-        short_way(layer, input)
-    assert cache_of(layer).packed
-    layer.flatten_parameters()
-    assert not cache_of(layer).packed
-
-
 # ---- the life of a layer ------------------------------------------------------------------------
 
 
@@ -391,8 +418,7 @@ def test_flatten_parameters_forgets() -> None:
 def test_copies_and_pickles_carry_nothing(make: Callable[[], torch.nn.Module]) -> None:
     module = make()
     input = torch.randn(T, B, I) if isinstance(module, fastrnn.GRU) else torch.randn(B, I)
-    for _ in range(2):
-        expected = short_way(module, input)
+    expected = short_way(module, input)
     file = io.BytesIO()
     torch.save(module, file)
     file.seek(0)
@@ -409,14 +435,12 @@ def test_copies_and_pickles_carry_nothing(make: Callable[[], torch.nn.Module]) -
         assert_same(short_way(module, input), expected)
 
 
-def test_weights_that_are_gone_are_let_go() -> None:
-    layer, input = fastrnn.GRU(I, H), torch.randn(T, B, I)
-    for _ in range(2):
-        short_way(layer, input)
-    address = layer.weight_hh_l0.data_ptr()
-    layer.double()
-    assert _inference._ATTRIBUTE not in layer.__dict__
-    assert layer.weight_hh_l0.data_ptr() != address
+def test_a_call_keeps_no_weight_alive() -> None:
+    layer = fastrnn.GRU(I, H)
+    short_way(layer, torch.randn(T, B, I))
+    weight = weakref.ref(layer.weight_hh_l0)
+    layer.weight_hh_l0 = torch.nn.Parameter(torch.zeros(3 * H, H))
+    assert weight() is None
 
 
 def test_many_threads_share_a_layer() -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import os
 import pickle
+import pickletools
+import re
 import subprocess
 import sys
 import warnings
@@ -83,6 +86,36 @@ def test_a_pickle_from_before_an_option_existed() -> None:
             assert old.proj_size == 0
             input = inputs(name)[0]
             assert_same(outcome(old, input), outcome(theirs, input), F64)
+
+
+DATA = Path(__file__).with_name("data")
+
+
+@pytest.mark.parametrize("file", ["lstm_0_1.pt", "gru_0_1.pickle", "lstm_cell_0_1.pt"])
+def test_a_file_written_by_0_1_gives_what_it_gave(file: str) -> None:
+    if file.endswith(".pt"):
+        saved = torch.load(DATA / file, weights_only=False)
+    else:
+        saved = pickle.loads((DATA / file).read_bytes())
+    layer = saved["layer"]
+    for copied in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        with torch.no_grad():
+            torch.testing.assert_close(list(tensors(copied(saved["input"]))), saved["result"])
+    if file == "gru_0_1.pickle":
+        assert repr(layer) == (
+            "GRU(3, 4, batch_first=True, activation=relu, reset_after=False, layer_norm=True, "
+            "heads=2, recurrent_dropout=0.2, zoneout=0.1, learn_initial_state=True, grad_clip=1.0)"
+        )
+
+
+def test_a_pickle_names_the_layers_class_and_torchs_alone(name: str) -> None:
+    layer = getattr(fastrnn, name)(3, 4)
+    layer(inputs(name, torch.float32)[0])
+    with torch.no_grad():
+        layer(inputs(name, torch.float32)[0])
+    strings = [a for _, a, _ in pickletools.genops(pickle.dumps(layer)) if isinstance(a, str)]
+    assert [text for text in strings if "fastrnn" in text] == ["fastrnn.nn"]
+    assert not {"_options", "_weight_shapes", "_prepared"} & set(layer.__getstate__())
 
 
 def test_load_state_dict_with_assign(name: str) -> None:
@@ -257,6 +290,190 @@ def test_a_cell_that_lost_one_bias() -> None:
             cell.bias_ih = None
         input = inputs(name)
         assert_same(outcome(ours, *input), outcome(theirs, *input), F64)
+
+
+# ---- the surface of torch.nn's bases ----------------------------------------------------------
+
+
+def raised(call: Any, *args: Any) -> tuple[type, str] | None:
+    try:
+        call(*args)
+    except (ValueError, RuntimeError) as error:
+        return type(error), str(error)
+    return None
+
+
+@pytest.mark.parametrize("own", [{}, {"bidirectional": True, "batch_first": True}], ids=str)
+@pytest.mark.parametrize("cell", [*LAYERS, "projected"])
+def test_the_checks_of_rnnbase_accept_and_refuse_what_torchs_do(
+    cell: str, own: dict[str, Any]
+) -> None:
+    name = "LSTM" if cell == "projected" else cell
+    theirs, ours = pair(name, 3, 4, 2, **own, **({"proj_size": 2} if cell == "projected" else {}))
+    sizes, told = torch.tensor([3, 2]), []
+    shapes = [(5, 2, 3), (5, 2, 4), (5, 3), (3,), (2, 5, 3)]
+    states = [(L, B, H) for L in (2, 4) for B in (2, 3, 5) for H in (2, 4)] + [(2, 4)]
+    for layer in (theirs, ours):
+        said: list[Any] = []
+        for shape, dtype in itertools.product(shapes, (torch.float32, F64)):
+            input = torch.zeros(shape, dtype=dtype)
+            said += [raised(layer.check_input, input, given) for given in (None, sizes)]
+        for batch_sizes, input in ((None, torch.zeros(5, 2, 3)), (sizes, torch.zeros(5, 3))):
+            said.append(layer.get_expected_hidden_size(input, batch_sizes))
+            if name == "LSTM":
+                said.append(layer.get_expected_cell_size(input, batch_sizes))
+            for shape in states:
+                state: Any = torch.zeros(shape)
+                expected = layer.get_expected_hidden_size(input, batch_sizes)
+                said.append(raised(layer.check_hidden_size, state, expected))
+                hidden = (state, state) if name == "LSTM" else state
+                for check in (layer.check_forward_args, getattr(torch.nn, name).check_forward_args):
+                    bound = () if check == layer.check_forward_args else (layer,)
+                    said.append(raised(check, *bound, input, hidden, batch_sizes))
+        told.append(said)
+    assert told[1] == told[0]
+    assert any(told[0])
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_permute_hidden_is_torchs(layer: str) -> None:
+    theirs, ours = pair(layer, 3, 4)
+    h, c = torch.randn(2, 1, 3, 4)
+    hx = (h, c) if layer == "LSTM" else h
+    for order in (None, torch.tensor([2, 0, 1])):
+        expected = list(tensors(theirs.permute_hidden(hx, order)))
+        assert all(map(torch.equal, tensors(ours.permute_hidden(hx, order)), expected))
+    assert ours.permute_hidden(hx, None) is hx
+
+
+def test_only_the_lstm_knows_a_cell_size() -> None:
+    for layer in LAYERS:
+        for home in (torch.nn, fastrnn):
+            assert hasattr(getattr(home, layer), "get_expected_cell_size") == (layer == "LSTM")
+
+
+def test_torchs_unbound_methods_work_on_ours(name: str) -> None:
+    theirs, ours = pair(name, 3, 4, dtype=F64)
+    torchs, base = getattr(torch.nn, name), "RNNBase" if name in LAYERS else "RNNCellBase"
+    for layer in (theirs, ours):
+        torch.manual_seed(5)
+        getattr(torch.nn, base).reset_parameters(layer)
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+    assert torchs.extra_repr(ours) == "3, 4"
+    input = inputs(name)
+    if name in LAYERS:
+        assert torchs.flatten_parameters(ours) is None
+        assert [len(weights) for weights in torchs.all_weights.fget(ours)] == [4]
+        expected = (1, 2, 4)
+        assert torchs.get_expected_hidden_size(ours, input[0], None) == expected
+        if name == "LSTM":
+            assert torchs.get_expected_cell_size(ours, input[0], None) == expected
+    torch.testing.assert_close(
+        list(tensors(torchs.forward(ours, *input))), list(tensors(theirs(*input)))
+    )
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_weights_written_to_flat_weights_are_used_until_the_parameter_changes(layer: str) -> None:
+    input = inputs(layer)[0]
+    theirs, ours = pair(layer, 3, 4, dtype=F64)
+
+    def both() -> None:
+        for graph in (torch.no_grad(), torch.enable_grad()):
+            with graph:
+                torch.testing.assert_close(ours(input), theirs(input), rtol=1e-12, atol=1e-12)
+
+    for written in (theirs, ours):
+        written._flat_weights = [weight * 2 for weight in written._flat_weights]
+    both()
+    copied = copy.deepcopy(torch.nn.ParameterList(ours.parameters()))
+    assert all(map(torch.equal, copied, theirs.parameters()))  # the parameters are as they were
+    for written in (theirs, ours):
+        written._flat_weights[1] = written._flat_weights[1].detach() * 3
+        assert torch.equal(written._flat_weights[1], written.weight_hh_l0 * 6)
+    both()
+    weight = torch.nn.Parameter(torch.randn_like(theirs.weight_hh_l0))
+    for written in (theirs, ours):
+        written.weight_hh_l0 = weight
+        written._flat_weights = [getattr(written, n) for n in written._flat_weights_names]
+    both()
+    for written in (theirs, ours):
+        written._flat_weights = [weight * 2 for weight in written._flat_weights]
+        written.to(torch.float64)
+    both()
+    for written in (theirs, ours):
+        written._flat_weights[0:2] = [w.detach() * 2 for w in written._flat_weights[0:2]]
+    both()
+    with pytest.raises(ValueError, match=r"_flat_weights must hold 4 tensors, .*; got 1"):
+        ours._flat_weights = [weight]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_gradients_reach_what_was_written_to_flat_weights(layer: str) -> None:
+    gradients = []
+    input = inputs(layer)[0]
+    for written in pair(layer, 3, 4, dtype=F64):
+        scale = torch.tensor(1.5, dtype=F64, requires_grad=True)
+        written._flat_weights = [weight * scale for weight in written._flat_weights]
+        next(tensors(written(input))).sum().backward()
+        gradients.append([scale.grad, *(p.grad for p in written.parameters())])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-11, atol=1e-11)
+
+
+# ---- odd cells --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unbatched", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_cell_without_hidden_units(cell: str, bias: bool, unbatched: bool) -> None:
+    theirs, ours = pair(cell, 3, 0, bias=bias)
+    input = torch.randn(3) if unbatched else torch.randn(2, 3)
+    state = torch.randn((*input.shape[:-1], 0))
+    for hx in (None, (state, state) if cell == "LSTMCell" else state):
+        assert_same(outcome(ours, input, hx), outcome(theirs, input, hx), torch.float32)
+        with torch.no_grad():
+            shapes = [[t.shape for t in tensors(c(input, hx))] for c in (theirs, ours)]
+        assert shapes[1] == shapes[0]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_cell_that_lost_its_training_attribute(cell: str) -> None:
+    theirs, ours = pair(cell, 3, 4, dtype=F64)
+    zoned = getattr(fastrnn, cell)(3, 4, zoneout=0.5, dtype=F64)
+    input = inputs(cell)
+    expected = list(tensors(zoned.eval()(*input)))
+    for module in (theirs, ours, zoned):
+        del module.training
+    assert_same(outcome(ours, *input), outcome(theirs, *input), F64)
+    assert all(map(torch.equal, tensors(zoned(*input)), expected))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    ("input", "state", "said"),
+    [
+        ((3,), (4, 4), "must be 1-D beside a 1-D input, got 2-D of shape (4, 4)"),
+        ((3,), (2, 4), "has inconsistent hidden_size: got 2, expected 4"),
+        ((4, 3), (4,), "must be 2-D beside a 2-D input, got 1-D of shape (4,)"),
+        ((2, 3), (2,), "must be 2-D beside a 2-D input, got 1-D of shape (2,)"),
+        ((2, 3), (4,), "Input batch size 2 doesn't match hidden0 batch size 4"),
+    ],
+    ids=str,
+)
+def test_rows_beside_batches_are_refused_in_words_that_agree(
+    cell: str, input: tuple[int, ...], state: tuple[int, ...], said: str
+) -> None:
+    h = torch.randn(state)
+    with pytest.raises(RuntimeError, match=re.escape(said)):
+        getattr(fastrnn, cell)(3, 4)(torch.randn(input), (h, h) if cell == "LSTMCell" else h)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_errors_of_a_users_cell_name_torchs_class(cell: str) -> None:
+    users = type("Mine", (getattr(fastrnn, cell),), {})
+    with pytest.raises(ValueError, match=f"^{cell}: Expected input to be 1D or 2D, got 3D"):
+        users(3, 4)(torch.randn(1, 2, 3))
 
 
 # ---- training ---------------------------------------------------------------------------------

@@ -121,19 +121,54 @@ def test_a_stream_equals_the_function() -> None:
 def test_torch_is_named_where_it_is_needed() -> None:
     printed = run("""
         assert {"LSTM", "convert", "functional"} <= set(dir(fastrnn))
+        without = []
+        for name in dir(fastrnn):
+            try:
+                getattr(fastrnn, name)
+                without.append(name)
+            except ModuleNotFoundError as error:
+                assert error.name == "torch" and f"fastrnn.{name} needs PyTorch" in str(error)
+                if name == "LSTM":
+                    print(error)
+        assert {"functional", "Stream", "Tensor", "from_dlpack", "reference", "info"} <= {*without}
+        assert not {"LSTM", "GRUCell", "nn", "convert", "patch_torch"} & {*without}
         try:
-            fastrnn.LSTM
-        except ModuleNotFoundError as error:
+            from fastrnn import GRU
+        except ImportError as error:
             print(error)
         try:
             fastrnn.nonsense
         except AttributeError as error:
             print(error)
     """)
+    rest = (
+        "needs PyTorch, which is not installed: install torch, or fastrnn's extra 'torch'. Without "
+        "PyTorch there are fastrnn's functional, Stream, Tensor, from_dlpack, reference and info"
+    )
     assert printed.splitlines() == [
-        "No module named 'torch'",
+        f"fastrnn.LSTM {rest}",
+        f"fastrnn.GRU {rest}",
         "module 'fastrnn' has no attribute 'nonsense'",
     ]
+
+
+def test_dir_shows_public_names_alone() -> None:
+    run("""
+        names = dir(fastrnn)
+        assert names == sorted({*fastrnn.__all__, "nn"}), names
+        assert [name for name in names if name.startswith("_")] == ["__version__"]
+    """)
+
+
+def test_a_module_that_is_missing_besides_torch_is_named_itself() -> None:
+    printed = run("""
+        sys.modules["fastrnn._stream"] = None
+        try:
+            fastrnn.Stream
+        except ModuleNotFoundError as error:
+            print(error.name)
+    """)
+    assert printed == "fastrnn._stream\n"
 
 
 def test_torch_is_imported_when_a_torch_name_is_first_used() -> None:

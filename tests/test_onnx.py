@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import textwrap
@@ -28,14 +29,16 @@ T, B, I, H = 6, 3, 4, 5  # noqa: E741
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
-def export(model: nn.Module, args: tuple[Any, ...], **options: Any) -> Any:
+def export(model: nn.Module, args: tuple[Any, ...], *, program: bool = False, **shapes: Any) -> Any:
+    """The model in ONNX; with ``program`` by way of torch.export.export, and the table."""
+    model.eval()
+    if not program:
+        return torch.onnx.export(model, args, dynamo=True, verbose=False, **shapes)
     return torch.onnx.export(
-        model.eval(),
-        args,
+        torch.export.export(model, args, **shapes),
         dynamo=True,
         verbose=False,
         custom_translation_table=fastrnn.onnx_translation_table(),
-        **options,
     )
 
 
@@ -60,12 +63,12 @@ def nodes(program: Any) -> Counter[str]:
     return Counter(node.op_type for node in program.model.graph)
 
 
-def check(model: nn.Module, *args: Any) -> Any:
+def check(model: nn.Module, *args: Any, program: bool = False) -> Any:
     """The exported model gives what the model gives."""
-    program = export(model, args)
+    exported = export(model, args, program=program)
     with torch.no_grad():
-        assert_equal(run(program, args), model(*args))
-    return program
+        assert_equal(run(exported, args), model(*args))
+    return exported
 
 
 class _Side(nn.Module):
@@ -81,14 +84,15 @@ class _Side(nn.Module):
 
 
 @every_layer
-def test_stacks(name: str) -> None:
+@pytest.mark.parametrize("by_program", [False, True])
+def test_stacks(name: str, by_program: bool) -> None:
     layers = [
         getattr(fastrnn, name)(I, H, count, bias=bias, bidirectional=bidirectional)
         for count in (1, 2)
         for bias in (False, True)
         for bidirectional in (False, True)
     ]
-    program = check(_Side(layers), torch.randn(T, B, I))
+    program = check(_Side(layers), torch.randn(T, B, I), program=by_program)
     assert nodes(program)[name] == sum(layer.num_layers for layer in layers)
 
 
@@ -116,7 +120,7 @@ def test_options(name: str, bidirectional: bool) -> None:
         getattr(fastrnn, name)(I, H, bidirectional=bidirectional, **options)
         for options in OPTIONS[name]
     ]
-    check(_Side(layers), 2 * torch.randn(T, B, I))
+    check(_Side(layers), 2 * torch.randn(T, B, I), program=bidirectional)
 
 
 def initial(name: str, groups: int, rows: int = B) -> Any:
@@ -128,7 +132,7 @@ def initial(name: str, groups: int, rows: int = B) -> Any:
 @pytest.mark.parametrize("layers", [1, 2])
 def test_initial_states_and_batch_first(name: str, layers: int) -> None:
     layer = getattr(fastrnn, name)(I, H, layers, batch_first=True, bidirectional=True)
-    check(layer, torch.randn(B, T, I), initial(name, 2 * layers))
+    check(layer, torch.randn(B, T, I), initial(name, 2 * layers), program=layers == 2)
 
 
 def test_one_sequence() -> None:
@@ -155,7 +159,7 @@ def test_lengths(name: str, bidirectional: bool, given: bool) -> None:
     args = [torch.randn(T, B, I), torch.tensor([4, 0, T], dtype=dtype)]
     if given:
         args.append(initial(name, 2 * (1 + bidirectional)))
-    check(_Side(layers), *args)
+    check(_Side(layers), *args, program=given == bidirectional)
 
 
 @pytest.mark.parametrize("with_lengths", [False, True])
@@ -177,7 +181,7 @@ def test_batch_and_steps_are_dynamic(with_lengths: bool) -> None:
             return torch.randn(b, t, I), torch.arange(b) % (t + 1)
         return (torch.randn(t, b, I),)
 
-    program = export(model, args(B, T), dynamic_shapes=shapes)
+    program = export(model, args(B, T), program=with_lengths, dynamic_shapes=shapes)
     for b, t in ((3, 6), (1, 1), (7, 20)):
         given = args(b, t)
         with torch.no_grad():
@@ -239,7 +243,7 @@ def test_all_states_of_cells_without_c() -> None:
 def test_without_a_gradient_only_the_last_layer_is_given() -> None:
     layer, x = fastrnn.LSTM(I, H, 3), torch.randn(T, B, I)
     with torch.no_grad():
-        program = check(layer, x)
+        program = check(layer, x, program=True)
     outputs = [y for node in program.model.graph if node.op_type == "LSTM" for y in node.outputs]
     joined = [n for n in program.model.graph if n.op_type == "Concat" and outputs[0] in n.inputs]
     assert not joined
@@ -302,10 +306,100 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("model", "args", "said"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_onnx_does_not_have_is_named(model: Any, args: Any, said: str) -> None:
+@pytest.mark.parametrize("by_program", [False, True])
+def test_what_onnx_does_not_have_is_named(
+    model: Any, args: Any, said: str, by_program: bool
+) -> None:
     with pytest.raises(Exception, match=r".") as caught:
-        export(model, args)
+        export(model, args, program=by_program)
     assert said in causes(caught.value)
+    assert "run_decompositions(fastrnn.decompositions())" in causes(caught.value)
+
+
+def test_the_way_out_is_one() -> None:
+    layer, x = fastrnn.LSTM(I, H, proj_size=2, layer_norm=True).eval(), torch.randn(T, B, I)
+    with torch.no_grad():
+        lowered = torch.export.export(layer, (x,)).run_decompositions(fastrnn.decompositions())
+        assert_equal(run(torch.onnx.export(lowered, dynamo=True, verbose=False), (x,)), layer(x))
+
+
+# ---- the exporter by torch.jit -------------------------------------------------------------------
+
+
+def check_old(model: nn.Module, *args: Any, **options: Any) -> Any:
+    """What the older exporter gives computes what the model gives; the session."""
+    file = io.BytesIO()
+    torch.onnx.export(model.eval(), args, file, dynamo=False, **options)
+    session = ort.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    assert_old(session, model, *args)
+    return session
+
+
+def assert_old(session: Any, model: nn.Module, *args: Any) -> None:
+    names = [given.name for given in session.get_inputs()]
+    values = [x.numpy() for x in tensors(args)]
+    with torch.no_grad():
+        want = model(*args)
+    assert_equal(session.run(None, dict(zip(names, values, strict=True))), want)
+
+
+by_jit = pytest.mark.filterwarnings("ignore")  # of the older exporter, about itself
+
+
+@by_jit
+@every_layer
+def test_the_older_exporter_takes_layers(name: str) -> None:
+    layer = getattr(fastrnn, name)(I, H, 2, bidirectional=True, batch_first=True)
+    session = check_old(
+        layer,
+        torch.randn(B, T, I),
+        input_names=["x"],
+        dynamic_axes={"x": {0: "rows", 1: "steps"}},
+    )
+    assert_old(session, layer, torch.randn(7, 9, I))
+    check_old(getattr(fastrnn, name)(I, H, bias=False), torch.randn(T, B, I), initial(name, 1))
+
+
+@by_jit
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_older_exporter_takes_cells(name: str) -> None:
+    h, c = torch.randn(B, H), torch.randn(B, H)
+    cell = getattr(fastrnn, f"{name}Cell")(I, H)
+    check_old(cell, torch.randn(B, I), (h, c) if name == "LSTM" else h)
+
+
+@by_jit
+def test_the_older_exporter_takes_packed_sequences() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = fastrnn.LSTM(I, H)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            output, _ = self.layer(nn.utils.rnn.pack_padded_sequence(x, lengths))
+            return nn.utils.rnn.pad_packed_sequence(output)[0]
+
+    check_old(Packed(), torch.randn(T, B, I), torch.tensor([6, 4, 1]))
+
+
+@by_jit
+@pytest.mark.parametrize(
+    ("layer", "call", "said"),
+    [
+        (fastrnn.GRU(I, H, reset_after=False), {}, "reset_after=False"),
+        (fastrnn.RNN(I, H, nonlinearity="sigmoid"), {}, "activation='sigmoid'"),
+        (fastrnn.LSTM(I, H, proj_size=2), {}, "proj_size=2"),
+        (fastrnn.LSTM(I, H), {"lengths": torch.tensor([6, 4, 1])}, "lengths="),
+        (fastrnn.LSTM(I, H), {"return_states": True}, "return_states="),
+    ],
+    ids=["reset_after", "nonlinearity", "proj_size", "lengths", "return_states"],
+)
+def test_the_older_exporter_says_what_it_does_not_have(layer: Any, call: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=f"no equal for {said}.*dynamo=True.*decompositions"):
+        check_old(_Call(layer, **call), torch.randn(T, B, I))
+
+
+# ---- what has to be installed --------------------------------------------------------------------
 
 
 def test_without_onnxscript_the_error_says_what_to_install() -> None:

@@ -433,11 +433,11 @@ def test_opcheck(case: OptionCase) -> None:
     opcheck(torch.ops.fastrnn.forward.default, arguments)
     detached = given(case, requires_grad=False)
     arguments = operator_arguments(detached, save=True)
-    hidden, h_n, c_n, cell, gates = _ops.forward_op(*arguments)
+    output, h_n, c_n, hidden, cell, gates = _ops.forward_op(*arguments)
     two = case.options.cell == "LSTM"
     anew = [x is not None for x in detached.extras[:2]]
     needs = [True, True, two, *anew, *[True] * len(detached.weights)]
-    d = [torch.randn_like(x) for x in (hidden[-1], hidden, cell, h_n, c_n)]
+    d = [torch.randn_like(x) for x in (output, hidden, cell, h_n, c_n)]
     d_output, d_hidden, d_cell, d_h_n, d_c_n = d
     d_c = (d_cell, d_h_n, d_c_n) if two else (None, d_h_n, None)
     opcheck(

@@ -595,3 +595,54 @@ def test_convert_gives_layers_with_every_option_off(name: str) -> None:
     theirs = getattr(nn, name)(SIZE, H)
     ours = fastrnn.convert(theirs)
     assert all(getattr(ours, key) == default for key, default in ours.own_options.items())
+
+
+# ---- the same bits by whatever path ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grad_clip_changes_no_bit_of_what_is_put_out(cell: str, dtype: torch.dtype) -> None:
+    plain = getattr(fastrnn, cell)(16, 32, num_layers=2, bidirectional=True, dtype=dtype)
+    clipped = getattr(fastrnn, cell)(
+        16, 32, num_layers=2, bidirectional=True, dtype=dtype, grad_clip=0.5
+    )
+    clipped.load_state_dict(plain.state_dict())
+    for steps, batch in ((20, 3), (1, 1)):
+        x = torch.randn(steps, batch, 16).to(dtype)
+        for recorded in (False, True):
+            with torch.set_grad_enabled(recorded):
+                assert torch.equal(plain(x)[0], clipped(x)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_learned_state_gives_the_same_bits_with_resets_and_without(
+    cell: str, dtype: torch.dtype
+) -> None:
+    layer = getattr(fastrnn, cell)(16, 32, num_layers=2, learn_initial_state=True, dtype=dtype)
+    for state in (layer.h_0, getattr(layer, "c_0", layer.h_0)):
+        torch.nn.init.normal_(state)
+    x = torch.randn(20, 3, 16).to(dtype)
+    reset = torch.zeros(20, 3, dtype=torch.bool)
+    for recorded in (False, True):
+        with torch.set_grad_enabled(recorded):
+            assert torch.equal(layer(x)[0], layer(x, reset=reset)[0])
+            late = reset.clone()
+            late[15] = True
+            whole = layer(x, reset=late)[0]
+            assert torch.equal(whole[:10], layer(x[:10])[0])
+            assert torch.equal(whole[15:], layer(x[15:])[0])
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_relu_passes_the_gradient_of_nan_on_as_torch(layers: int) -> None:
+    theirs = torch.nn.RNN(3, 4, layers, nonlinearity="relu").double()
+    ours = fastrnn.RNN(3, 4, layers, nonlinearity="relu").double()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    x[2, 1, 0] = torch.nan
+    gradients = []
+    for layer in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        layer(leaf)[0].sum().backward()
+        gradients.append([leaf.grad, *(p.grad for p in layer.parameters())])
+    torch.testing.assert_close(*gradients, equal_nan=True)

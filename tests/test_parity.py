@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
 import fastrnn
-from pairs import CELLS, LAYERS, Outcome, assert_same, outcome, pair, tensors
+from pairs import CELLS, LAYERS, Outcome, assert_same, fresh, outcome, pair, tensors
 from tolerances import tolerance
 
 pytestmark = pytest.mark.filterwarnings(
@@ -98,7 +98,7 @@ def test_narrow_types_are_as_exact_as_torchs(
     arguments = case.forward_input.args
     actual, expected = outcome(ours, *arguments), outcome(theirs, *arguments)
     assert [o.dtype for o in actual.outputs] == [o.dtype for o in expected.outputs]
-    exact = outcome(theirs.double(), *_in_float64(arguments))
+    exact = outcome(theirs.double(), *_in(torch.float64, arguments))
     limit = tolerance(str(dtype).removeprefix("torch."), "d_weight")
     for mine, other, truth in zip(_flat(actual), _flat(expected), _flat(exact), strict=True):
         allowed = 2 * (other - truth).abs().max() + limit * (truth.abs() + truth.abs().max())
@@ -107,12 +107,6 @@ def test_narrow_types_are_as_exact_as_torchs(
 
 def _flat(result: Outcome) -> list[torch.Tensor]:
     return [t.double() for t in (*result.outputs, *result.d_inputs, *result.d_weights.values())]
-
-
-def _in_float64(value: Any) -> Any:
-    if isinstance(value, tuple) and not isinstance(value, PackedSequence):
-        return tuple(_in_float64(part) for part in value)
-    return value.to(torch.float64)
 
 
 @pytest.mark.parametrize(("name", "training", "index"), CASES)
@@ -146,6 +140,98 @@ def test_error_types_and_messages(name: str, index: int, dtype: torch.dtype) -> 
     assert raised[1] == raised[0]
 
 
+@pytest.mark.parametrize(("name", "training", "index"), CASES)
+def test_what_is_not_contiguous_gives_the_same(name: str, training: bool, index: int) -> None:
+    case = module_inputs(name, torch.float64, training)[index]
+    theirs, ours = construct(name, case, torch.float64, training)
+    for parameter in ours.parameters():
+        parameter.data = _strided(parameter.data)
+    arguments = case.forward_input.args
+    expected = outcome(theirs, *arguments)
+    assert_same(outcome(ours, *_strided(arguments)), expected, torch.float64)
+
+
+def _strided(value: Any) -> Any:
+    """The same values, every other one in memory."""
+    if isinstance(value, torch.Tensor):
+        return torch.stack((value, value), dim=-1)[..., 0]
+    if isinstance(value, PackedSequence):
+        return value._replace(data=_strided(value.data))
+    return type(value)(_strided(part) for part in value) if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize(("name", "index"), [(n, i) for n, training, i in CASES if not training])
+def test_second_derivatives(name: str, index: int) -> None:
+    case = module_inputs(name, torch.float64, False)[index]
+    results = []
+    for layer in construct(name, case, torch.float64, False):
+        leaves = [p for p in layer.parameters() if p.requires_grad]
+        arguments = fresh(case.forward_input.args)
+        leaves += [t for t in tensors(arguments) if t.is_floating_point()]
+        torch.manual_seed(2)
+        loss = sum((t**3).sum() for t in tensors(layer(*arguments)))
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        second = torch.autograd.grad(sum((g**2).sum() for g in first), leaves)
+        results.append((first, second))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_is_read_where_torch_reads_it(name: str) -> None:
+    for case in module_inputs(name, torch.float32, True):
+        for layer in construct(name, case, torch.float32, True):
+            del layer.training
+            if ENTRIES[getattr(torch.nn, name)].train_and_eval_differ:
+                with pytest.raises(AttributeError, match="'training'"):
+                    layer(*case.forward_input.args)
+            else:
+                layer(*case.forward_input.args)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_device_context_is_where_parameters_are_made(name: str, device: str) -> None:
+    for case in module_inputs(name, torch.float32, True):
+        arguments = case.constructor_input
+        with torch.device(device):
+            ours = getattr(fastrnn, name)(*arguments.args, **arguments.kwargs)
+        assert {parameter.device.type for parameter in ours.parameters()} == {device}
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_conversions_under_torchs_flags_of_the_future(
+    name: str, overwrite: bool, swap: bool
+) -> None:
+    future = torch.__future__
+    future.set_overwrite_module_params_on_conversion(overwrite)
+    future.set_swap_module_params_on_conversion(swap)
+    try:
+        for case in module_inputs(name, torch.float64, False)[:4]:
+            theirs, ours = construct(name, case, torch.float64, False)
+            arguments = case.forward_input.args
+            with torch.no_grad():
+                ours(*arguments)
+            for dtype in (torch.float32, torch.float64):
+                kept = list(ours.parameters())
+                ours.to(dtype), theirs.to(dtype)
+                same = [a is b for a, b in zip(ours.parameters(), kept, strict=True)]
+                assert same == [swap or not overwrite] * len(kept)
+                narrow = tuple(_in(dtype, value) for value in arguments)
+                with torch.no_grad():
+                    torch.testing.assert_close(ours(*narrow), theirs(*narrow))
+    finally:
+        future.set_overwrite_module_params_on_conversion(False)
+        future.set_swap_module_params_on_conversion(False)
+
+
+def _in(dtype: torch.dtype, value: Any) -> Any:
+    if isinstance(value, tuple) and not isinstance(value, PackedSequence):
+        return tuple(_in(dtype, part) for part in value)
+    return value.to(dtype)
+
+
 # ---- more errors ------------------------------------------------------------------------------
 
 
@@ -173,8 +259,25 @@ LAYER_ERRORS: dict[str, Any] = {
         if name != "LSTM"
         else layer(torch.randn(5, 2, 3), [s.to("meta") for s in _states(name, 1, 2, 4)])
     ),
-    "a list": lambda layer, name: layer([[1.0]]),
-    "an empty tuple of states": lambda layer, name: layer(torch.randn(5, 2, 3), ()),
+}
+# Where torch's own error is Python's and names no argument.
+NAMED_ERRORS: dict[str, Any] = {
+    "a list": (lambda layer: layer([[1.0]]), TypeError, "input must be a Tensor, got list"),
+    "no states": (
+        lambda layer: layer(torch.randn(5, 2, 3), ()),
+        (TypeError, RuntimeError),
+        "hx must be a Tensor, got tuple|lstm expects two hidden states",
+    ),
+    "a text for dropout": (
+        lambda layer: type(layer)(3, 4, dropout="a"),
+        ValueError,
+        "dropout should be a number in range",
+    ),
+    "half a layer": (
+        lambda layer: type(layer)(3, 4, num_layers=1.5),
+        TypeError,
+        "num_layers should be of type int, got: float",
+    ),
 }
 
 
@@ -187,6 +290,18 @@ def test_more_layer_errors(name: str, what: str) -> None:
             LAYER_ERRORS[what](layer, name)
         raised.append((type(caught.value), str(caught.value)))
     assert raised[1] == raised[0]
+
+
+@pytest.mark.parametrize("what", NAMED_ERRORS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_errors_that_name_the_argument_where_torchs_do_not(name: str, what: str) -> None:
+    call, error, message = NAMED_ERRORS[what]
+    theirs, ours = pair(name, 3, 4)
+    with pytest.raises((TypeError, ValueError, AttributeError, IndexError, RuntimeError)) as caught:
+        call(theirs)
+    assert not any(word in str(caught.value) for word in ("input", "hx", "num_layers"))
+    with pytest.raises(error, match=message):
+        call(ours)
 
 
 def test_three_states_for_an_lstm() -> None:
@@ -229,8 +344,6 @@ def test_an_rnn_cell_of_unknown_nonlinearity() -> None:
     [
         {"dropout": True},
         {"dropout": 2},
-        {"dropout": "a"},
-        {"num_layers": 1.5},
         {"num_layers": -1},
         {"proj_size": -1},
         {"proj_size": 4},

@@ -1223,12 +1223,13 @@ def members_arguments(each: list[dict[str, Any]], requires_grad: bool) -> tuple[
 
 def opcheck_backward_members(options: Options, each: list[dict[str, Any]]) -> None:
     arguments = members_arguments(each, requires_grad=False)
-    hidden, h_n, _, cell, gates = _ops.forward_members_op(*arguments, *scalars(options), True, True)
+    given = _ops.forward_members_op(*arguments, *scalars(options), True, True)
+    output, h_n, _, hidden, cell, gates = given
     two = options.cell == "LSTM"
     anew = [x is not None for x in arguments[7:9]]
     needs = [True, True, two, *anew, *[True] * len(arguments[3])]
     cotangents = (
-        torch.randn_like(hidden[:, -1]),
+        torch.randn_like(output),
         torch.randn_like(hidden),
         torch.randn_like(cell) if two else None,
         torch.randn_like(h_n),

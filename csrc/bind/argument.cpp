@@ -15,9 +15,12 @@ Import borrow_named(py::handle object, const Name& name) {
   try {
     return borrow(object);
   } catch (py::error_already_set& error) {
-    const std::string text = name.text() + ": the array cannot be read";
+    if (!error.matches(PyExc_Exception)) throw;  // KeyboardInterrupt
+    const std::string text = name.text() + ": the array cannot be read: " + reason(error);
     py::raise_from(error, PyExc_TypeError, text.c_str());
     throw py::error_already_set();
+  } catch (const py::value_error& error) {
+    throw py::value_error(name.text() + ": " + error.what());
   } catch (const py::builtin_exception& error) {
     throw py::type_error(name.text() + ": " + error.what());
   }
@@ -75,8 +78,6 @@ Array::Array(py::handle object, const Name& name, Owners& owners) : name_(name) 
   data_ = static_cast<char*>(view.data) + view.byte_offset;
   if (size == 0) {
     data_ = nothing;
-  } else if (view.data == nullptr) {
-    complain("an array with data", "one without");
   } else if (reinterpret_cast<std::uintptr_t>(data_) % std::max(dtype_.bits / 8, 1) != 0) {
     complain("elements aligned to their size", "a misaligned array");
   }

@@ -15,9 +15,10 @@
 #include "argument.h"
 #include "backend.h"
 #include "dtype.h"
+#include "frozen.h"
+#include "gil.h"
 #include "memory.h"
 #include "options.h"
-#include "pack_cache.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -96,14 +97,16 @@ class Call {
   // In this order: each sets sizes that the next one checks against.
   void set_input(py::handle input, py::handle batch_sizes);
   void set_weights(py::handle weights);
-  // The weights packed, where the cache has or makes them.
-  void use_cache(py::handle weights, PackCache& cache);
+  // The weights as they were packed when the layer was frozen, where they are the same.
+  void use_frozen(py::handle weights, Frozen& frozen);
   void set_rows(py::handle lengths, py::handle reset);
   void set_states(py::handle h0, py::handle c0);
   void set_extras(py::handle extras);
   void set_finals(py::handle h_n, py::handle c_n);
   void set_results(py::handle hidden, py::handle cell, py::handle gates, bool all_layers,
                    bool written);
+
+  void set_output(py::handle output);
 
   void set_gradients(py::handle d_output, py::handle d_hidden, py::handle d_cell, py::handle d_h_n,
                      py::handle d_c_n);
@@ -116,7 +119,7 @@ class Call {
   void run(Pass pass, py::handle workspace, std::uintptr_t stream, bool allow_tf32,
            bool persistent);
   CheckedWeights checked_weights() {
-    return {problem_, std::move(parameters_), std::move(owners_)};
+    return {problem_, std::move(parameters_), std::move(weights_), std::move(owners_)};
   }
   static void run_together(const std::vector<Call>& calls, Pass pass);
 
@@ -309,13 +312,13 @@ void Call::set_weights(py::handle weights) {
   problem_.parameters = parameters_.data();
 }
 
-void Call::use_cache(py::handle weights, PackCache& cache) {
+void Call::use_frozen(py::handle weights, Frozen& frozen) {
   if (!host()) return;
   const List list(weights, "weights");
   std::vector<py::object> objects;
   for (std::int64_t i = 0; i < list.size(); ++i)
     objects.push_back(py::reinterpret_borrow<py::object>(list[i]));
-  packed_ = cache.find(problem_, objects.data(), weights_);
+  packed_ = frozen.find(problem_, objects.data(), weights_);
   if (packed_) problem_.packed = packed_->data();
 }
 
@@ -440,6 +443,14 @@ void Call::set_results(py::handle hidden, py::handle cell, py::handle gates, boo
   if (no_cell) throw py::value_error("cell: expected an array with gates, got None");
 }
 
+void Call::set_output(py::handle output) {
+  if (output.is_none()) return;
+  if (!host())
+    throw py::value_error(
+        "output: expected None on a CUDA device, where `hidden` alone is written");
+  problem_.output = sequence_result(output, "output", storage_, 1, D_ * output_size(), true);
+}
+
 Sequence Call::layers_gradient(py::handle object, const char* name, dlpack::DataType dtype,
                                std::int64_t units, std::int64_t& layer_stride) {
   if (object.is_none()) return {};
@@ -513,9 +524,9 @@ void Call::expect_kernels_for_options() const {
   const Problem& p = problem_;
   CellOptions maths = p.options.maths;
   maths.heads = 1;  // these they know
-  const bool more = maths.beyond_the_cell() || p.options.recompute || p.reset_h.data ||
-                    p.reset_c.data || p.dropout_mask.data || p.zoneout_h_mask.data ||
-                    p.zoneout_c_mask.data;
+  const bool more = maths.beyond_the_cell() || maths.grad_clip > 0 || p.options.recompute ||
+                    p.reset_h.data || p.reset_c.data || p.dropout_mask.data ||
+                    p.zoneout_h_mask.data || p.zoneout_c_mask.data;
   if (more && !host())
     throw py::value_error(
         "options: expected none that the CUDA kernels do not know, got one of peephole, "
@@ -554,7 +565,7 @@ void Call::run(Pass pass, py::handle workspace, std::uintptr_t stream, bool allo
                  std::to_string(a.bytes()) + " bytes");
     problem_.workspace = a.data();
   }
-  py::gil_scoped_release no_gil;
+  const WithoutGil no_gil;
   const Scratch scratch(given.is_none() ? bytes : 0);
   if (given.is_none()) problem_.workspace = scratch.data();
   (pass == Pass::forward ? device.forward : device.backward)(problem_);
@@ -575,7 +586,7 @@ void Call::run_together(const std::vector<Call>& calls, Pass pass) {
   const auto count = static_cast<std::int64_t>(calls.size());
   const bool pack = pass == Pass::forward && count > 1 && same_weights(calls[0], calls[1]);
   const Backend& backend = cpu_backend();
-  py::gil_scoped_release no_gil;
+  const WithoutGil no_gil;
   const Memory packed(pack ? backend.packed_size(problems[0]) : 0);
   if (pack) backend.pack(problems[0], packed.data());
   for (Problem& problem : problems) problem.packed = pack ? packed.data() : nullptr;
@@ -592,6 +603,7 @@ struct ForwardArguments {
   Arg input, h0, c0, weights, batch_sizes, lengths, reset, extras;
   Arg hidden, h_n, c_n, cell, gates;
   bool all_layers;
+  Arg output;
 };
 
 void fill(Call& call, const ForwardArguments& a) {
@@ -602,6 +614,7 @@ void fill(Call& call, const ForwardArguments& a) {
   call.set_extras(a.extras);
   call.set_finals(a.h_n, a.c_n);
   call.set_results(a.hidden, a.cell, a.gates, a.all_layers, true);
+  call.set_output(a.output);
 }
 
 struct BackwardArguments {
@@ -639,21 +652,22 @@ void run_members(const CheckedOptions& options, std::int64_t count, const Argume
 
 void forward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg weights, Arg batch_sizes,
              Arg lengths, Arg reset, Arg hidden, Arg h_n, Arg c_n, Arg cell, Arg gates,
-             bool all_layers, int threads, Arg workspace, PackCache* cache, Arg extras,
-             std::uintptr_t stream, bool allow_tf32, bool persistent) {
+             bool all_layers, int threads, Arg workspace, Frozen* frozen, Arg extras,
+             std::uintptr_t stream, bool allow_tf32, bool persistent, Arg output) {
   Call call(options, threads);
   fill(call, ForwardArguments{input, h0, c0, weights, batch_sizes, lengths, reset, extras, hidden,
-                              h_n, c_n, cell, gates, all_layers});
-  if (cache != nullptr) call.use_cache(weights, *cache);
+                              h_n, c_n, cell, gates, all_layers, output});
+  if (frozen != nullptr) call.use_frozen(weights, *frozen);
   call.run(Pass::forward, workspace, stream, allow_tf32, persistent);
 }
 
 void forward_members(const CheckedOptions& options, std::int64_t members, Arg input, Arg h0, Arg c0,
                      Arg weights, Arg batch_sizes, Arg lengths, Arg reset, Arg hidden, Arg h_n,
-                     Arg c_n, Arg cell, Arg gates, bool all_layers, int threads, Arg extras) {
+                     Arg c_n, Arg cell, Arg gates, bool all_layers, int threads, Arg extras,
+                     Arg output) {
   run_members(options, members,
               ForwardArguments{input, h0, c0, weights, batch_sizes, lengths, reset, extras, hidden,
-                               h_n, c_n, cell, gates, all_layers},
+                               h_n, c_n, cell, gates, all_layers, output},
               Pass::forward, threads);
 }
 
@@ -708,8 +722,9 @@ void register_call(py::module_& module) {
   module.def("forward", forward, arg("options"), arg("input"), arg("h0"), arg("c0"), arg("weights"),
              arg("batch_sizes"), arg("lengths"), arg("reset"), arg("hidden"), arg("h_n"),
              arg("c_n"), arg("cell"), arg("gates"), arg("all_layers"), arg("threads") = 0,
-             arg("workspace") = py::none(), arg("cache") = py::none(), arg("extras") = py::none(),
-             arg("stream") = 0, arg("allow_tf32") = false, arg("persistent") = false);
+             arg("workspace") = py::none(), arg("frozen") = py::none(), arg("extras") = py::none(),
+             arg("stream") = 0, arg("allow_tf32") = false, arg("persistent") = false,
+             arg("output") = py::none());
   module.def("backward", backward, arg("options"), arg("input"), arg("h0"), arg("c0"),
              arg("weights"), arg("batch_sizes"), arg("lengths"), arg("reset"), arg("hidden"),
              arg("cell"), arg("gates"), arg("d_output"), arg("d_hidden"), arg("d_cell"),
@@ -721,7 +736,7 @@ void register_call(py::module_& module) {
   module.def("forward_members", forward_members, arg("options"), arg("members"), arg("input"),
              arg("h0"), arg("c0"), arg("weights"), arg("batch_sizes"), arg("lengths"), arg("reset"),
              arg("hidden"), arg("h_n"), arg("c_n"), arg("cell"), arg("gates"), arg("all_layers"),
-             arg("threads") = 0, arg("extras") = py::none());
+             arg("threads") = 0, arg("extras") = py::none(), arg("output") = py::none());
   module.def("backward_members", backward_members, arg("options"), arg("members"), arg("input"),
              arg("h0"), arg("c0"), arg("weights"), arg("batch_sizes"), arg("lengths"), arg("reset"),
              arg("hidden"), arg("cell"), arg("gates"), arg("d_output"), arg("d_hidden"),

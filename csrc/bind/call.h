@@ -19,6 +19,7 @@ int max_threads();
 struct CheckedWeights {
   Problem problem;
   std::vector<Parameters> parameters;  // problem.parameters
+  std::vector<Array> arrays;           // the weights, in the order of the list
   Owners owners;
 };
 CheckedWeights check_weights(const CheckedOptions& options, py::handle input, py::handle weights);

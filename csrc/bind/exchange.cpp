@@ -1,10 +1,13 @@
 #include "exchange.h"
 
+#include <algorithm>
+#include <cmath>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "dtype.h"
+#include "gil.h"
 #include "tensor.h"
 
 namespace fastrnn::bind {
@@ -12,15 +15,18 @@ namespace {
 
 bool fast_dlpack = true;
 
+constexpr std::int32_t kMostDimensions =
+    64;  // NumPy's and torch's; the buffer protocol's own limit
+
 // ---- the buffer protocol ------------------------------------------------------------------------
 
 struct Buffer {
   Py_buffer buffer{};
-  std::vector<std::int64_t> strides;  // in elements; the protocol's own are in bytes
+  std::vector<std::int64_t> shape, strides;  // in elements; the protocol's strides are in bytes
 };
 
 void release_buffer(void* buffer) {
-  if (!Py_IsInitialized()) return;
+  if (!python_is_there()) return;
   py::gil_scoped_acquire gil;
   auto* owned = static_cast<Buffer*>(buffer);
   PyBuffer_Release(&owned->buffer);
@@ -28,9 +34,10 @@ void release_buffer(void* buffer) {
 }
 
 dlpack::DataType type_of_format(const char* format, Py_ssize_t itemsize) {
+  if (itemsize < 1 || itemsize > 16) return {};
   const auto bits = static_cast<std::uint8_t>(itemsize * 8);
   if (format == nullptr) return {dlpack::kUInt, bits, 1};
-  if (*format == '@' || *format == '=') ++format;
+  if (*format != '\0' && std::string("@=<").find(*format) != std::string::npos) ++format;
   const std::string text = format;
   if (text == "Zf" || text == "Zd") return {dlpack::kComplex, bits, 1};
   if (text.size() != 1) return {};
@@ -40,6 +47,15 @@ dlpack::DataType type_of_format(const char* format, Py_ssize_t itemsize) {
   if (std::string("bhilqn").find(letter) != std::string::npos) return {dlpack::kInt, bits, 1};
   if (std::string("BHILQN").find(letter) != std::string::npos) return {dlpack::kUInt, bits, 1};
   return {};
+}
+
+// Bytes may be what an exporter shows of elements that the protocol has no word for: NumPy's
+// scalars of dates do. Then the object's own dtype has another size.
+bool shows_its_elements(py::handle object, const Py_buffer& buffer) {
+  if (buffer.itemsize != 1) return true;
+  const py::object dtype = py::getattr(object, "dtype", py::none());
+  const py::object itemsize = py::getattr(dtype, "itemsize", py::none());
+  return !PyLong_Check(itemsize.ptr()) || PyLong_AsLong(itemsize.ptr()) == buffer.itemsize;
 }
 
 // False where the object has no buffer that describes its elements.
@@ -53,21 +69,28 @@ bool import_buffer(py::handle object, Import& import) {
     return false;
   }
   Owner owner{owned.release(), release_buffer};
-  auto& strides = static_cast<Buffer*>(owner.get())->strides;
+  auto& [_, shape, strides] = *static_cast<Buffer*>(owner.get());
   const dlpack::DataType dtype = type_of_format(buffer.format, buffer.itemsize);
-  if (find_type(dtype) == nullptr) return false;
-  for (int i = 0; i < buffer.ndim; ++i) {
+  if (find_type(dtype) == nullptr || !shows_its_elements(object, buffer)) return false;
+  if (buffer.ndim < 0 || buffer.ndim > kMostDimensions) return false;
+  // Exporters leave out what was asked for: a shape where there is one axis, strides in C order.
+  if (buffer.shape != nullptr)
+    shape.assign(buffer.shape, buffer.shape + buffer.ndim);
+  else if (buffer.ndim <= 1)
+    shape.assign(static_cast<std::size_t>(buffer.ndim), buffer.len / buffer.itemsize);
+  else
+    return false;
+  for (int i = 0; buffer.suboffsets != nullptr && i < buffer.ndim; ++i)
+    if (buffer.suboffsets[i] >= 0) return false;  // rows behind pointers
+  for (int i = 0; buffer.strides != nullptr && i < buffer.ndim; ++i) {
     if (buffer.strides[i] % buffer.itemsize != 0) return false;
     strides.push_back(buffer.strides[i] / buffer.itemsize);
   }
   static_assert(sizeof(Py_ssize_t) == sizeof(std::int64_t), "a 64-bit platform");
-  import.view = {buffer.buf,
-                 {dlpack::kCPU, 0},
-                 buffer.ndim,
-                 dtype,
-                 reinterpret_cast<std::int64_t*>(buffer.shape),
-                 strides.data(),
-                 0};
+  import.view = {
+      buffer.buf, {dlpack::kCPU, 0}, buffer.ndim,
+      dtype,      shape.data(),      buffer.strides != nullptr ? strides.data() : nullptr,
+      0};
   import.read_only = buffer.readonly != 0;
   import.owner = std::move(owner);
   return true;
@@ -195,9 +218,44 @@ bool import_bfloat16(py::handle object, Import& import) {
 // ---- all of them --------------------------------------------------------------------------------
 
 void release_object(void* object) {
-  if (!Py_IsInitialized()) return;
+  if (!python_is_there()) return;
   py::gil_scoped_acquire gil;
   Py_DECREF(static_cast<PyObject*>(object));
+}
+
+// What an exporter says of itself, as far as it can be checked. Each complaint goes on from the
+// name of the argument.
+Import checked(Import import) {
+  const dlpack::Tensor& view = import.view;
+  if (view.ndim < 0 || view.ndim > kMostDimensions)
+    throw py::value_error("expected 0 to " + std::to_string(kMostDimensions) + " axes, got " +
+                          std::to_string(view.ndim));
+  if (view.ndim > 0 && view.shape == nullptr)
+    throw py::value_error("expected a shape, got an array of " + std::to_string(view.ndim) +
+                          " axes without one");
+  bool empty = false;
+  for (int i = 0; i < view.ndim; ++i) {
+    if (view.shape[i] < 0)
+      throw py::value_error("expected sizes of 0 or more, got " + std::to_string(view.shape[i]) +
+                            " of axis " + std::to_string(i));
+    empty = empty || view.shape[i] == 0;
+  }
+  if (empty) return import;
+  if (view.data == nullptr) throw py::value_error("expected an array with data, got one without");
+  // The bytes from the first element to the last, in either direction, in numbers that no size
+  // overflows.
+  constexpr double kMostBytes = 4e18;
+  double elements = 1, reach = std::max(view.dtype.bits / 8, 1);
+  const double item = reach;
+  for (int i = view.ndim; i-- > 0;) {
+    const auto size = static_cast<double>(view.shape[i]);
+    const double stride = view.strides ? static_cast<double>(view.strides[i]) : elements;
+    elements *= size;
+    reach += size > 1 ? std::abs(stride) * (size - 1) * item : 0;
+  }
+  if (reach > kMostBytes || elements * item > kMostBytes)
+    throw py::value_error("expected an array in memory, got sizes and strides beyond any");
+  return import;
 }
 
 Import import_array(py::handle object, bool borrowed) {
@@ -224,11 +282,16 @@ Import import_array(py::handle object, bool borrowed) {
 
 }  // namespace
 
-Import borrow(py::handle object) { return import_array(object, true); }
+Import borrow(py::handle object) { return checked(import_array(object, true)); }
 
-Import keep(py::handle object) { return import_array(object, false); }
+Import keep(py::handle object) { return checked(import_array(object, false)); }
 
 bool set_fast_dlpack(bool on) { return std::exchange(fast_dlpack, on); }
+
+std::string reason(const py::error_already_set& error) {
+  const std::string text = py::str(error.value());
+  return text.substr(0, text.find('\n'));
+}
 
 void refuse(py::handle object) {
   throw py::type_error("expected an array (NumPy, torch, or any object with __dlpack__), got " +

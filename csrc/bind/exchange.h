@@ -8,6 +8,7 @@
 #include <pybind11/pybind11.h>
 
 #include <memory>
+#include <string>
 
 #include "dlpack.h"
 
@@ -32,6 +33,9 @@ Import keep(py::handle object);
 
 // Whether the DLPack C exchange API is used (the default). Returns what it was.
 bool set_fast_dlpack(bool on);
+
+// What an exporter says is wrong, on one line.
+std::string reason(const py::error_already_set& error);
 
 // TypeError "expected an array …, got …"
 [[noreturn]] void refuse(py::handle object);

@@ -12,9 +12,10 @@
 #include "argument.h"
 #include "backend.h"
 #include "dtype.h"
+#include "frozen.h"
+#include "gil.h"
 #include "memory.h"
 #include "options.h"
-#include "pack_cache.h"
 
 namespace fastrnn::bind {
 namespace {
@@ -147,7 +148,7 @@ class Inference {
   }
 
   // Those of `names` in a module's dictionary of parameters.
-  void set_weights(const py::dict& parameters, const py::tuple& names, PackCache& cache) {
+  void set_weights(const py::dict& parameters, const py::tuple& names, Frozen* frozen) {
     const std::int64_t L = problem_.options.layers, D = problem_.options.directions;
     const std::int64_t P = problem_.options.proj_size, groups = L * D;
     const auto count = static_cast<std::int64_t>(names.size());
@@ -190,7 +191,7 @@ class Inference {
       parameters_.push_back(p);
     }
     problem_.parameters = parameters_.data();
-    packed_ = cache.find(problem_, objects_.data(), arrays_);
+    if (frozen != nullptr) packed_ = frozen->find(problem_, objects_.data(), arrays_);
     if (packed_) problem_.packed = packed_->data();
   }
 
@@ -218,7 +219,7 @@ class Inference {
     }
     const Backend& backend = cpu_backend();
     {
-      py::gil_scoped_release no_gil;
+      const WithoutGil no_gil;
       const Scratch scratch(backend.workspace_size(problem_, Pass::forward));
       problem_.workspace = scratch.data();
       backend.forward(problem_);
@@ -275,14 +276,14 @@ class Inference {
   Owners owners_;
 };
 
-py::object infer(const CheckedOptions& options, PackCache& cache, const py::dict& parameters,
+py::object infer(const CheckedOptions& options, Frozen* frozen, const py::dict& parameters,
                  const py::tuple& names, py::handle input, py::handle hx, bool batch_first,
                  bool cell) {
   if (!all_quiet(torch.listening) || !all_quiet(torch.changing)) return py::none();
   try {
     Inference call(options, PyLong_AsLong(called(torch.get_num_threads).ptr()));
     call.set_input(input, batch_first, cell);
-    call.set_weights(parameters, names, cache);
+    call.set_weights(parameters, names, frozen);
     call.set_states(hx, cell);
     return call.run(input, batch_first, cell);
   } catch (const Refused&) {

@@ -12,6 +12,7 @@
 #include "call.h"
 #include "cpu/isa.h"
 #include "dtype.h"
+#include "gil.h"
 #include "options.h"
 
 #ifdef FASTRNN_HAS_CUDA
@@ -92,7 +93,7 @@ double peak(const std::string& dtype, int threads, double seconds) {
   if (dtype != "float32" && dtype != "float64")
     throw py::value_error("dtype: expected 'float32' or 'float64', got '" + dtype + "'");
   check_measurement(threads, seconds);
-  const py::gil_scoped_release unlocked;
+  const WithoutGil unlocked;
   return fma_peak(dtype == "float32" ? DType::f32 : DType::f64, threads, seconds);
 }
 
@@ -102,7 +103,7 @@ double bandwidth(std::int64_t bytes, int threads, double seconds) {
     throw py::value_error("bytes: expected " + std::to_string(fewest) + " or more, got " +
                           std::to_string(bytes));
   check_measurement(threads, seconds);
-  const py::gil_scoped_release unlocked;
+  const WithoutGil unlocked;
   return read_bandwidth(bytes, threads, seconds);
 }
 

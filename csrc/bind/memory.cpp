@@ -1,14 +1,26 @@
 #include "memory.h"
 
-#include <new>
 #include <utility>
 
 namespace fastrnn::bind {
 
-Memory::Memory(std::size_t bytes)
-    : data_(::operator new(bytes, std::align_val_t{64})), bytes_(bytes) {}
+namespace {
 
-void Memory::Free::operator()(void* data) const { ::operator delete(data, std::align_val_t{64}); }
+constexpr std::align_val_t kAlignment{64};
+
+}  // namespace
+
+void* new_aligned(std::size_t bytes) {
+  void* data = ::operator new(bytes, kAlignment, std::nothrow);
+  if (data == nullptr) throw OutOfMemory(bytes);
+  return data;
+}
+
+void free_aligned(void* data) { ::operator delete(data, kAlignment); }
+
+Memory::Memory(std::size_t bytes) : data_(new_aligned(bytes)), bytes_(bytes) {}
+
+void Memory::Free::operator()(void* data) const { free_aligned(data); }
 
 thread_local Memory Scratch::kept_;
 

@@ -3,8 +3,25 @@
 
 #include <cstddef>
 #include <memory>
+#include <new>
+#include <string>
 
 namespace fastrnn::bind {
+
+// MemoryError in Python, with the number of bytes.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(std::size_t bytes)
+      : message_("out of memory: " + std::to_string(bytes) + " bytes cannot be allocated") {}
+  const char* what() const noexcept override { return message_.c_str(); }
+
+ private:
+  std::string message_;
+};
+
+// 64-byte aligned, to be given to free_aligned(). OutOfMemory where there is none.
+void* new_aligned(std::size_t bytes);
+void free_aligned(void* data);
 
 class Memory {
  public:

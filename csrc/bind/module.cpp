@@ -1,21 +1,41 @@
-// The Python module `fastrnn._C`: one line for each part that registers itself.
+// The Python module `fastrnn._C`: one line for each part that registers itself. For the process's
+// first interpreter alone: types and what is remembered of them are the process's.
 #include <pybind11/pybind11.h>
 
 #include "call.h"
+#include "frozen.h"
 #include "infer.h"
 #include "info.h"
 #include "options.h"
-#include "pack_cache.h"
 #include "stream.h"
 #include "tensor.h"
 
-PYBIND11_MODULE(_C, module) {
+namespace {
+
+constexpr const char* kOnlyMain =
+    "fastrnn cannot be imported in a subinterpreter: import it in the main interpreter, or use a "
+    "process of its own (multiprocessing)";
+
+bool in_main_interpreter() { return PyInterpreterState_Get() == PyInterpreterState_Main(); }
+
+}  // namespace
+
+PYBIND11_MODULE(_C_of_main, module) {
+  if (!in_main_interpreter()) throw pybind11::import_error(kOnlyMain);
   module.doc() = "The engine, low level: arrays in and out, nothing allocated, everything checked.";
   fastrnn::bind::register_tensor(module);
   fastrnn::bind::register_options(module);
-  fastrnn::bind::register_pack_cache(module);
+  fastrnn::bind::register_frozen(module);
   fastrnn::bind::register_call(module);
   fastrnn::bind::register_infer(module);
   fastrnn::bind::register_stream(module);
   fastrnn::bind::register_info(module);
+}
+
+// Before pybind11 has a look around, which waits for ever in a subinterpreter of Python
+// before 3.12. Newer ones may call this in the main interpreter first, and only then what is above.
+PyMODINIT_FUNC PyInit__C() {
+  if (in_main_interpreter()) return PyInit__C_of_main();
+  PyErr_SetString(PyExc_ImportError, kOnlyMain);
+  return nullptr;
 }

@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <utility>
 
 #include "backend.h"
 #include "call.h"
 #include "dtype.h"
+#include "gil.h"
 #include "infer.h"
 
 namespace fastrnn::bind {
@@ -68,8 +70,10 @@ Stream::Stream(const CheckedOptions& options, py::handle weights, std::int64_t b
       output_(Tensor::empty({0}, storage_)),
       threads_(std::move(threads)),
       view_(std::move(view)) {
-  if (batch_size < 1)
-    throw py::value_error("batch_size: expected 1 or more, got " + std::to_string(batch_size));
+  constexpr std::int64_t kMostRows = std::numeric_limits<std::int32_t>::max();
+  if (batch_size < 1 || batch_size > kMostRows)
+    throw py::value_error("batch_size: expected 1 to " + std::to_string(kMostRows) + ", got " +
+                          std::to_string(batch_size));
   if (options.options.directions != 1)
     throw py::value_error("bidirectional: a stream cannot run backwards in time");
   problem_.B = batch_size;
@@ -195,6 +199,7 @@ class Stream::Reading {
     }
     const auto item = static_cast<Py_ssize_t>(stream.item_);
     held_ = buffer_.ndim == 2 && buffer_.itemsize == item && buffer_.format != nullptr &&
+            buffer_.shape != nullptr && buffer_.strides != nullptr &&
             buffer_.format[0] == stream.format_ && buffer_.format[1] == '\0' &&
             buffer_.shape[0] == stream.problem_.B && buffer_.shape[1] == stream.problem_.I &&
             buffer_.strides[0] % item == 0 && buffer_.strides[1] % item == 0 &&
@@ -283,7 +288,7 @@ void Stream::set_threads() {
 void Stream::run() {
   const Busy busy(busy_);
   if (!large_) return cpu_backend().forward(problem_);
-  const py::gil_scoped_release no_gil;
+  const WithoutGil no_gil;
   cpu_backend().forward(problem_);
 }
 
@@ -386,8 +391,8 @@ PyObject* step_entry(PyObject* self, PyObject* x) {
     error.restore();
   } catch (const py::builtin_exception& error) {
     error.set_error();
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
+  } catch (const std::bad_alloc& error) {
+    PyErr_SetString(PyExc_MemoryError, error.what());
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }

@@ -4,15 +4,14 @@
 
 #include <cstring>
 #include <limits>
-#include <new>
 #include <optional>
 #include <string>
 #include <utility>
 
+#include "memory.h"
+
 namespace fastrnn::bind {
 namespace {
-
-constexpr std::align_val_t kAlignment{64};
 
 // Where a tensor without elements points to: null would read as "not given".
 alignas(64) char nothing[64];
@@ -66,8 +65,8 @@ void copy_strided(char* to, const char* from, const std::int64_t* shape,
 Tensor Tensor::empty(std::vector<std::int64_t> shape, dlpack::DataType dtype) {
   Tensor tensor;
   const std::size_t bytes = bytes_of(shape, dtype.bits / 8);
-  tensor.data_ = ::operator new(bytes > 0 ? bytes : 1, kAlignment);
-  tensor.storage_ = {tensor.data_, [](void* data) { ::operator delete(data, kAlignment); }};
+  tensor.data_ = new_aligned(bytes > 0 ? bytes : 1);
+  tensor.storage_ = {tensor.data_, free_aligned};
   tensor.dtype_ = dtype;
   tensor.device_ = {dlpack::kCPU, 0};
   tensor.strides_ = contiguous_strides(shape);
@@ -277,6 +276,23 @@ std::string repr(const Tensor& tensor) {
          "')";
 }
 
+Tensor from_dlpack(py::handle x) {
+  try {
+    return Tensor(keep(x));
+  } catch (const py::value_error& error) {
+    throw py::value_error(std::string("x: ") + error.what());
+  } catch (const py::type_error& error) {
+    throw py::type_error(std::string("x: ") + error.what());
+  } catch (const py::buffer_error& error) {
+    throw py::buffer_error(std::string("x: ") + error.what());
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_Exception)) throw;
+    const std::string text = "x: the array cannot be read: " + reason(error);
+    py::raise_from(error, PyExc_BufferError, text.c_str());
+    throw py::error_already_set();
+  }
+}
+
 py::int_ length(const Tensor& tensor) {
   if (tensor.ndim() == 0) throw py::type_error("len() of a tensor without axes");
   return tensor.shape()[0];
@@ -326,7 +342,7 @@ void register_tensor(py::module_& module) {
         return Tensor::empty(std::move(shape), type_named(dtype));
       },
       py::arg("shape"), py::arg("dtype"));
-  module.def("from_dlpack", [](py::handle x) { return Tensor(keep(x)); }, py::arg("x"));
+  module.def("from_dlpack", from_dlpack, py::arg("x"));
   module.def("_set_fast_dlpack", set_fast_dlpack, py::arg("on"));
 }
 

@@ -2,7 +2,7 @@
 //
 // V is a value of the device: a SIMD vector on the CPU, a float on the GPU. It brings, found by
 // argument-dependent lookup: + - * /, fma(a, b, c) = a·b + c, exp_minus_one(x), exp_minus(x) =
-// e^-x, maximum(a, b), minimum(a, b), positive(x) = (x > 0 ? 1 : 0), between(x, lo, hi) = 1 or 0,
+// e^-x, maximum(a, b), minimum(a, b), positive(x) = (x <= 0 ? 0 : 1), between(x, lo, hi) = 1 or 0,
 // absolute(x), copy_sign(x, sign).
 //
 // Accuracy: sigmoid and tanh within 4 ULP of the exact value. tanh goes through e^x − 1, so that

@@ -107,10 +107,13 @@ bool find_cell(CellList<Cells...>, const Options& o, CellEntry& found) {
           ...);
 }
 
-// Whether something adds to the cell: csrc/cpu/general_forward.h.
-bool beyond_the_cell(const Problem& p) {
-  return p.options.maths.beyond_the_cell() || p.reset_h.data || p.reset_c.data || p.d_reset_h ||
-         p.d_reset_c || p.dropout_mask.data || p.zoneout_h_mask.data || p.zoneout_c_mask.data;
+// Whether something adds to the cell: csrc/cpu/general_forward.h, general_backward.h.
+bool beyond_the_cell(const Problem& p, Pass pass) {
+  const bool step = p.options.maths.beyond_the_cell() || p.dropout_mask.data ||
+                    p.zoneout_h_mask.data || p.zoneout_c_mask.data;
+  if (pass == Pass::forward) return step;
+  return step || p.options.maths.grad_clip > 0 || p.reset_h.data || p.reset_c.data || p.d_reset_h ||
+         p.d_reset_c;
 }
 
 CellEntry cell_entry(const Options& o) {
@@ -192,7 +195,7 @@ double layer_time(const Stack& s, int rows, int columns) {
       product_time(s, std::ceil(static_cast<double>(s.pairs) / rows), of_input, every);
   const double cells = static_cast<double>(s.pairs) * H * kCell / threads;
   double step = product_time(s, mine, of_state, T > 1 ? of_state : every);
-  if (columns > 1) step += beyond_the_cell(p) ? 2 * kBarrier : kBarrier;
+  if (columns > 1) step += beyond_the_cell(p, s.pass) ? 2 * kBarrier : kBarrier;
   return project + cells + T * step + (threads > 1 ? kRegion : 0);
 }
 
@@ -258,11 +261,30 @@ std::int64_t packed_before(const Stack& s, std::int64_t l) {
   return static_cast<std::int64_t>(first) + (l - 1) * static_cast<std::int64_t>(later);
 }
 
+// Products with weights that are not packed, up to which packing them first costs more: a product
+// takes about twice as long in place, packing as long as four (measured in docs/kernels-cpu.md).
+constexpr std::int64_t kInPlace = 3;
+
+// The weights that few rows are multiplied by are read where they lie.
+void read_in_place(const Stack& s, Layer& layer) {
+  const auto products = [&](std::int64_t rows) {
+    return (rows + s.kernels.rows_per_block - 1) / s.kernels.rows_per_block;
+  };
+  layer.x_in_place = products(s.pairs) <= kInPlace;
+  layer.h_in_place = s.p.T * products(s.p.B) <= kInPlace;
+  for (std::int64_t d = 0; d < layer.directions; ++d) {
+    const Parameters& p = layer.parameters[d];
+    layer.x_in_place = layer.x_in_place && p.weight_ih.unit == 1;
+    layer.h_in_place =
+        layer.h_in_place && p.weight_hh.unit == 1 && (!p.weight_hr.data || p.weight_hr.unit == 1);
+  }
+}
+
 Layer describe(const Stack& s, std::int64_t l) {
   const Problem& p = s.p;
   const std::int64_t D = p.options.directions, g = l * D;
   Layer layer = describe_weights(s, l);
-  layer.general = beyond_the_cell(p);
+  layer.general = beyond_the_cell(p, s.pass);
   layer.rows = p.B;
   layer.d_above_width = D * s.O;
   layer.plan = s.plan;
@@ -294,8 +316,11 @@ Layer describe(const Stack& s, std::int64_t l) {
   }
   layer.packed = const_cast<void*>(p.packed);  // only read by forward
   if (layer.packed && l > 0) layer.packed = shifted(layer.packed, packed_before(s, l), 1);
+  if (s.pass == Pass::forward && layer.parameters) read_in_place(s, layer);
   layer.output = contiguous(
       s, shifted(p.hidden, p.all_layers ? l * s.saved_pairs * D * s.O : 0, s.storage), D * s.O);
+  if (s.pass == Pass::forward && l == p.options.layers - 1)
+    layer.copy = contiguous(s, p.output, D * s.O);
   return layer;
 }
 

@@ -172,15 +172,19 @@ class Packing : Shape<Cell, S> {
         out_blocks_(ceil_div(layer.O, wide * lanes)),
         block_ih_(whole_steps<E>(layer.I) * vectors * lanes),
         block_hh_(whole_steps<E>(layer.O / heads_) * first * tiles * lanes),
-        block_second_(layer.H / heads_ * (gates - first) * tiles * lanes) {
+        block_second_(layer.H / heads_ * (gates - first) * tiles * lanes),
+        packs_x_(layer.packed || !layer.x_in_place),
+        packs_h_(layer.packed || !layer.h_in_place) {
     Arena arena(base);
     for (Index d = 0; d < layer.directions; ++d) {
       Group& g = group_[d];
-      g.weight_ih = arena.take<E>(blocks_ * block_ih_);
-      g.weight_hh = arena.take<E>(heads_ * head_blocks_ * block_hh_);
-      g.second = layer.P           ? arena.take<C>(out_blocks_ * layer.H * wide * lanes)
-                 : K::two_products ? arena.take<C>(heads_ * head_blocks_ * block_second_)
-                                   : nullptr;
+      if (packs_x_) g.weight_ih = arena.take<E>(blocks_ * block_ih_);
+      if (packs_h_) {
+        g.weight_hh = arena.take<E>(heads_ * head_blocks_ * block_hh_);
+        g.second = layer.P           ? arena.take<C>(out_blocks_ * layer.H * wide * lanes)
+                   : K::two_products ? arena.take<C>(heads_ * head_blocks_ * block_second_)
+                                     : nullptr;
+      }
       g.bias_x = arena.take<C>(blocks_ * vectors * lanes);
       g.bias_h = arena.take<C>(blocks_ * vectors * lanes);
     }
@@ -189,10 +193,28 @@ class Packing : Shape<Cell, S> {
 
   std::size_t used() const { return used_; }
   const Group& group(Index d) const { return group_[d]; }
-  // Block b of a direction's W_ih, of W_hh, and of those of its gates that are a second product.
+  bool packs_x() const { return packs_x_; }
+  bool packs_h() const { return packs_h_; }
+  // Block b of a direction's W_ih, of W_hh, of those of its gates that are a second product, and
+  // of W_hr; packed, and where they lie.
   const E* weight_ih(Index d, Index b) const { return group_[d].weight_ih + b * block_ih_; }
   const E* weight_hh(Index d, Index b) const { return group_[d].weight_hh + b * block_hh_; }
   const C* second(Index d, Index b) const { return group_[d].second + b * block_second_; }
+  const C* weight_hr(Index d, Index b) const {
+    return group_[d].second + b * layer_.H * wide * lanes;
+  }
+  BlockInPlace weight_ih_in_place(Index d, Index b) const {
+    return {layer_.parameters[d].weight_ih, layer_.H, 0, gates, b * units};
+  }
+  BlockInPlace weight_hh_in_place(Index d, Index b) const {
+    return hidden_in_place(d, b, 0, first);
+  }
+  BlockInPlace second_in_place(Index d, Index b) const {
+    return hidden_in_place(d, b, first, gates - first);
+  }
+  BlockInPlace weight_hr_in_place(Index d, Index b) const {
+    return {layer_.parameters[d].weight_hr, layer_.O, 0, 1, b * wide * lanes};
+  }
   // Blocks of W_hh: those of one head and of all.
   Index head_blocks() const { return head_blocks_; }
   Index hidden_blocks() const { return heads_ * head_blocks_; }
@@ -201,6 +223,7 @@ class Packing : Shape<Cell, S> {
     for (Index d = 0; d < layer_.directions; ++d) {
       const Range blocks = split(blocks_, thread, threads);
       for (Index b = blocks.begin; b < blocks.end; ++b) pack_input(d, b);
+      if (!packs_h_) continue;
       const Range hidden = split(hidden_blocks(), thread, threads);
       for (Index b = hidden.begin; b < hidden.end; ++b) pack_hidden(d, b);
       const Range outs = split(layer_.P ? out_blocks_ : 0, thread, threads);
@@ -209,9 +232,16 @@ class Packing : Shape<Cell, S> {
   }
 
  private:
+  Weight head_of_block(Index d, Index block) const {
+    return head_of(layer_.parameters[d].weight_hh, block / head_blocks_, sizeof(S));
+  }
+  BlockInPlace hidden_in_place(Index d, Index b, int begin, int count) const {
+    return {head_of_block(d, b), layer_.H / heads_, begin, count, b % head_blocks_ * units};
+  }
+
   void pack_hidden(Index d, Index block) const {
     const Index b = block % head_blocks_, units_of_head = layer_.H / heads_;
-    const Weight w = head_of(layer_.parameters[d].weight_hh, block / head_blocks_, sizeof(S));
+    const Weight w = head_of_block(d, block);
     pack_gates<E, S>(group_[d].weight_hh + block * block_hh_, w, units_of_head, layer_.O / heads_,
                      0, first, tiles, b * units);
     if constexpr (K::two_products)
@@ -223,8 +253,9 @@ class Packing : Shape<Cell, S> {
     const Parameters& p = layer_.parameters[d];
     const Group& g = group_[d];
     const Index unit = b * units;
-    pack_gates<E, S>(g.weight_ih + b * block_ih_, p.weight_ih, layer_.H, layer_.I, 0, gates, tiles,
-                     unit);
+    if (packs_x_)
+      pack_gates<E, S>(g.weight_ih + b * block_ih_, p.weight_ih, layer_.H, layer_.I, 0, gates,
+                       tiles, unit);
     for (Index v = 0; v < vectors; ++v)
       for (Index lane = 0; lane < lanes; ++lane) {
         const Index gate = v % gates, u = unit + v / gates * lanes + lane;
@@ -249,6 +280,7 @@ class Packing : Shape<Cell, S> {
   const Layer& layer_;
   const Index heads_, blocks_, head_blocks_, out_blocks_;
   const Index block_ih_, block_hh_, block_second_;  // elements of one block
+  const bool packs_x_, packs_h_;
   Group group_[2] = {};
   std::size_t used_ = 0;
 };
@@ -276,12 +308,13 @@ class Forward : protected Shape<Cell, S> {
     Arena arena(base);
     const Index B = steps_.B;
     if (!layer.packed) arena.take<char>(static_cast<Index>(packing_.used()));
-    zeros_ = arena.take<E>(Hp_ > Op_ ? Hp_ : Op_);
     for (Index d = 0; d < layer.directions; ++d) {
       Group& g = group_[d];
       static_cast<typename Packing<Cell, S>::Group&>(g) = packing_.group(d);
       g.initial = arena.take<E>(B * Op_);
       g.h = arena.take<E>(2 * B * Op_);
+      g.reset_h = arena.take<E>(Op_);
+      g.reset_c = Cell::states > 1 ? arena.take<C>(Hp_) : nullptr;
       g.c = Cell::states > 1 ? arena.take<C>(B * Hp_) : nullptr;
       const bool keeps = (layer.P || K::two_products) && !layer.gates;
       g.saved = keeps ? arena.take<C>(B * saved_width_) : nullptr;
@@ -314,6 +347,8 @@ class Forward : protected Shape<Cell, S> {
     E* initial;  // [B][Op] h0
     E* h;
     C* c;
+    E* reset_h;  // [Op] the state after a reset
+    C* reset_c;  // [Hp]
     C* saved;  // [B][saved_width]: one step's, where none are kept but a second product needs them
   };
 
@@ -356,9 +391,12 @@ class Forward : protected Shape<Cell, S> {
   // ---- before the first step ------------------------------------------------------------------
 
   void prepare(int thread, int threads) {
-    const Index wide_row = Hp_ > Op_ ? Hp_ : Op_;
-    if (thread == 0)
-      for (Index u = 0; u < wide_row; ++u) zeros_[u] = E{};
+    if (thread == 0 && steps_.fresh)
+      for (Index d = 0; d < layer_.directions; ++d) {
+        load_state<S>(group_[d].reset_h, layer_.reset_h, d, 0, layer_.O);
+        if constexpr (Cell::states > 1)
+          load_state<S>(group_[d].reset_c, layer_.reset_c, d, 0, layer_.H);
+      }
     if (!layer_.packed) packing_.run(thread, threads);
     for (Index d = 0; d < layer_.directions; ++d) {
       const Range mine = split(steps_.B, thread, threads);
@@ -393,8 +431,9 @@ class Forward : protected Shape<Cell, S> {
   void clear_padding(Index i) {
     const S zero{};
     for (Index t = steps_.length[i]; t < steps_.T; ++t) {
-      S* y = at<S>(layer_.output, steps_, t, i);
-      for (Index u = 0; u < layer_.directions * layer_.O; ++u) y[u] = zero;
+      for (const Sequence* to : {&layer_.output, &layer_.copy})
+        for (Index u = 0; u < layer_.directions * layer_.O && to->data; ++u)
+          at<S>(*to, steps_, t, i)[u] = zero;
       if (layer_.cell.data) {
         C* c = at<C>(layer_.cell, steps_, t, i);
         for (Index u = 0; u < layer_.directions * layer_.H; ++u) c[u] = C(0);
@@ -464,7 +503,6 @@ class Forward : protected Shape<Cell, S> {
     const Index d = block.d, pairs = block.pairs;
     const Group& g = group_[d];
     for (Index b = blocks.begin; b < blocks.end; ++b) {
-      const E* w = packing_.weight_ih(d, b);
       const C* bias = g.bias_x + b * vectors * lanes;
       in_blocks_of_rows<rows>(pairs, [&](auto count, Index m) {
         constexpr int R = decltype(count)::value;
@@ -473,8 +511,15 @@ class Forward : protected Shape<Cell, S> {
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 24
           for (int v = 0; v < vectors; ++v) acc[r][v] = V::load(bias + v * lanes);
-        accumulate<R, vectors>(acc, x_rows_ + m, layer_.I, w);
         C* to = x_gates(blocks, b, m);
+        if (!packing_.packs_x()) {
+          Sums<R, vectors, C> sums(acc);
+          add_in_place<E, S>(sums.v[0], R, vectors, x_rows_ + m, layer_.I,
+                             packing_.weight_ih_in_place(d, b));
+          __builtin_memcpy(to, sums.v, sizeof(sums.v));
+          return;
+        }
+        accumulate<R, vectors>(acc, x_rows_ + m, layer_.I, packing_.weight_ih(d, b));
 #pragma GCC unroll 24
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 24
@@ -489,7 +534,7 @@ class Forward : protected Shape<Cell, S> {
     const Walk walk{steps_, p.reverse};
     for (Index j = 0; j < n; ++j) {
       const Index i = p.deal.row(j);
-      h_rows_[j] = walk.starts_fresh(p.t, i) ? zeros_
+      h_rows_[j] = walk.starts_fresh(p.t, i) ? g.reset_h
                    : walk.first(p.t, i)      ? g.initial + i * Op_
                                              : g.h + ((~p.t & 1) * steps_.B + i) * Op_;
     }
@@ -524,7 +569,6 @@ class Forward : protected Shape<Cell, S> {
   void first_product(const Position& p, const Range& blocks, Index b, Index n, Index m) {
     const Group& g = group_[p.d];
     constexpr int N = first * tiles;
-    const E* w = packing_.weight_hh(p.d, b);
     const C* bias_h = g.bias_h + b * vectors * lanes;
     in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
       constexpr int R = decltype(count)::value;
@@ -545,8 +589,7 @@ class Forward : protected Shape<Cell, S> {
           acc[r][v] = Cell::separate[v % first] ? V::load(bias_h + from * lanes)
                                                 : V::load(x + (r * vectors + from) * lanes);
         }
-      accumulate<R, N>(acc, h_rows_ + j, layer_.O, w);
-      const Sums<R, N, C> sums(acc);
+      const Sums<R, N, C> sums = hidden_sums(acc, p.d, b, h_rows_ + j, layer_.O);
       for (int tile = 0; tile < tiles; ++tile) {
         const Index unit = b * units + tile * lanes;
         if (unit >= layer_.H) break;
@@ -556,6 +599,44 @@ class Forward : protected Shape<Cell, S> {
         });
       }
     });
+  }
+
+  // acc + rows · W for block b of W_ih, of W_hh, of the gates of its second product, and of W_hr.
+  template <int R>
+  FASTRNN_INLINE Sums<R, vectors, C> input_sums(V (&acc)[R][vectors], Index d, Index b,
+                                                const E* const* x, Index K) const {
+    if (packing_.packs_x()) accumulate<R, vectors>(acc, x, K, packing_.weight_ih(d, b));
+    Sums<R, vectors, C> sums(acc);
+    if (!packing_.packs_x())
+      add_in_place<E, S>(sums.v[0], R, vectors, x, K, packing_.weight_ih_in_place(d, b));
+    return sums;
+  }
+  template <int R, int N>
+  FASTRNN_INLINE Sums<R, N, C> hidden_sums(V (&acc)[R][N], Index d, Index b, const E* const* h,
+                                           Index K) const {
+    if (packing_.packs_h()) accumulate<R, N>(acc, h, K, packing_.weight_hh(d, b));
+    Sums<R, N, C> sums(acc);
+    if (!packing_.packs_h())
+      add_in_place<E, S>(sums.v[0], R, N, h, K, packing_.weight_hh_in_place(d, b));
+    return sums;
+  }
+  template <int R, int N>
+  FASTRNN_INLINE Sums<R, N, C> second_sums(V (&acc)[R][N], Index d, Index b, const C* const* x,
+                                           Index K) const {
+    if (packing_.packs_h()) accumulate<R, N>(acc, x, K, packing_.second(d, b));
+    Sums<R, N, C> sums(acc);
+    if (!packing_.packs_h())
+      add_in_place<C, S>(sums.v[0], R, N, x, K, packing_.second_in_place(d, b));
+    return sums;
+  }
+  template <int R>
+  FASTRNN_INLINE Sums<R, wide, C> projected_sums(V (&acc)[R][wide], Index d, Index b,
+                                                 const C* const* x, Index K) const {
+    if (packing_.packs_h()) accumulate<R, wide>(acc, x, K, packing_.weight_hr(d, b));
+    Sums<R, wide, C> sums(acc);
+    if (!packing_.packs_h())
+      add_in_place<C, S>(sums.v[0], R, wide, x, K, packing_.weight_hr_in_place(d, b));
+    return sums;
   }
 
   // done(Int<M>{}, r) for R rows, as many of them at once as a cell takes.
@@ -590,7 +671,7 @@ class Forward : protected Shape<Cell, S> {
       for (int r = 0; r < M; ++r) {
         for (int g = 0; g < gates; ++g) x[g].of[r] = V::load(x_tile + (r * vectors + g) * lanes);
         if constexpr (Cell::states > 1)
-          previous[1].of[r] = h_rows_[j + r] == zeros_ ? V(0) : V::load(c_row(p.d, i[r]) + unit);
+          previous[1].of[r] = V::load(c_before(p.d, j + r, i[r]) + unit);
       }
       Cell::forward(layer_.maths, x, a, previous, next, saved);
 #pragma GCC unroll 8
@@ -607,6 +688,10 @@ class Forward : protected Shape<Cell, S> {
   }
 
   C* c_row(Index d, Index i) const { return group_[d].c + i * Hp_; }
+  // c before the step of the thread's row j, row i of all.
+  const C* c_before(Index d, Index j, Index i) const {
+    return h_rows_[j] == group_[d].reset_h ? group_[d].reset_c : c_row(d, i);
+  }
 
   FASTRNN_INLINE void store_saved(C* keep, Index unit, const V* saved) {
     for (int s = 0; s < Cell::saved; ++s) saved[s].store(keep + s * Hp_ + unit);
@@ -632,6 +717,8 @@ class Forward : protected Shape<Cell, S> {
     const V kept = sizeof(E) == sizeof(S) ? h : rounded<S>(h);  // storing rounds to E
     store_units(kept, group_[p.d].h + ((p.t & 1) * steps_.B + i) * Op_ + unit, lanes);
     store_units(h, at<S>(layer_.output, steps_, p.t, i) + p.d * O + unit, O - unit);
+    if (layer_.copy.data)
+      store_units(h, at<S>(layer_.copy, steps_, p.t, i) + p.d * O + unit, O - unit);
     if (Walk{steps_, p.reverse}.last(p.t, i))
       store_units(h, static_cast<S*>(layer_.h_n) + (p.d * steps_.B + steps_.order[i]) * O + unit,
                   O - unit);
@@ -640,7 +727,6 @@ class Forward : protected Shape<Cell, S> {
   // Reset-before GRU: the gates that read r∘h.
   void second_product(const Position& p, const Range& blocks, Index b, Index n, Index m) {
     constexpr int G = gates - first, N = G * tiles;
-    const C* w = packing_.second(p.d, b);
     in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
       constexpr int R = decltype(count)::value;
       const C* x = x_gates(blocks, b, m + j);
@@ -650,8 +736,7 @@ class Forward : protected Shape<Cell, S> {
 #pragma GCC unroll 24
         for (int v = 0; v < N; ++v)
           acc[r][v] = V::load(x + (r * vectors + v / G * gates + first + v % G) * lanes);
-      accumulate<R, N>(acc, second_rows_ + j, layer_.H, w);
-      const Sums<R, N, C> sums(acc);
+      const Sums<R, N, C> sums = second_sums(acc, p.d, b, second_rows_ + j, layer_.H);
       for (int tile = 0; tile < tiles; ++tile) {
         const Index unit = b * units + tile * lanes;
         if (unit >= layer_.H) break;
@@ -692,13 +777,11 @@ class Forward : protected Shape<Cell, S> {
   // done(j, unit, h) for the tiles of block b of W_hr · hidden units.
   template <class Done>
   FASTRNN_INLINE void hidden_tiles(const Position& p, Index b, Index n, Done done) {
-    const C* w = group_[p.d].second + b * layer_.H * wide * lanes;
     in_blocks_of_rows<K::wide_rows>(n, [&](auto count, Index j) {
       constexpr int R = decltype(count)::value;
       V acc[R][wide];
       clear(acc);
-      accumulate<R, wide>(acc, second_rows_ + j, layer_.H, w);
-      const Sums<R, wide, C> sums(acc);
+      const Sums<R, wide, C> sums = projected_sums(acc, p.d, b, second_rows_ + j, layer_.H);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < wide; ++v) {
           const Index unit = (b * wide + v) * lanes;
@@ -713,7 +796,6 @@ class Forward : protected Shape<Cell, S> {
   const bool copies_;  // rows of input that the kernel cannot read where they lie
   const Packing<Cell, S> packing_;
   Group group_[2] = {};
-  E* zeros_ = nullptr;
   char* threads_ = nullptr;
   std::size_t used_ = 0;
   // The thread's own.

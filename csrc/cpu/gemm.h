@@ -81,6 +81,7 @@ struct Factor {
   using V = Vec<E>;
   static constexpr int depth = 1;
   static FASTRNN_INLINE V weight(const E* p) { return V::load(p); }
+  static FASTRNN_INLINE V weight(V bits) { return bits; }
   static FASTRNN_INLINE V broadcast(const E* p) { return V(*p); }
   static FASTRNN_INLINE V multiply_add(V x, V weight, V sum) { return fma(x, weight, sum); }
 };
@@ -95,6 +96,7 @@ struct Factor<Bf16> {
   static FASTRNN_INLINE Pairs weight(const Bf16* p) {
     return *reinterpret_cast<const UnalignedPairs*>(p);
   }
+  static FASTRNN_INLINE Pairs weight(V bits) { return (Pairs)bits.v; }
   static FASTRNN_INLINE Pairs broadcast(const Bf16* p) {
     int pair;
     __builtin_memcpy(&pair, p, sizeof(pair));

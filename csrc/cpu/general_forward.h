@@ -1,5 +1,5 @@
 // One layer forward where something adds to the cell: peephole, layer norm, heads, zoneout, a
-// dropout mask on h, a state after resets, or a gradient to be clipped.
+// dropout mask on h.
 //
 // Maths         csrc/cells/, options.h of it first. Steps run in blocks as in forward.h, which this
 //               builds on, but a step is two passes: the products of all the thread's rows into
@@ -26,7 +26,7 @@ class GeneralForward : Forward<Cell, S> {
   using Base::blocks_, Base::out_blocks_, Base::saved_width_, Base::h_rows_, Base::second_rows_;
   using Base::layer_, Base::steps_, Base::Hp_, Base::Op_, Base::group_, Base::packing_;
   using K::lanes, K::gates, K::tiles, K::vectors, K::rows, K::units, K::first, K::wide;
-  using typename Base::Block, typename Base::Position;
+  using typename Base::Block, typename Base::Group, typename Base::Position;
   using typename K::C, typename K::E, typename K::V;
   friend Base;
 
@@ -45,8 +45,6 @@ class GeneralForward : Forward<Cell, S> {
     for (Index d = 0; d < layer.directions; ++d) {
       Constants& k = constants_[d];
       k.bias_h = arena.take<C>(width_);
-      k.reset_h = arena.take<E>(Op_);
-      k.reset_c = Cell::states > 1 ? arena.take<C>(Hp_) : nullptr;
       k.sums = arena.take<C>(B * width_);
       if (layer.maths.layer_norm) {
         k.bias_x = arena.take<C>(width_);
@@ -81,8 +79,6 @@ class GeneralForward : Forward<Cell, S> {
     C *bias_h, *gain_h;  // [G·Hp]
     C *bias_c, *gain_c;  // [Hp]
     C* peephole;         // [3·Hp]
-    E* reset_h;          // [Op]: the state after a reset
-    C* reset_c;          // [Hp]
     C* mask;             // [B][Op]; null: W_hh sees all of h
     E *seen_initial, *seen_reset, *seen;
     C* sums;
@@ -130,8 +126,6 @@ class GeneralForward : Forward<Cell, S> {
     const Constants& k = constants_[d];
     const Index H = layer_.H;
     load_planes<S>(k.bias_h, p.bias_hh, gates, H);
-    load_state<S>(k.reset_h, layer_.reset_h, d, 0, layer_.O);
-    if (Cell::states > 1) load_state<S>(k.reset_c, layer_.reset_c, d, 0, H);
     if (layer_.maths.layer_norm) {
       load_planes<S>(k.bias_x, p.bias_ih, gates, H);
       load_planes<S>(k.gain_x, p.norm_ih, gates, H);
@@ -179,7 +173,6 @@ class GeneralForward : Forward<Cell, S> {
   }
 
   void project_units(const Block& block, Index b, C* sums) {
-    const E* w = packing_.weight_ih(block.d, b);
     const C* bias = group_[block.d].bias_x + b * vectors * lanes;
     in_blocks_of_rows<rows>(block.pairs, [&](auto count, Index m) {
       constexpr int R = decltype(count)::value;
@@ -191,8 +184,8 @@ class GeneralForward : Forward<Cell, S> {
 #pragma GCC unroll 24
           for (int v = 0; v < vectors; ++v) acc[r][v] = V::load(bias + v * lanes);
       }
-      accumulate<R, vectors>(acc, Base::x_rows_ + m, layer_.I, w);
-      const Sums<R, vectors, C> results(acc);
+      const Sums<R, vectors, C> results =
+          Base::input_sums(acc, block.d, b, Base::x_rows_ + m, layer_.I);
       for (int r = 0; r < R; ++r)
         store_tiles(results.v[r], gates, sums + (m + r) * width_ + b * units, layer_.H - b * units);
     });
@@ -265,7 +258,7 @@ class GeneralForward : Forward<Cell, S> {
     const Walk walk{steps_, p.reverse};
     const Constants& k = constants_[p.d];
     if (walk.starts_fresh(p.t, i)) {
-      before_[j] = k.reset_h;
+      before_[j] = group_[p.d].reset_h;
       h_rows_[j] = k.mask ? k.seen_reset + i * Op_ : before_[j];
     } else if (walk.first(p.t, i)) {
       before_[j] = group_[p.d].initial + i * Op_;
@@ -290,7 +283,6 @@ class GeneralForward : Forward<Cell, S> {
 
   void first_product(const Position& p, Index b, Index n) {
     constexpr int N = first * tiles;
-    const E* w = packing_.weight_hh(p.d, b);
     const HeadBlock at = head_block(b);
     in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
       constexpr int R = decltype(count)::value;
@@ -298,8 +290,7 @@ class GeneralForward : Forward<Cell, S> {
       for (int r = 0; r < R; ++r) h[r] = h_rows_[j + r] + at.head * head_outputs_;
       V acc[R][N];
       clear(acc);
-      accumulate<R, N>(acc, h, head_outputs_, w);
-      const Sums<R, N, C> results(acc);
+      const Sums<R, N, C> results = Base::hidden_sums(acc, p.d, b, h, head_outputs_);
       for (int r = 0; r < R; ++r)
         store_tiles(results.v[r], first, sums_row(p, j + r) + at.head * head_units_ + at.unit,
                     at.left);
@@ -309,7 +300,6 @@ class GeneralForward : Forward<Cell, S> {
   // Reset-before GRU: the gates that read r∘h.
   void second_product(const Position& p, Index b, Index n) {
     constexpr int G = gates - first, N = G * tiles;
-    const C* w = packing_.second(p.d, b);
     const HeadBlock at = head_block(b);
     in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
       constexpr int R = decltype(count)::value;
@@ -317,8 +307,7 @@ class GeneralForward : Forward<Cell, S> {
       for (int r = 0; r < R; ++r) operand[r] = second_rows_[j + r] + at.head * head_units_;
       V acc[R][N];
       clear(acc);
-      accumulate<R, N>(acc, operand, head_units_, w);
-      const Sums<R, N, C> results(acc);
+      const Sums<R, N, C> results = Base::second_sums(acc, p.d, b, operand, head_units_);
       for (int r = 0; r < R; ++r)
         store_tiles(results.v[r], G,
                     sums_row(p, j + r) + first * Hp_ + at.head * head_units_ + at.unit, at.left);
@@ -377,7 +366,8 @@ class GeneralForward : Forward<Cell, S> {
     const Constants& k = constants_[p.d];
     const Index i = p.deal.row(j);
     C* kept = kept_row(p.d, p.t, i);
-    const C* c = before_[j] == k.reset_h ? k.reset_c : group_[p.d].c + i * Hp_;
+    const Group& g = group_[p.d];
+    const C* c = before_[j] == g.reset_h ? g.reset_c : g.c + i * Hp_;
     for (Index unit = 0; unit < layer_.H; unit += lanes) {
       V a[gates], saved[Cell::saved];
       const V before = V::load(c + unit);

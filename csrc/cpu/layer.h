@@ -37,6 +37,7 @@ struct Layer {
   bool wide_c0 = false;                    // c0 is of compute type
   const Parameters* parameters = nullptr;  // [D]
   Sequence output;                         // [.., D·O], storage
+  Sequence copy;                           // forward: the same once more; absent: not wanted
   Sequence cell;                           // [.., D·H], compute type; absent: not kept
   void* h_n = nullptr;                     // [D, B, O], storage
   void* c_n = nullptr;                     // [D, B, H], storage
@@ -60,6 +61,8 @@ struct Layer {
 
   void* packed =
       nullptr;  // the weights as the kernels read them; forward's null: packed in scratch
+  bool x_in_place = false;  // forward, not packed: W_ih is read where it lies (pack.h)
+  bool h_in_place = false;  // W_hh and W_hr likewise
   void* scratch = nullptr;
 
   // ---- a part of a layer: some of the steps, in one direction (Options::recompute) ------------

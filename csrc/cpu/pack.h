@@ -6,6 +6,11 @@
 //
 // Where a step of the kernel takes pairs of k, gates are [block][k / 2][tile][gate][lane][2].
 // Outputs beyond the last are zero, and so is the k that an odd K lacks.
+//
+// A matrix that few rows are multiplied by is not packed: add_in_place() reads it along its rows,
+// a square of lanes outputs by lanes k at a time, and turns each square in registers. The sums are
+// added in the order of accumulate(), so the bits are the same. One product costs about twice that
+// of packed weights and half of packing them first.
 #pragma once
 
 #include <utility>
@@ -121,6 +126,76 @@ void pack_gates(E* to, const Weight& w, Index H, Index K, int first, int gates, 
           __builtin_memcpy(to + ((step + i) * vectors + v) * lanes * depth, &square[i].v,
                            sizeof(V));
     }
+}
+
+// One block of gates of a matrix that is not packed: `vectors` vectors of outputs, [tile][gate] as
+// in a packed block.
+struct BlockInPlace {
+  Weight w;          // its rows are contiguous
+  Index H;           // rows of a gate
+  int first, gates;  // gates first … first + gates − 1
+  Index unit;        // the block's first hidden unit
+};
+
+// Outputs whose weights are rows of W, for a few rows of operands: sums[r·stride] += x[r]·W.
+template <class E>
+struct OutputsInPlace {
+  using C = typename Factor<E>::V;
+  C* sums;
+  Index stride;
+  const E* const* x;
+  Index rows;
+};
+
+// A square of W at (row, k), `outputs` rows by `steps` steps of the kernel of it, turned.
+template <bool Whole, class E, class S>
+FASTRNN_INLINE void add_square(const OutputsInPlace<E>& to, const Weight& w, Index row, Index k,
+                               Index K, Index outputs) {
+  using F = Factor<E>;
+  using V = typename F::V;
+  constexpr int lanes = V::lanes, depth = F::depth;
+  V square[lanes];
+#pragma GCC unroll 16
+  for (int lane = 0; lane < lanes; ++lane)
+    square[lane] = Whole || lane < outputs ? weight_row<E, S>(w, row + lane, k, K) : V(0);
+  transpose(square);
+  for (Index r = 0; r < to.rows; ++r) {
+    const E* x = to.x[r] + k;
+    V sum = to.sums[r * to.stride];
+    if constexpr (Whole) {
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i)
+        sum = F::multiply_add(F::broadcast(x + i * depth), F::weight(square[i]), sum);
+    } else {
+      const Index left = K - k;
+      int i = 0;
+      for (; i < lanes && (i + 1) * depth <= left; ++i)
+        sum = F::multiply_add(F::broadcast(x + i * depth), F::weight(square[i]), sum);
+      if constexpr (depth > 1)
+        if (i < lanes && i * depth < left)
+          sum = F::multiply_add(F::broadcast_last(x + i * depth), F::weight(square[i]), sum);
+    }
+    to.sums[r * to.stride] = sum;
+  }
+}
+
+// What accumulate() adds to `rows` rows of `vectors` sums, by weights that are not packed.
+template <class E, class S>
+FASTRNN_NOINLINE void add_in_place(typename Factor<E>::V* sums, Index rows, Index vectors,
+                                   const E* const* x, Index K, const BlockInPlace& block) {
+  constexpr int lanes = Factor<E>::V::lanes, columns = lanes * Factor<E>::depth;
+  Weight w = block.w;
+  w.unit = 1;
+  for (Index v = 0; v < vectors; ++v) {
+    const Index unit = block.unit + v / block.gates * lanes, outputs = block.H - unit;
+    if (outputs <= 0) break;
+    const Index row = (block.first + v % block.gates) * block.H + unit;
+    const OutputsInPlace<E> to{sums + v, vectors, x, rows};
+    Index k = 0;
+    if (outputs >= lanes)
+      for (; k + columns <= K; k += columns) add_square<true, E, S>(to, w, row, k, K, outputs);
+    for (; k < K; k += columns) add_square<false, E, S>(to, w, row, k, K, outputs);
+  }
 }
 
 // One block of columns `first` … of the rows row … row + K − 1 of W [.., M].

@@ -106,7 +106,7 @@ FASTRNN_INLINE Vec<T> minimum(Vec<T> a, Vec<T> b) {
 }
 template <class T>
 FASTRNN_INLINE Vec<T> positive(Vec<T> x) {
-  return Vec<T>(x.v > Vec<T>(0).v ? Vec<T>(1).v : Vec<T>(0).v);
+  return Vec<T>(x.v <= Vec<T>(0).v ? Vec<T>(0).v : Vec<T>(1).v);
 }
 template <class T>
 FASTRNN_INLINE Vec<T> choose(Vec<T> condition, Vec<T> a, Vec<T> b) {

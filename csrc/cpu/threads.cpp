@@ -2,6 +2,10 @@
 
 #include <algorithm>
 #include <chrono>
+#include <fstream>
+#include <sstream>
+#include <string>
+#include <system_error>
 #include <thread>
 
 #if defined(_OPENMP)
@@ -9,6 +13,10 @@
 #endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
+#include <unistd.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -53,18 +61,133 @@ inline void pause_core() {
 #endif
 }
 
-// The threads of an OpenMP pool do not survive a fork: a region opened in the child would wait for
-// them for ever.
-std::atomic<bool> pool_used{false};
-std::atomic<bool> pool_lost{false};
+#if defined(_OPENMP)
+
+void open_region(int threads, void (*body)(void*, int, int), void* argument) {
+#pragma omp parallel num_threads(threads)
+  {
+    const int count = omp_get_num_threads();
+    if (count == threads)
+      body(argument, omp_get_thread_num(), count);
+    else if (omp_get_thread_num() == 0)
+      body(argument, 0, 1);
+  }
+}
 
 #if defined(__unix__) || defined(__APPLE__)
+
+// ---- forks --------------------------------------------------------------------------------------
+//
+// GNU's OpenMP gives each thread that opens regions a pool of its own. Only the thread that forks
+// goes on in the child, and its pool's threads do not: the next region that it opens there, whoever
+// used the pool before, would wait for them for ever. Threads that the child starts are not
+// concerned: they begin without a pool.
+//
+// So the pool is given back before a fork, and made again by the next region, here and there. Where
+// that cannot be done (a fork inside a region), or was not done (a process forked before this
+// library was loaded), the thread's regions are opened by another one.
+
+// The one thread of a process that lost its pool has another open its regions.
+class Deputy {
+ public:
+  // False where there can be no such thread.
+  bool run(int threads, void (*body)(void*, int, int), void* argument) {
+    if (!started_) {
+      try {
+        std::thread(&Deputy::work, this).detach();
+      } catch (const std::system_error&) {
+        return false;
+      }
+      started_ = true;
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    threads_ = threads;
+    body_ = body;
+    argument_ = argument;
+    changed_.notify_all();
+    changed_.wait(lock, [&] { return body_ == nullptr; });
+    return true;
+  }
+
+ private:
+  [[noreturn]] void work() {
+    for (;;) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      changed_.wait(lock, [&] { return body_ != nullptr; });
+      lock.unlock();  // nobody else is in here until body_ is null
+      open_region(threads_, body_, argument_);
+      lock.lock();
+      body_ = nullptr;
+      changed_.notify_all();
+    }
+  }
+
+  bool started_ = false;  // by the only thread that asks
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  int threads_ = 0;
+  void (*body_)(void*, int, int) = nullptr;  // not null: a region to open
+  void* argument_ = nullptr;
+};
+
+Deputy* deputy = nullptr;  // never deleted: its thread waits until the process ends
+
+// Whether this process was forked, and has not become another program since: of what its parent did
+// before, nothing is known.
+bool only_forked() {
+#if defined(__linux__)
+  constexpr unsigned long kForkedNotExecuted = 0x40;  // PF_FORKNOEXEC
+  std::ifstream file("/proc/self/stat");
+  std::string line;
+  std::getline(file, line);
+  const std::size_t name_end = line.rfind(')');  // a name may hold anything
+  if (name_end == std::string::npos) return false;
+  std::istringstream fields(line.substr(name_end + 1));
+  std::string skipped;
+  for (int i = 0; i < 6; ++i) fields >> skipped;  // state … tpgid
+  unsigned long flags = 0;
+  return fields >> flags && (flags & kForkedNotExecuted) != 0;
+#else
+  return false;
+#endif
+}
+
+bool in_first_thread() {
+#if defined(__linux__)
+  return syscall(SYS_gettid) == getpid();
+#else
+  return true;
+#endif
+}
+
+const bool forked_before_load = only_forked();
+thread_local bool pool_is_lost = forked_before_load && in_first_thread();
+thread_local bool pool_given_back = false;
+
 struct ForkWatch {
   ForkWatch() {
-    pthread_atfork(nullptr, nullptr, [] { pool_lost = pool_used.load(); });
+    pthread_atfork(
+        [] { pool_given_back = !pool_is_lost && omp_pause_resource_all(omp_pause_soft) == 0; },
+        nullptr,
+        [] {
+          pool_is_lost = !pool_given_back;
+          deputy = nullptr;  // the parent's
+        });
   }
 };
 const ForkWatch fork_watch;
+
+bool run_by_deputy(int threads, void (*body)(void*, int, int), void* argument) {
+  if (deputy == nullptr) deputy = new Deputy;
+  return deputy->run(threads, body, argument);
+}
+
+#else
+
+constexpr bool pool_is_lost = false;
+bool run_by_deputy(int, void (*)(void*, int, int), void*) { return false; }
+
+#endif
 #endif
 
 }  // namespace
@@ -154,17 +277,9 @@ bool cores_are_crowded() {
 
 void run_threads(int threads, void (*body)(void*, int, int), void* argument) {
 #if defined(_OPENMP)
-  if (threads > 1 && !pool_lost && !omp_in_parallel()) {
-    pool_used = true;
-#pragma omp parallel num_threads(threads)
-    {
-      const int count = omp_get_num_threads();
-      if (count == threads)
-        body(argument, omp_get_thread_num(), count);
-      else if (omp_get_thread_num() == 0)
-        body(argument, 0, 1);
-    }
-    return;
+  if (threads > 1 && !omp_in_parallel()) {
+    if (!pool_is_lost) return open_region(threads, body, argument);
+    if (run_by_deputy(threads, body, argument)) return;
   }
 #else
   static_cast<void>(threads);

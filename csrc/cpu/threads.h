@@ -48,8 +48,7 @@ class Barrier {
 };
 
 // Runs body(argument, thread, count) on `threads` threads, or on one where that many cannot be had:
-// inside another parallel region, in a child process forked after the pool was built, or without
-// OpenMP.
+// inside another parallel region, or without OpenMP. Works in forked children too.
 void run_threads(int threads, void (*body)(void*, int thread, int count), void* argument);
 
 // Whether a team has waited long a moment ago (the more often, the longer a moment): threads that

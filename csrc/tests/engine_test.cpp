@@ -32,7 +32,7 @@ struct Case {
   std::vector<unsigned char> reset, zoneout_h_mask, zoneout_c_mask;
   Values reset_h, reset_c, dropout_mask;  // empty: not given
 
-  Values input, h0, c0, hidden, h_n, c_n, cell, gates;
+  Values input, h0, c0, hidden, output, h_n, c_n, cell, gates;
   std::vector<Values> weights;
   Values d_output, d_h_n, d_c_n, d_input, d_h0, d_c0, d_reset_h, d_reset_c;
   std::vector<Values> d_weights;
@@ -175,6 +175,8 @@ struct Workspace {
 
 Problem forward_problem(Case& c, std::vector<Parameters>& parameters, bool save) {
   Problem p = problem_of(c, parameters);
+  c.output.assign(size_of(c.pairs() * c.D() * c.O()), -7);
+  p.output = c.output.data();
   if (save && !c.options.recompute) {
     c.gates.assign(
         size_of(c.L() * c.D() * c.pairs() * cell_traits(c.options).saved_planes * padded(c.H)),
@@ -190,6 +192,21 @@ void run_forward(Case& c, bool save) {
   Workspace w;
   p.workspace = w.take(p, Pass::forward);
   cpu_backend().forward(p);
+}
+
+// With weights that were packed before the call.
+void run_packed(Case& c) {
+  std::vector<Parameters> parameters;
+  Problem p = forward_problem(c, parameters, true);
+  const Backend& backend = cpu_backend();
+  Values memory(backend.packed_size(p) / sizeof(double) + 8, std::nan(""));
+  const auto at = reinterpret_cast<std::uintptr_t>(memory.data());
+  void* packed = reinterpret_cast<void*>((at + 63) / 64 * 64);
+  backend.pack(p, packed);
+  p.packed = packed;
+  Workspace w;
+  p.workspace = w.take(p, Pass::forward);
+  backend.forward(p);
 }
 
 Problem backward_problem(Case& c, std::vector<Parameters>& parameters,
@@ -485,6 +502,7 @@ void check_forward(Case& c) {
   for (const bool save : {false, true}) {
     run_forward(c, save);
     all_close("output", last_layer(c), plain.output, 1e-12);
+    all_close("output of its own", c.output, last_layer(c), 0);
     all_close("h_n", c.h_n, plain.h_n, 1e-12);
     if (c.has_c()) all_close("c_n", c.c_n, plain.c_n, 1e-12);
   }
@@ -564,6 +582,18 @@ void check_threads(Case c, int threads = 2) {
   run_forward(other, true);
   run_backward(other);
   same_everywhere(" on ", c, other);
+}
+
+// The same bits whether the weights are packed before the call, in it, or read where they lie.
+void check_packed(Case c) {
+  run_forward(c, true);
+  Case other = c;
+  run_packed(other);
+  same("hidden of packed weights", c.hidden, other.hidden);
+  same("output of packed weights", c.output, other.output);
+  same("h_n of packed weights", c.h_n, other.h_n);
+  same("c_n of packed weights", c.c_n, other.c_n);
+  same("cell of packed weights", c.cell, other.cell);
 }
 
 // The same bits in an ensemble, on one thread and shared out over several.
@@ -675,7 +705,31 @@ void check_plain() {
       check_backward(c);
       check_consumed(c);
       check_recompute(c);
+      check_packed(c);
     }
+  for (Options options : all_options())  // few rows and steps: weights are read where they lie
+    for (const std::int64_t H : {8, 20, 37})
+      for (const std::int64_t T : {1, 3})
+        for (const std::int64_t B : {1, 4}) {
+          Case c;
+          if (options.proj_size) options.proj_size = H - 3;
+          c.options = options;
+          c.T = T, c.B = B, c.I = 3 * H - 5, c.H = H;
+          fill(c, ++seed);
+          name_case(c, "few rows and steps");
+          check_forward(c);
+          check_packed(c);
+          for (const int heads : {2, 4}) {
+            if (H % heads != 0 || c.O() % heads != 0) continue;
+            Case split;
+            split.options = options;
+            split.options.maths.heads = heads;
+            split.T = T, split.B = B, split.I = 2 * H, split.H = H;
+            fill(split, ++seed);
+            check_forward(split);
+            check_packed(split);
+          }
+        }
   for (const Options& options : all_options()) {
     Case wide;  // enough work for a team, few rows: units are split, with barriers
     wide.options = options;
@@ -684,6 +738,7 @@ void check_plain() {
     wide.T = 3, wide.B = 2, wide.I = 40, wide.H = 400;
     fill(wide, ++seed);
     check_forward(wide);
+    check_packed(wide);
     check_threads(wide);
     Case like = wide;  // enough work to be shared out
     like.weights.clear();

@@ -133,17 +133,17 @@ class Options:
     def saved_planes(self) -> int:
         """Planes of `gates` that backward needs; with `recompute` none."""
 
-class PackCache:
-    """A layer's weights as the engine reads them, kept from call to call while they stay the same.
+class Frozen:
+    """A layer's weights, packed once; csrc/bind/frozen.h says when the layer thaws.
 
-    csrc/bind/pack_cache.h says when they count as the same.
+    ``input`` is any array (T, B, I) of the weights' dtype.
     """
 
-    def __init__(self) -> None: ...
-    def clear(self) -> None: ...
+    def __init__(self, options: Options, input: _Array, weights: tuple[Any, ...]) -> None: ...
+    def thaw(self) -> None: ...
     @property
     def packed(self) -> bool:
-        """Whether the weights of the last call are kept."""
+        """Whether the weights are still kept."""
 
 def set_torch(
     tensor: type,
@@ -168,7 +168,7 @@ def nothing_listens(tensors: tuple[Any, ...]) -> bool:
 
 def infer(
     options: Options,
-    cache: PackCache,
+    frozen: Frozen | None,
     parameters: dict[str, Any],
     names: tuple[str, ...],
     input: Any,
@@ -203,11 +203,12 @@ def forward(
     all_layers: bool,
     threads: int = 0,
     workspace: _Array | Callable[[int], _Array] | None = None,
-    cache: PackCache | None = None,
+    frozen: Frozen | None = None,
     extras: _Extras | None = None,
     stream: int = 0,
     allow_tf32: bool = False,
     persistent: bool = False,
+    output: _Array | None = None,
 ) -> None:
     """Runs the stack; writes `hidden`, `h_n` and, where given, `c_n`, `cell`, `gates`.
 
@@ -278,6 +279,7 @@ def forward_members(
     all_layers: bool,
     threads: int = 0,
     extras: _Extras | None = None,
+    output: _Array | None = None,
 ) -> None:
     """`forward` for each of the members, 1 or more, which the threads share out among them.
 

@@ -22,9 +22,12 @@ if TYPE_CHECKING:
     from . import functional, reference
     from ._C import Tensor, from_dlpack
     from ._convert import convert, to_torch
+    from ._decompositions import decompositions
+    from ._freeze import freeze, unfreeze
     from ._gradient_flow import gradient_flow
     from ._keras import from_keras
     from ._onnx import onnx_translation_table
+    from ._patch import patch_torch, unpatch_torch
     from ._stream import Stream
     from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
@@ -41,14 +44,19 @@ __all__ = [
     "Tensor",
     "__version__",
     "convert",
+    "decompositions",
+    "freeze",
     "from_dlpack",
     "from_keras",
     "functional",
     "gradient_flow",
     "info",
     "onnx_translation_table",
+    "patch_torch",
     "reference",
     "to_torch",
+    "unfreeze",
+    "unpatch_torch",
 ]
 
 _SUBMODULES = ("functional", "nn", "reference")
@@ -56,11 +64,17 @@ _HOMES = {  # name: the module it comes from, imported when the name is first us
     **dict.fromkeys(("Tensor", "from_dlpack"), "_C"),
     **dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"), "nn"),
     **dict.fromkeys(("convert", "to_torch"), "_convert"),
+    "decompositions": "_decompositions",
+    **dict.fromkeys(("freeze", "unfreeze"), "_freeze"),
     "from_keras": "_keras",
     "gradient_flow": "_gradient_flow",
     "onnx_translation_table": "_onnx",
+    **dict.fromkeys(("patch_torch", "unpatch_torch"), "_patch"),
     "Stream": "_stream",
 }
+
+
+_WITHOUT_TORCH = "functional, Stream, Tensor, from_dlpack, reference and info"
 
 
 def __getattr__(name: str) -> Any:
@@ -68,15 +82,28 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         value: Any = version("fastrnn")
-    elif name in _SUBMODULES:
-        value = import_module(f".{name}", __name__)
-    elif name in _HOMES:
-        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    elif name in _SUBMODULES or name in _HOMES:
+        value = _imported(name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
     return value
 
 
+def _imported(name: str) -> Any:
+    """A submodule, or what a submodule holds by this name."""
+    try:
+        module = import_module(f".{_HOMES.get(name, name)}", __name__)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "torch":
+            raise
+        raise ModuleNotFoundError(
+            f"fastrnn.{name} needs PyTorch, which is not installed: install torch, or fastrnn's "
+            f"extra 'torch'. Without PyTorch there are fastrnn's {_WITHOUT_TORCH}",
+            name=error.name,
+        ) from error
+    return getattr(module, name) if name in _HOMES else module
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_SUBMODULES})
+    return sorted({*__all__, *_SUBMODULES})

@@ -76,7 +76,8 @@ def forward(
     compute = "float64" if dtype == "float64" else "float32"
     every, two = return_states or return_saved, engine.states == 2
 
-    hidden = _C.empty((L if every else 1, T, B, D * out), dtype)
+    output = _C.empty((T, B, D * out), dtype)
+    hidden = _C.empty((L, T, B, D * out), dtype) if every else None
     h_n = _C.empty((L * D, B, out), dtype)
     c_n = _C.empty((L * D, B, H), dtype) if two else None
     cell = _C.empty((L, T, B, D * H), compute) if two and every else None
@@ -93,17 +94,17 @@ def forward(
         None,
         given.lengths,
         given.reset,
-        hidden,
+        output if hidden is None else hidden,
         h_n,
         c_n,
         cell,
         gates,
         all_layers=every,
         extras=given.extras,
+        output=None if hidden is None else output,
     )
-    output = hidden[-1]
     saved = None
-    if return_saved:
+    if return_saved and hidden is not None:
         saved = Saved(options, batch_first, given, hidden, h_n, c_n, cell, gates)
     return Outputs(
         output.transpose(0, 1) if batch_first else output,
@@ -122,8 +123,8 @@ def backward(
     tuple[_C.Tensor | None, ...] | None,
 ]:
     options, batch_first, given, hidden, h_n, c_n, cell, gates = saved
-    output = hidden[-1].transpose(0, 1) if batch_first else hidden[-1]
-    d_output = _gradient("d_output", d_output, output)
+    last = hidden[-1]
+    d_output = _gradient("d_output", d_output, last.transpose(0, 1) if batch_first else last)
     if d_output is not None and batch_first:
         d_output = d_output.transpose(0, 1)
     d_h_n, d_c_n = _pair(d_hx_n)
@@ -188,7 +189,8 @@ def _array(name: str, x: Any) -> _C.Tensor:
     try:
         return _C.from_dlpack(x)
     except (TypeError, ValueError, BufferError) as error:
-        raise TypeError(f"{name} cannot be used as an array: {error}") from error
+        reason = str(error).removeprefix("x: ")
+        raise TypeError(f"{name} cannot be used as an array: {reason}") from error
 
 
 def _describe(name: str, x: _C.Tensor) -> Description:
@@ -202,7 +204,8 @@ def _time_major(given: Arguments, batch_first: bool) -> Arguments:
     lengths, reset = given.lengths, given.reset
     if lengths is not None:
         lengths = _values("lengths", lengths)
-        if lengths.dtype.kind not in "iu" and lengths.size:
+        kind = lengths.dtype.kind
+        if kind not in "iu" and (lengths.size or kind != "f"):  # an empty list has kind f
             raise TypeError(f"lengths must be integers, got {lengths.dtype}")
         check_shape("lengths", lengths.shape, (B,))
         lengths = np.array(lengths, dtype=np.int64)

@@ -63,7 +63,8 @@ def _onednn_computes(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+        supported = bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+        return supported and not torch.is_grad_enabled()  # torch has no gradient for it
     return dtype == torch.float32
 
 

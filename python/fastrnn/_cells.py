@@ -9,16 +9,23 @@ caller, who has torch.utils.checkpoint for that.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 
-from . import _autocast, _checks, _inference, _masks
+from . import _autocast, _checks, _inference, _masks, _onnx_export, _tools
 from ._engine import NO_EXTRAS
-from ._layer import COMMON_OPTIONS, OUTSIDE_THE_STEP, Device, initialize
+from ._layer import (
+    COMMON_OPTIONS,
+    OUTSIDE_THE_STEP,
+    Device,
+    initialize,
+    restore_own_options,
+)
 from ._options import (
+    GATES,
     Activation,
     Cell,
     Options,
@@ -28,7 +35,11 @@ from ._options import (
     check_heads,
     make_options,
 )
+from ._surface import DERIVED, Recognising, state_of
 from .functional import recurrent
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _COMMON_OPTIONS = {
     name: default
@@ -37,14 +48,17 @@ _COMMON_OPTIONS = {
 }
 
 
-class RecurrentCell(Module):
-    """The base of RNNCell, LSTMCell and GRUCell; not made to be used by itself."""
+class RecurrentCell(_tools.SeenByTools, metaclass=Recognising):
+    """The base of RNNCell, LSTMCell and GRUCell; it takes the arguments of torch.nn's RNNCellBase.
+
+    A class of the user's right over it gets its weights from here and brings a forward of its own.
+    """
 
     __constants__: ClassVar[list[str]] = ["input_size", "hidden_size", "bias"]
 
-    cell: ClassVar[Cell]
+    _cell: ClassVar[Cell]
     # The options torch.nn does not have, each with the value that is torch.nn's behaviour.
-    own_options: ClassVar[dict[str, Any]] = _COMMON_OPTIONS
+    own_options: ClassVar[dict[str, Any]] = {}
 
     input_size: int
     hidden_size: int
@@ -53,29 +67,38 @@ class RecurrentCell(Module):
     weight_hh: Tensor
     bias_ih: Tensor | None
     bias_hh: Tensor | None
-    heads: int
-    learn_initial_state: bool
-    forget_bias: float | None = None  # of an LSTM it may be another
+    _weight_shapes: dict[str, Shape]
 
     def __init__(
         self,
         input_size: int,
         hidden_size: int,
         bias: bool,
-        device: Device,
-        dtype: torch.dtype | None,
+        num_chunks: int,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         **own_options: Any,
     ) -> None:
         super().__init__()
+        _checks.check_integers(input_size=input_size, hidden_size=hidden_size)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.bias = bias
+        # Attributes too, for who reads them; a user's class may give these another meaning.
+        self._own: dict[str, Any] = own_options
         for name, value in own_options.items():
             setattr(self, name, value)
         self._describe()
-        check_heads(self.heads, hidden_size=hidden_size)
-        check_bool("learn_initial_state", self.learn_initial_state)
-        check_forget_bias(self.forget_bias, bool(bias))
+        check_heads(self._own.get("heads", 1), hidden_size=hidden_size)
+        check_bool("learn_initial_state", self._own.get("learn_initial_state", False))
+        check_forget_bias(self._own.get("forget_bias"), bool(bias))
+        if not self._weight_shapes:
+            rows = num_chunks * hidden_size
+            self._weight_shapes = {
+                "weight_ih": (rows, input_size),
+                "weight_hh": (rows, hidden_size),
+            }
+            self._weight_shapes |= dict.fromkeys(("bias_ih", "bias_hh"), (rows,))
         for name, shape in {**self._weight_shapes, **self._learned_shapes()}.items():
             if name.startswith("bias") and not bias:
                 self.register_parameter(name, None)
@@ -86,24 +109,28 @@ class RecurrentCell(Module):
 
     def _describe(self) -> None:
         """Derive the options and the shapes of all weights, biases too, from the attributes."""
+        self._options: Options | None = None
+        self._weight_shapes = {}
+        if not hasattr(type(self), "_cell"):  # a class of the user's right over this one
+            return
         self._options = self._make_options()
-        own = {name: getattr(self, name) for name in ("layer_norm", "heads")}
-        whole = make_options(self.cell, peephole=getattr(self, "peephole", False), **own)
+        own = {name: self._own[name] for name in ("layer_norm", "heads")}
+        whole = make_options(self._cell, peephole=self._own.get("peephole", False), **own)
         shapes = whole.weight_shapes(self.input_size, self.hidden_size)
-        self._weight_shapes: dict[str, Shape] = shapes
+        self._weight_shapes = shapes
 
     def _make_options(self) -> Options | None:
-        return make_options(self.cell, bias=bool(self.bias), **self._maths())
+        return make_options(self._cell, bias=bool(self.bias), **self._maths())
 
     def _maths(self) -> dict[str, Any]:
         """The options that change the maths of a step."""
-        return {n: getattr(self, n) for n in self.own_options if n not in OUTSIDE_THE_STEP}
+        return {n: v for n, v in self._own.items() if n not in OUTSIDE_THE_STEP}
 
     def _learned_shapes(self) -> dict[str, Shape]:
         """The parameters that `learn_initial_state` asks for."""
-        if not self.learn_initial_state:
+        if not self._own.get("learn_initial_state"):
             return {}
-        names = ("h_0", "c_0") if self.cell == "LSTM" else ("h_0",)
+        names = ("h_0", "c_0") if self._cell == "LSTM" else ("h_0",)
         return dict.fromkeys(names, (1, self.hidden_size))
 
     def reset_parameters(self) -> None:
@@ -119,8 +146,11 @@ class RecurrentCell(Module):
         shown = [str(self.input_size), str(self.hidden_size)]
         if self.bias is not True:
             shown.append(f"bias={self.bias}")
-        for name, default in self.own_options.items():
-            value = getattr(self, name)
+        defaults = self.own_options
+        if "nonlinearity" in self.__dict__:
+            defaults = {"nonlinearity": "tanh", **defaults}
+        for name, default in defaults.items():
+            value = self._own[name] if name in self._own else getattr(self, name)
             if value != default:
                 shown.append(f"{name}={value}")
         return ", ".join(shown)
@@ -137,35 +167,52 @@ class RecurrentCell(Module):
         _inference.forget(self)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
+    def train(self, mode: bool = True) -> Self:
+        """As torch.nn's; training thaws a frozen cell."""
+        if mode:
+            _inference.forget(self)
+        return super().train(mode)
+
     def __getstate__(self) -> dict[str, Any]:
-        return _inference.state_without(self)
+        return state_of(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled cell, also one from before an own option existed."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        for name, default in self.own_options.items():
-            if name not in self.__dict__:
-                setattr(self, name, default)
+        own = {name: value for name, value in state.items() if name not in DERIVED}
+        super().__setstate__(own)  # type: ignore[no-untyped-call]
+        restore_own_options(self, state)
         self._describe()
+
+    def _trains(self) -> bool:
+        """Whether the cell is in training mode; it may have lost the attribute, as torch.nn's."""
+        return getattr(self, "training", False)
 
     def _draws(self) -> bool:
         """Whether the call draws anything at random."""
         own = self._options
-        return self.training and own is not None and (own.zoneout_h > 0 or own.zoneout_c > 0)
+        return self._trains() and own is not None and (own.zoneout_h > 0 or own.zoneout_c > 0)
 
-    def _run(self, input: Tensor, hx: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        """One step: the new states, each (B, H) or, for an unbatched input, (H,)."""
-        learned = hx is None and self.learn_initial_state
-        if self._options is not None and not learned and not self._draws():
+    def _run(self, input: Tensor, hx: tuple[Tensor, ...] | None) -> tuple[Any, ...]:
+        """One step: the new states, each (B, H) or, for an unbatched input, (H,).
+
+        Of a call that torch.fx traces, its proxy and, for an LSTM, None.
+        """
+        learned = hx is None and self._own["learn_initial_state"]
+        if self._options is not None and not learned and not self._draws() and self.hidden_size:
             found = _inference.run(self, input, hx, False, True)
             if found is not None:
                 return found
-        _checks.check_cell_input(type(self).__name__, input, hx or ())
+        if _tools.is_traced(input, hx):
+            traced = _tools.call_whole(self, input, hx)
+            return (traced, None) if self._cell == "LSTM" else (traced,)
+        _checks.check_tensor("input", input)
+        _checks.check_states(hx)
+        _checks.check_cell_input(f"{self._cell}Cell", input, hx or ())
         unbatched = input.dim() == 1
         if unbatched:
             input = input.unsqueeze(0)
             hx = None if hx is None else tuple(state.unsqueeze(0) for state in hx)
-        _checks.check_cell_sizes(input, hx or (), self.input_size, self.hidden_size)
+        _checks.check_cell_sizes(input, hx or (), self.input_size, self.hidden_size, unbatched)
         if self._options is None:
             raise RuntimeError(f"Unknown nonlinearity: {getattr(self, 'nonlinearity', None)}")
         if learned:
@@ -188,22 +235,23 @@ class RecurrentCell(Module):
         half = _autocast.requested(input)
         wide = None
         if half is not None:
-            wide = _autocast.result_dtype(self.cell, half, input, hx, fused=False)
+            wide = _autocast.result_dtype(self._cell, half, input, hx, fused=False)
             input = _autocast.cast(input, half)
             hx = None if hx is None else tuple(_autocast.cast(state, half) for state in hx)
             weights = [_autocast.cast(weight, half) for weight in weights]
         _checks.check_cell_companions(input, hx or (), weights, self._names(options.bias))
+        if self.hidden_size == 0:
+            hx_n = _of_no_units(input, hx, weights, options)
+            return hx_n if wide is None else tuple(state.to(wide) for state in hx_n)
         if hx is not None:
             hx = tuple(state.unsqueeze(0) for state in hx)
-        cache = None  # of weights that autocast has just made there is nothing to keep
-        if half is None and not torch.compiler.is_compiling():
-            cache = _inference.prepared(self).cache
+        frozen = None if half is not None else _inference.frozen(self)
         input, extras = input.unsqueeze(0), NO_EXTRAS
-        if self.training:
+        if self._trains():
             extras = _masks.draw(options, input, input.shape[1], self.hidden_size, dropout=0.0)
-        hx_n = recurrent(options, input, hx, weights, extras=extras, cache=cache)[1]
-        # No views, which torch refuses to detach_(); nothing else sees the memory of hx_n.
-        hx_n = tuple(torch.ops.aten._unsafe_view.default(state, state.shape[1:]) for state in hx_n)
+        run = _onnx_export.route(recurrent)
+        hx_n = run(options, input, hx, weights, extras=extras, frozen=frozen)[1]
+        hx_n = tuple(_tools.without_first_axis(state) for state in hx_n)
         return hx_n if wide is None else tuple(state.to(wide) for state in hx_n)
 
     def _weights(self, options: Options) -> tuple[list[Tensor], Options]:
@@ -226,6 +274,19 @@ class RecurrentCell(Module):
         names = self._names(bias)
         _checks.check_weight_shapes(weights, names, [self._weight_shapes[n] for n in names])
         return weights, options
+
+
+def _of_no_units(
+    input: Tensor, hx: tuple[Tensor, ...] | None, weights: list[Tensor], options: Options
+) -> tuple[Tensor, ...]:
+    """The new states (B, 0) of a cell without hidden units, with a graph back to its arguments."""
+    weight_ih, weight_hh = weights[:2]
+    bias_ih, bias_hh = weights[2:4] if options.bias else (None, None)
+    zeros = input.new_zeros(input.shape[0], 0)
+    h, *c = hx or (zeros, zeros)
+    new = torch.nn.functional.linear(input, weight_ih, bias_ih)
+    new = new + torch.nn.functional.linear(h, weight_hh.reshape(0, 0), bias_hh)
+    return (new, new + c[0]) if options.cell == "LSTM" else (new,)
 
 
 class RNNCell(RecurrentCell):
@@ -272,8 +333,8 @@ class RNNCell(RecurrentCell):
     __module__ = "fastrnn.nn"
     __constants__: ClassVar[list[str]] = ["input_size", "hidden_size", "bias", "nonlinearity"]
 
-    cell = "RNN"
-    own_options: ClassVar[dict[str, Any]] = {"nonlinearity": "tanh", **_COMMON_OPTIONS}
+    _cell = "RNN"
+    own_options: ClassVar[dict[str, Any]] = _COMMON_OPTIONS
     nonlinearity: str
 
     def __init__(
@@ -291,13 +352,14 @@ class RNNCell(RecurrentCell):
         learn_initial_state: bool = False,
         grad_clip: float | None = None,
     ) -> None:
+        self.nonlinearity = nonlinearity
         super().__init__(
             input_size,
             hidden_size,
             bias,
+            GATES["RNN"],
             device,
             dtype,
-            nonlinearity=nonlinearity,
             layer_norm=layer_norm,
             heads=heads,
             zoneout=zoneout,
@@ -311,9 +373,7 @@ class RNNCell(RecurrentCell):
         return super()._make_options()
 
     def _maths(self) -> dict[str, Any]:
-        own = super()._maths()
-        own["activation"] = own.pop("nonlinearity")
-        return own
+        return {"activation": self.nonlinearity, **super()._maths()}
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step.
@@ -331,7 +391,7 @@ class RNNCell(RecurrentCell):
         """
         if self._options is None or self._options.activation != self.nonlinearity:
             self._options = self._make_options()
-        (h,) = self._run(input, None if hx is None else (hx,))
+        h: Tensor = self._run(input, None if hx is None else (hx,))[0]
         return h
 
 
@@ -387,7 +447,7 @@ class LSTMCell(RecurrentCell):
 
     __module__ = "fastrnn.nn"
 
-    cell = "LSTM"
+    _cell = "LSTM"
     own_options: ClassVar[dict[str, Any]] = {
         "activation": "tanh",
         "gate_activation": "sigmoid",
@@ -420,6 +480,7 @@ class LSTMCell(RecurrentCell):
             input_size,
             hidden_size,
             bias,
+            GATES["LSTM"],
             device,
             dtype,
             activation=activation,
@@ -451,12 +512,11 @@ class LSTMCell(RecurrentCell):
             RuntimeError: sizes, dtypes or devices do not fit, or hx does not hold two tensors.
             TypeError: hx is one tensor beside a batch.
         """
-        if isinstance(hx, Tensor) and input.dim() == 2 and hx.dim() in (2, 3):
+        both: Any = isinstance(hx, Tensor) and isinstance(input, Tensor)
+        if both and input.dim() == 2 and hx.dim() in (2, 3):  # type: ignore[union-attr]
             raise TypeError("hx must be a tuple or list of two tensors (h_0, c_0), got one Tensor")
-        if hx is not None and len(hx) != 2:
-            raise RuntimeError("lstm_cell expects two hidden states")
-        h, c = self._run(input, None if hx is None else (hx[0], hx[1]))
-        return h, c
+        h, c = self._run(input, _tools.two_states(hx, "lstm_cell"))
+        return h if c is None else (h, c)  # None: torch.fx traces the call
 
 
 class GRUCell(RecurrentCell):
@@ -507,7 +567,7 @@ class GRUCell(RecurrentCell):
 
     __module__ = "fastrnn.nn"
 
-    cell = "GRU"
+    _cell = "GRU"
     own_options: ClassVar[dict[str, Any]] = {
         "activation": "tanh",
         "gate_activation": "sigmoid",
@@ -539,6 +599,7 @@ class GRUCell(RecurrentCell):
             input_size,
             hidden_size,
             bias,
+            GATES["GRU"],
             device,
             dtype,
             activation=activation,
@@ -565,5 +626,5 @@ class GRUCell(RecurrentCell):
             ValueError: input or hx is neither 1-D nor 2-D.
             RuntimeError: sizes, dtypes or devices do not fit.
         """
-        (h,) = self._run(input, None if hx is None else (hx,))
+        h: Tensor = self._run(input, None if hx is None else (hx,))[0]
         return h

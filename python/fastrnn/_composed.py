@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _checks
 from ._engine import NO_EXTRAS, Extras
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ def _steps(
     input: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None
 ) -> _Steps:
     if batch_sizes is not None:
-        sizes = [int(size) for size in batch_sizes.tolist()]
+        sizes = _checks.check_step_sizes(batch_sizes, input.shape[0])
         return _Steps(sizes[0], sizes, None, None)
     active = None
     if lengths is not None:

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.nn.utils import parametrize
 
 from ._cells import RecurrentCell
 from ._checks import check_model
 from ._layer import RecurrentLayer
-from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from ._subclasses import (
+    BASES,
+    COUNTERPARTS,
+    is_torchs,
+    over_ours,
+    reason_against,
+    rebound,
+    users_class,
+)
+from ._surface import DERIVED, GIVEN, is_a
+from .nn import RNN, RNNCell
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from torch.nn import Module
 
-_OURS: dict[type[Module], type[Module]] = {
-    torch.nn.RNN: RNN,
-    torch.nn.LSTM: LSTM,
-    torch.nn.GRU: GRU,
-    torch.nn.RNNCell: RNNCell,
-    torch.nn.LSTMCell: LSTMCell,
-    torch.nn.GRUCell: GRUCell,
-}
-_TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
+_TORCHS = {ours: torchs for torchs, ours in COUNTERPARTS.items()}
 
-# What each side derives from the rest of a layer's attributes.
-_TORCH_DERIVED = ("_flat_weights", "_flat_weight_refs")
-_OUR_DERIVED = ("_options", "_weight_shapes", "_prepared")
+# What torch derives from the rest of a layer's attributes, and what Module.compile() made of it.
+_TORCH_DERIVED = ("_flat_weights", "_flat_weight_refs", "_compiled_call_impl")
+_OUR_DERIVED = (*DERIVED, GIVEN, "_compiled_call_impl")
 
 # Own options that change nothing of what a layer computes, so that torch's needs no equal of them.
 _COMPUTE_THE_SAME = ("forget_bias", "recompute")
@@ -43,9 +45,18 @@ def convert(model: Module) -> Module:
     ``requires_grad`` stay as they are; hooks, parametrizations, weight norm and the training mode
     are carried over. A layer that stands in several places of the model is swapped for one.
 
+    A class of the user's over one of torch.nn's changes over too, where its forward is torch's own
+    or calls ``super().forward``: the module keeps its class's name and methods, isinstance of the
+    class holds, and what the methods reach by ``super()`` is fastrnn's. What is left is named in
+    one warning, with the reason: a forward that computes by itself, an override of what torch's
+    forward calls (``check_input``, ``permute_hidden``, …), a name that fastrnn's layer uses.
+
+    Packages that construct models when they load their files construct torch.nn's layers again:
+    convert after loading, or call `fastrnn.patch_torch` before importing the package.
+
     Arguments:
-        model: any module. It is changed in place. Subclasses of torch.nn's layers may compute
-            something else and are left alone.
+        model: any module. It is changed in place. Modules whose ``compile()`` was called are to be
+            compiled anew.
 
     Returns:
         The model; where the model itself is one of torch.nn's recurrent layers or cells, the layer
@@ -54,23 +65,60 @@ def convert(model: Module) -> Module:
     Raises:
         TypeError: model is no module.
 
+    Warns:
+        UserWarning: a recurrent module was left as it is.
+
     >>> import torch
     >>> model = torch.nn.ModuleDict({"rnn": torch.nn.LSTM(3, 4), "out": torch.nn.Linear(4, 1)})
     >>> convert(model)["rnn"]
     LSTM(3, 4)
     >>> type(model["rnn"]).__module__
     'fastrnn.nn'
+
+    A user's class keeps its name and what it does around the forward:
+
+    >>> import fastrnn
+    >>> class Halved(torch.nn.GRU):
+    ...     def forward(self, input, hx=None):
+    ...         output, h_n = super().forward(input, hx)
+    ...         return output / 2, h_n
+    >>> halved = convert(Halved(3, 4))
+    >>> isinstance(halved, Halved), isinstance(halved, fastrnn.GRU)
+    (True, True)
     """
     check_model(model)
-    return _swap(model, _OURS, _to_ours)
+    left: dict[str, str] = {}
+
+    def target(path: str, module: Module) -> type[Module] | None:
+        if not is_torchs(module):
+            return None
+        cls = _plain_class(module)
+        reason = reason_against(module, cls)
+        if reason is None:
+            try:
+                return COUNTERPARTS.get(cls) or over_ours(cls)
+            except TypeError as error:  # its __init_subclass__ or its metaclass refuses
+                reason = f"no class can be derived from it: {error}"
+        where = repr(path) if path else "the model itself"
+        left.setdefault(where, f"{where} ({cls.__module__}.{cls.__qualname__}): {reason}")
+        return None
+
+    converted = _swap(model, target, _to_ours)
+    if left:
+        count = f"{len(left)} recurrent module{'s' if len(left) > 1 else ''}"
+        warnings.warn(
+            f"convert left {count} as torch.nn's: {'; '.join(left.values())}", stacklevel=2
+        )
+    return converted
 
 
 def to_torch(model: Module) -> Module:
     """Swap every fastrnn layer and cell in a model for torch.nn's: the way back from `convert`.
 
     Arguments:
-        model: any module. It is changed in place. Subclasses of fastrnn's layers may compute
-            something else and are left alone.
+        model: any module. It is changed in place. Users' classes that `convert` changed over are
+            changed back; classes derived from fastrnn's layers may compute something else and are
+            left alone.
 
     Returns:
         The model; where the model itself is one of fastrnn's layers or cells, the layer that takes
@@ -91,32 +139,35 @@ def to_torch(model: Module) -> Module:
     ValueError: the GRU at the top of the model has reset_after=False, which torch.nn does not have
     """
     check_model(model)
+
+    def target(path: str, module: Module) -> type[Module] | None:
+        cls = _plain_class(module)
+        return _TORCHS.get(cls) or users_class(cls)
+
     for path, module in model.named_modules():
-        if _plain_class(module) in _TORCHS:
+        if target(path, module):
             _check_torch_has_it(path, module)
-    return _swap(model, _TORCHS, _to_torchs)
+    return _swap(model, target, _to_torchs)
 
 
 def _swap(
     model: Module,
-    classes: dict[type[Module], type[Module]],
+    target: Callable[[str, Module], type[Module] | None],
     change: Callable[[Module, type[Module]], Module],
 ) -> Module:
+    """Change every module that has a target, everywhere it stands."""
     swapped: dict[Module, Module] = {}
-
-    def swap(module: Module) -> Module:
-        target = classes.get(_plain_class(module))
-        if target is None:
-            return module
-        if module not in swapped:
-            swapped[module] = change(module, target)
-        return swapped[module]
-
-    for parent in list(model.modules()):
+    for path, module in list(model.named_modules()):
+        cls = target(path, module)
+        if cls is not None:
+            swapped[module] = change(module, cls)
+    for parent in [*model.modules(), *swapped.values()]:
         for name, child in parent._modules.items():
-            if child is not None:
-                parent._modules[name] = swap(child)
-    return swap(model)
+            if child in swapped:
+                parent._modules[name] = swapped[child]
+    for module in [*model.modules(), *swapped.values()]:
+        _rebind_functions(module, swapped)
+    return swapped.get(model, model)
 
 
 def _plain_class(module: Module) -> type[Module]:
@@ -127,15 +178,23 @@ def _plain_class(module: Module) -> type[Module]:
 
 def _to_ours(module: Module, target: type[Module]) -> Module:
     ours: Any = _build(module, target)
-    ours.__setstate__(_shared_state(module, _TORCH_DERIVED))
+    state = _shared_state(module, _TORCH_DERIVED)
+    base = RecurrentLayer if is_a(ours, RecurrentLayer) else RecurrentCell
+    base.__setstate__(ours, state)  # not a user's own
+    if users_class(target):
+        for name in _own_options(ours).keys() - state.keys():  # a user's class does not read them
+            vars(ours).pop(name, None)
     return _rebind_hooks(ours)
 
 
 def _to_torchs(module: Module, target: type[Module]) -> Module:
-    dropped = {*_OUR_DERIVED, *_own_options(module)} - {"nonlinearity"}
+    own = _own_options(module)
+    dropped = [*_OUR_DERIVED, "_own"]
+    if users_class(_plain_class(module)) is None:
+        dropped += [name for name in own if vars(module).get(name) == own[name]]
     layer: Any = _build(module, target)
     layer.__dict__.update(_shared_state(module, dropped))
-    if isinstance(layer, torch.nn.RNNBase):
+    if is_a(layer, BASES[0]):
         layer._init_flat_weights()
     return _rebind_hooks(layer)
 
@@ -161,6 +220,15 @@ def _build(module: Module, target: type[Module]) -> Module:
     return target.__new__(target)
 
 
+def _rebind_functions(module: Module, swapped: dict[Module, Module]) -> None:
+    """Point functions on a module, such as another forward, at the new modules."""
+    if module in swapped:  # an old one, which goes on as it was
+        return
+    for name, value in vars(module).items():
+        if callable(value):
+            vars(module)[name] = rebound(value, swapped)
+
+
 def _rebind_hooks(module: Module) -> Module:
     """Point the hooks that remember their module at the one that took its place."""
     hooks: Iterable[Any] = module._load_state_dict_pre_hooks.values()
@@ -171,17 +239,19 @@ def _rebind_hooks(module: Module) -> Module:
 
 
 def _own_options(module: Module) -> dict[str, Any]:
-    return module.own_options if isinstance(module, RecurrentLayer | RecurrentCell) else {}
+    """The values of the options that torch.nn does not have."""
+    return vars(module)["_own"] if is_a(module, RecurrentLayer, RecurrentCell) else {}
 
 
-def _check_torch_has_it(path: str, module: Module) -> None:
+def _check_torch_has_it(path: str, module: Any) -> None:
     where = f"at {path!r}" if path else "at the top of the model"
-    shown = dict(_own_options(module))
-    if isinstance(module, RNN | RNNCell):
-        shown["nonlinearity"] = "relu" if module.nonlinearity == "relu" else "tanh"
-    for name, default in shown.items():
-        value = getattr(module, name)
-        off = (default, (0, 0), [0, 0])  # zoneout may be a pair
+    values = dict(_own_options(module))
+    defaults = dict(module.own_options)
+    if is_a(module, RNN, RNNCell):
+        values["nonlinearity"] = module.nonlinearity
+        defaults["nonlinearity"] = "relu" if module.nonlinearity == "relu" else "tanh"
+    for name, value in values.items():
+        off = (defaults[name], (0, 0), [0, 0])  # zoneout may be a pair
         if value not in off and name not in _COMPUTE_THE_SAME:
             raise ValueError(
                 f"the {_plain_class(module).__name__} {where} has {name}={value!r}, "

@@ -18,6 +18,7 @@ from . import _composed
 from ._cells import RecurrentCell
 from ._checks import check_model
 from ._layer import RecurrentLayer
+from ._surface import is_a
 
 if TYPE_CHECKING:
     import os
@@ -98,7 +99,7 @@ class GradientFlow:
         self._names: dict[Module, str] = {
             module: path or type(module).__name__
             for path, module in model.named_modules()
-            if isinstance(module, RecurrentLayer | RecurrentCell)
+            if is_a(module, RecurrentLayer, RecurrentCell)
         }
         if not self._names:
             raise ValueError(

@@ -1,8 +1,7 @@
 """The short way of a layer's or a cell's call where no gradient is recorded.
 
 The same checks, engine and results as the long way, in one call of ``_C.infer``, which allocates
-the outputs too and finds the weights packed from the call before (csrc/bind/pack_cache.h). Whatever
-is unusual goes the long way, which also says what is wrong.
+the outputs too. Whatever is unusual goes the long way, which also says what is wrong.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ _ATTRIBUTE = "_prepared"
 class Prepared:
     """What a module keeps for the engine from call to call: no part of its state, never copied."""
 
-    __slots__ = ("cache", "engine", "names", "options")
+    __slots__ = ("engine", "frozen", "names", "options")
 
     def __init__(self, options: Options, names: tuple[str, ...]) -> None:
         self.options = options
         self.names = names
         self.engine = engine_options(*scalars(options))
-        self.cache = _C.PackCache()
+        self.frozen: _C.Frozen | None = None  # by fastrnn.freeze
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prepared:
         return Prepared(self.options, self.names)
@@ -60,16 +59,27 @@ def run(
         return None
     own = prepared(module)
     found: tuple[Tensor, ...] | None = _C.infer(
-        own.engine, own.cache, module._parameters, own.names, input, hx, batch_first, cell
+        own.engine, own.frozen, module._parameters, own.names, input, hx, batch_first, cell
     )
     return found
+
+
+def frozen(module: Any) -> _C.Frozen | None:
+    """The weights as they were packed when the module was frozen; None where it was not."""
+    if torch.compiler.is_compiling():
+        return None
+    kept: Prepared | None = module.__dict__.get(_ATTRIBUTE)
+    return None if kept is None or kept.options is not module._options else kept.frozen
+
+
+def freeze(module: Any, weights: tuple[Tensor, ...]) -> None:
+    """Pack a module's weights, in the order of the flat list, for the calls to come."""
+    own = prepared(module)
+    example = weights[0].new_empty((1, 1, module.input_size))
+    with torch.no_grad():
+        own.frozen = _C.Frozen(own.engine, example, weights)
 
 
 def forget(module: Any) -> None:
     """Drop what a module keeps for the engine."""
     module.__dict__.pop(_ATTRIBUTE, None)
-
-
-def state_without(module: Any) -> dict[str, Any]:
-    """A module's state for pickling and copying: all but what it keeps for the engine."""
-    return {name: value for name, value in module.__dict__.items() if name != _ATTRIBUTE}

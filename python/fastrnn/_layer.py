@@ -11,14 +11,14 @@ import math
 import numbers
 import re
 import warnings
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _autocast, _checks, _inference, _masks
+from . import _autocast, _checks, _inference, _masks, _onnx_export, _tools
 from ._engine import NO_EXTRAS, Extras
 from ._options import (
     Cell,
@@ -30,10 +30,15 @@ from ._options import (
     check_probability,
     make_options,
 )
+from ._surface import DERIVED, RNNSurface, state_of
 from .functional import States, recurrent
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Device = torch.device | str | int | None
-Result = tuple[Any, tuple[Tensor, ...], States | None]
+# A call that torch.fx traces has its proxy for the output, and None for the states.
+Result = tuple[Any, Any, States | None]
 
 # The own options of every layer, each with the value that is torch.nn's behaviour.
 COMMON_OPTIONS: dict[str, Any] = {
@@ -49,8 +54,11 @@ COMMON_OPTIONS: dict[str, Any] = {
 OUTSIDE_THE_STEP = ("recurrent_dropout", "learn_initial_state", "forget_bias")
 
 
-class RecurrentLayer(Module):
-    """The base of RNN, LSTM and GRU; not made to be used by itself."""
+_CELLS: dict[str, Cell] = {"LSTM": "LSTM", "GRU": "GRU", "RNN_TANH": "RNN", "RNN_RELU": "RNN"}
+
+
+class RecurrentLayer(RNNSurface, _tools.SeenByTools):
+    """The base of RNN, LSTM and GRU; it takes the arguments of torch.nn's RNNBase."""
 
     __constants__: ClassVar[list[str]] = [
         "mode",
@@ -64,7 +72,7 @@ class RecurrentLayer(Module):
         "proj_size",
     ]
 
-    cell: ClassVar[Cell]
+    _cell: ClassVar[Cell]
     # The options torch.nn does not have, each with the value that is torch.nn's behaviour.
     own_options: ClassVar[dict[str, Any]] = COMMON_OPTIONS
 
@@ -77,24 +85,20 @@ class RecurrentLayer(Module):
     dropout: float
     bidirectional: bool
     proj_size: int
-    heads: int
-    recurrent_dropout: float
-    learn_initial_state: bool
-    forget_bias: float | None = None  # of an LSTM it may be another
 
     def __init__(
         self,
         mode: str,
         input_size: int,
         hidden_size: int,
-        num_layers: int,
-        bias: bool,
-        batch_first: bool,
-        dropout: float,
-        bidirectional: bool,
-        proj_size: int,
-        device: Device,
-        dtype: torch.dtype | None,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         **own_options: Any,
     ) -> None:
         super().__init__()
@@ -104,10 +108,12 @@ class RecurrentLayer(Module):
         self.num_layers = num_layers
         self.bias = bias
         self.batch_first = batch_first
-        self.dropout = float(dropout)
+        self.dropout = dropout
         self.bidirectional = bidirectional
         self.proj_size = proj_size
-        for name, value in own_options.items():
+        # Attributes too, for who reads them; a user's class may give these another meaning.
+        self._own: dict[str, Any] = {**self.own_options, **own_options}
+        for name, value in self._own.items():
             setattr(self, name, value)
         self._check_sizes(dropout)
         self._describe()
@@ -127,6 +133,7 @@ class RecurrentLayer(Module):
                 "dropout should be a number in range [0, 1] representing the probability of an "
                 "element being zeroed"
             )
+        self.dropout = float(dropout)
         if dropout > 0 and self.num_layers == 1:
             warnings.warn(
                 "dropout option adds dropout after all but last recurrent layer, so non-zero "
@@ -144,6 +151,8 @@ class RecurrentLayer(Module):
                 raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
             if value <= 0:
                 raise ValueError(f"{name} must be greater than zero")
+        sizes = ("input_size", "hidden_size", "num_layers", "proj_size")
+        _checks.check_integers(**{name: getattr(self, name) for name in sizes})
         if self.num_layers <= 0:
             raise ValueError("num_layers must be greater than zero")
         if self.proj_size < 0:
@@ -155,19 +164,26 @@ class RecurrentLayer(Module):
 
     def _check_own_options(self) -> None:
         """Check what `Options` does not hold, or not beside the hidden size."""
-        check_heads(self.heads, hidden_size=self.hidden_size)
-        check_probability("recurrent_dropout", self.recurrent_dropout)
-        check_bool("learn_initial_state", self.learn_initial_state)
-        check_forget_bias(self.forget_bias, self.bias)
+        check_heads(self._own["heads"], hidden_size=self.hidden_size)
+        check_probability("recurrent_dropout", self._own["recurrent_dropout"])
+        check_bool("learn_initial_state", self._own["learn_initial_state"])
+        check_forget_bias(self._own.get("forget_bias"), self.bias)
 
     def _maths(self) -> dict[str, Any]:
         """The options that change the maths of a step."""
-        return {n: getattr(self, n) for n in self.own_options if n not in OUTSIDE_THE_STEP}
+        own = {n: v for n, v in self._own.items() if n not in OUTSIDE_THE_STEP}
+        if self._cell == "RNN":
+            own["activation"] = self.mode.removeprefix("RNN_").lower()
+        return own
 
     def _describe(self) -> None:
         """Derive the options and the names and shapes of the weights from the attributes."""
+        if not hasattr(type(self), "_cell"):  # a class of the user's right over this one
+            if self.mode not in _CELLS:
+                raise ValueError(f"Unrecognized RNN mode: {self.mode}")
+            self.__dict__["_cell"] = _CELLS[self.mode]
         self._options: Options = make_options(
-            self.cell,
+            self._cell,
             num_layers=self.num_layers,
             bidirectional=bool(self.bidirectional),
             bias=self.bias,
@@ -188,11 +204,11 @@ class RecurrentLayer(Module):
 
     def _learned_shapes(self) -> dict[str, Shape]:
         """The parameters that `learn_initial_state` asks for."""
-        if not self.learn_initial_state:
+        if not self._own["learn_initial_state"]:
             return {}
         groups = self.num_layers * (2 if self.bidirectional else 1)
         shapes: dict[str, Shape] = {"h_0": (groups, 1, self.proj_size or self.hidden_size)}
-        if self.cell == "LSTM":
+        if self._cell == "LSTM":
             shapes["c_0"] = (groups, 1, self.hidden_size)
         return shapes
 
@@ -205,28 +221,20 @@ class RecurrentLayer(Module):
         initialize(self)
 
     def flatten_parameters(self) -> None:
-        """Forget the weights that inference keeps packed; the next call takes them as they are.
+        """Do nothing: every call reads the weights where they are."""
 
-        Of use where a few values were written without torch's knowledge, through ``.data`` or a
-        NumPy view. All else that changes a weight is noticed by itself.
-        """
-        _inference.forget(self)
+    def train(self, mode: bool = True) -> Self:
+        """As torch.nn's; training thaws a frozen layer."""
+        if mode:
+            _inference.forget(self)
+        return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         _inference.forget(self)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return _inference.state_without(self)
-
-    @property
-    def all_weights(self) -> list[list[Tensor]]:
-        """The weights of each layer and direction, in torch.nn's order."""
-        return [[getattr(self, name) for name in names] for names in self._all_weights]
-
-    @property
-    def _flat_weights(self) -> list[Tensor | None]:
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+        return state_of(self)
 
     def extra_repr(self) -> str:
         """torch.nn's line, then the options torch.nn does not have, where they are on."""
@@ -241,19 +249,20 @@ class RecurrentLayer(Module):
         }
         shown = [str(self.input_size), str(self.hidden_size)]
         for name, default in defaults.items():
-            value = getattr(self, name)
+            value = self._own[name] if name in self._own else getattr(self, name)
             if value != default:
                 shown.append(f"{name}={value}")
         return ", ".join(shown)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled layer, also one from before ``proj_size`` or an own option existed."""
-        derived = ("_flat_weights", "_flat_weight_refs", "all_weights")
+        derived = ("_flat_weights", "_flat_weight_refs", "all_weights", *DERIVED)
         own = {name: value for name, value in state.items() if name not in derived}
         super().__setstate__(own)  # type: ignore[no-untyped-call]
-        for name, default in {"proj_size": 0, **self.own_options}.items():
-            if name not in self.__dict__:
-                setattr(self, name, default)
+        restore_own_options(self, state)
+        self.__dict__.setdefault("proj_size", 0)
+        if self.mode.startswith("RNN_"):
+            self.__dict__.setdefault("nonlinearity", self.mode.removeprefix("RNN_").lower())
         self._describe()
 
     # ---- forward ------------------------------------------------------------------------------
@@ -268,18 +277,24 @@ class RecurrentLayer(Module):
     ) -> Result:
         """Bring the arguments into the engine's layout, call it, and bring the result back."""
         plain = lengths is None and reset is None and return_states is False and not self._draws()
-        if plain and not (hx is None and self.learn_initial_state):
+        if plain and not self._given() and not (hx is None and self._own["learn_initial_state"]):
             found = _inference.run(self, input, hx, self.batch_first, False)
             if found is not None:
                 return found[0], found[1:], None
+        usual = plain and hx is None and isinstance(input, Tensor)
+        if not usual and _tools.is_traced(input, hx, lengths, reset):
+            options = {"lengths": lengths, "reset": reset, "return_states": return_states}
+            return _tools.call_whole(self, input, hx, **options), None, None
         check_bool("return_states", return_states)
+        _checks.check_states(hx)
         if isinstance(input, PackedSequence):
             _checks.refuse_with_packed(lengths=lengths, reset=reset)
             return self._run_packed(input, hx, return_states)
+        _checks.check_tensor("input", input)
         if input.dim() not in (2, 3):
-            tensor = " tensor" if self.cell == "RNN" else ""
+            tensor = " tensor" if self._cell == "RNN" else ""
             raise ValueError(
-                f"{self.cell}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead"
+                f"{self._cell}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead"
             )
         unbatched = input.dim() == 2
         if hx is not None:
@@ -319,15 +334,25 @@ class RecurrentLayer(Module):
         if not self.training:
             return False
         own = self._options
-        inside = self.recurrent_dropout > 0 or own.zoneout_h > 0 or own.zoneout_c > 0
+        inside = self._recurrent_dropout() > 0 or own.zoneout_h > 0 or own.zoneout_c > 0
         return inside or self._drops()
+
+    def _recurrent_dropout(self) -> float:
+        """The attribute, which may change; a user's class may mean something else by it."""
+        found: float = self._own["recurrent_dropout"]
+        ours = type(self).__module__ == "fastrnn.nn"
+        return vars(self).get("recurrent_dropout", found) if ours else found
 
     def _run_packed(
         self, input: PackedSequence, hx: tuple[Tensor, ...] | None, return_states: bool
     ) -> Result:
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        _checks.check_batch_sizes(batch_sizes)
+        _checks.check_packed_data(data)
+        _checks.check_batch_sizes(batch_sizes, data)
         batch = int(batch_sizes[0])
+        _checks.check_indices("sorted_indices", sorted_indices, batch, data)
+        _checks.check_indices("unsorted_indices", unsorted_indices, batch, data)
+        batch_sizes = batch_sizes.contiguous()
         if hx is not None and sorted_indices is not None:
             hx = tuple(_checks.permuted(state, sorted_indices) for state in hx)
         weights = self._checked_weights(data, hx, 2, batch)
@@ -348,6 +373,8 @@ class RecurrentLayer(Module):
             weights = [parameters[name] for name in self._flat_weights_names]
         except KeyError:  # parametrized, weight norm, a replica: not a registered parameter
             weights = [getattr(self, name) for name in self._flat_weights_names]
+        if self._given():
+            weights = list(self._flat_weights)
         _checks.check_weight_shapes(weights, self._flat_weights_names, self._weight_shapes)
         _checks.check_input(input, weights[0], dims, self.input_size)
         if hx is not None:
@@ -373,24 +400,21 @@ class RecurrentLayer(Module):
         half = _autocast.requested(input)
         wide = None
         if half is not None:
-            fused = self.cell == "LSTM" and not self.proj_size and "batch_sizes" not in steps
-            wide = _autocast.result_dtype(self.cell, half, input, hx, fused)
+            fused = self._cell == "LSTM" and not self.proj_size and "batch_sizes" not in steps
+            wide = _autocast.result_dtype(self._cell, half, input, hx, fused)
             input = _autocast.cast(input, half)
             hx = None if hx is None else tuple(_autocast.cast(state, half) for state in hx)
             anew = tuple(_autocast.cast(state, half) for state in anew)
             weights = [_autocast.cast(weight, half) for weight in weights]
         _checks.check_companions(input, (*(hx or ()), *anew), weights)
-        cache = None  # of weights that autocast has just made there is nothing to keep
-        if half is None and not torch.compiler.is_compiling():
-            cache = _inference.prepared(self).cache
-        output, hx_n, states = recurrent(
+        output, hx_n, states = _onnx_export.route(recurrent)(
             self._options,
             input,
             hx,
             weights,
             extras=self._extras(input, batch, anew if steps.get("reset") is not None else ()),
             dropout=dropout,
-            cache=cache,
+            frozen=None if half is not None or self._given() else _inference.frozen(self),
             **steps,
         )
         if wide is not None:
@@ -403,7 +427,7 @@ class RecurrentLayer(Module):
 
     def _learned_states(self) -> tuple[Tensor, ...]:
         """The parameters h_0 and c_0 of this moment, once they fit; () where none are learned."""
-        if not self.learn_initial_state:
+        if not self._own["learn_initial_state"]:
             return ()
         shapes = self._learned_shapes()
         states = tuple(getattr(self, name) for name in shapes)
@@ -414,11 +438,26 @@ class RecurrentLayer(Module):
         """What the options ask for besides: masks while training, the states after a reset."""
         extras = NO_EXTRAS
         if self.training:
-            size, dropout = self.hidden_size, self.recurrent_dropout
+            size, dropout = self.hidden_size, self._recurrent_dropout()
             extras = _masks.draw(self._options, input, batch, size, dropout)
         names = ("reset_h", "reset_c")
         anew_by_name = {name: s[:, 0] for name, s in zip(names, anew, strict=False)}
         return extras._replace(**anew_by_name) if anew else extras
+
+
+def restore_own_options(module: Any, state: dict[str, Any]) -> None:
+    """Give a layer or a cell its own options from a pickled state, once its attributes are there.
+
+    They stand in ``_own``; in the files of 0.1, which hold ``_options``, as attributes; in torch's
+    not at all.
+    """
+    if "_own" in state:
+        return
+    saved = state if "_options" in state else {}
+    module._own = {name: saved.get(name, own) for name, own in module.own_options.items()}
+    for name, value in module._own.items():
+        if not hasattr(module, name):
+            setattr(module, name, value)
 
 
 _STARTS = {
@@ -442,8 +481,9 @@ def initialize(module: Any) -> None:
             torch.nn.init.uniform_(parameter, -bound, bound)
         else:
             torch.nn.init.constant_(parameter, start)
-    if module.forget_bias is not None:
+    forget_bias = module._own.get("forget_bias")
+    if forget_bias is not None:
         with torch.no_grad():
             for name in module._flat_weights_names:
                 if name.startswith("bias_ih"):
-                    getattr(module, name)[size : 2 * size].fill_(module.forget_bias)
+                    getattr(module, name)[size : 2 * size].fill_(forget_bias)

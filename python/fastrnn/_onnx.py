@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 Value = Any  # onnx_ir.Value
 
-_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}  # the gates of ours, in ONNX's order
+ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}  # the gates of ours, in ONNX's order
+UNROLLED = (
+    "export torch.export.export(model, args).run_decompositions(fastrnn.decompositions()), which "
+    "has the steps unrolled"
+)
 _FUNCTIONS: dict[str, tuple[str, tuple[float, float] | None]] = {  # name, alpha and beta
     "tanh": ("Tanh", None),
     "relu": ("Relu", None),
@@ -42,7 +46,10 @@ _TRANSLATED = (  # options that ONNX has
 
 
 def onnx_translation_table() -> dict[Any, Callable[..., Any]]:
-    """What ``torch.onnx.export`` needs to export models with fastrnn's layers.
+    """What ``torch.onnx.export`` needs to export programs that hold fastrnn's layers.
+
+    A model is exported without it. It is needed for what ``torch.export.export`` has made of a
+    model before.
 
     Each layer of a stack becomes one LSTM, GRU or RNN node of standard ONNX, both directions
     together; ``lengths`` become its ``sequence_lens``. T and B may be dynamic.
@@ -58,9 +65,9 @@ def onnx_translation_table() -> dict[Any, Callable[..., Any]]:
         ModuleNotFoundError: onnxscript is not installed; ``pip install 'fastrnn[onnx]'`` does.
 
     >>> import torch, fastrnn
+    >>> layer = fastrnn.GRU(3, 4, num_layers=2).eval()
     >>> program = torch.onnx.export(
-    ...     fastrnn.GRU(3, 4, num_layers=2).eval(),
-    ...     (torch.randn(5, 2, 3),),
+    ...     torch.export.export(layer, (torch.randn(5, 2, 3),)),
     ...     dynamo=True,
     ...     verbose=False,
     ...     custom_translation_table=fastrnn.onnx_translation_table(),
@@ -87,40 +94,57 @@ def _translate(*arguments: Any) -> Any:
     given = dict(zip(names, arguments, strict=True))
     options = Options(**{field.name: given.pop(field.name) for field in fields(Options)})
     states, save = given.pop("states"), given.pop("save")
-    _check_options(options, states)
-    _check_arrays(given)
+    check_options(options, states)
+    check_arrays(given)
     stack = _Stack(options, given["weights"], given["lengths"])
     outputs, finals = stack.run(given["input"], given["h0"], given["c0"])
     nothing = stack.empty(given["input"])
-    if not (states or save):
-        outputs = outputs[-1:]
-    hidden = stack.joined([stack.op.Unsqueeze(y, [0]) for y in outputs])
+    hidden = nothing
+    if states or save:
+        hidden = stack.joined([stack.op.Unsqueeze(y, [0]) for y in outputs])
     h_n, *c_n = (stack.joined(parts) for parts in zip(*finals, strict=True))
-    return hidden, h_n, c_n[0] if c_n else nothing, nothing, nothing
+    return outputs[-1], h_n, c_n[0] if c_n else nothing, hidden, nothing, nothing
 
 
-def _check_options(options: Options, states: bool) -> None:
+def check_options(options: Options, states: bool) -> None:
     for field in fields(Options):
         value = getattr(options, field.name)
         if field.name not in _TRANSLATED and value != field.default:
             raise ValueError(
-                f"{field.name}={value!r} has no equal in ONNX's {options.cell}: "
-                "the layer cannot be exported"
+                f"{field.name}={value!r} has no equal in ONNX's {options.cell}: {UNROLLED}"
             )
     if states and options.cell == "LSTM":
         raise ValueError(
             "return_states=True has no equal in ONNX's LSTM, which gives no c but the last: "
-            "the layer cannot be exported"
+            f"{UNROLLED}"
         )
 
 
-def _check_arrays(given: dict[str, Any]) -> None:
+def check_arrays(given: dict[str, Any]) -> None:
     for name, value in given.items():
         if name not in _ARRAYS and value is not None:
             known = {"batch_sizes": "a PackedSequence (give lengths= instead)", "reset": "reset="}
-            raise ValueError(
-                f"{known.get(name, name)} has no equal in ONNX: the call cannot be exported"
-            )
+            raise ValueError(f"{known.get(name, name)} has no equal in ONNX: {UNROLLED}")
+
+
+def attributes(options: Options) -> dict[str, Any]:
+    """The node's attributes, those left out that would say what ONNX takes anyway."""
+    found: dict[str, Any] = {"direction": "bidirectional"} if options.bidirectional else {}
+    if options.cell == "GRU":
+        found["linear_before_reset"] = int(options.reset_after)
+    names = [options.activation]
+    if options.cell != "RNN":
+        names.insert(0, options.gate_activation)
+    if options.cell == "LSTM":
+        names.append(options.activation)  # of the candidate, then of the cell's output
+    if names not in (["tanh"], ["sigmoid", "tanh"], ["sigmoid", "tanh", "tanh"]):
+        functions = [_FUNCTIONS[name] for name in names] * options.directions
+        found["activations"] = [name for name, _ in functions]
+        slopes = [numbers for _, numbers in functions if numbers]
+        if slopes:
+            found["activation_alpha"] = [alpha for alpha, _ in slopes]
+            found["activation_beta"] = [beta for _, beta in slopes]
+    return found
 
 
 class _Stack:
@@ -132,7 +156,7 @@ class _Stack:
         self.op: Any = opset18
         self.options = options
         self.directions = options.directions
-        self.gates = len(_ORDER[options.cell])
+        self.gates = len(ORDER[options.cell])
         each = len(weights) // (options.num_layers * self.directions)
         self.groups = [weights[k : k + each] for k in range(0, len(weights), each)]
         self.hidden = int(weights[0].shape[0]) // self.gates
@@ -152,7 +176,7 @@ class _Stack:
             inputs = [*self.weights(groups), lengths, *initial]
             inputs = inputs if options.cell == "LSTM" else inputs[:-1]
             node = getattr(op, options.cell)
-            y, *last = node(x, *inputs, hidden_size=self.hidden, **self.attributes())
+            y, *last = node(x, *inputs, hidden_size=self.hidden, **attributes(options))
             x = self.side_by_side(y)
             outputs.append(x)
             finals.append([self.final(s, s0) for s, s0 in zip(last, initial, strict=False)])
@@ -180,31 +204,11 @@ class _Stack:
 
     def ordered(self, weight: Value) -> Value:
         """(G·H, …) with the gates in ONNX's order."""
-        order = _ORDER[self.options.cell]
+        order = ORDER[self.options.cell]
         if len(order) == 1:
             return weight
         rows = [gate * self.hidden + unit for gate in order for unit in range(self.hidden)]
         return self.op.Gather(weight, rows, axis=0)
-
-    def attributes(self) -> dict[str, Any]:
-        """The node's attributes, those left out that would say what ONNX takes anyway."""
-        options = self.options
-        found: dict[str, Any] = {"direction": "bidirectional"} if options.bidirectional else {}
-        if options.cell == "GRU":
-            found["linear_before_reset"] = int(options.reset_after)
-        names = [options.activation]
-        if options.cell != "RNN":
-            names.insert(0, options.gate_activation)
-        if options.cell == "LSTM":
-            names.append(options.activation)  # of the candidate, then of the cell's output
-        if names not in (["tanh"], ["sigmoid", "tanh"], ["sigmoid", "tanh", "tanh"]):
-            functions = [_FUNCTIONS[name] for name in names] * self.directions
-            found["activations"] = [name for name, _ in functions]
-            slopes = [numbers for _, numbers in functions if numbers]
-            if slopes:
-                found["activation_alpha"] = [alpha for alpha, _ in slopes]
-                found["activation_beta"] = [beta for _, beta in slopes]
-        return found
 
     def side_by_side(self, y: Value) -> Value:
         """[T, D, B, H] as (T, B, D·H)."""

@@ -8,10 +8,11 @@ others itself.
 ``forward`` gives, each contiguous and, where not wanted, of shape (0,):
 
 ======  ===================================  ==================================================
-hidden  (L, T, B, D·O) or packed (L, N, D·O)  h at every step; with neither ``states`` nor ``save``
-                                             the last layer's alone, L = 1
+output  (T, B, D·O) or packed (N, D·O)       h of the last layer at every step, a tensor of its own:
+                                             it may be written to before ``backward``
 h_n     (L·D, B, O)                          h after the last step
 c_n     (L·D, B, H)                          c after the last step; LSTM
+hidden  (L, T, B, D·O) or (L, N, D·O)        h of every layer at every step; ``states`` or ``save``
 cell    (L, T, B, D·H) or (L, N, D·H)        c at every step, compute dtype; LSTM, ``states`` or
                                              ``save``
 gates   (L·D, T·B or N, saved values)        what backward needs besides, compute dtype; ``save``,
@@ -37,15 +38,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _C, _composed
+from . import _C, _checks, _composed, _flops
 from ._engine import Extras, Scalars, cuda_route, engine_options, saved_size
 from ._options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-# hidden, h_n, c_n, cell, gates; a kernel called by itself gives None for what is not wanted.
-ForwardOutputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+# output, h_n, c_n, hidden, cell, gates; a kernel called by itself gives None for what is not
+# wanted.
+ForwardOutputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 _OPTIONS = (
     "str cell, int num_layers, bool bidirectional, bool bias, int proj_size, str activation, "
@@ -60,7 +62,8 @@ _EXTRAS = (
 
 _FORWARD = (
     f"(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, {_STEPS}, {_EXTRAS}, {_OPTIONS}, "
-    "bool states, bool save) -> (Tensor hidden, Tensor h_n, Tensor c_n, Tensor cell, Tensor gates)"
+    "bool states, bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor hidden, "
+    "Tensor cell, Tensor gates)"
 )
 _BACKWARD = (
     f"(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, {_STEPS}, {_EXTRAS}, "
@@ -80,9 +83,10 @@ for _members in ("", "_members"):
 class _Sizes(NamedTuple):
     """Of one call: the shapes of what ``forward`` gives."""
 
-    hidden: tuple[int, ...]
+    output: tuple[int, ...]
     h_n: tuple[int, ...]
     c_n: tuple[int, ...] | None  # None: not wanted
+    hidden: tuple[int, ...] | None
     cell: tuple[int, ...] | None
     gates: tuple[int, ...] | None
     padding: bool  # whether the engine leaves a part of `gates` unwritten, besides rows
@@ -109,9 +113,10 @@ def _sizes(
         count = entries[0] if len(entries) == 1 else entries[0] * entries[1]
         gates = (groups, count, saved_size(engine, hidden))
     return _Sizes(
-        hidden=(layers if every else 1, *entries, directions * out),
+        output=(*entries, directions * out),
         h_n=(groups, rows, out),
         c_n=(groups, rows, hidden) if two else None,
+        hidden=(layers, *entries, directions * out) if every else None,
         cell=(layers, *entries, directions * hidden) if two and every else None,
         gates=gates,
         padding=hidden % 16 != 0 or options[9],  # of layer norm a plane holds a few values
@@ -122,19 +127,17 @@ class _Device(NamedTuple):
     """What the engine is told of the device, and what it may keep there."""
 
     workspace: Callable[[int], Tensor] | None = None  # None: the engine's own
-    cache: _C.PackCache | None = None
     stream: int = 0
     allow_tf32: bool = False
     persistent: bool = False
 
 
-def _device(input: Tensor, cache: _C.PackCache | None = None) -> _Device:
+def _device(input: Tensor) -> _Device:
     if not input.is_cuda:
-        return _Device(cache=cache)
+        return _Device()
     return _Device(
         # On the current stream, so that the memory is used again only after the call.
         lambda size: torch.empty(size, dtype=torch.uint8, device=input.device),
-        None,
         torch.cuda.current_stream(input.device).cuda_stream,
         input.dtype == torch.float32 and _allows_tf32(),
         cuda_route().persistent,
@@ -162,23 +165,21 @@ def _run_forward(
     lengths: Tensor | None,
     reset: Tensor | None,
     *rest: Any,
-    cache: _C.PackCache | None = None,
+    frozen: _C.Frozen | None = None,
 ) -> ForwardOutputs:
-    """Allocate the outputs and call the engine; None for what is not wanted.
-
-    Of one layer without ``states``, hidden comes without its first axis.
-    """
+    """Allocate the outputs and call the engine; None for what is not wanted."""
     extras, options, (states, save) = rest[:5], rest[5:-2], rest[-2:]
     engine = engine_options(*options)
-    rows = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    rows = input.shape[1] if batch_sizes is None else _checks.packed_rows(batch_sizes, input)
     sizes = _sizes(engine, input, rows, weights, options, states, save)
     compute = _compute_dtype(input.dtype)
-    one = sizes.hidden[0] == 1 and not states
-    hidden = input.new_empty(sizes.hidden[1:] if one else sizes.hidden)
+    output = input.new_empty(sizes.output)
     h_n = input.new_empty(sizes.h_n)
-    c_n = cell = gates = None
+    c_n = hidden = cell = gates = None
     if sizes.c_n is not None:
         c_n = input.new_empty(sizes.c_n)
+    if sizes.hidden is not None:
+        hidden = input.new_empty(sizes.hidden)
     if sizes.cell is not None:
         cell = input.new_empty(sizes.cell, dtype=compute)
     if sizes.gates is not None:
@@ -187,7 +188,7 @@ def _run_forward(
         incomplete = sizes.padding or lengths is not None
         allocate = input.new_zeros if incomplete else input.new_empty
         gates = allocate(sizes.gates, dtype=compute)
-    device = _device(input, cache)
+    device = _device(input)
     _C.forward(
         engine,
         input,
@@ -197,7 +198,7 @@ def _run_forward(
         batch_sizes,
         lengths,
         reset,
-        hidden,
+        output if hidden is None else hidden,
         h_n,
         c_n,
         cell,
@@ -205,23 +206,27 @@ def _run_forward(
         states or save,
         torch.get_num_threads(),
         device.workspace,
-        device.cache,
+        frozen,
         extras,
         device.stream,
         device.allow_tf32,
         device.persistent,
+        None if hidden is None or input.is_cuda else output,
     )
-    return hidden, h_n, c_n, cell, gates
+    if hidden is not None and input.is_cuda:
+        output.copy_(hidden[-1])
+    return output, h_n, c_n, hidden, cell, gates
 
 
 def _whole(outputs: ForwardOutputs, input: Tensor) -> tuple[Tensor, ...]:
     """The outputs as the schema has them: (0,) in place of None."""
-    hidden, h_n, c_n, cell, gates = outputs
+    output, h_n, c_n, hidden, cell, gates = outputs
     compute = _compute_dtype(input.dtype)
     return (
-        hidden if hidden.dim() > input.dim() else hidden.unsqueeze(0),
+        output,
         h_n,
         input.new_empty(0) if c_n is None else c_n,
+        input.new_empty(0) if hidden is None else hidden,
         input.new_empty(0, dtype=compute) if cell is None else cell,
         input.new_empty(0, dtype=compute) if gates is None else gates,
     )
@@ -259,9 +264,10 @@ def _new_outputs(input: Tensor, sizes: _Sizes, members: tuple[int, ...] = ()) ->
         return None if shape is None else input.new_empty(members + shape, dtype=dtype)
 
     return (
-        input.new_empty(members + sizes.hidden),
+        input.new_empty(members + sizes.output),
         input.new_empty(members + sizes.h_n),
         new(sizes.c_n, input.dtype),
+        new(sizes.hidden, input.dtype),
         new(sizes.cell, compute),
         new(sizes.gates, compute),
     )
@@ -379,11 +385,11 @@ def _forward_members_cpu(
     extras, options, (states, save) = rest[:5], rest[5:-2], rest[-2:]
     engine = engine_options(*options)
     members, one = input.shape[0], input.select(0, 0)
-    rows = one.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    rows = one.shape[1] if batch_sizes is None else _checks.packed_rows(batch_sizes, one)
     first = [w.select(0, 0) for w in weights]
     sizes = _sizes(engine, one, rows, first, options, states, save)
     outputs = _new_outputs(input, sizes, (members,))
-    hidden, h_n, c_n, cell, gates = outputs
+    output, h_n, c_n, hidden, cell, gates = outputs
     if gates is not None and (sizes.padding or lengths is not None):
         gates.zero_()  # for the reason in _run_forward
     _C.forward_members(
@@ -396,7 +402,7 @@ def _forward_members_cpu(
         batch_sizes,
         None if lengths is None else _dense(lengths),
         reset,
-        hidden,
+        output if hidden is None else hidden,
         h_n,
         c_n,
         cell,
@@ -404,6 +410,7 @@ def _forward_members_cpu(
         states or save,
         torch.get_num_threads(),
         extras,
+        None if hidden is None else output,
     )
     return _whole(outputs, input)
 
@@ -492,11 +499,11 @@ def _backward_members_cpu(
 # ---- Autograd of calls by themselves -------------------------------------------------------------
 
 
-def forward(*arguments: Any, cache: _C.PackCache | None = None) -> ForwardOutputs:
+def forward(*arguments: Any, frozen: _C.Frozen | None = None) -> ForwardOutputs:
     """``fastrnn::forward``, by the shorter way where that is the same; for its arguments see there.
 
-    What is not wanted may come back as None, hidden of one layer without its first axis. The
-    operator itself knows no ``cache``, and saves by itself where a gradient is recorded.
+    What is not wanted may come back as None. The operator itself knows no ``frozen``, and saves by
+    itself where a gradient is recorded.
     """
     outputs: ForwardOutputs
     if (
@@ -504,13 +511,12 @@ def forward(*arguments: Any, cache: _C.PackCache | None = None) -> ForwardOutput
         or torch._C._functorch.maybe_current_level() is not None
         or not _C.nothing_listens((*arguments[:3], *arguments[3], *arguments[7:12]))
     ):
+        if not torch.compiler.is_compiling():
+            _flops.register()
         outputs = forward_op(*arguments[:-1], False)
     else:
         save = arguments[-1]
-        if save:
-            outputs = _apply(*arguments[:-1], cache=cache)
-        else:
-            outputs = _run_forward(*arguments, cache=cache)
+        outputs = _apply(*arguments[:-1]) if save else _run_forward(*arguments, frozen=frozen)
     return outputs
 
 
@@ -541,7 +547,6 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        cache: _C.PackCache | None,
         options: Scalars,
         states: bool,
         batch_sizes: Tensor | None,
@@ -560,21 +565,21 @@ class _Recurrence(torch.autograd.Function):
         steps = (batch_sizes, lengths, reset)
         masks = (dropout_mask, zoneout_h_mask, zoneout_c_mask)
         arguments = (input, h0, c0, weights, *steps, reset_h, reset_c, *masks)
-        outputs = _run_forward(*arguments, *options, states, True, cache=cache)
-        hidden, h_n, c_n, cell, gates = outputs
+        outputs = _run_forward(*arguments, *options, states, True)
+        output, h_n, c_n, hidden, cell, gates = outputs
         ctx.options = options
         ctx.set_materialize_grads(False)
         ctx.fresh = True  # `gates` is as forward left it
         ctx.save_for_backward(*arguments[:3], *arguments[4:], hidden, cell, gates, *weights)
-        return hidden, h_n, c_n, cell if states else None, None
+        return output, h_n, c_n, hidden if states else None, cell if states else None, None
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         given, saved, weights = tensors[:11], tensors[11:14], tensors[14:]
-        needs = ctx.needs_input_grad[9:]
+        needs = ctx.needs_input_grad[8:]
         if all(d is None for d in gradients):
-            return (None,) * (9 + len(needs))
+            return (None,) * (8 + len(needs))
         input = given[0]
         arguments = (*given[:3], weights, *given[3:])
         found: Sequence[Tensor | None] | None = None
@@ -589,9 +594,8 @@ class _Recurrence(torch.autograd.Function):
                 again = (*arguments, *ctx.options, False, True)
                 by_itself = _C.nothing_listens((*given[:3], *weights, *given[6:]))
                 outputs = _run_forward(*again) if by_itself else forward_op(*again)
-                hidden, _, _, cell, gates = outputs
-                saved = (hidden, cell, gates)
-            d_states = _cotangents(input, gradients)
+                saved = outputs[3:]
+            d_states = _cotangents(gradients)
             tensors = (*given[:3], *weights, *given[6:], *d_states)
             if not recorded and _C.nothing_listens(tensors):
                 try:
@@ -605,7 +609,6 @@ class _Recurrence(torch.autograd.Function):
                         raise
             if found is None:
                 hidden, cell, gates = saved
-                hidden = hidden if hidden.dim() > input.dim() else hidden.unsqueeze(0)
                 cell = input.new_empty(0) if cell is None else cell
                 gates = input.new_empty(0) if gates is None else gates
                 from . import _transforms
@@ -613,17 +616,12 @@ class _Recurrence(torch.autograd.Function):
                 found = _transforms.backward(
                     *arguments, hidden, cell, gates, *d_states, *ctx.options, needs
                 )
-        return (*(None,) * 9, *(d if need else None for d, need in zip(found, needs, strict=True)))
+        return (*(None,) * 8, *(d if need else None for d, need in zip(found, needs, strict=True)))
 
 
-def _cotangents(input: Tensor, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
+def _cotangents(gradients: tuple[Any, ...]) -> tuple[Any, ...]:
     """d_output, d_hidden, d_cell, d_h_n, d_c_n, from the gradients of `_Recurrence`'s outputs."""
-    d_hidden, d_h_n, d_c_n, d_cell, _ = gradients
-    d_output = None
-    if d_hidden is not None and d_hidden.dim() == input.dim():
-        d_output, d_hidden = d_hidden, None
-    elif d_hidden is not None and d_hidden.shape[0] == 1:  # the last layer's alone
-        d_output, d_hidden = d_hidden[0], None
+    d_output, d_h_n, d_c_n, d_hidden, d_cell, _ = gradients
     return d_output, d_hidden, d_cell, d_h_n, d_c_n
 
 
@@ -636,12 +634,11 @@ def _apply(
     lengths: Tensor | None,
     reset: Tensor | None,
     *rest: Any,
-    cache: _C.PackCache | None = None,
 ) -> Any:
     steps, (reset_h, reset_c, *masks) = (batch_sizes, lengths, reset), rest[:5]
     differentiable = (input, h0, c0, reset_h, reset_c, *weights)
     return _Recurrence.apply(  # type: ignore[no-untyped-call]
-        cache, rest[5:-1], rest[-1], *steps, *masks, *differentiable
+        rest[5:-1], rest[-1], *steps, *masks, *differentiable
     )
 
 
@@ -655,7 +652,7 @@ def _differentiable_gradients(
     if forward_ad._current_level >= 0:
         from . import _transforms
 
-        cotangents = _cotangents(arguments[0], gradients)
+        cotangents = _cotangents(gradients)
         return _transforms.gradients_of(_transforms.ONE, options, arguments, needs, cotangents)
     if torch._C._functorch.maybe_current_level() is not None:
         return None
@@ -670,7 +667,7 @@ def _composed_gradients(
 ) -> list[Tensor | None]:
     """The gradients as a graph of plain operations, to be differentiated again."""
     input, h0, c0, weights, batch_sizes, lengths, reset, *extras = arguments
-    d_hidden, d_h_n, d_c_n, d_cell, _ = gradients
+    d_output, d_h_n, d_c_n, d_hidden, d_cell, _ = gradients
     leaves = (input, h0, c0, *extras[:2], *weights)
     with torch.enable_grad():
         # Views: a gradient ends at its argument, even where one argument is computed from another.
@@ -686,11 +683,9 @@ def _composed_gradients(
             extras=Extras(*views[3:5], *extras[2:]),
         )
         pairs: list[tuple[Any, Any]] = [(stack.h_n, d_h_n), (stack.c_n, d_c_n)]
+        pairs.append((stack.hidden[-1], d_output))
         if d_hidden is not None:
-            if d_hidden.dim() == input.dim():  # of one layer, without the first axis
-                d_hidden = d_hidden.unsqueeze(0)
-            layers = d_hidden.shape[0]  # every layer, or the last alone
-            pairs += zip(stack.hidden[-layers:], d_hidden, strict=True)
+            pairs += zip(stack.hidden, d_hidden, strict=True)
         if d_cell is not None:
             pairs += zip(stack.cell, d_cell, strict=True)
         pairs = [(y, d) for y, d in pairs if d is not None and y.requires_grad]
@@ -755,3 +750,5 @@ forward_op = torch.ops.fastrnn.forward.default
 backward_op = torch.ops.fastrnn.backward.default
 forward_members_op = torch.ops.fastrnn.forward_members.default
 backward_members_op = torch.ops.fastrnn.backward_members.default
+
+_flops.register()

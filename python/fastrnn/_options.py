@@ -12,6 +12,7 @@ Activation = Literal["tanh", "relu", "sigmoid", "identity"]
 GateActivation = Literal["sigmoid", "hardsigmoid"]
 Shape = tuple[int, ...]
 
+MOST_LAYERS = 2**16  # more would take for ever to name
 GATES: dict[Cell, int] = {"RNN": 1, "LSTM": 4, "GRU": 3}
 
 
@@ -21,7 +22,7 @@ class Options:
 
     Attributes:
         cell: ``"RNN"``, ``"LSTM"`` or ``"GRU"``.
-        num_layers: layers in the stack, at least 1.
+        num_layers: layers in the stack, at least 1 and at most 65,536.
         bidirectional: whether each layer also runs backwards in time.
         bias: whether the weights contain ``b_ih`` and ``b_hh``.
         proj_size: size of the projected state; 0 means no projection. LSTM alone.
@@ -70,6 +71,8 @@ class Options:
             check_bool(name, getattr(self, name))
         if self.num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {self.num_layers}")
+        if self.num_layers > MOST_LAYERS:
+            raise ValueError(f"num_layers must be at most {MOST_LAYERS}, got {self.num_layers}")
         if self.proj_size < 0:
             raise ValueError(f"proj_size must be 0 or a positive integer, got {self.proj_size}")
         for name in ("proj_size", "peephole", "zoneout_c"):

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _composed, _ops, _transforms  # noqa: F401  (_transforms registers the rules)
-from ._C import PackCache
+from ._C import Frozen
 from ._engine import NO_EXTRAS, Extras, States, cuda_route, scalars
 from ._options import Options
 
@@ -39,7 +39,7 @@ def recurrent(
     extras: Extras = NO_EXTRAS,
     return_states: bool = False,
     dropout: float = 0.0,
-    cache: PackCache | None = None,
+    frozen: Frozen | None = None,
 ) -> Result:
     """Run a stack of recurrent layers over checked arguments.
 
@@ -54,7 +54,7 @@ def recurrent(
         extras: what the options ask for besides: states after a reset, masks.
         return_states: whether to return the states of every layer at every step.
         dropout: probability of a zero in what one layer passes to the next.
-        cache: where the engine may keep the weights packed for the next call.
+        frozen: the weights as they were packed when the layer was frozen; a gradient thaws it.
 
     Returns:
         ``output`` (T, B, D·O) or packed (N, D·O); ``(h_n,)`` or ``(h_n, c_n)``, shaped as ``hx``;
@@ -64,13 +64,13 @@ def recurrent(
     steps = (batch_sizes, lengths, reset, extras)
     if dropout > 0 and options.num_layers > 1:
         return _layer_by_layer(run, options, input, hx, weights, steps, return_states, dropout)
-    return run(options, input, hx, weights, steps, return_states, cache)
+    return run(options, input, hx, weights, steps, return_states, frozen)
 
 
 # batch_sizes, lengths, reset, extras
 _Steps = tuple[Tensor | None, Tensor | None, Tensor | None, Extras]
 _Route = Callable[
-    [Options, Tensor, tuple[Tensor, ...] | None, Sequence[Tensor], _Steps, bool, PackCache | None],
+    [Options, Tensor, tuple[Tensor, ...] | None, Sequence[Tensor], _Steps, bool, Frozen | None],
     Result,
 ]
 _ENGINE_DEVICES = frozenset({"cpu", "meta"})  # on meta the operator only works out shapes
@@ -113,7 +113,7 @@ def _engine_route(
     weights: Sequence[Tensor],
     steps: _Steps,
     return_states: bool,
-    cache: PackCache | None,
+    frozen: Frozen | None,
 ) -> Result:
     h0 = c0 = None
     if hx is not None:
@@ -122,11 +122,9 @@ def _engine_route(
     leaves = (input, h0, c0, extras.reset_h, extras.reset_c, *weights)
     save = torch.is_grad_enabled() and _any_requires_grad(leaves)
     given = (input, h0, c0, weights, *rows, *extras, *scalars(options))
-    hidden, h_n, c_n, cell, _ = _ops.forward(*given, return_states, save, cache=cache)
-    output = hidden
-    if hidden.dim() > input.dim():
-        # Of one layer a view that gives the gradient back as a view, with no zeros to fill.
-        output = hidden.squeeze(0) if hidden.shape[0] == 1 else hidden[-1]
+    if frozen is not None and save:
+        frozen.thaw()
+    output, h_n, c_n, hidden, cell, _ = _ops.forward(*given, return_states, save, frozen=frozen)
     if options.cell != "LSTM":
         c_n = cell = None
     states = States(hidden, cell) if return_states else None
@@ -144,7 +142,7 @@ def _composed_route(
     weights: Sequence[Tensor],
     steps: _Steps,
     return_states: bool,
-    cache: PackCache | None,
+    frozen: Frozen | None,
 ) -> Result:
     batch_sizes, lengths, reset, extras = steps
     stack = _composed.forward(

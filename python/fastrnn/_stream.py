@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 DTYPES = (*REAL, "int8")
+_MOST_ROWS = 2**31 - 1  # the engine's limit
 # What int8 kernels compute, and what no inference computes.
 _INT8_OPTIONS = {
     "cell",
@@ -63,7 +64,8 @@ class Stream:
     Raises:
         TypeError: layer is none of ours, batch_size no int, dtype no dtype.
         ValueError: the layer is bidirectional, not on the CPU, or has an option that int8 lacks;
-            batch_size is below 1; dtype is another one.
+            batch_size is below 1 or above 2³¹ - 1; dtype is another one.
+        MemoryError: so many rows do not fit into memory.
 
     >>> import torch
     >>> import fastrnn
@@ -140,8 +142,10 @@ class Stream:
             raise ValueError("layer must not be bidirectional: a stream cannot run backwards")
         if not isinstance(batch_size, int) or isinstance(batch_size, bool):
             raise TypeError(f"batch_size must be an int, got {type(batch_size).__name__}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not 1 <= batch_size <= _MOST_ROWS:
+            raise ValueError(
+                f"batch_size must be at least 1 and at most {_MOST_ROWS}, got {batch_size}"
+            )
         weights = source.weights()
         name = _dtype_name(weights[0].dtype if dtype is None else dtype)
         if name == "int8":
@@ -196,7 +200,10 @@ class Stream:
         self._engine.reset(None if rows is None else self._mask(rows))
 
     def _mask(self, rows: Any) -> Any:
-        rows = np.asarray(rows)
+        try:
+            rows = np.asarray(rows)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"rows must be bools or integers: {error}") from error
         if rows.dtype == np.bool_:
             if rows.shape != (self.batch_size,):
                 raise ValueError(f"rows must have shape ({self.batch_size},), got {rows.shape}")
@@ -283,7 +290,7 @@ class _Layer:
 
     def __init__(self, layer: Any) -> None:
         module = sys.modules.get("fastrnn._layer")  # a layer has imported it
-        if module is None or not isinstance(layer, module.RecurrentLayer):
+        if module is None or module.RecurrentLayer not in type(layer).__mro__:
             hint = "; fastrnn.convert makes one of torch.nn's" if _is_torch_module(layer) else ""
             raise TypeError(
                 f"layer must be a fastrnn.RNN, LSTM or GRU, got {type(layer).__name__}{hint}"

@@ -17,7 +17,7 @@ from ._arguments import (
     check_lengths,
     check_shape,
 )
-from ._checks import as_tensor, has_values, integer_tensor
+from ._checks import as_tensor, check_tensor, has_values, integer_tensor
 from ._engine import Extras, States
 from ._recurrent import recurrent
 
@@ -69,7 +69,8 @@ def forward(
             "return_saved must be False under the transforms of torch.func: take gradients with "
             "torch.func.grad or torch.func.vjp"
         )
-    with torch.enable_grad():
+    # Neither no_grad nor inference_mode: the graph is for `backward`, and is of this call alone.
+    with torch.inference_mode(False), torch.enable_grad():
         own = Arguments(
             _leaf(given.input),
             given.hx and tuple(map(_leaf, given.hx)),
@@ -138,7 +139,8 @@ def _run(options: Options, given: Arguments, batch_first: bool, return_states: b
 
 
 def _leaf(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_()
+    x = x.detach()
+    return (x.clone() if x.is_inference() else x).requires_grad_()
 
 
 def _leaves_of_extras(extras: Extras) -> Extras:
@@ -149,6 +151,7 @@ def _leaves_of_extras(extras: Extras) -> Extras:
 def _describe(name: str, x: Any) -> Description:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor as input is, got {type(x).__name__}")
+    check_tensor(name, x)
     return Description(tuple(x.shape), str(x.dtype).removeprefix("torch."), str(x.device))
 
 
@@ -159,7 +162,7 @@ def _prepared(given: Arguments, batch_first: bool) -> Arguments:
     if lengths is not None:
         lengths = integer_tensor(lengths, input)
         check_shape("lengths", tuple(lengths.shape), (B,))
-        lengths = lengths.to(torch.int64)
+        lengths = lengths.to(torch.int64).resolve_neg()
         if has_values(lengths):
             check_lengths(lengths.tolist(), T)
         lengths = lengths.to(input.device).contiguous()

@@ -30,7 +30,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils import _pytree as pytree
 
-from . import _checks, _composed, _ops
+from . import _checks, _composed, _flops, _ops
 from ._engine import Extras
 from ._options import Options
 
@@ -248,17 +248,14 @@ class _AtOneTransform(_SingleLevelFunction):
             return cls.apply(*arguments)  # type: ignore[attr-defined]
 
 
-def _as_asked(
-    operators: _Operators, outputs: tuple[Tensor, ...], states: bool, save: bool
-) -> tuple[Tensor, ...]:
+def _as_asked(outputs: tuple[Tensor, ...], states: bool, save: bool) -> tuple[Tensor, ...]:
     """Of everything (``save=True``) what the operator gives for these flags."""
-    hidden, h_n, c_n, cell, gates = outputs
+    output, h_n, c_n, hidden, cell, gates = outputs
     if save:
         return outputs
     if not states:
-        hidden = hidden.narrow(operators.members, hidden.shape[operators.members] - 1, 1)
-        cell = cell.new_empty(0)
-    return hidden, h_n, c_n, cell, gates.new_empty(0)
+        hidden, cell = hidden.new_empty(0), cell.new_empty(0)
+    return output, h_n, c_n, hidden, cell, gates.new_empty(0)
 
 
 def _further_out(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -283,11 +280,9 @@ class _Recorded(_AtOneTransform):
         )
         ctx.operators, ctx.options = operators, options
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*flat, everything[0], *everything[3:])
-        asked = partial(_as_asked, operators, everything, states, save)
-        # Where nothing is further out, as a view that autograd knows.
-        outputs: tuple[Tensor, ...] = _further_out(asked) if _transforming() else asked()
-        ctx.mark_non_differentiable(*(y for y in outputs[:4] if y.dim() == 1), outputs[4])
+        ctx.save_for_backward(*flat, *everything[3:])
+        outputs: tuple[Tensor, ...] = _further_out(_as_asked, everything, states, save)
+        ctx.mark_non_differentiable(*(y for y in outputs[:5] if y.dim() == 1), outputs[5])
         return outputs
 
     @staticmethod
@@ -297,10 +292,7 @@ class _Recorded(_AtOneTransform):
             return (None,) * (2 + len(flat))
         arguments = _nested(flat, _FORWARD)
         needs = list(ctx.needs_input_grad[2 : 2 + _leaf_count(arguments)])
-        d_hidden, d_h_n, d_c_n, d_cell, _ = gradients
-        d_output, layers = None, ctx.operators.members
-        if d_hidden is not None and d_hidden.shape[layers] == 1:  # the last layer's alone
-            d_output, d_hidden = d_hidden.select(layers, 0), None
+        d_output, d_h_n, d_c_n, d_hidden, d_cell, _ = gradients
         cotangents = (d_output, d_hidden, d_cell, d_h_n, d_c_n)
         if forward_ad._current_level >= 0:
             found = gradients_of(ctx.operators, ctx.options, arguments, needs, cotangents)
@@ -463,9 +455,10 @@ def _composed_outputs(
     compute = _ops._compute_dtype(last.dtype)
     with_cell = states and len(stack.cell) > 0
     return (
-        torch.stack(stack.hidden) if states else last.unsqueeze(0),
+        last,
         stack.h_n,
         last.new_empty(0) if stack.c_n is None else stack.c_n,
+        torch.stack(stack.hidden) if states else last.new_empty(0),
         torch.stack(stack.cell) if with_cell else last.new_empty(0, dtype=compute),
         last.new_empty(0, dtype=compute),
     )
@@ -495,6 +488,7 @@ def _forward_autograd(operators: _Operators, *arguments: Any) -> tuple[Tensor, .
 
 
 def _backward_autograd(operators: _Operators, *arguments: Any) -> list[Tensor]:
+    _flops.register()
     flat = _flat(arguments[: len(_BACKWARD)])
     if _records(flat):
         return list(_Gradients.run(operators, arguments[len(_BACKWARD) :], *flat))

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fastrnn
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -66,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="examples:\n  fastrnn info\n  fastrnn bench --suite quick\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    version = f"fastrnn {fastrnn.__version__}"
+    parser.add_argument("--version", action="version", version=version, help="print the version")
     commands = parser.add_subparsers(required=True, metavar="{info,bench}")
     _add_info(commands)
     _add_bench(commands)
@@ -171,7 +175,7 @@ def _explain(parsed: argparse.Namespace) -> int:
 def _bench(parsed: argparse.Namespace) -> int:
     if parsed.list:
         return _list_suites()
-    _require("torch", "pip install 'fastrnn[torch]'")
+    _require("torch", "pip install torch")
     if parsed.plot or parsed.roofline:
         _require("matplotlib", "pip install 'fastrnn[bench]'")
     for path in (parsed.json, parsed.plot, parsed.roofline):

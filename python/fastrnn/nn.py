@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from . import _tools
 from ._cells import GRUCell, LSTMCell, RNNCell
 from ._layer import COMMON_OPTIONS, Device, RecurrentLayer
+from ._surface import LSTMSurface
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,7 +95,7 @@ class RNN(RecurrentLayer):
     (torch.Size([2, 5, 4]), torch.Size([1, 2, 4]))
     """
 
-    cell = "RNN"
+    _cell = "RNN"
     nonlinearity: str
 
     def __init__(
@@ -124,6 +126,7 @@ class RNN(RecurrentLayer):
                 f"Unknown nonlinearity '{nonlinearity}'. "
                 "Select from 'tanh', 'relu', 'sigmoid' or 'identity'."
             )
+        self.nonlinearity = nonlinearity
         super().__init__(
             _NONLINEARITIES[nonlinearity],
             input_size,
@@ -136,7 +139,6 @@ class RNN(RecurrentLayer):
             0,
             device,
             dtype,
-            nonlinearity=nonlinearity,
             layer_norm=layer_norm,
             heads=heads,
             recurrent_dropout=recurrent_dropout,
@@ -145,9 +147,6 @@ class RNN(RecurrentLayer):
             grad_clip=grad_clip,
             recompute=recompute,
         )
-
-    def _maths(self) -> dict[str, Any]:
-        return {"activation": self.nonlinearity, **super()._maths()}
 
     def extra_repr(self) -> str:
         """torch.nn's line, then the nonlinearity where torch.nn does not have it."""
@@ -195,10 +194,12 @@ class RNN(RecurrentLayer):
         output, hx_n, states = self._run(
             input, None if hx is None else (hx,), lengths, reset, return_states
         )
+        if hx_n is None:  # torch.fx traces the call
+            return output  # type: ignore[no-any-return]
         return (output, hx_n[0], states) if return_states else (output, hx_n[0])
 
 
-class LSTM(RecurrentLayer):
+class LSTM(LSTMSurface, RecurrentLayer):
     """Layers of the LSTM.
 
     With a_t = W_ih·x_t + b_ih + W_hh·h_{t-1} + b_hh, cut into a_i, a_f, a_g, a_o: i = σ(a_i),
@@ -268,7 +269,7 @@ class LSTM(RecurrentLayer):
     (torch.Size([5, 2, 8]), torch.Size([4, 2, 4]), torch.Size([4, 2, 4]))
     """
 
-    cell = "LSTM"
+    _cell = "LSTM"
     own_options: ClassVar[dict[str, Any]] = {
         "activation": "tanh",
         "gate_activation": "sigmoid",
@@ -369,10 +370,10 @@ class LSTM(RecurrentLayer):
         """
         if isinstance(hx, Tensor) and hx.dim() == 4:
             raise TypeError("hx must be a tuple or list of two tensors (h_0, c_0), got one Tensor")
-        states_0 = None if hx is None else (hx[0], hx[1])
-        if hx is not None and len(hx) > 2:
-            raise RuntimeError("lstm expects two hidden states")
+        states_0 = _tools.two_states(hx, "lstm")
         output, hx_n, states = self._run(input, states_0, lengths, reset, return_states)
+        if hx_n is None:  # torch.fx traces the call
+            return output  # type: ignore[no-any-return]
         return (output, hx_n, states) if return_states else (output, hx_n)
 
 
@@ -440,7 +441,7 @@ class GRU(RecurrentLayer):
     torch.Size([1, 5, 2, 4])
     """
 
-    cell = "GRU"
+    _cell = "GRU"
     own_options: ClassVar[dict[str, Any]] = {
         "activation": "tanh",
         "gate_activation": "sigmoid",
@@ -539,4 +540,6 @@ class GRU(RecurrentLayer):
         output, hx_n, states = self._run(
             input, None if hx is None else (hx,), lengths, reset, return_states
         )
+        if hx_n is None:  # torch.fx traces the call
+            return output  # type: ignore[no-any-return]
         return (output, hx_n[0], states) if return_states else (output, hx_n[0])

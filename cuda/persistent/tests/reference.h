@@ -33,7 +33,7 @@ inline Number exp_minus_one(Number x) { return Number(std::expm1(x.v > 700 ? 700
 inline Number exp_minus(Number x) { return Number(std::exp(-x.v)); }
 inline Number maximum(Number a, Number b) { return a.v < b.v ? b : a; }
 inline Number minimum(Number a, Number b) { return a.v > b.v ? b : a; }
-inline Number positive(Number x) { return Number(x.v > 0 ? 1 : 0); }
+inline Number positive(Number x) { return Number(x.v <= 0 ? 0 : 1); }
 inline Number between(Number x, Number l, Number h) {
   return Number(x.v > l.v && x.v < h.v ? 1 : 0);
 }

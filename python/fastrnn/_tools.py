@@ -1,0 +1,226 @@
+"""What tools that look at a model see: torch.fx, torch.jit; Opacus, see _opacus.py.
+
+torch.fx takes modules of torch.nn alone for leaves, goes into all others, and calls their forward
+with proxies for tensors. Ours then records the call of the whole layer, as for a leaf.
+
+torch.jit.script reads the source of forward, which is not written for it: it gets torch.nn's layer
+on the same parameters.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import Proxy
+from torch.nn import Module
+from torch.nn.modules import module as _torch_module
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from . import _checks, _opacus
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+
+class SeenByTools(Module):
+    """What layers and cells have for tools that look at a model."""
+
+    def __prepare_scriptable__(self) -> Module:
+        return scriptable(self)
+
+    def _slow_forward(self, *input: Any, **kwargs: Any) -> Any:
+        """What torch calls while it traces.
+
+        torch.onnx's older exporter gives the model that it exports every argument by position, also
+        those that go by keyword, and a bool as a tensor.
+        """
+        named = list(inspect.signature(self.forward).parameters.values())
+        by_position = [p for p in named if p.kind is not p.KEYWORD_ONLY]
+        if len(input) > len(by_position) and not any(p.kind is p.VAR_POSITIONAL for p in named):
+            extra = named[len(by_position) : len(input)]
+            for p, x in zip(extra, input[len(by_position) :], strict=True):
+                kwargs[p.name] = bool(x) if isinstance(p.default, bool) else x
+            input = input[: len(by_position)]
+        return super()._slow_forward(*input, **kwargs)  # type: ignore[no-untyped-call]
+
+    def register_forward_hook(self, hook: Any, **options: Any) -> RemovableHandle:
+        """As ``torch.nn.Module.register_forward_hook``; Opacus' hook sees all arguments here."""
+        if type(self).forward is _own_class(self).forward:
+            calls = _opacus.forward_hook(hook)
+            if calls is not None:
+                return super().register_forward_hook(calls, **{**options, "with_kwargs": True})
+        return super().register_forward_hook(hook, **options)
+
+    def register_full_backward_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
+        """As ``torch.nn.Module.register_full_backward_hook``, but for Opacus' hook."""
+        handle = _opacus.backward_hook(self, hook)
+        return handle or super().register_full_backward_hook(hook, prepend)
+
+
+# ---- torch.fx ------------------------------------------------------------------------------------
+
+# Forward pre-hooks that write a weight and leave the arguments alone.
+_WRITE_A_WEIGHT = (BasePruningMethod, SpectralNorm, WeightNorm)
+
+
+def is_traced(*arguments: Any) -> bool:
+    """Whether torch.fx traces the call: a proxy stands somewhere in the arguments."""
+    for value in arguments:
+        if isinstance(value, Proxy):
+            return True
+        if isinstance(value, tuple | list) and is_traced(*value):
+            return True
+    return False
+
+
+def two_states(hx: Any, function: str) -> tuple[Any, ...] | None:
+    """An LSTM's hx as its two parts (`_checks.state_pair`); of a proxy, which has none, (hx,)."""
+    return (hx,) if isinstance(hx, Proxy) else _checks.state_pair(hx, function)
+
+
+def call_whole(module: Module, input: Any, hx: tuple[Any, ...] | None, **options: Any) -> Proxy:
+    """Record a call in the graph that torch.fx makes, and return the proxy of its result.
+
+    Arguments:
+        module: a layer or a cell.
+        input, hx: as its ``_run`` has them, with a proxy somewhere here or in options.
+        options: the other arguments, None and False where they were not given.
+
+    Raises:
+        RuntimeError: the layer is itself what torch.fx traces, or has hooks that would be lost.
+    """
+    tracer = _proxies((input, hx, *options.values())).tracer
+    if not isinstance(tracer, torch.fx.Tracer):
+        raise RuntimeError(f"expected a torch.fx.Tracer behind the proxy, got {tracer!r}")
+    args = (input,) if hx is None else (input, hx[0] if len(hx) == 1 else hx)
+    given = {name: x for name, x in options.items() if x is not None and x is not False}
+    path = tracer.path_of_module(module)
+    name = f"fastrnn.{_own_class(module).__name__}"
+    if not path:
+        raise RuntimeError(
+            f"torch.fx cannot trace {name} by itself: give it a module that holds the layer, such "
+            "as torch.nn.Sequential(layer)"
+        )
+    _restore_weights(module)
+    if _has_old_backward_hooks(module):
+        raise RuntimeError(
+            f"torch.fx cannot trace {name} with register_backward_hook at {path!r}: use "
+            "register_full_backward_hook, or remove the hook before tracing"
+        )
+    if type(module).forward is _own_class(module).forward and not _hooks(module):
+        return tracer.create_proxy("call_module", path, args, given)
+    # Around forward are a subclass's own operations, or hooks: torch.fx traces these, and only
+    # what they call is kept whole.
+    if module._backward_hooks or module._backward_pre_hooks:
+        raise RuntimeError(
+            f"torch.fx loses the backward hooks of {name} at {path!r}, which has forward hooks or "
+            "a forward of its own besides: remove them before tracing"
+        )
+    layer = tracer.create_proxy("get_attr", path, (), {})
+    return tracer.create_proxy("call_function", call_forward, (layer, *args), given)
+
+
+def call_forward(module: Any, *args: Any, **options: Any) -> Any:
+    """A layer's or cell's computation: without hooks, without what a subclass puts around it."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, _WRITE_A_WEIGHT):
+            hook(module, args)
+    return _own_class(module).forward(module, *args, **options)
+
+
+def _proxies(value: Any) -> Proxy:
+    """The first proxy in nested tuples and lists that hold one."""
+    while not isinstance(value, Proxy):
+        value = next(part for part in value if is_traced(part))
+    return value
+
+
+def _own_class(module: Module) -> Any:
+    """Of the classes of a layer, that of fastrnn which says what it computes."""
+    own = (c for c in type(module).__mro__ if c.__module__ == "fastrnn.nn")
+    return next(own, type(module))  # a user's right over the bases computes by itself
+
+
+def _hooks(module: Module) -> bool:
+    """Whether hooks run at each call that may change arguments or results."""
+    before = (
+        *module._forward_pre_hooks.values(),
+        *_torch_module._global_forward_pre_hooks.values(),
+    )
+    after = module._forward_hooks or _torch_module._global_forward_hooks
+    return bool(after) or not all(isinstance(hook, _WRITE_A_WEIGHT) for hook in before)
+
+
+def _has_old_backward_hooks(module: Module) -> bool:
+    """Whether `torch.nn.Module.__call__` would look for a tensor in the proxy, without end."""
+    own = module._backward_hooks and module._is_full_backward_hook is False
+    every = _torch_module._global_backward_hooks and (
+        _torch_module._global_is_full_backward_hook is False
+    )
+    return bool(own or every)
+
+
+def _restore_weights(module: Module) -> None:
+    """Write the weights anew that a hook has made of proxies, which torch.fx gives it."""
+    own = vars(module)
+    if not any(isinstance(value, Proxy) for value in own.values()):
+        return
+    sources = {n: x for n, x in {**module._parameters, **module._buffers}.items() if x is not None}
+    own.update(sources)  # found before torch.fx's __getattr__
+    try:
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _WRITE_A_WEIGHT):
+                hook(module, ())
+    finally:
+        for name in sources:
+            del own[name]
+
+
+# ---- torch.jit -----------------------------------------------------------------------------------
+
+
+def scriptable(module: Module) -> Module:
+    """torch.nn's layer on the same parameters, which torch.jit.script compiles in our place.
+
+    Raises:
+        ValueError: torch.nn has no such layer.
+    """
+    from ._convert import to_torch
+
+    own = _own_class(module)
+    ways = (
+        "use torch.jit.trace or torch.export, which keep the layer as it is; where the file is "
+        "loaded, import fastrnn first"
+    )
+    if type(module).forward is not own.forward:
+        raise ValueError(
+            f"torch.jit.script cannot compile {type(module).__name__}, a subclass of fastrnn."
+            f"{own.__name__} with a forward of its own: {ways}"
+        )
+    plain = module
+    if not parametrize.is_parametrized(module):
+        plain = own.__new__(own)
+        vars(plain).update(vars(module))
+    try:
+        return to_torch(plain)
+    except ValueError as error:
+        raise ValueError(
+            f"torch.jit.script cannot compile fastrnn.{own.__name__}: {error}; {ways}"
+        ) from None
+
+
+def without_first_axis(state: Tensor) -> Tensor:
+    """(1, B, H) as (B, H), of a tensor that nothing else sees.
+
+    No view, which torch refuses to detach_(); but in a trace of torch.jit, which would keep B.
+    """
+    if torch._C._get_tracing_state() is not None:
+        return state.squeeze(0)
+    seen: Tensor = torch.ops.aten._unsafe_view.default(state, state.shape[1:])
+    return seen
