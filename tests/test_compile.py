@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
@@ -251,6 +252,31 @@ def test_inductor() -> None:
     compiled = torch.compile(run, fullgraph=True)
     got = torch.autograd.grad(compiled(*case.leaves), case.leaves)
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # for that see operators.py
+@pytest.mark.parametrize("operator", ["forward", "backward"])
+def test_compiled_autograd_takes_the_gradient_of_an_operator(operator: str, cell: str) -> None:
+    """Compiled autograd traces what eager operators have recorded, ours among them."""
+    case = make(Options(cell, num_layers=2))  # type: ignore[arg-type]
+    arguments = forward_arguments(case, states=True, save=True)
+
+    def loss() -> Tensor:
+        output, h_n, _, cell, gates = _ops.forward_op(*arguments)
+        if operator == "forward":
+            return output.square().sum() + h_n.sum()
+        saved = [x.detach() for x in (output, cell, gates)]
+        given = (*arguments[:12], *saved, None, None, None, torch.ones_like(h_n), None)
+        needs = [x is not None for x in (*arguments[:3], *case.extras[:2])]
+        needs += [True] * len(case.weights)
+        found = _ops.backward_op(*given, *scalars(case.options), needs)
+        return sum((d.square().sum() for d in found), torch.zeros(()))
+
+    expected = torch.autograd.grad(loss(), case.leaves)
+    recorded = loss()
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        got = torch.autograd.grad(recorded, case.leaves)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 # ---- opcheck -------------------------------------------------------------------------------------
