@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import select
 import signal
 import sys
@@ -22,6 +23,9 @@ from .draw import Draw
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+
+MEMORY = 2**34  # bytes of addresses; a call that asks for more gets an error
 
 
 def finding(
@@ -84,6 +88,8 @@ def batch(seed: int, numbers: range, patience: float) -> Iterator[tuple[int, str
     child = os.fork()
     if child == 0:
         os.close(reading)
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, most))
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what torch says there is no finding
         try:
             work(seed, numbers, writing)
