@@ -181,6 +181,14 @@ def test_sizes_of_layers_that_cannot_be(name: str, size: Any) -> None:
         fastrnn.LSTM(**given)
 
 
+@pytest.mark.parametrize("number", [2**16 + 1, 2**63, 2**70])
+def test_more_layers_than_can_be_named(number: int) -> None:
+    with pytest.raises(ValueError, match=r"^num_layers must be "):
+        fastrnn.LSTM(3, 4, number)
+    with pytest.raises(ValueError, match=r"^num_layers must be at most 65536, got "):
+        functional.rnn(np.ones((1, 1, 1)), None, [], num_layers=number)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=repr)
 @pytest.mark.parametrize("name", ["input_size", "hidden_size"])
 def test_sizes_of_cells_that_cannot_be(cell: str, name: str, size: Any) -> None:

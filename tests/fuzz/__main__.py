@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import select
 import signal
 import sys
@@ -11,6 +12,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two threads on a core must not spin
@@ -22,6 +24,9 @@ from .draw import Draw
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+
+MEMORY = 2**31  # bytes that calls may ask for; a call that asks for more gets an error
 
 
 def finding(
@@ -78,12 +83,23 @@ def work(seed: int, numbers: range, pipe: int) -> None:
             print(f"{kind}\t{' '.join(what.split()) if what else ''}", file=out)
 
 
+def limit_memory() -> None:
+    """Let this process have so much more memory and no more, where the system says what it has."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, most))
+
+
 def batch(seed: int, numbers: range, patience: float) -> Iterator[tuple[int, str, str]]:
     """Make calls in a process of its own: number, how it ended, what is wrong."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
+        limit_memory()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what torch says there is no finding
         try:
             work(seed, numbers, writing)
