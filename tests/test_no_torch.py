@@ -8,6 +8,8 @@ import textwrap
 
 import pytest
 
+from programs import run_program
+
 HOOK = """
 import sys
 
@@ -181,11 +183,4 @@ def test_torch_is_imported_when_a_torch_name_is_first_used() -> None:
         assert fastrnn.LSTM.__name__ == "LSTM"
         assert "torch" in sys.modules
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_program(code)

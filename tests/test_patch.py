@@ -7,9 +7,6 @@ import copy
 import copyreg
 import io
 import pickle
-import subprocess
-import sys
-import textwrap
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +17,7 @@ from torch import nn
 import fastrnn
 from fastrnn._layer import RecurrentLayer
 from pairs import CELLS, LAYERS, assert_same, outcome
+from programs import run_program
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -415,14 +413,7 @@ def test_torchs_modules_that_name_the_layers_are_imported_and_work_meanwhile() -
         fastrnn.unpatch_torch()
         assert torch.nn.LSTM(3, 4)(torch.randn(5, 2, 3))[0].shape == (5, 2, 4)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_program(code)
 
 
 def test_patching_first_and_converting_afterwards() -> None:
@@ -436,11 +427,4 @@ def test_patching_first_and_converting_afterwards() -> None:
         fastrnn.unpatch_torch()
         assert type(theirs) is torch.nn.GRU
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_program(code)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
 from fastrnn import _torch_version
+from programs import run_program
 
 ROOT = Path(__file__).parent.parent
 OLDEST = ".".join(map(str, _torch_version.OLDEST))
@@ -63,14 +61,7 @@ def test_the_names_that_need_torch_refuse_an_older_one_and_the_others_work() -> 
         assert output.shape == (3, 2, 4)
         assert fastrnn.info()["torch"]["version"] == "2.9.1"
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_program(code)
 
 
 def test_the_extra_asks_for_the_oldest_torch() -> None:

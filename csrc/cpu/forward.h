@@ -193,27 +193,24 @@ class Packing : Shape<Cell, S> {
 
   std::size_t used() const { return used_; }
   const Group& group(Index d) const { return group_[d]; }
-  bool packs_x() const { return packs_x_; }
-  bool packs_h() const { return packs_h_; }
   // Block b of a direction's W_ih, of W_hh, of those of its gates that are a second product, and
-  // of W_hr; packed, and where they lie.
-  const E* weight_ih(Index d, Index b) const { return group_[d].weight_ih + b * block_ih_; }
-  const E* weight_hh(Index d, Index b) const { return group_[d].weight_hh + b * block_hh_; }
-  const C* second(Index d, Index b) const { return group_[d].second + b * block_second_; }
-  const C* weight_hr(Index d, Index b) const {
-    return group_[d].second + b * layer_.H * wide * lanes;
+  // of W_hr.
+  // The parameters of a layer that came packed may be null.
+  BlockOfWeights<E> weight_ih(Index d, Index b) const {
+    if (packs_x_) return {group_[d].weight_ih + b * block_ih_, {}};
+    return {nullptr, {layer_.parameters[d].weight_ih, layer_.H, 0, gates, b * units}};
   }
-  BlockInPlace weight_ih_in_place(Index d, Index b) const {
-    return {layer_.parameters[d].weight_ih, layer_.H, 0, gates, b * units};
+  BlockOfWeights<E> weight_hh(Index d, Index b) const {
+    if (packs_h_) return {group_[d].weight_hh + b * block_hh_, {}};
+    return {nullptr, hidden_in_place(d, b, 0, first)};
   }
-  BlockInPlace weight_hh_in_place(Index d, Index b) const {
-    return hidden_in_place(d, b, 0, first);
+  BlockOfWeights<C> second(Index d, Index b) const {
+    if (packs_h_) return {group_[d].second + b * block_second_, {}};
+    return {nullptr, hidden_in_place(d, b, first, gates - first)};
   }
-  BlockInPlace second_in_place(Index d, Index b) const {
-    return hidden_in_place(d, b, first, gates - first);
-  }
-  BlockInPlace weight_hr_in_place(Index d, Index b) const {
-    return {layer_.parameters[d].weight_hr, layer_.O, 0, 1, b * wide * lanes};
+  BlockOfWeights<C> weight_hr(Index d, Index b) const {
+    if (packs_h_) return {group_[d].second + b * layer_.H * wide * lanes, {}};
+    return {nullptr, {layer_.parameters[d].weight_hr, layer_.O, 0, 1, b * wide * lanes}};
   }
   // Blocks of W_hh: those of one head and of all.
   Index head_blocks() const { return head_blocks_; }
@@ -503,6 +500,7 @@ class Forward : protected Shape<Cell, S> {
     const Index d = block.d, pairs = block.pairs;
     const Group& g = group_[d];
     for (Index b = blocks.begin; b < blocks.end; ++b) {
+      const BlockOfWeights<E> weights = packing_.weight_ih(d, b);
       const C* bias = g.bias_x + b * vectors * lanes;
       in_blocks_of_rows<rows>(pairs, [&](auto count, Index m) {
         constexpr int R = decltype(count)::value;
@@ -512,14 +510,12 @@ class Forward : protected Shape<Cell, S> {
 #pragma GCC unroll 24
           for (int v = 0; v < vectors; ++v) acc[r][v] = V::load(bias + v * lanes);
         C* to = x_gates(blocks, b, m);
-        if (!packing_.packs_x()) {
-          Sums<R, vectors, C> sums(acc);
-          add_in_place<E, S>(sums.v[0], R, vectors, x_rows_ + m, layer_.I,
-                             packing_.weight_ih_in_place(d, b));
+        if (!weights.packed) {
+          const auto sums = multiplied(acc, x_rows_ + m, layer_.I, weights);
           __builtin_memcpy(to, sums.v, sizeof(sums.v));
           return;
         }
-        accumulate<R, vectors>(acc, x_rows_ + m, layer_.I, packing_.weight_ih(d, b));
+        accumulate<R, vectors>(acc, x_rows_ + m, layer_.I, weights.packed);
 #pragma GCC unroll 24
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 24
@@ -569,6 +565,7 @@ class Forward : protected Shape<Cell, S> {
   void first_product(const Position& p, const Range& blocks, Index b, Index n, Index m) {
     const Group& g = group_[p.d];
     constexpr int N = first * tiles;
+    const BlockOfWeights<E> weights = packing_.weight_hh(p.d, b);
     const C* bias_h = g.bias_h + b * vectors * lanes;
     in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
       constexpr int R = decltype(count)::value;
@@ -589,7 +586,7 @@ class Forward : protected Shape<Cell, S> {
           acc[r][v] = Cell::separate[v % first] ? V::load(bias_h + from * lanes)
                                                 : V::load(x + (r * vectors + from) * lanes);
         }
-      const Sums<R, N, C> sums = hidden_sums(acc, p.d, b, h_rows_ + j, layer_.O);
+      const Sums<R, N, C> sums = multiplied(acc, h_rows_ + j, layer_.O, weights);
       for (int tile = 0; tile < tiles; ++tile) {
         const Index unit = b * units + tile * lanes;
         if (unit >= layer_.H) break;
@@ -601,41 +598,13 @@ class Forward : protected Shape<Cell, S> {
     });
   }
 
-  // acc + rows · W for block b of W_ih, of W_hh, of the gates of its second product, and of W_hr.
-  template <int R>
-  FASTRNN_INLINE Sums<R, vectors, C> input_sums(V (&acc)[R][vectors], Index d, Index b,
-                                                const E* const* x, Index K) const {
-    if (packing_.packs_x()) accumulate<R, vectors>(acc, x, K, packing_.weight_ih(d, b));
-    Sums<R, vectors, C> sums(acc);
-    if (!packing_.packs_x())
-      add_in_place<E, S>(sums.v[0], R, vectors, x, K, packing_.weight_ih_in_place(d, b));
-    return sums;
-  }
-  template <int R, int N>
-  FASTRNN_INLINE Sums<R, N, C> hidden_sums(V (&acc)[R][N], Index d, Index b, const E* const* h,
-                                           Index K) const {
-    if (packing_.packs_h()) accumulate<R, N>(acc, h, K, packing_.weight_hh(d, b));
+  // acc + rows · W for one block of weights.
+  template <int R, int N, class F>
+  FASTRNN_INLINE static Sums<R, N, C> multiplied(V (&acc)[R][N], const F* const* operands, Index K,
+                                                 const BlockOfWeights<F>& w) {
+    if (w.packed) accumulate<R, N>(acc, operands, K, w.packed);
     Sums<R, N, C> sums(acc);
-    if (!packing_.packs_h())
-      add_in_place<E, S>(sums.v[0], R, N, h, K, packing_.weight_hh_in_place(d, b));
-    return sums;
-  }
-  template <int R, int N>
-  FASTRNN_INLINE Sums<R, N, C> second_sums(V (&acc)[R][N], Index d, Index b, const C* const* x,
-                                           Index K) const {
-    if (packing_.packs_h()) accumulate<R, N>(acc, x, K, packing_.second(d, b));
-    Sums<R, N, C> sums(acc);
-    if (!packing_.packs_h())
-      add_in_place<C, S>(sums.v[0], R, N, x, K, packing_.second_in_place(d, b));
-    return sums;
-  }
-  template <int R>
-  FASTRNN_INLINE Sums<R, wide, C> projected_sums(V (&acc)[R][wide], Index d, Index b,
-                                                 const C* const* x, Index K) const {
-    if (packing_.packs_h()) accumulate<R, wide>(acc, x, K, packing_.weight_hr(d, b));
-    Sums<R, wide, C> sums(acc);
-    if (!packing_.packs_h())
-      add_in_place<C, S>(sums.v[0], R, wide, x, K, packing_.weight_hr_in_place(d, b));
+    if (!w.packed) add_in_place<F, S>(sums.v[0], R, N, operands, K, w.in_place);
     return sums;
   }
 
@@ -727,6 +696,7 @@ class Forward : protected Shape<Cell, S> {
   // Reset-before GRU: the gates that read r∘h.
   void second_product(const Position& p, const Range& blocks, Index b, Index n, Index m) {
     constexpr int G = gates - first, N = G * tiles;
+    const BlockOfWeights<C> weights = packing_.second(p.d, b);
     in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
       constexpr int R = decltype(count)::value;
       const C* x = x_gates(blocks, b, m + j);
@@ -736,7 +706,7 @@ class Forward : protected Shape<Cell, S> {
 #pragma GCC unroll 24
         for (int v = 0; v < N; ++v)
           acc[r][v] = V::load(x + (r * vectors + v / G * gates + first + v % G) * lanes);
-      const Sums<R, N, C> sums = second_sums(acc, p.d, b, second_rows_ + j, layer_.H);
+      const Sums<R, N, C> sums = multiplied(acc, second_rows_ + j, layer_.H, weights);
       for (int tile = 0; tile < tiles; ++tile) {
         const Index unit = b * units + tile * lanes;
         if (unit >= layer_.H) break;
@@ -777,11 +747,12 @@ class Forward : protected Shape<Cell, S> {
   // done(j, unit, h) for the tiles of block b of W_hr · hidden units.
   template <class Done>
   FASTRNN_INLINE void hidden_tiles(const Position& p, Index b, Index n, Done done) {
+    const BlockOfWeights<C> weights = packing_.weight_hr(p.d, b);
     in_blocks_of_rows<K::wide_rows>(n, [&](auto count, Index j) {
       constexpr int R = decltype(count)::value;
       V acc[R][wide];
       clear(acc);
-      const Sums<R, wide, C> sums = projected_sums(acc, p.d, b, second_rows_ + j, layer_.H);
+      const Sums<R, wide, C> sums = multiplied(acc, second_rows_ + j, layer_.H, weights);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < wide; ++v) {
           const Index unit = (b * wide + v) * lanes;

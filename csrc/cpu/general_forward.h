@@ -173,6 +173,7 @@ class GeneralForward : Forward<Cell, S> {
   }
 
   void project_units(const Block& block, Index b, C* sums) {
+    const BlockOfWeights<E> weights = packing_.weight_ih(block.d, b);
     const C* bias = group_[block.d].bias_x + b * vectors * lanes;
     in_blocks_of_rows<rows>(block.pairs, [&](auto count, Index m) {
       constexpr int R = decltype(count)::value;
@@ -185,7 +186,7 @@ class GeneralForward : Forward<Cell, S> {
           for (int v = 0; v < vectors; ++v) acc[r][v] = V::load(bias + v * lanes);
       }
       const Sums<R, vectors, C> results =
-          Base::input_sums(acc, block.d, b, Base::x_rows_ + m, layer_.I);
+          Base::multiplied(acc, Base::x_rows_ + m, layer_.I, weights);
       for (int r = 0; r < R; ++r)
         store_tiles(results.v[r], gates, sums + (m + r) * width_ + b * units, layer_.H - b * units);
     });
@@ -283,6 +284,7 @@ class GeneralForward : Forward<Cell, S> {
 
   void first_product(const Position& p, Index b, Index n) {
     constexpr int N = first * tiles;
+    const BlockOfWeights<E> weights = packing_.weight_hh(p.d, b);
     const HeadBlock at = head_block(b);
     in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
       constexpr int R = decltype(count)::value;
@@ -290,7 +292,7 @@ class GeneralForward : Forward<Cell, S> {
       for (int r = 0; r < R; ++r) h[r] = h_rows_[j + r] + at.head * head_outputs_;
       V acc[R][N];
       clear(acc);
-      const Sums<R, N, C> results = Base::hidden_sums(acc, p.d, b, h, head_outputs_);
+      const Sums<R, N, C> results = Base::multiplied(acc, h, head_outputs_, weights);
       for (int r = 0; r < R; ++r)
         store_tiles(results.v[r], first, sums_row(p, j + r) + at.head * head_units_ + at.unit,
                     at.left);
@@ -300,6 +302,7 @@ class GeneralForward : Forward<Cell, S> {
   // Reset-before GRU: the gates that read r∘h.
   void second_product(const Position& p, Index b, Index n) {
     constexpr int G = gates - first, N = G * tiles;
+    const BlockOfWeights<C> weights = packing_.second(p.d, b);
     const HeadBlock at = head_block(b);
     in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
       constexpr int R = decltype(count)::value;
@@ -307,7 +310,7 @@ class GeneralForward : Forward<Cell, S> {
       for (int r = 0; r < R; ++r) operand[r] = second_rows_[j + r] + at.head * head_units_;
       V acc[R][N];
       clear(acc);
-      const Sums<R, N, C> results = Base::second_sums(acc, p.d, b, operand, head_units_);
+      const Sums<R, N, C> results = Base::multiplied(acc, operand, head_units_, weights);
       for (int r = 0; r < R; ++r)
         store_tiles(results.v[r], G,
                     sums_row(p, j + r) + first * Hp_ + at.head * head_units_ + at.unit, at.left);

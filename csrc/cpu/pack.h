@@ -137,6 +137,13 @@ struct BlockInPlace {
   Index unit;        // the block's first hidden unit
 };
 
+// A block of weights as forward reads it: packed, or where it lies.
+template <class E>
+struct BlockOfWeights {
+  const E* packed;  // null: in place
+  BlockInPlace in_place;
+};
+
 // Outputs whose weights are rows of W, for a few rows of operands: sums[r·stride] += x[r]·W.
 template <class E>
 struct OutputsInPlace {
