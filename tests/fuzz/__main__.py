@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two threads on a core must not spin
 
 import torch
+import torch._dynamo  # torch imports it late, and every batch would do so for itself
 
 from . import calls, verdict
 from .draw import Draw
