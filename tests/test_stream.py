@@ -328,19 +328,22 @@ def test_a_step_allocates_nothing(dtype: str) -> None:
         address = np.asarray(first.view(torch.uint8) if x_t is x else first).ctypes.data
         tracemalloc.start()
         gc.disable()
-        for _ in range(3):
-            stream.step(x_t)
-        before = tracemalloc.get_traced_memory()[0]
-        tracemalloc.reset_peak()
-        for _ in range(1000):
-            y = stream.step(x_t)
-        after, peak = tracemalloc.get_traced_memory()
+        grown = []
+        for _ in range(3):  # another thread of the test's process may allocate, too
+            for _ in range(3):
+                stream.step(x_t)
+            before = tracemalloc.get_traced_memory()[0]
+            tracemalloc.reset_peak()
+            for _ in range(1000):
+                y = stream.step(x_t)
+            after, peak = tracemalloc.get_traced_memory()
+            grown.append((after - before, peak - before))
         gc.enable()
         tracemalloc.stop()
         assert y is first
         assert np.asarray(y.view(torch.uint8) if x_t is x else y).ctypes.data == address
-        assert after - before < 200  # the loop's own number
-        assert peak - before < 400
+        assert min(after for after, _ in grown) < 200  # the loop's own number
+        assert min(peak for _, peak in grown) < 400
 
 
 def test_memory_does_not_grow() -> None:
