@@ -262,10 +262,10 @@ def test_compiled_autograd_takes_the_gradient_of_an_operator(operator: str, cell
     arguments = forward_arguments(case, states=True, save=True)
 
     def loss() -> Tensor:
-        output, h_n, _, cell, gates = _ops.forward_op(*arguments)
+        output, h_n, _, hidden, cell, gates = _ops.forward_op(*arguments)
         if operator == "forward":
             return output.square().sum() + h_n.sum()
-        saved = [x.detach() for x in (output, cell, gates)]
+        saved = [x.detach() for x in (hidden, cell, gates)]
         given = (*arguments[:12], *saved, None, None, None, torch.ones_like(h_n), None)
         needs = [x is not None for x in (*arguments[:3], *case.extras[:2])]
         needs += [True] * len(case.weights)
