@@ -219,9 +219,7 @@ def test_fx_quantization_prepares_a_model(name: str) -> None:
 
 # ---- torch.jit -----------------------------------------------------------------------------------
 
-pytest_jit = pytest.mark.filterwarnings(
-    "ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning"
-)
+pytest_jit = pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
 
 
 class Scripted(nn.Module):
