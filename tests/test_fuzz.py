@@ -55,7 +55,7 @@ def test_a_fault_is_a_line_with_seed_and_number(
     monkeypatch.setattr(
         calls, "draw_call", lambda draw: calls.Call("a title", set(), fault, lambda: torch.ones(1))
     )
-    ends = fuzz.campaign(7, first=3, count=2, size=2, patience=2 if fault is hang else 60)
+    ends = fuzz.campaign(7, first=3, count=2, size=2, patience=2 if fault is hang else 300)
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith(f"--seed 7 --only 3: {line}")
     assert second.startswith(f"--seed 7 --only 4: {line}")

@@ -181,6 +181,16 @@ def test_sizes_of_layers_that_cannot_be(name: str, size: Any) -> None:
         fastrnn.LSTM(**given)
 
 
+@pytest.mark.parametrize("one", [True, np.int64(1)], ids=repr)
+def test_what_stands_for_an_int_is_one(cell: str, one: Any) -> None:
+    torch.manual_seed(0)
+    layer, x = getattr(fastrnn, cell)(3, 4, one), torch.randn(5, 2, 3)
+    torch.manual_seed(0)
+    assert torch.equal(layer(x)[0], getattr(fastrnn, cell)(3, 4, 1)(x)[0])
+    function, weights = getattr(functional, cell.lower()), list(layer.parameters())
+    assert torch.equal(function(x, None, weights, num_layers=one)[0], layer(x)[0])
+
+
 @pytest.mark.parametrize("number", [2**16 + 1, 2**63, 2**70])
 def test_more_layers_than_can_be_named(number: int) -> None:
     with pytest.raises(ValueError, match=r"^num_layers must be "):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -147,6 +148,8 @@ def make_options(
             raise TypeError(f"grad_clip must be None or a number, got {kind}")
         if not grad_clip > 0:
             raise ValueError(f"grad_clip must be None or greater than 0, got {grad_clip}")
+    for name in {"num_layers", "proj_size"} & set(fields):
+        fields[name] = operator.index(fields[name])  # of NumPy's integers and bools, as torch.nn
     zoneout_h, zoneout_c = _zoneout_pair(cell, zoneout)
     return Options(
         cell,

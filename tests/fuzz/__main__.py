@@ -139,7 +139,7 @@ def batch(seed: int, numbers: range, patience: float) -> Iterator[tuple[int, str
 
 
 def campaign(
-    seed: int, first: int, count: int, size: int = 500, patience: float = 60
+    seed: int, first: int, count: int, size: int = 500, patience: float = 300
 ) -> Counter[str]:
     """Make `count` calls, `size` in a process; print findings as they come.
 
@@ -167,7 +167,7 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=20000, help="how many")
     parser.add_argument("--first", type=int, default=0, help="number of the first call")
     parser.add_argument("--batch", type=int, default=500, help="calls in a process")
-    parser.add_argument("--patience", type=float, default=60, help="seconds until a hang is one")
+    parser.add_argument("--patience", type=float, default=300, help="seconds until a hang is one")
     parser.add_argument("--only", type=int, help="repeat the call of this number, in this process")
     given = parser.parse_args()
     if given.only is not None:
