@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import resource
 import select
@@ -96,8 +97,11 @@ def limit_memory() -> None:
 
 def threads_of(process: int) -> list[list[str]]:
     """The fields of each thread's /proc/…/stat from its state on; none where there is no such."""
-    files = Path(f"/proc/{process}/task").glob("*/stat")
-    return [file.read_text().rpartition(")")[2].split() for file in files]
+    found = []
+    for file in Path(f"/proc/{process}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            found.append(file.read_text().rpartition(")")[2].split())
+    return found
 
 
 def cpu_time(process: int) -> float:
