@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import resource
 import select
@@ -94,6 +95,25 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, most))
 
 
+def threads_of(process: int) -> list[list[str]]:
+    """The fields of each thread's /proc/…/stat from its state on; none where there is no such."""
+    found = []
+    for file in Path(f"/proc/{process}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            found.append(file.read_text().rpartition(")")[2].split())
+    return found
+
+
+def cpu_time(process: int) -> float:
+    ticks = sum(int(fields[11]) + int(fields[12]) for fields in threads_of(process))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def waits_for_a_core(process: int) -> bool:
+    """Whether a thread could go on: what is slow on a busy machine is no hang."""
+    return any(fields[0] == "R" for fields in threads_of(process))
+
+
 def batch(seed: int, numbers: range, patience: float) -> Iterator[tuple[int, str, str]]:
     """Make calls in a process of its own: number, how it ended, what is wrong."""
     reading, writing = os.pipe()
@@ -120,7 +140,11 @@ def batch(seed: int, numbers: range, patience: float) -> Iterator[tuple[int, str
             else:
                 ended = kind
                 yield index, kind, rest
-        hangs = not select.select([reading], [], [], patience)[0]
+        begun = cpu_time(child)
+        while not (ready := select.select([reading], [], [], patience)[0]):
+            if not waits_for_a_core(child) or cpu_time(child) - begun >= patience:
+                break
+        hangs = not ready
         more = b"" if hangs else os.read(reading, 2**16)
         if not more:
             break
@@ -139,11 +163,12 @@ def batch(seed: int, numbers: range, patience: float) -> Iterator[tuple[int, str
 
 
 def campaign(
-    seed: int, first: int, count: int, size: int = 500, patience: float = 300
+    seed: int, first: int, count: int, size: int = 500, patience: float = 60
 ) -> Counter[str]:
     """Make `count` calls, `size` in a process; print findings as they come.
 
-    A call without an answer after `patience` seconds is a hang.
+    A call without an answer after `patience` seconds, which sleeps or has had as long a time on a
+    core, is a hang.
     """
     ends: Counter[str] = Counter()
     start, last = first, first + count
@@ -167,7 +192,7 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=20000, help="how many")
     parser.add_argument("--first", type=int, default=0, help="number of the first call")
     parser.add_argument("--batch", type=int, default=500, help="calls in a process")
-    parser.add_argument("--patience", type=float, default=300, help="seconds until a hang is one")
+    parser.add_argument("--patience", type=float, default=60, help="seconds until a hang is one")
     parser.add_argument("--only", type=int, help="repeat the call of this number, in this process")
     given = parser.parse_args()
     if given.only is not None:

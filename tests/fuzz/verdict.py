@@ -37,7 +37,7 @@ def unclear(error: BaseException, names: set[str], by_torch: BaseException | Non
     message = str(error)
     if by_torch is not None and type(error) is type(by_torch) and message == str(by_torch):
         return None
-    if isinstance(error, MemoryError) and by_torch is not None:
+    if type(error) is MemoryError and not message:  # Python's own, of a list beyond all memory
         return None
     if isinstance(error, (MemoryError, RuntimeError)) and NO_MEMORY.search(message):
         return None
