@@ -103,7 +103,7 @@ class RecurrentCell(_tools.SeenByTools, metaclass=Recognising):
             if name.startswith("bias") and not bias:
                 self.register_parameter(name, None)
             else:
-                weight = Parameter(torch.empty(shape, device=device, dtype=dtype))
+                weight = Parameter(torch.empty([*map(int, shape)], device=device, dtype=dtype))
                 self.register_parameter(name, weight)
         self.reset_parameters()
 
