@@ -27,8 +27,8 @@ WORK = {
         "layer = fastrnn.GRU(64, 256)\noutput = layer(x)[0].sum()\ndef work(): output.backward()"
     ),
     "NumPy": (
-        "a, w = x.numpy(), [np.ones(s, 'f4') for s in ((256, 64), (256, 256))]\n"
-        "def work(): fastrnn.functional.rnn(a, None, w, bias=False)"
+        "a, w = x.numpy(), [np.ones(s, 'f4') for s in ((2048, 64), (2048, 512))]\n"
+        "def work(): fastrnn.functional.lstm(a, None, w, bias=False)"
     ),
     "a stream": (
         "stream = fastrnn.Stream(fastrnn.GRU(64, 512), 512); one = np.ones((512, 64), 'f4')\n"

@@ -191,6 +191,32 @@ def test_what_stands_for_an_int_is_one(cell: str, one: Any) -> None:
     assert torch.equal(function(x, None, weights, num_layers=one)[0], layer(x)[0])
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
+@pytest.mark.parametrize("option", ["peephole", "layer_norm", "learn_initial_state"])
+def test_a_bool_stands_for_a_size_of_one(kind: str, option: str) -> None:
+    modules = []
+    for one in (True, 1):
+        torch.manual_seed(0)
+        modules.append(getattr(fastrnn, kind)(3, one, **{option: True}))
+    x = torch.randn((5, 2, 3) if kind == "LSTM" else (2, 3))
+    first, second = (module(x)[0] for module in modules)
+    assert torch.equal(first, second)
+
+
+def test_a_nonlinearity_that_cannot_be_hashed() -> None:
+    with pytest.raises(ValueError, match=r"nonlinearity"):
+        fastrnn.RNN(3, 4, nonlinearity=["tanh"])
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
+def test_a_large_int_as_forget_bias(kind: str) -> None:
+    module = getattr(fastrnn, kind)(3, 4, forget_bias=2**70)
+    bias = next(p for name, p in module.named_parameters() if name.startswith("bias_ih"))
+    assert torch.equal(bias[4:8], torch.full((4,), 2.0**70))
+    with pytest.raises(ValueError, match=r"^forget_bias must be None or a finite number"):
+        getattr(fastrnn, kind)(3, 4, forget_bias=10**400)
+
+
 @pytest.mark.parametrize("number", [2**16 + 1, 2**63, 2**70])
 def test_more_layers_than_can_be_named(number: int) -> None:
     with pytest.raises(ValueError, match=r"^num_layers must be "):

@@ -120,7 +120,8 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
         self._check_own_options()
         shapes = zip(self._flat_weights_names, self._weight_shapes, strict=True)
         for name, shape in (*shapes, *self._learned_shapes().items()):
-            setattr(self, name, Parameter(torch.empty(shape, device=device, dtype=dtype)))
+            weight = torch.empty([*map(int, shape)], device=device, dtype=dtype)
+            setattr(self, name, Parameter(weight))
         self.reset_parameters()
 
     def _check_sizes(self, dropout: float) -> None:
@@ -486,4 +487,4 @@ def initialize(module: Any) -> None:
         with torch.no_grad():
             for name in module._flat_weights_names:
                 if name.startswith("bias_ih"):
-                    getattr(module, name)[size : 2 * size].fill_(forget_bias)
+                    getattr(module, name)[size : 2 * size].fill_(float(forget_bias))

@@ -208,7 +208,11 @@ def check_forget_bias(value: Any, bias: bool) -> None:
         return
     if not is_number(value):
         raise TypeError(f"forget_bias must be None or a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an int beyond all floats
+        finite = False
+    if not finite:
         raise ValueError(f"forget_bias must be None or a finite number, got {value}")
     if not bias:
         raise ValueError(f"forget_bias must be None where bias=False, got {value}")

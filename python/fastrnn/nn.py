@@ -121,7 +121,7 @@ class RNN(RecurrentLayer):
         recompute: bool = False,
     ) -> None:
         _refuse_projection(proj_size)
-        if nonlinearity not in _NONLINEARITIES:
+        if nonlinearity not in tuple(_NONLINEARITIES):  # what cannot be hashed is none of them
             raise ValueError(
                 f"Unknown nonlinearity '{nonlinearity}'. "
                 "Select from 'tanh', 'relu', 'sigmoid' or 'identity'."

@@ -64,7 +64,8 @@ class Draw(random.Random):
         if isinstance(value, PackedSequence):
             part = self.choice(("data", "batch_sizes", "sorted_indices", "unsorted_indices"))
             old = getattr(value, part)
-            if part == "batch_sizes" and isinstance(old, Tensor) and self.chance(0.7):
+            whole = isinstance(old, Tensor) and not old.is_nested
+            if part == "batch_sizes" and whole and self.chance(0.7):
                 self.notes.append("batch_sizes tampered with")
                 new = self.choice(BATCH_SIZES)(old.clone())
             else:
