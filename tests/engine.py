@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from fastrnn import _C
-from fastrnn._engine import cuda_route
+from fastrnn._engine import CUDA_SWITCH
 from fastrnn.reference import Options, States
 from problems import Gradients, Problem, Solution
 from tolerances import assert_close
@@ -87,7 +88,7 @@ def on_device(device: Any) -> tuple[Callable[[Any], Any], dict[str, Any]]:
     work = {
         "workspace": workspace,
         "stream": torch.cuda.current_stream(device).cuda_stream,
-        "persistent": cuda_route().persistent,
+        "persistent": os.environ.get(CUDA_SWITCH) == "persistent",
     }
     return lambda x: torch.as_tensor(x).to(device), work
 

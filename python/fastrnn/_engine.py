@@ -6,7 +6,7 @@ import os
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import _C
+from . import _C, _certificate
 
 if TYPE_CHECKING:
     from ._options import Options
@@ -115,39 +115,65 @@ def saved_size(engine: _C.Options, hidden_size: int) -> int:
 class CudaRoute(NamedTuple):
     """How tensors on a CUDA device are computed, and why."""
 
-    kernels: bool  # the engine's own
+    kernels: bool  # the engine's own; else torch's own call, or composed operations
     reason: str
-    persistent: bool = False  # of them, a launch for a whole sequence where there is one
+    persistent: bool = False  # of the kernels, a launch for a whole sequence where there is one
 
 
 CUDA_SWITCH = "FASTRNN_CUDA_KERNELS"
-CUDA_ROUTES = {  # what the switch may say
-    "": CudaRoute(False, f"{CUDA_SWITCH}=1 turns on the kernels, not yet the default"),
+CUDA_ROUTES = {  # what the switch may say besides auto
+    "0": CudaRoute(False, f"{CUDA_SWITCH} is 0"),
     "1": CudaRoute(True, f"{CUDA_SWITCH} is 1"),
     "persistent": CudaRoute(True, f"{CUDA_SWITCH} is persistent", persistent=True),
 }
-CUDA_ROUTES["0"] = CUDA_ROUTES[""]
 
 
-def cuda_route() -> CudaRoute:
-    """The route of CUDA tensors: composed torch operations, unless the kernels are asked for.
+def cuda_route(
+    options: Options,
+    dtype: str,
+    rows: int,
+    hidden_size: int,
+    training: bool,
+    device: int,
+    steps: int | None = None,
+) -> CudaRoute:
+    """Whether the engine's own kernels compute a call on a CUDA device.
 
-    They are the default once they have been seen right on a GPU. Until then the environment
-    variable FASTRNN_CUDA_KERNELS turns them on: ``1`` a launch for each step, ``persistent`` a
-    launch for a whole sequence where there is a kernel for it, ``0`` or nothing neither. It is read
-    at every call, and here alone.
+    The environment variable FASTRNN_CUDA_KERNELS, read at every call and here alone, decides:
+    ``0`` never; ``1`` a launch for each step; ``persistent`` a launch for a whole sequence where
+    there is a kernel for it; ``auto`` or nothing what the device's certificate (_certificate.py)
+    says, without which they never do.
+
+    Arguments:
+        options: the stack.
+        dtype: of the storage, or ``"tf32"``, float32 whose products torch lets cuDNN round so.
+        rows: B.
+        hidden_size: H.
+        training: whether a backward follows, which the same kernels compute.
+        device: the number of the CUDA device.
+        steps: T; None: of any number.
 
     Raises:
         ValueError: the variable says something else.
 
-    >>> cuda_route().reason != ""
+    >>> from fastrnn._options import Options
+    >>> cuda_route(Options("LSTM"), "float32", 8, 256, True, 0).reason != ""
     True
     """
     if not built_with_cuda():
         return CudaRoute(False, "this build has no CUDA kernels")
-    chosen = os.environ.get(CUDA_SWITCH, "")
+    chosen = os.environ.get(CUDA_SWITCH) or "auto"
+    if chosen == "auto":
+        certificate = _certificate.of_device(device)
+        if not certificate.classes:
+            return CudaRoute(False, certificate.state)
+        found = certificate.find(options, dtype, rows, hidden_size, training, steps)
+        if found is None:
+            return CudaRoute(False, _certificate.UNCERTIFIED)
+        reason = f"certified on this device, {found.ratio:.2f} times as fast as torch's"
+        return CudaRoute(True, reason, found.persistent)
     if chosen not in CUDA_ROUTES:
-        raise ValueError(f"{CUDA_SWITCH}: expected 0, 1 or persistent, got {chosen!r}")
+        raise ValueError(f"{CUDA_SWITCH}: expected auto, 0, 1 or persistent, got {chosen!r}")
     return CUDA_ROUTES[chosen]
 
 

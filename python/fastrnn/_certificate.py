@@ -1,0 +1,256 @@
+"""The certificate of a device: what `fastrnn certify` found there, and what may be trusted of it.
+
+One JSON file for each kind of device, in the user's cache folder or in the one that
+FASTRNN_CERTIFICATES names. It is the report of `fastrnn certify` whole::
+
+    {"format": 1,
+     "key": {"device", "capability", "driver", "cuda", "torch", "fastrnn", "kernels"},
+     "classes": [{"cell", "dtype", "layers", "bidirectional", "pass", "kernels",
+                  "hidden": [from, to], "rows": [from, to],
+                  "trusted", "steps", "ratio", "why", "cases": [...]}, ...],
+     ...}
+
+Whatever the key names must be what is here, to the hash of the compiled kernels: a file of another
+device, driver, torch or fastrnn says nothing about this one, and is ignored with a warning.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import _C
+
+if TYPE_CHECKING:
+    from ._options import Options
+
+FORMAT = 1
+FOLDER_VARIABLE = "FASTRNN_CERTIFICATES"
+NONE = "no certificate of this device; `fastrnn certify` makes one"
+UNCERTIFIED = "the certificate of this device does not cover the case"
+KERNELS = ("steps", "persistent")
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+class Key(NamedTuple):
+    """What a certificate holds for, and for nothing else. None: not known."""
+
+    device: str  # its name
+    capability: str  # "9.0"
+    driver: str | None
+    cuda: str | None  # torch's
+    torch: str | None
+    fastrnn: str
+    kernels: str  # SHA-256 of the compiled module
+
+
+class Trusted(NamedTuple):
+    """Sizes for which a kind of kernels was right and faster, bounds included."""
+
+    hidden: tuple[int, int]
+    rows: tuple[int, int]
+    steps: int  # from this T on
+    ratio: float  # time of torch's / time of ours, in the worst case
+    persistent: bool
+
+
+class Certificate(NamedTuple):
+    """What is known of one device: the classes that are trusted there, and the state in words."""
+
+    state: str
+    classes: dict[tuple[str, str, bool, bool], list[Trusted]] = {}  # noqa: RUF012 - never written
+    ignored: bool = False  # there is a file, of no use
+
+    def find(
+        self,
+        options: Options,
+        dtype: str,
+        rows: int,
+        hidden_size: int,
+        training: bool,
+        steps: int | None,
+    ) -> Trusted | None:
+        """The class that a call belongs to, of several the fastest; None: it is not trusted."""
+        if not _is_certified(options):
+            return None
+        name = (options.cell, dtype, options.bidirectional, training)
+        for found in self.classes.get(name, ()):
+            (least, most), (fewest, largest) = found.hidden, found.rows
+            fits = least <= hidden_size <= most and fewest <= rows <= largest
+            if fits and found.steps <= (1 if steps is None else steps):
+                return found
+        return None
+
+
+def _is_certified(options: Options) -> bool:
+    """Whether `fastrnn certify` runs such stacks; the docstring of fastrnn.certify says why."""
+    tanh = ("tanh", "relu") if options.cell == "RNN" else ("tanh",)
+    return (
+        options.activation in tanh
+        and options.gate_activation == "sigmoid"
+        and options.reset_after
+        and options.bias
+        and options.heads == 1
+        and options.proj_size == 0
+        and (options.bidirectional or options.num_layers == 1)
+        and not options.recompute
+        and not options.beyond_the_cell
+    )
+
+
+@lru_cache(maxsize=64)
+def of_device(device: int) -> Certificate:
+    """The certificate of a CUDA device, read once in a process; warns of a file of no use."""
+    found = read(device)
+    if found.ignored:
+        warnings.warn(found.state, stacklevel=4)
+    return found
+
+
+def read(device: int) -> Certificate:
+    """The certificate of a CUDA device, as its file is now."""
+    if not any(folder().glob("*.json")):  # before anything is asked of CUDA
+        return Certificate(NONE)
+    key = key_of(device)
+    path = path_of(key)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return Certificate(NONE)
+    except (OSError, ValueError) as error:
+        return _ignored(path, f"it cannot be read ({error})")
+    try:
+        written, classes = _parse(text)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return _ignored(path, "it is damaged or of another format")
+    for name, here, there in zip(Key._fields, key, written, strict=True):
+        if here != there:
+            return _ignored(path, f"it was made for {name} {there}, and here is {here}")
+    count = sum(map(len, classes.values()))
+    return Certificate(f"{path}: {count} class{'es' * (count != 1)} trusted", classes)
+
+
+def _ignored(path: Path, what: str) -> Certificate:
+    return Certificate(
+        f"the certificate {path} is ignored: {what}; `fastrnn certify` writes a new one",
+        ignored=True,
+    )
+
+
+def _parse(
+    text: str,
+) -> tuple[Key, dict[tuple[str, str, bool, bool], list[Trusted]]]:
+    """The key and the trusted classes of a certificate, the fastest first."""
+    document = json.loads(text)
+    if document["format"] != FORMAT:
+        raise ValueError(document["format"])
+    key = Key(**document["key"])
+    classes: dict[tuple[str, str, bool, bool], list[Trusted]] = {}
+    for entry in document["classes"]:
+        if entry["trusted"] is not True:
+            continue
+        bidirectional = {True: True, False: False}[entry["bidirectional"]]
+        training = ("inference", "training").index(entry["pass"]) == 1
+        trusted = Trusted(
+            hidden=_range(entry["hidden"]),
+            rows=_range(entry["rows"]),
+            steps=_integer(entry["steps"]),
+            ratio=float(entry["ratio"]),
+            persistent=KERNELS.index(entry["kernels"]) == 1,
+        )
+        name = (entry["cell"], entry["dtype"], bidirectional, training)
+        classes.setdefault(name, []).append(trusted)
+    for found in classes.values():
+        found.sort(key=lambda trusted: -trusted.ratio)
+    return key, classes
+
+
+def _range(pair: list[Any]) -> tuple[int, int]:
+    first, last = pair
+    return _integer(first), _integer(last)
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(value)
+    return value
+
+
+def write(document: dict[str, Any]) -> Path:
+    """Puts a report of `fastrnn certify` where the route looks for it, whole or not at all.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    path = path_of(Key(**document["key"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
+    try:
+        unfinished.write_text(json.dumps(document, indent=1), encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    of_device.cache_clear()
+    return path
+
+
+def folder() -> Path:
+    """Where certificates are: what FASTRNN_CERTIFICATES names, else the user's cache folder."""
+    if chosen := os.environ.get(FOLDER_VARIABLE):
+        return Path(chosen)
+    import platformdirs
+
+    return platformdirs.user_cache_path("fastrnn", appauthor=False) / "certificates"
+
+
+def path_of(key: Key) -> Path:
+    """The file of a device, by its name and capability."""
+    words = re.sub(r"[^a-z0-9]+", "-", f"{key.device} sm {key.capability}".lower()).strip("-")
+    return folder() / f"{words}.json"
+
+
+def key_of(device: int) -> Key:
+    """The key of a CUDA device here.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    info = _C.cuda_info()
+    if info is None or device >= len(info["devices"]):
+        raise ValueError(f"cuda:{device}: there is no such device")
+    known = info["devices"][device]
+    torch: Any = None
+    if importlib.util.find_spec("torch") is not None:
+        torch = importlib.import_module("torch")
+    return Key(
+        device=known["name"],
+        capability=".".join(map(str, known["capability"])),
+        driver=_driver() or info["driver"],
+        cuda=torch and torch.version.cuda,
+        torch=torch and str(torch.__version__),
+        fastrnn=importlib.import_module("fastrnn").__version__,
+        kernels=_hash_of_kernels(),
+    )
+
+
+def _driver() -> str | None:
+    """The driver's own version, which CUDA does not tell: of Linux's kernel module."""
+    try:
+        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", DRIVER.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found and found[0]
+
+
+@lru_cache(maxsize=1)
+def _hash_of_kernels() -> str:
+    import hashlib
+
+    return hashlib.sha256(Path(_C.__file__).read_bytes()).hexdigest()
