@@ -31,7 +31,7 @@ def output_with(kind: str, *arguments: str, **environment: str) -> str:
     name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     module = ROOT / "build" / "python" / kind / name
     if not module.exists():
-        pytest.skip(f"the engine's module for {kind} is not built: `make setup` builds it")
+        pytest.skip(f"the engine's module for {kind} is not built: `make test` and `make test-cuda` build such")
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / kind / "check.py", module, *arguments],
         check=False,
