@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 NO_DEVICE = 77
 LIMITS = {
-    "build": 240.0, "tests": 150.0, "sanitizer": 120.0, "certify": 150.0, "ladder": 30.0,
+    "build": 240.0, "tests": 240.0, "sanitizer": 120.0, "certify": 150.0, "ladder": 30.0,
     "bench": 240.0,
 }  # fmt: skip
 PARTS = tuple(LIMITS)
@@ -153,7 +153,7 @@ def tests(options: Options) -> list[Command]:
     # A file that needs a module which is not there is an error by itself, the others run.
     others.append("--continue-on-collection-errors")
     return [
-        Command("pytest, CUDA", (*pytest, of_cuda), 0.7, needs="pytest"),
+        Command("pytest, CUDA", (*pytest, of_cuda), 0.8, needs="pytest"),
         Command("pytest, all else", (*pytest, *others), needs="pytest"),
     ]
 
