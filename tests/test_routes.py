@@ -18,6 +18,7 @@ from fastrnn._options import GATES, Options
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Stands for a tensor on a device whose kernels are turned on."""
+    monkeypatch.setattr(_by_torch, "no_kernels", lambda _: False)
     monkeypatch.setattr(_by_torch, "cuda_route", lambda *_: CudaRoute(True, "a test"))
     return SimpleNamespace(
         device=SimpleNamespace(type="cuda", index=0),

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import _VF, Tensor
 
 from . import _composed, _episodes
-from ._engine import NO_EXTRAS, CudaRoute, Extras, cuda_route, graphs_take_kernels
+from ._engine import NO_EXTRAS, CudaRoute, Extras, cuda_route, graphs_take_kernels, no_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -83,13 +83,16 @@ def kernels(
         return CudaRoute(False, "no CUDA kernel has what the options ask for")
     if torch.compiler.is_compiling():
         return CudaRoute(_kernels_of_graphs(), "a graph's sizes are not known")
+    device = input.get_device()
+    if no_kernels(device):
+        return CudaRoute(False, "none is trusted on this device")
     steps, rows = input.shape[0], input.shape[1]
     if batch_sizes is not None:
         steps, rows = len(batch_sizes), int(batch_sizes[0])
     dtype = str(input.dtype).removeprefix("torch.")
     if input.dtype == torch.float32 and allows_tf32():
         dtype = "tf32"
-    hidden_size, device = weights[0].shape[0] // options.gates, input.get_device()
+    hidden_size = weights[0].shape[0] // options.gates
     return cuda_route(options, dtype, rows, hidden_size, training, device, steps)
 
 
@@ -102,8 +105,7 @@ def allows_tf32() -> bool:
 
 
 def _kernels_of_graphs() -> bool:
-    forced: bool = graphs_take_kernels()
-    return forced
+    return graphs_take_kernels()
 
 
 # torch.compile asks when it traces: what the environment says then is a constant of the graph. The
