@@ -369,7 +369,7 @@ class _Twice(torch.autograd.Function):
     def forward(
         ctx: Any, options: Options, rows: Rows, count: int, *tensors: Tensor | None
     ) -> tuple[Any, ...]:
-        ctx.options, ctx.count = options, count
+        ctx.options, ctx.count, ctx.leaves = options, count, len(tensors) - count
         ctx.save_for_backward(*rows, *tensors[count:])
         ctx.set_materialize_grads(False)
         # Not views, which could not be detached in place.
@@ -377,9 +377,9 @@ class _Twice(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        batch_sizes, lengths, reset, *leaves = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return None, None, None, *gradients, *(None,) * len(leaves)
+            return None, None, None, *gradients, *(None,) * ctx.leaves
+        batch_sizes, lengths, reset, *leaves = ctx.saved_tensors
         input, h0, c0, reset_h, reset_c, *weights = leaves
         d_output, d_h_n, *more = gradients
         d_c_n = more.pop(0) if ctx.options.cell == "LSTM" else None
