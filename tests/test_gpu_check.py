@@ -199,6 +199,7 @@ def test_pytest_stops_at_the_first_error_that_cuda_does_not_recover_from(
         "def synchronize():\n"
         "    if broken: raise RuntimeError('CUDA error: an illegal memory access\\nmore')\n"
         "torch.cuda.synchronize = synchronize\n"
+        "torch.backends.cuda.is_built = lambda: True\n"
         "@pytest.fixture\n"
         "def cuda(): pass\n"
         "def test_wrong(cuda): raise AssertionError\n"
