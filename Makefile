@@ -19,9 +19,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 CPP := $(shell find csrc cuda tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 INSTALLED := $(VENV)/.installed
+CTEST = $(BIN)/ctest --test-dir $(BUILD) --output-on-failure --parallel $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help setup demo bench test test-cpp test-python test-numpy test-torch lint typecheck format fuzz \
-        sanitize docs benchmark-docs wheel cuda gpu-check clean
+.PHONY: help setup demo bench test test-cpp test-python test-cuda test-numpy test-torch lint typecheck \
+        format fuzz sanitize docs benchmark-docs wheel cuda gpu-check clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,10 +62,19 @@ test: test-cpp test-python  ## the C++ tests, then the Python tests
 
 test-cpp: $(INSTALLED)  ## the C++ tests alone
 	$(BIN)/cmake --build $(BUILD)
-	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --parallel $(shell nproc 2>/dev/null || echo 2)
+	$(CTEST) --label-exclude '^cuda$$'
 
 test-python: $(INSTALLED)  ## the Python tests alone
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not virtual_device'
+
+# Their source as C++, and, where there is a CUDA compiler, their PTX on a virtual device. They need
+# no GPU and are no part of `make test`: to build them takes minutes.
+test-cuda: $(INSTALLED)  ## the CUDA kernels' tests on the CPU
+	$(BIN)/cmake --build $(BUILD) --target cuda_tests
+	$(CTEST) --label-regex '^cuda$$'
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m virtual_device
+	@test -e $(BUILD)/cuda/tests/virtual_test \
+	    || echo 'make test-cuda: there is no CUDA compiler here, so the tests of the PTX were left out'
 
 lint: $(INSTALLED) typecheck  ## ruff, clang-format and mypy; changes nothing
 	$(BIN)/ruff check
@@ -77,7 +87,7 @@ test-numpy:  ## install into a .venv without torch and test what needs none ther
 	rm -rf .venv-numpy
 	$(PYTHON) -m venv .venv-numpy
 	.venv-numpy/bin/python -m pip install --quiet . pytest hypothesis ml_dtypes
-	.venv-numpy/bin/python -m pytest
+	.venv-numpy/bin/python -m pytest -m 'not virtual_device'
 
 # A torch that is in that .venv already stays, whatever its version: a build without CUDA, a nightly.
 # The C++ is compiled in build/torch, once for all of them, without the modules of its own tests.
@@ -94,7 +104,7 @@ $(TORCH_VENV)/.installed: pyproject.toml CMakeLists.txt $(CPP)
 
 test-torch: $(if $(TORCH),$(TORCH_VENV)/.installed)  ## the Python tests beside another torch: TORCH=2.14.1
 	@test -n '$(TORCH)' || { echo 'make test-torch: say which, for example TORCH=2.14.1'; exit 1; }
-	$(TORCH_VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(TORCH_VENV)/bin/python -m pytest $(PYTEST_ARGS) -m 'not virtual_device'
 
 typecheck: $(INSTALLED)  ## mypy --strict over the package
 	$(BIN)/mypy --strict python/fastrnn
@@ -107,7 +117,7 @@ format: $(INSTALLED)  ## write Python and C++ in the house's format
 # $(call sanitized,DIRECTORY,SANITIZERS,TARGETS,TESTS): build C++ tests with sanitizers, and run TESTS.
 # Of the instruction sets the portable one and the one whose intrinsics every machine of the kind
 # runs: each takes minutes to compile. CUDA's kernels run as C++ (cuda_kernels, persistent); their PTX
-# has a test of its own in `make test-cpp`.
+# has a test of its own in `make test-cuda`.
 SANITIZED_ISA := $(if $(filter x86_64 amd64,$(shell uname -m)),avx2,neon)
 SANITIZED_TESTS := barrier_test engine_test int8_test maths_test_portable maths_test_$(SANITIZED_ISA) \
                    kernels_test cublaslt_double persistent_ring_test persistent_plan_test \
@@ -147,9 +157,9 @@ cuda: $(INSTALLED)  ## compile the CUDA sources, where there is a CUDA compiler
 	$(BIN)/python cuda/resources.py build/cuda/report.txt
 
 # On a machine with a GPU: nothing is installed but the package itself, into PYTHON. PARTS of build,
-# tests, sanitizer, ladder, bench; SUITES of `fastrnn bench --list`; results in OUT.
+# tests, sanitizer, certify, ladder, bench; SUITES of `fastrnn bench --list`; results in OUT.
 OUT ?= build/gpu-check
-gpu-check:  ## build, test, sanitize and time on this machine's GPU, in under ten minutes
+gpu-check:  ## build, test, sanitize, certify and time on this machine's GPU, in under ten minutes
 	$(PYTHON) benchmarks/gpu_check.py --out $(OUT) --parts '$(PARTS)' --suites '$(SUITES)' --dtypes '$(DTYPES)'
 
 clean:  ## remove everything that these targets made

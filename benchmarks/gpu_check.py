@@ -4,17 +4,21 @@
     python benchmarks/gpu_check.py --out build/gpu-check --parts tests,bench --suites stacks
     python benchmarks/gpu_check.py --out build/gpu-check --dry-run
 
-- build      the package by pip, with CUDA, and the programs of benchmarks/ladder
+- build      the package by pip, with CUDA and the watchdog, and the program of benchmarks/ladder
 - tests      the whole test suite, with the CUDA cases of every route
-- sanitizer  compute-sanitizer's memcheck and racecheck on the smallest case of each kernel
-- ladder     what an exchange costs; every persistent kernel against plain ones
-- bench      the suites against torch.nn (cuDNN), in float32, tf32, bfloat16, float16: by the
-             persistent kernels, then by a launch for each step
+- sanitizer  compute-sanitizer's memcheck and racecheck on a small case of every kernel of a step,
+             and of every family of persistent kernels (cell, operand, pass, way of exchange)
+- certify    `fastrnn certify --quick`, its certificate in OUT
+- ladder     what an exchange costs
+- bench      the suites against torch.nn (cuDNN), in float32, tf32, bfloat16, float16: by default,
+             by the persistent kernels, then by a launch for each step
 
 Each part has a time limit of its own and none takes the others' results along: what a command
-printed is kept in OUT/<part>.log, its exit code and time in OUT/gpu-check.json, with every record
-of the benchmark; OUT/summary.md says it in words. The exit code is 0 where every command's was; 1
-where one failed; 77, with a message, where there is no GPU.
+printed is kept in OUT/<part>.log, its exit code and time in OUT/gpu-check.json, with the report of
+certify and every record of the benchmark; OUT/summary.md says it in words. The exit code is 0
+where every command's was and the default route was nowhere slower than torch.nn; 1 where a command
+failed, had no time left or lacked what it needs, which is then named; 77, with a message, where
+there is no GPU.
 """
 
 from __future__ import annotations
@@ -34,20 +38,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_DEVICE = 77
-PARTS = ("build", "tests", "sanitizer", "ladder", "bench")
-LIMITS = {"build": 240.0, "tests": 150.0, "sanitizer": 90.0, "ladder": 90.0, "bench": 240.0}
+LIMITS = {
+    "build": 240.0, "tests": 240.0, "sanitizer": 120.0, "certify": 150.0, "ladder": 30.0,
+    "bench": 240.0,
+}  # fmt: skip
+PARTS = tuple(LIMITS)
 SUITES = (
     "flashrnn", "fastrnns", "stacks", "reinforcement", "deepbench-training", "deepbench-inference",
 )  # fmt: skip
 DTYPES = ("bfloat16", "float16", "tf32", "float32")
 INFERENCE_ALONE = ("deepbench-inference",)
 SWITCH = "FASTRNN_CUDA_KERNELS"
-ROUTES = {"persistent": "persistent", "steps": "1"}  # what the switch says for each
-SKIPPED = "not there"  # instead of an exit code
+ROUTES = {"default": "0", "persistent": "persistent", "steps": "1"}  # what the switch says for each
+FEWEST = 0.97  # of torch.nn's speed, by default, in every case: the same call, and noise
+
+# What the smallest cases are of. Among the sizes (rows, hidden_size), each family of persistent
+# kernels is chosen for one on an H200.
+CELLS = ("LSTM", "GRU", "RNN")
+OPERANDS = {
+    "bfloat16": ("bfloat16", False),
+    "float16": ("float16", False),
+    "tf32": ("float32", True),
+    "float32": ("float32", False),
+}
+WAYS = ("block", "cluster", "ring")
+SIZES = (
+    (3, 5), (3, 20), (3, 40), (3, 72), (3, 120), (3, 136), (3, 264),
+    (400, 72), (400, 88), (400, 116), (600, 20),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,6 +81,7 @@ class Command:
     share: float = 1.0
     json: str = ""  # the file that it writes, in OUT
     route: str = ""  # of `ROUTES`, which its environment then says
+    needs: str = ""  # a Python module
 
 
 @dataclass
@@ -93,6 +116,7 @@ def commands(part: str, options: Options) -> list[Command]:
         "build": build,
         "tests": tests,
         "sanitizer": sanitizer,
+        "certify": certify,
         "ladder": ladder,
         "bench": bench,
     }[part](options)
@@ -103,64 +127,60 @@ def build(options: Options) -> list[Command]:
         "FASTRNN_CUDA": "ON",
         "FASTRNN_CUDA_PERSISTENT": "ON",
         "FASTRNN_CUDA_ARCHITECTURES": options.architecture,
+        "FASTRNN_WATCHDOG": "ON",
     }
     install = [options.python, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
     install += [f"--config-settings=cmake.define.{k}={v}" for k, v in defines.items()]
     configure = ["cmake", "-S", str(ROOT), "-B", str(options.ladder), "-G", "Ninja"]
-    configure += ["-DCMAKE_BUILD_TYPE=Release", "-DFASTRNN_PYTHON=OFF", "-DFASTRNN_WATCHDOG=ON"]
+    configure += ["-DCMAKE_BUILD_TYPE=Release", "-DFASTRNN_PYTHON=OFF"]
     configure += [f"-D{k}={v}" for k, v in defines.items()]
     return [
         Command("package", (*install, str(ROOT)), 0.5),
         Command("configure the ladder", tuple(configure), 0.2),
-        Command("the ladder", ("cmake", "--build", str(options.ladder), "--target", "ladder")),
+        Command(
+            "the ladder",
+            ("cmake", "--build", str(options.ladder), "--target", "ladder_exchange"),
+        ),
     ]
 
 
 def tests(options: Options) -> list[Command]:
     pytest = [options.python, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider"]
-    workers = min(8, os.cpu_count() or 1)
-    side_by_side = ("-n", str(workers)) if _has("xdist", options.python) else ()
+    if _has("xdist", options.python):
+        pytest += ["-n", str(min(8, os.cpu_count() or 1))]
     of_cuda = "tests/test_cuda.py"
+    others = ["tests", f"--ignore={of_cuda}", "-m", "not virtual_device"]
+    # A file that needs a module which is not there is an error by itself, the others run.
+    others.append("--continue-on-collection-errors")
     return [
-        Command("pytest, CUDA", (*pytest, *side_by_side, of_cuda), 0.7),
-        Command("pytest, all else", (*pytest, *side_by_side, "tests", f"--ignore={of_cuda}")),
+        Command("pytest, CUDA", (*pytest, of_cuda), 0.8, needs="pytest"),
+        Command("pytest, all else", (*pytest, *others), needs="pytest"),
     ]
 
 
 def sanitizer(options: Options) -> list[Command]:
-    check = str(options.ladder / "benchmarks" / "ladder" / "ladder_persistent_check")
     smallest = (options.python, str(Path(__file__).resolve()), "--smallest-cases")
     listed = []
-    for tool in ("memcheck", "racecheck"):
-        # Not the errors of CUDA's own calls, by which libraries find out what a driver can.
-        with_tool = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
-        with_tool += ("--report-api-errors", "no")
-        listed += [
-            Command(f"{tool}, persistent kernels", (*with_tool, check, "--small"), 0.4),
-            Command(f"{tool}, layers", (*with_tool, *smallest), 0.5),
-        ]
+    for tool, share in (("memcheck", 0.5), ("racecheck", 1.0)):
+        # Of our kernels alone. Not the errors of CUDA's own calls, by which libraries find out what
+        # a driver can.
+        with_tool = (_of_toolkit("compute-sanitizer"), "--tool", tool, "--error-exitcode", "9")
+        with_tool += ("--report-api-errors", "no", "--kernel-name", "kns=fastrnn")
+        listed.append(Command(tool, (*with_tool, *smallest), share))
     return listed
 
 
+def certify(options: Options) -> list[Command]:
+    file = "certify.json"
+    there = f"FASTRNN_CERTIFICATES={options.out / 'certificates'}"  # not in the user's cache
+    command = (options.python, "-m", "fastrnn.cli", "certify", "--quick", "--json")
+    return [Command("certify", ("env", there, *command, str(options.out / file)), json=file)]
+
+
 def ladder(options: Options) -> list[Command]:
-    programs = options.ladder / "benchmarks" / "ladder"
-    return [
-        Command(
-            "exchange",
-            (str(programs / "ladder_exchange"), str(options.out / "exchange.json")),
-            0.3,
-            "exchange.json",
-        ),
-        Command(
-            "persistent kernels",
-            (
-                str(programs / "ladder_persistent_check"),
-                "--json",
-                str(options.out / "persistent.json"),
-            ),
-            json="persistent.json",
-        ),
-    ]
+    program = options.ladder / "benchmarks" / "ladder" / "ladder_exchange"
+    file = "exchange.json"
+    return [Command("exchange", (str(program), str(options.out / file)), json=file)]
 
 
 def bench(options: Options) -> list[Command]:
@@ -179,8 +199,15 @@ def bench(options: Options) -> list[Command]:
 
 
 def _has(module: str, python: str) -> bool:
-    command = [python, "-c", f"import {module}"]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    return subprocess.run([python, "-c", code], check=False).returncode == 0
+
+
+def _of_toolkit(tool: str) -> str:
+    """On the PATH, or beside nvcc."""
+    nvcc = shutil.which("nvcc")
+    beside = [str(Path(nvcc).resolve().parent)] if nvcc else []
+    return shutil.which(tool, path=os.pathsep.join([os.environ.get("PATH", ""), *beside])) or tool
 
 
 # ---- running ------------------------------------------------------------------------------------
@@ -191,9 +218,9 @@ def run_command(command: Command, log: Path, limit: float) -> tuple[int | str, b
     with log.open("a", encoding="utf-8") as file:
         file.write(f"\n==== {command.name}: {' '.join(command.arguments)}\n")
         file.flush()
-        if shutil.which(command.arguments[0]) is None:
-            file.write(f"{command.arguments[0]} is not there\n")
-            return SKIPPED, False
+        if missing := _missing(command):
+            file.write(f"{missing}\n")
+            return missing, False
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         if command.route:
             environment[SWITCH] = ROUTES[command.route]
@@ -211,7 +238,17 @@ def run_command(command: Command, log: Path, limit: float) -> tuple[int | str, b
         except subprocess.TimeoutExpired:
             _end(process)
             file.write(f"\n==== ended after {limit:.0f} s, its limit\n")
-            return process.returncode if process.returncode is not None else SKIPPED, True
+            return process.returncode if process.returncode is not None else "did not end", True
+
+
+def _missing(command: Command) -> str:
+    """What the command needs and this machine lacks."""
+    program = command.arguments[0]
+    if shutil.which(program) is None:
+        return f"{program} is not on this machine"
+    if command.needs and not _has(command.needs, program):
+        return f"{program} has no module {command.needs}"
+    return ""
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -248,7 +285,7 @@ def describe(outcome: Outcome) -> str:
     if outcome.timed_out:
         return f"stopped by its time limit after {outcome.seconds:.0f} s"
     if isinstance(outcome.rc, str):
-        return outcome.rc
+        return f"FAILED: {outcome.rc}"
     return f"{'passed' if outcome.rc == 0 else f'FAILED ({outcome.rc})'} in {outcome.seconds:.0f} s"
 
 
@@ -267,17 +304,20 @@ def document(options: Options) -> dict[str, Any]:
     found: dict[str, Any] = {
         "outcomes": [asdict(outcome) for outcome in options.outcomes],
         "device": device(),
+        "certify": None,
         "ladder": {},
         "header": None,
         "records": [],
         "not_run": [],
     }
     for part in options.parts:
-        for command in commands(part, options) if part in ("ladder", "bench") else ():
+        for command in commands(part, options) if part in ("certify", "ladder", "bench") else ():
             written = read_json(options.out / command.json) if command.json else None
             if written is None:
                 continue
-            if part == "ladder":
+            if part == "certify":
+                found["certify"] = written
+            elif part == "ladder":
                 found["ladder"][command.name] = written
             else:
                 _add_run(found, written, command.route)
@@ -301,6 +341,8 @@ def summary(options: Options, found: dict[str, Any]) -> str:
     lines += [f"| {o.part} | {o.command} | {describe(o)} |" for o in options.outcomes]
     if found["records"]:
         lines += ["", "## Against torch.nn (cuDNN)", "", *ratios(found["records"])]
+    if slow := slower_by_default(found["records"]):
+        lines += ["", f"## By default slower than {FEWEST} of torch.nn", "", *slow]
     for name, rows in found["ladder"].items():
         lines += ["", f"## Ladder: {name}", "", "```"]
         lines += [f"{r['what']}: {r.get('text') or _number(r)}" for r in rows]
@@ -339,11 +381,23 @@ def ratios(records: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def write(options: Options) -> None:
+def slower_by_default(records: Sequence[dict[str, Any]]) -> list[str]:
+    """The cases in which the default route loses against torch.nn's layer."""
+    return [
+        f"- {r['suite']}, {r['pass']}: {r['ratio_to_best_peer']:.3f} in {r['case']}"
+        for r in records
+        if r["route"] == "default"
+        and r["provider"] == "fastrnn"
+        and (r["ratio_to_best_peer"] or FEWEST) < FEWEST
+    ]
+
+
+def write(options: Options) -> dict[str, Any]:
     found = document(options)
     path = options.out / "gpu-check.json"
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (options.out / "summary.md").write_text(summary(options, found), encoding="utf-8")
+    return found
 
 
 # ---- the device ---------------------------------------------------------------------------------
@@ -372,22 +426,79 @@ def architecture() -> str:
     return "90a" if number == "90" else number
 
 
-def smallest_cases() -> int:
-    """Each cell in each type by each route, forward and backward, as small as it gets."""
+# ---- the smallest cases -------------------------------------------------------------------------
+
+
+def reaching(
+    cell: str, operand: str, device: int | None
+) -> Iterator[tuple[int, int, set[tuple[str, str]]]]:
+    """Of `SIZES` those that reach families of persistent kernels which none before reached.
+
+    Yields:
+        Rows, hidden size, and the families, each a pass and a way of exchange. `device` None: as
+        on an H200.
+    """
+    from fastrnn import _C
+    from fastrnn._engine import engine_options, scalars
+    from fastrnn._options import Options as LayerOptions
+
+    options = engine_options(*scalars(LayerOptions(cell)))  # type: ignore[arg-type]
+    dtype, tf32 = OPERANDS[operand]
+    reached: set[tuple[str, str]] = set()
+    for rows, hidden_size in SIZES:
+        found = set()
+        for backward in (False, True):
+            sizes = (dtype, 3, rows, 3, hidden_size)
+            plan = _C.cuda_kernels(options, *sizes, backward, tf32, device)
+            if plan is not None and plan[0]:
+                found.add(("backward" if backward else "forward", plan[1].split(",")[0]))
+        if not found <= reached:
+            reached |= found
+            yield rows, hidden_size, found
+
+
+def run_smallest(cell: str, dtype: str, rows: int, hidden_size: int, **options: Any) -> None:
+    """Forward and backward of three steps, with lengths and resets."""
     import torch
 
     import fastrnn
 
-    kinds = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    for route, cell, kind in product(ROUTES, ("LSTM", "GRU", "RNN"), kinds):
-        os.environ[SWITCH] = ROUTES[route]
-        layer = getattr(fastrnn, cell)(3, 5, num_layers=2, bidirectional=True).to("cuda", kind)
-        x = torch.randn(4, 3, 3, device="cuda", dtype=kind, requires_grad=True)
-        reset = torch.rand(4, 3, device="cuda") < 0.3
-        output, _ = layer(x, reset=reset)
-        output.sum().backward()
-        torch.cuda.synchronize()
-        print(route, cell, kind, bool(torch.isfinite(output).all()), flush=True)
+    kind = getattr(torch, dtype)
+    layer = getattr(fastrnn, cell)(3, hidden_size, **options).to("cuda", kind)
+    x = torch.randn(3, rows, 3, device="cuda", dtype=kind, requires_grad=True)
+    lengths = torch.randint(0, 4, (rows,), device="cuda")
+    output, _ = layer(x, lengths=lengths, reset=torch.rand(3, rows, device="cuda") < 0.3)
+    output.sum().backward()
+    torch.cuda.synchronize()
+
+
+def smallest_cases() -> int:
+    """A small case of every kernel of a step and of every family of persistent kernels, and which
+    families the sizes do not reach on this device.
+    """
+    from fastrnn.bench.precision import precision
+
+    os.environ[SWITCH] = ROUTES["steps"]
+    more: dict[str, list[dict[str, Any]]] = {
+        "LSTM": [{"proj_size": 2}],
+        "GRU": [{"reset_after": False}],
+    }
+    for cell, dtype in product(CELLS, ("float32", "float64", "bfloat16", "float16")):
+        for options in ({}, *more.get(cell, [])):
+            run_smallest(cell, dtype, 3, 5, num_layers=2, bidirectional=True, **options)
+            print("steps:", cell, dtype, options or "", flush=True)
+    os.environ[SWITCH] = ROUTES["persistent"]
+    left_out = []
+    for cell, operand in product(CELLS, OPERANDS):
+        wanted = set(product(("forward", "backward"), WAYS))
+        for rows, hidden_size, families in reaching(cell, operand, 0):
+            with precision(operand == "tf32"):
+                run_smallest(cell, OPERANDS[operand][0], rows, hidden_size)
+            wanted -= families
+            names = ", ".join(" by ".join(family) for family in sorted(families))
+            print(f"persistent: {cell} {operand} B {rows} H {hidden_size}: {names}", flush=True)
+        left_out += [f"{cell} {operand} {' by '.join(family)}" for family in sorted(wanted)]
+    print("families of persistent kernels left out:", ", ".join(left_out) or "none")
     return 0
 
 
@@ -451,10 +562,10 @@ def check(options: Options) -> int:
     end = time.monotonic() + 60.0 * options.minutes
     for part in options.parts:
         run_part(part, options, end)
-    write(options)
+    found = write(options)
     print((options.out / "summary.md").read_text(encoding="utf-8"))
-    failed = [o for o in options.outcomes if o.rc not in (0, SKIPPED) or o.timed_out]
-    return 1 if failed else 0
+    failed = [o for o in options.outcomes if o.rc != 0 or o.timed_out]
+    return 1 if failed or slower_by_default(found["records"]) else 0
 
 
 if __name__ == "__main__":

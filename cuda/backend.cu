@@ -2,8 +2,7 @@
 //
 // The caller owns all memory, workspace included; nothing is allocated here and nothing waits for
 // the device, so that a call can be captured into a graph. What is kept between calls is the
-// library's handle, one for each device, what was asked of it for persistent kernels, and the
-// streams on which layers run side by side (side_streams.h).
+// library's handle, one for each device, and what was asked of it for persistent kernels.
 #include <cuda_runtime_api.h>
 
 #include <stdexcept>

@@ -414,38 +414,18 @@ class Backward : Shape<Cell, S> {
   std::size_t used() const { return used_; }
 
   void run() {
-    start();
-    run_to(layer_.rows.T);
-    finish();
-  }
-
-  // In pieces: start(), then run_to() of more and more steps, then finish().
-  void start() {
     prepare();
-    library_ = library_product();
-    s_ = layer_.rows.T, pairs_left_ = layer_.rows.pairs;
-  }
-  void run_to(Index count) {
-    const Index end = layer_.rows.T - count, last = pairs_left_;
-    while (s_ > end) {
-      step(--s_, library_.get());
-      pairs_left_ -= layer_.batch_sizes ? layer_.batch_sizes[s_] : layer_.rows.B;
-    }
-    if (layer_.piece_steps) gradients_.run_below(gradients_in(), pairs_left_, last);
-  }
-  void finish() {
+    const std::unique_ptr<LibraryProduct> library = library_product();
+    for (Index s = layer_.rows.T; s-- > 0;) step(s, library.get());
     const BackwardData<S> a = data(0);
     if (a.d_h0 && a.by_head) launch_elements(stream(), FirstGates<Cell, S>{a});
     if (a.d_h0) launch_product(stream(), InitialHidden<Cell, S>{{}, a});
     if (a.d_c0) launch_elements(stream(), InitialCell<S>{a});
-    gradients_.run(gradients_in());
+    gradients_.run({d_gates_, gates_group_, width_, Hp_, d_proj_});
   }
 
  private:
   void* stream() const { return layer_.tools.stream; }
-  typename Gradients<Cell, S, C>::Data gradients_in() const {
-    return {d_gates_, gates_group_, width_, Hp_, d_proj_};
-  }
   // Of packed data the rows of the step after are fewer or more: no product of one size.
   bool uses_library() const {
     return many_rows<S>(layer_) && !K::two_products && !layer_.batch_sizes;
@@ -559,8 +539,6 @@ class Backward : Shape<Cell, S> {
   C *d_gates_ = nullptr, *zeros_ = nullptr, *d_c_ = nullptr, *carried_ = nullptr;
   C *d_proj_ = nullptr, *products_ = nullptr, *by_head_ = nullptr;
   S *weights_ = nullptr, *second_weights_ = nullptr, *narrow_gates_ = nullptr;
-  std::unique_ptr<LibraryProduct> library_;
-  Index s_ = 0, pairs_left_ = 0;  // steps that have not run, of one direction their pairs
   std::size_t used_ = 0;
 };
 

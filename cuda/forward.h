@@ -366,7 +366,6 @@ class Forward : Shape<Cell, S> {
     const Index gate_bytes = K::gates * H * static_cast<Index>(sizeof(C));
     const Index row_bytes = greatest(gate_bytes, gathers_ ? layer.I * sizeof(S) : 0);
     steps_ = least(layer.rows.T, greatest(1, kProjectionBytes / row_bytes / greatest(B, 1)));
-    if (layer.piece_steps) steps_ = least(steps_, layer.piece_steps);
     x_gates_ = arena.take<C>(D * steps_ * B * K::gates * H);
     x_rows_ = arena.take<S>(gathers_ ? steps_ * B * layer.I : 0);
     products_ = arena.take<C>(many_rows<S>(layer) ? D * B * K::first * H : 0);
@@ -376,24 +375,17 @@ class Forward : Shape<Cell, S> {
   std::size_t used() const { return used_; }
 
   void run() {
-    start();
-    run_to(layer_.rows.T);
-  }
-
-  // In pieces: start(), then run_to() of more and more steps, then finish().
-  void start() {
     prepare();
-    library_ = library_product();
-    before_[1] = layer_.rows.pairs;
-  }
-  void run_to(Index step_end) {
-    while (s_ < step_end) {
-      const Index end = least(s_ + steps_, step_end);
-      for (Index d = 0; d < layer_.directions; ++d) project(d, s_, end, before_[d]);
-      for (; s_ < end; ++s_) step(s_, library_.get());
+    const std::unique_ptr<LibraryProduct> library = library_product();
+    const Index T = layer_.rows.T;
+    // Pairs before the next step; of the second direction, those up to it.
+    Index before[2] = {0, layer_.rows.pairs};
+    for (Index s = 0; s < T;) {
+      const Index end = least(s + steps_, T);
+      for (Index d = 0; d < layer_.directions; ++d) project(d, s, end, before[d]);
+      for (; s < end; ++s) step(s, library.get());
     }
   }
-  void finish() {}
 
  private:
   bool packed() const { return layer_.batch_sizes != nullptr; }
@@ -502,9 +494,6 @@ class Forward : Shape<Cell, S> {
   C *bias_x_ = nullptr, *bias_h_ = nullptr, *c_ = nullptr, *second_ = nullptr;
   C *one_step_ = nullptr, *x_gates_ = nullptr, *products_ = nullptr;
   Index x_first_[2] = {};
-  std::unique_ptr<LibraryProduct> library_;
-  Index s_ = 0;           // the step that comes next
-  Index before_[2] = {};  // pairs before it; of the second direction, the pairs up to it
   std::size_t used_ = 0;
 };
 

@@ -26,33 +26,11 @@ void run_pass(const Layer& layer) {
   Steps(layer, layer.scratch).run();
 }
 
-template <class Steps>
-class PiecesOf final : public Pieces {
- public:
-  explicit PiecesOf(const Layer& layer) : layer_(layer), steps_(layer_, layer_.scratch) {
-    steps_.start();
-  }
-  void run_to(Index count) override { steps_.run_to(count); }
-  void finish() override { steps_.finish(); }
-
- private:
-  const Layer layer_;
-  Steps steps_;
-};
-
-template <class Steps>
-std::unique_ptr<Pieces> pieces_of(const Layer& layer) {
-  return std::make_unique<PiecesOf<Steps>>(layer);
-}
-
 template <class Cell, class S, class PersistentF, class PersistentB>
-constexpr LayerFunctions functions_with{scratch_of<Forward<Cell, S>, PersistentF>,
-                                        scratch_of<Backward<Cell, S>, PersistentB>,
-                                        run_pass<Forward<Cell, S>, PersistentF>,
-                                        run_pass<Backward<Cell, S>, PersistentB>,
-                                        pieces_of<Forward<Cell, S>>,
-                                        pieces_of<Backward<Cell, S>>,
-                                        persistent_sizes<Cell, S>};
+constexpr LayerFunctions functions_with{
+    scratch_of<Forward<Cell, S>, PersistentF>, scratch_of<Backward<Cell, S>, PersistentB>,
+    run_pass<Forward<Cell, S>, PersistentF>, run_pass<Backward<Cell, S>, PersistentB>,
+    persistent_sizes<Cell, S>};
 
 template <class Cell, class S>
 constexpr LayerFunctions functions_of() {

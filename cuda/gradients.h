@@ -197,17 +197,6 @@ class Gradients : Shape<Cell, S> {
       sums_[d] = {arena.take<C>(rows_ * I), arena.take<C>(recurrent_), arena.take<C>(P * H)};
   }
 
-  // The gradients of the input of the pairs first … last − 1, of one direction, for the layer
-  // below. run() leaves them out where a layer runs in pieces.
-  void run_below(const Data& data, Index first, Index last) {
-    data_ = data;
-    if (!layer_.d_below) return;
-    for (Index n0 = first; n0 < last; n0 += block_) {
-      const Index count = least(block_, last - n0);
-      add_input_gradient(0, n0, count, gates_rows(0, n0, count, K::input_code, 1, input_gates_));
-    }
-  }
-
   void run(const Data& data) {
     data_ = data;
     const Index pairs = layer_.rows.pairs;
@@ -269,16 +258,12 @@ class Gradients : Shape<Cell, S> {
     if (C* sum = layer_.P ? sums(to.weight_hr, sums_[d].weight_hr) : nullptr)
       add_weights(1, O, H, count, projected_rows(d, n0, count),
                   kept_rows(d, n0, count, Cell::saved), sum, n0 > 0);
-    if (!layer_.piece_steps || !layer_.d_below) add_input_gradient(d, n0, count, input_gates);
-  }
-
-  void add_input_gradient(Index d, Index n0, Index count, const MatrixRows& gates) const {
-    C* const dx = input_gradient(n0);
-    if (!dx) return;
-    const fastrnn::Weight& w = layer_.parameters[d].weight_ih;
-    multiply(layer_.tools,
-             Matrices<S>{count, layer_.I, rows_, gates.data, gates.stride, 1,
-                         static_cast<const S*>(w.data), w.unit, w.row, dx, layer_.I, d > 0});
+    if (C* const dx = input_gradient(n0)) {
+      const fastrnn::Weight& w = layer_.parameters[d].weight_ih;
+      multiply(layer_.tools,
+               Matrices<S>{count, I, rows_, input_gates.data, input_gates.stride, 1,
+                           static_cast<const S*>(w.data), w.unit, w.row, dx, I, d > 0});
+    }
   }
 
   C* input_gradient(Index n0) const {

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstddef>
-#include <memory>
 
 #include "backend.h"
 #include "library.h"
@@ -48,18 +47,9 @@ struct Layer {
   void* d_c0 = nullptr;                // [D, B, H], storage
   Parameters* d_parameters = nullptr;  // [D]
 
-  Index piece_steps = 0;  // run in pieces of so many steps, beside other layers; 0: whole
   void* scratch = nullptr;
   const resident::Plan* plan = nullptr;  // the persistent kernel of the pass; null: step by step
   Tools tools;
-};
-
-// A layer's pass by steps, piece after piece. What its steps leave for the next layer, forward the
-// output, backward d_below, is there when their piece has run; all else when it is finished.
-struct Pieces {
-  virtual ~Pieces() = default;
-  virtual void run_to(Index count) = 0;  // until so many steps have run, in the pass's order
-  virtual void finish() = 0;
 };
 
 // Of one cell and storage type.
@@ -68,9 +58,6 @@ struct LayerFunctions {
   std::size_t (*backward_scratch)(const Layer&);
   void (*forward)(const Layer&);
   void (*backward)(const Layer&);
-  // Begun on the layer's stream; goes step by step, whatever the layer's plan.
-  std::unique_ptr<Pieces> (*forward_pieces)(const Layer&);
-  std::unique_ptr<Pieces> (*backward_pieces)(const Layer&);
   // The sizes by which a persistent kernel is chosen for a pass: null, or why the layer has none.
   const char* (*persistent_sizes)(const Layer&, Pass, resident::Sizes*);
 };

@@ -29,8 +29,6 @@ const Kernel* kernels(int* count);
 
 // The kernel for the current device: chosen by its facts, and all blocks can be resident at once.
 Plan plan_persistent(const Sizes& sizes);
-// Among those of one way of exchange.
-Plan plan_persistent_by(Via only, const Sizes& sizes);
 
 // The arrays as forward.h and backward.h describe them; their `team` is ignored.
 // std::uint16_t holds bfloat16 and float16. `workspace`: of the plan's size; `stream`: a

@@ -1,33 +1,19 @@
 // A stack of layers on the device: lays out the workspace and runs layer by layer, in the order of
-// the stream; or the layers side by side. Asks by which persistent kernel it may go.
+// the stream. Asks by which persistent kernel it may go.
 //
-// Side by side  where a step leaves most of the device idle (pieces_of_time): time is cut into
-//             pieces, and while a layer runs a piece, on a stream of its own (side_streams.h), the
-//             layer above runs the piece before. The launches are those of layer after layer, in
-//             their order within each layer, so the results are the same. A layer above waits for
-//             the piece below by an event; no kernel waits for another. Only with one direction,
-//             as the second one starts at the end of time; and only by a launch for each step, as
-//             persistent kernels on several streams could wait for each other's blocks. Backward
-//             from the last layer and the last step; the gradients of weights come when a layer's
-//             steps are done, in the order in which they do otherwise.
 // Workspace   [offset, length of packed data] [what goes from layer to layer] [the library's]
-//             [a layer's scratch]. The last two are used by each layer in turn, or side by side
-//             there is one for each.
+//             [a layer's scratch]. The last two are used by each layer in turn.
 #pragma once
 
 #include <algorithm>
-#include <cmath>
-#include <memory>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "backend.h"
 #include "cells/list.h"
 #include "layer.h"
 #include "persistent.h"
 #include "product.h"
-#include "side_streams.h"
 
 namespace fastrnn::cuda {
 
@@ -58,21 +44,6 @@ inline const LayerFunctions& functions_of_type(DType dtype, int cell) {
   return functions_f32(cell);
 }
 
-// In how many pieces of time layers run side by side; 1: layer after layer. Of n pieces each layer
-// starts a piece after the one below, so all of them take (n + layers − 1) pieces' time; with a
-// piece's steps at 4 µs each and some 24 µs for its projection and events, the best n is
-// √((layers − 1)·T/6). Below four pieces there is little to gain, and so where a layer's step has
-// blocks for more than half of the multiprocessors. Estimates.
-inline Index pieces_of_time(Index T, Index layers, Index blocks, Index multiprocessors) {
-#if defined(FASTRNN_STEPS_OF_A_PIECE)  // the tests want many small pieces
-  const Index fewest = 1, pieces = ceil_div(T, FASTRNN_STEPS_OF_A_PIECE);
-#else
-  const Index fewest = 4;
-  const auto pieces = static_cast<Index>(std::sqrt(static_cast<double>((layers - 1) * T) / 6));
-#endif
-  return layers > 1 && pieces >= fewest && 2 * blocks <= multiprocessors ? pieces : 1;
-}
-
 // Chooses a persistent kernel, or says why there is none.
 using Planner = resident::Plan (*)(const resident::Sizes&);
 
@@ -101,7 +72,6 @@ class Stack {
     tools_.stream = p.stream, tools_.device = p.device, tools_.allow_tf32 = p.allow_tf32;
     tools_.library = find_library();
     plan_ = choose(planner);
-    pieces_ = choose_pieces();
     lay_out();
   }
 
@@ -109,12 +79,8 @@ class Stack {
   // The persistent kernel of every layer, or why they go step by step.
   const resident::Plan& plan() const { return plan_; }
 
-  // In how many pieces of time the layers run side by side; 1: layer after layer.
-  Index pieces() const { return pieces_; }
-
   void forward() {
     write_rows();
-    if (pieces_ > 1) return forward_side_by_side();
     Sequence previous = p_.input;
     for (Index l = 0; l < L_; ++l) {
       const Layer layer = describe_forward(l, previous);
@@ -125,7 +91,6 @@ class Stack {
 
   void backward() {
     write_rows();
-    if (pieces_ > 1) return backward_side_by_side();
     for (Index l = L_ - 1; l >= 0; --l) {
       Layer layer = describe_backward(l);
       layer.scratch = scratch_;
@@ -134,63 +99,6 @@ class Stack {
   }
 
  private:
-  void forward_side_by_side() {
-    SideStreams side(p_.stream, static_cast<int>(L_));
-    std::vector<std::unique_ptr<Pieces>> layers;
-    Sequence previous = p_.input;
-    for (Index l = 0; l < L_; ++l) {
-      Layer layer = describe_forward(l, previous);
-      layer.tools.stream = side.stream(static_cast<int>(l));
-      layers.push_back(functions_.forward_pieces(layer));
-      previous = layer.output;
-    }
-    run_side_by_side(side, layers);
-  }
-
-  void backward_side_by_side() {
-    SideStreams side(p_.stream, static_cast<int>(L_));
-    std::vector<std::unique_ptr<Pieces>> layers;
-    for (Index l = L_ - 1; l >= 0; --l) {
-      Layer layer = describe_backward(l);
-      take_own(layer, l);
-      layer.tools.stream = side.stream(static_cast<int>(L_ - 1 - l));
-      layers.push_back(functions_.backward_pieces(layer));
-    }
-    run_side_by_side(side, layers);
-  }
-
-  // Layers in the order of the pass. The one at place j runs piece k in round j + k, and finishes
-  // in the round after its last. In a round from the last place to the first: a layer waits for
-  // what the one before it was given in earlier rounds, its piece k and no more.
-  void run_side_by_side(SideStreams& side, const std::vector<std::unique_ptr<Pieces>>& layers) {
-    const Index steps = piece_steps(), count = ceil_div(p_.T, steps);
-    for (Index round = 0; round < count + L_; ++round)
-      for (Index j = std::min(L_ - 1, round); j >= 0 && round - j <= count; --j) {
-        Pieces& layer = *layers[static_cast<std::size_t>(j)];
-        if (round - j == count) {
-          layer.finish();
-          continue;
-        }
-        if (j > 0) side.wait(static_cast<int>(j), static_cast<int>(j - 1));
-        layer.run_to(std::min(p_.T, (round - j + 1) * steps));
-      }
-    side.join();
-  }
-
-  // Memory that layers take side by side rather than in turn, at most.
-  static constexpr std::size_t kMostSideBytes = std::size_t{1} << 30;
-
-  Index choose_pieces() const {
-    if (L_ == 1 || D_ > 1 || plan_.kernel) return 1;
-    const int rows = p_.dtype == DType::f64 ? kTileRows<double> : kTileRows<float>;
-    const Index blocks = ceil_div(p_.B, rows) * ceil_div(p_.H, kWarps);
-    const Index pieces = pieces_of_time(p_.T, L_, blocks, multiprocessors());
-    std::size_t bytes = 0;
-    for (Index l = 0; pieces > 1 && l < L_; ++l) bytes += scratch_of(l, ceil_div(p_.T, pieces));
-    return bytes <= kMostSideBytes ? pieces : 1;
-  }
-  Index piece_steps() const { return ceil_div(p_.T, pieces_); }
-
   resident::Plan choose(Planner planner) const {
     resident::Plan none;
     resident::Sizes sizes;
@@ -219,7 +127,6 @@ class Stack {
     if (backward || !p_.all_layers)
       for (Index i = 0; i < std::min<Index>(L_ - 1, 2); ++i)
         between_[i] = arena.take<char>(rows_.pairs * D_ * O_ * (backward ? compute_ : storage_));
-    if (pieces_ > 1) return lay_out_side_by_side(arena);
     if (tools_.library) tools_.scratch = arena.take<char>(kLibraryScratch);
     std::size_t most = 0;
     for (const Index l : {Index{0}, std::min<Index>(L_ - 1, 1), L_ - 1}) {
@@ -229,29 +136,6 @@ class Stack {
     }
     scratch_ = arena.take<char>(static_cast<Index>(most));
     bytes_ = arena.used();
-  }
-
-  void lay_out_side_by_side(Arena& arena) {
-    for (Index l = 0; l < L_; ++l) {
-      Own own;
-      if (tools_.library) own.library = arena.take<char>(kLibraryScratch);
-      own.layer = arena.take<char>(static_cast<Index>(scratch_of(l, piece_steps())));
-      own_.push_back(own);
-    }
-    bytes_ = arena.used();
-  }
-
-  std::size_t scratch_of(Index l, Index steps) const {
-    const bool backward = pass_ == Pass::backward;
-    Layer layer = backward ? describe_backward(l) : describe(l);
-    layer.piece_steps = steps;
-    return backward ? functions_.backward_scratch(layer) : functions_.forward_scratch(layer);
-  }
-
-  void take_own(Layer& layer, Index l) const {
-    const Own& own = own_[static_cast<std::size_t>(l)];
-    layer.scratch = own.layer, layer.tools.scratch = own.library;
-    layer.piece_steps = piece_steps();
   }
 
   static void* shifted(const void* p, Index bytes) {
@@ -286,7 +170,6 @@ class Stack {
     layer.scratch = scratch_;
     layer.input = input;
     if (!p_.all_layers && l + 1 < L_) layer.output = contiguous(between_[l % 2], D_ * O_);
-    if (pieces_ > 1) take_own(layer, l);
     return layer;
   }
 
@@ -325,11 +208,6 @@ class Stack {
     return s;
   }
 
-  // What each layer has of the workspace where they run side by side.
-  struct Own {
-    void *library = nullptr, *layer = nullptr;
-  };
-
   const Problem& p_;
   const Pass pass_;
   const Index planes_;
@@ -338,8 +216,6 @@ class Stack {
   Rows rows_;
   Tools tools_;
   resident::Plan plan_;
-  Index pieces_ = 1;
-  std::vector<Own> own_;
   Index *offset_ = nullptr, *length_ = nullptr;
   void* between_[2] = {};
   void* scratch_ = nullptr;

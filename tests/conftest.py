@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     import torch
 
@@ -44,6 +44,25 @@ if find_spec("hypothesis") is not None:
 
 def pytest_report_header() -> str | None:
     return f"no torch, so without {', '.join(collect_ignore)}" if collect_ignore else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Ends the session where a test left CUDA broken, as an illegal address or a trap does: every
+    call after it in the process fails, and says nothing of what it calls.
+    """
+    report = yield
+    if report.failed and "cuda" in getattr(item, "fixturenames", ()):
+        import torch
+
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            item.session.shouldstop = f"CUDA is lost to this process after {item.nodeid}: {reason}"
+    return report
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -24,16 +24,19 @@ def load(path: str) -> None:
     spec.loader.exec_module(module)
 
 
-def output_with(kind: str, *arguments: str, **environment: str) -> str:
-    """What tests/KIND/check.py prints, given the module that a build with FASTRNN_TESTS makes in
-    KIND for this Python, and `arguments`; or a skip where there is none.
-    """
+def module_of(kind: str) -> Path:
+    """The module that a build with FASTRNN_TESTS makes in KIND for this Python; or a skip."""
     name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     module = ROOT / "build" / "python" / kind / name
     if not module.exists():
-        pytest.skip(f"the engine's module for {kind} is not built: `make setup` builds it")
+        pytest.skip(f"no module for {kind}: `make test` and `make test-cuda` build such")
+    return module
+
+
+def output_with(kind: str, *arguments: str, **environment: str) -> str:
+    """What tests/KIND/check.py prints, given the module of KIND and `arguments`."""
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / kind / "check.py", module, *arguments],
+        [sys.executable, ROOT / "tests" / kind / "check.py", module_of(kind), *arguments],
         check=False,
         capture_output=True,
         text=True,

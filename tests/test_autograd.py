@@ -51,7 +51,7 @@ def loss(values: tuple[Tensor, ...]) -> Tensor:
 
 def composed(case: Case, **extra: Any) -> tuple[Tensor, ...]:
     """The same by plain torch operations."""
-    with patch.object(_recurrent, "_needs_composed", lambda *_: True):
+    with patch.object(_recurrent, "_route", lambda *_: _recurrent._composed_route):
         return outputs(case, **extra)
 
 
@@ -260,7 +260,7 @@ def test_operator_saves_by_itself_where_a_gradient_is_recorded() -> None:
     options = Options("LSTM", num_layers=2)
     case = make(options)
     given = _ops.forward_op(
-        case.input, *case.hx, case.weights, *(None,) * 8, *scalars(options), False, False
+        case.input, *case.hx, case.weights, *(None,) * 8, *scalars(options), False, False, False
     )[:3]
     got = torch.autograd.grad(loss(given), case.leaves)
     expected = torch.autograd.grad(loss(outputs(case)), case.leaves)

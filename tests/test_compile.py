@@ -82,7 +82,7 @@ def test_compiled_equals_eager(options: Options, steps: str) -> None:
 
 def test_the_composed_route_compiles(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it does for tensors on devices without kernels."""
-    monkeypatch.setattr(_recurrent, "_needs_composed", lambda *_: True)
+    monkeypatch.setattr(_recurrent, "_route", lambda *_: _recurrent._composed_route)
     case = make(Options(cell, num_layers=2, bidirectional=True), "lengths-reset")  # type: ignore[arg-type]
     run = runner(case, return_states=True)
     expected = flat(run(*tensors_of(case)))
@@ -269,7 +269,7 @@ def test_compiled_autograd_takes_the_gradient_of_an_operator(operator: str, cell
         given = (*arguments[:12], *saved, None, None, None, torch.ones_like(h_n), None)
         needs = [x is not None for x in (*arguments[:3], *case.extras[:2])]
         needs += [True] * len(case.weights)
-        found = _ops.backward_op(*given, *scalars(case.options), needs)
+        found = _ops.backward_op(*given, *scalars(case.options), needs, False)
         return sum((d.square().sum() for d in found), torch.zeros(()))
 
     expected = torch.autograd.grad(loss(), case.leaves)
@@ -286,7 +286,7 @@ def forward_arguments(case: Case, states: bool, save: bool) -> tuple[Any, ...]:
     h0, c0 = (*case.hx, None)[:2]
     steps = [case.steps.get(name) for name in ("batch_sizes", "lengths", "reset")]
     given = (case.input, h0, c0, case.weights, *steps, *case.extras)
-    return (*given, *scalars(case.options), states, save)
+    return (*given, *scalars(case.options), states, save, False)
 
 
 @every_stack
@@ -339,5 +339,6 @@ def test_opcheck_backward(options: Options, steps: str, which: str) -> None:
             d_c_n,
             *scalars(options),
             needs,
+            False,
         ),
     )

@@ -1,7 +1,7 @@
 """The CUDA kernels: the reference's numbers, and everything that torch may ask of a tensor there.
 
 All of it needs a GPU and a build with CUDA, and is skipped elsewhere with the reason. What can be
-known without one, the kernels' arithmetic, is tested by `cuda/tests` on the CPU.
+known without one, the kernels' arithmetic, is tested by `make test-cuda` on the CPU.
 """
 
 from __future__ import annotations
@@ -328,44 +328,6 @@ def test_the_operator_is_what_runs(gpu: torch.device, cell: str) -> None:
     assert torch.equal(output, run(case)[0])
 
 
-# ---- layers side by side: three of one direction, sixty steps ------------------------------------
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", [1, 2])
-@pytest.mark.parametrize(("cell", "proj_size", "reset_after"), CELLS)
-def test_layers_side_by_side_match_the_reference(
-    gpu: torch.device,
-    cell: Any,
-    proj_size: int,
-    reset_after: bool,
-    heads: int,
-    dtype: str,
-    layout: str,
-) -> None:
-    proj_size = 8 if proj_size else 0
-    options = Options(cell, 3, proj_size=proj_size, reset_after=reset_after, heads=heads)
-    problem = random_problem(options, T=60, hidden_size=16, layout=layout, d_states=True)
-    check_against_reference(problem, dtype, device=gpu)
-
-
-def test_layers_side_by_side_in_several_threads(gpu: torch.device, cell: Any) -> None:
-    """Each on a stream of its own: none takes what another one waits for."""
-    case = moved(make(Options(cell, 3), dtype=torch.float32, sizes=(60, 4, 16, 64)), gpu)
-    expected = [*(run(case)), *gradients(case, run(case))]
-    torch.cuda.synchronize()
-
-    def work(_: int) -> bool:
-        with torch.cuda.stream(torch.cuda.Stream(gpu)):
-            found = [(values := run(case)), gradients(case, values)]
-            torch.cuda.current_stream().synchronize()
-        return all(map(torch.equal, [*found[0], *found[1]], expected))
-
-    with ThreadPoolExecutor(4) as threads:
-        assert all(threads.map(work, range(24)))
-
-
 # ---- streams, graphs, devices --------------------------------------------------------------------
 
 
@@ -399,10 +361,11 @@ def test_nothing_waits_for_the_device(gpu: torch.device, steps: str, cell: str) 
         torch.cuda.set_sync_debug_mode("default")
 
 
-def check_graph(
-    gpu: torch.device, options: Options, steps: str, sizes: tuple[int, int, int, int]
-) -> None:
+@pytest.mark.parametrize("steps", ["padded", "lengths-reset", "packed"])
+@pytest.mark.parametrize("rows", [3, 80])
+def test_graph_capture(gpu: torch.device, cell: Any, steps: str, rows: int) -> None:
     """Forward and backward in one graph, replayed with other values."""
+    options, sizes = Options(cell, 2, True), (6, rows, 8, 16)
     case = moved(make(options, steps, dtype=torch.float32, sizes=sizes), gpu)
     other = moved(make(options, steps, dtype=torch.float32, sizes=sizes, seed=1), gpu)
     side = torch.cuda.Stream()
@@ -426,15 +389,19 @@ def check_graph(
     torch.testing.assert_close(found, gradients(other, expected), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("steps", ["padded", "lengths-reset", "packed"])
-@pytest.mark.parametrize("rows", [3, 80])
-def test_graph_capture(gpu: torch.device, cell: Any, steps: str, rows: int) -> None:
-    check_graph(gpu, Options(cell, 2, True), steps, (6, rows, 8, 16))
+def test_threads_with_streams_of_their_own(gpu: torch.device, cell: Any) -> None:
+    case = moved(make(Options(cell, 2), dtype=torch.float32, sizes=(20, 4, 16, 64)), gpu)
+    expected = [*(values := run(case)), *gradients(case, values)]
+    torch.cuda.synchronize()
 
+    def work(_: int) -> bool:
+        with torch.cuda.stream(torch.cuda.Stream(gpu)):
+            found = [*(values := run(case)), *gradients(case, values)]
+            torch.cuda.current_stream().synchronize()
+        return all(map(torch.equal, found, expected))
 
-@pytest.mark.parametrize("steps", ["padded", "lengths-reset", "packed"])
-def test_graph_capture_of_layers_side_by_side(gpu: torch.device, cell: Any, steps: str) -> None:
-    check_graph(gpu, Options(cell, 3), steps, (60, 3, 8, 16))
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(work, range(24)))
 
 
 def test_the_device_of_the_arrays_not_the_current_one(gpu: torch.device, cell: str) -> None:
@@ -461,7 +428,7 @@ def test_the_device_of_the_arrays_not_the_current_one(gpu: torch.device, cell: s
 # ---- the route and errors ------------------------------------------------------------------------
 
 
-def test_composed_is_the_route_until_the_kernels_are_asked_for(
+def test_the_kernels_run_only_where_they_are_asked_for(
     gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
@@ -492,7 +459,7 @@ def test_a_setting_that_is_not_known_is_an_error(
 ) -> None:
     layer, x = fastrnn.GRU(4, 5, device=gpu), torch.randn(3, 2, 4, device=gpu)
     monkeypatch.setenv(_engine.CUDA_SWITCH, "fast")
-    with pytest.raises(ValueError, match=r"^FASTRNN_CUDA_KERNELS: expected 0, 1 or persistent"):
+    with pytest.raises(ValueError, match=r"^FASTRNN_CUDA_KERNELS: expected 0, 1"):
         layer(x)
 
 

@@ -49,6 +49,7 @@ def test_a_weight_resident_kernel_that_spills_is_an_error(
     assert ("error: _ZN7fastrnn8resident3gruE on sm_80" in capsys.readouterr().err) == bool(code)
 
 
+@pytest.mark.virtual_device
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
 def test_weight_resident_kernels_keep_their_weights(cell: str, tmp_path: Path) -> None:
     """With bfloat16 operands: a unit takes half a minute to compile."""

@@ -112,7 +112,7 @@ def test_dynamic_steps_are_refused() -> None:
 def test_packed_sequences_are_refused() -> None:
     layer, operator = fastrnn.GRU(I, H), torch.ops.fastrnn.forward.default
     arguments = (torch.randn(3, I), None, None, layer._flat_weights, torch.tensor([2, 1]))
-    rest = (*(None,) * 7, *scalars(layer._options), False, False)
+    rest = (*(None,) * 7, *scalars(layer._options), False, False, False)
     operator(*arguments, *rest)
     with pytest.raises(ValueError, match=r"PackedSequence.*padded tensor and lengths="):
         fastrnn.decompositions()[operator](*arguments, *rest)

@@ -39,7 +39,7 @@ def run(case: Case, **changes: Any) -> tuple[Tensor, ...]:
 
 def composed(case: Case, **changes: Any) -> tuple[Tensor, ...]:
     """The same by plain torch operations."""
-    with patch.object(_recurrent, "_needs_composed", lambda *_: True):
+    with patch.object(_recurrent, "_route", lambda *_: _recurrent._composed_route):
         return run(case, **changes)
 
 
@@ -422,7 +422,7 @@ def test_compiled_equals_eager(case: OptionCase) -> None:
 def operator_arguments(case: Case, save: bool) -> tuple[Any, ...]:
     h0, c0 = (*case.hx, None)[:2]
     steps = [case.steps.get(name) for name in ("batch_sizes", "lengths", "reset")]
-    rest = (*steps, *case.extras, *scalars(case.options), True, save)
+    rest = (*steps, *case.extras, *scalars(case.options), True, save, False)
     return (case.input, h0, c0, case.weights, *rest)
 
 
@@ -447,6 +447,7 @@ def test_opcheck(case: OptionCase) -> None:
             *(hidden, cell, gates, d_output, d_hidden, *d_c),
             *scalars(case.options),
             needs,
+            False,
         ),
     )
 

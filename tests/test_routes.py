@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from fastrnn import _C, _engine, _recurrent
+from fastrnn import _C, _by_torch, _engine, _recurrent
 from fastrnn._engine import NO_EXTRAS, CudaRoute, engine_options, scalars
 from fastrnn._options import GATES, Options
 
@@ -17,38 +18,107 @@ from fastrnn._options import GATES, Options
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Stands for a tensor on a device whose kernels are turned on."""
-    monkeypatch.setattr(_recurrent, "cuda_route", lambda: CudaRoute(True, "a test"))
-    return SimpleNamespace(device=SimpleNamespace(type="cuda"), is_complex=lambda: False)
+    monkeypatch.setattr(_by_torch, "no_kernels", lambda _: False)
+    monkeypatch.setattr(_by_torch, "cuda_route", lambda *_: CudaRoute(True, "a test"))
+    return SimpleNamespace(
+        device=SimpleNamespace(type="cuda", index=0),
+        dtype=torch.float16,
+        shape=(5, 2, 3),
+        is_cuda=True,
+        is_complex=lambda: False,
+        get_device=lambda: 0,
+        requires_grad=False,
+    )
 
 
-def composed(input: Any, options: Options = Options("LSTM"), **extras: Any) -> bool:  # noqa: B008
-    return _recurrent._needs_composed(options, input, NO_EXTRAS._replace(**extras))
+def route(
+    input: Any,
+    options: Options = Options("LSTM"),  # noqa: B008
+    states: bool = False,
+    **extras: Any,
+) -> str:
+    """engine, torch, torch as an operator, or composed."""
+    weights = [SimpleNamespace(shape=(16, 3), requires_grad=False)] * 4
+    steps = (None, None, None, NO_EXTRAS._replace(**extras))
+    found = _recurrent._route(options, input, None, weights, steps, states)
+    names = {
+        _recurrent._engine_route: "engine",
+        _recurrent._torch_as_operator: "torch as an operator",
+        _recurrent._composed_route: "composed",
+        None: "torch",
+    }
+    return names[found]
 
 
-def test_cuda_kernels_run_where_they_are_turned_on(
+def test_cuda_kernels_run_where_they_are_trusted(
     cuda: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not composed(cuda)
-    monkeypatch.setattr(_recurrent, "cuda_route", lambda: CudaRoute(False, "a test"))
-    assert composed(cuda)
+    assert route(cuda) == "engine"
+    monkeypatch.setattr(_by_torch, "cuda_route", lambda *_: CudaRoute(False, "a test"))
+    assert route(cuda) == "torch"
 
 
 @pytest.mark.parametrize(
     "own",
     [{"peephole": True}, {"layer_norm": True}, {"zoneout_h": 0.1}, {"zoneout_c": 0.1},
-     {"grad_clip": 1.0}, {"recompute": True}, {"heads": 2, "layer_norm": True}],
+     {"grad_clip": 1.0}, {"heads": 2, "layer_norm": True}],
 )  # fmt: skip
-def test_cuda_kernels_know_no_options_of_a_step(cuda: Any, own: dict[str, Any]) -> None:
-    assert composed(cuda, Options("LSTM", **own))
+def test_neither_cuda_kernels_nor_torch_know_options_of_a_step(
+    cuda: Any, own: dict[str, Any]
+) -> None:
+    assert route(cuda, Options("LSTM", **own)) == "composed"
+
+
+def test_torch_computes_what_is_to_be_computed_again(cuda: Any) -> None:
+    """It keeps less than composed operations do."""
+    assert route(cuda, Options("LSTM", recompute=True)) == "torch"
 
 
 def test_cuda_kernels_know_heads(cuda: Any) -> None:
-    assert not composed(cuda, Options("LSTM", heads=2))
-    assert not composed(cuda, Options("GRU", 2, True, heads=4, reset_after=False))
+    assert route(cuda, Options("LSTM", heads=2)) == "engine"
+    assert route(cuda, Options("GRU", 2, True, heads=4, reset_after=False)) == "engine"
 
 
-def test_cuda_kernels_know_no_extras(cuda: Any) -> None:
-    assert composed(cuda, dropout_mask=torch.ones(1))
+def test_neither_cuda_kernels_nor_torch_know_masks(cuda: Any) -> None:
+    assert route(cuda, dropout_mask=torch.ones(1)) == "composed"
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (Options("RNN"), "torch"),
+        (Options("RNN", activation="relu"), "torch"),
+        (Options("RNN", activation="sigmoid"), "composed"),
+        (Options("LSTM", 3, True, proj_size=2), "torch"),
+        (Options("LSTM", activation="relu"), "composed"),
+        (Options("LSTM", gate_activation="hardsigmoid"), "composed"),
+        (Options("GRU"), "torch"),
+        (Options("GRU", reset_after=False), "composed"),
+        (Options("GRU", heads=2), "composed"),
+    ],
+)
+def test_torch_computes_what_it_can_on_every_other_device(
+    cuda: Any, kind: str, options: Options, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_by_torch, "cuda_route", lambda *_: CudaRoute(False, "a test"))
+    cuda.device.type, cuda.is_cuda = kind, kind == "cuda"
+    assert route(cuda, options) == expected
+
+
+def test_torch_has_no_c_of_every_step(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_by_torch, "cuda_route", lambda *_: CudaRoute(False, "a test"))
+    assert route(cuda, Options("GRU"), states=True) == "torch"
+    assert route(cuda, Options("LSTM"), states=True) == "composed"
+
+
+def test_a_graph_holds_torchs_call_as_one_operator(
+    cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_by_torch, "cuda_route", lambda *_: CudaRoute(False, "a test"))
+    with FlopCounterMode(display=False):
+        assert route(cuda) == "torch as an operator"
+    assert route(cuda) == "torch"
 
 
 def test_under_a_transform_cuda_tensors_are_composed(
@@ -57,13 +127,13 @@ def test_under_a_transform_cuda_tensors_are_composed(
     seen: list[bool] = []
 
     def observe(x: torch.Tensor) -> torch.Tensor:
-        seen.append(composed(cuda))
+        seen.append(route(cuda))
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        seen.append(composed(cuda))  # a compiler meets the operator, whatever is around it
+        seen.append(route(cuda))  # a compiler meets the operator, whatever is around it
         return x
 
     torch.func.vmap(observe)(torch.zeros(2))
-    assert seen == [True, False]
+    assert seen == ["composed", "engine"]
 
 
 @pytest.mark.parametrize(("switch", "kernels"), [("0", False), ("1", True)])
@@ -74,7 +144,7 @@ def test_a_compiler_takes_the_cuda_route_for_a_constant(
     monkeypatch.setattr(_engine, "built_with_cuda", lru_cache(lambda: True))
 
     def call(x: torch.Tensor) -> torch.Tensor:
-        return x + 1 if _recurrent._cuda_knows(Options("LSTM"), NO_EXTRAS) else x
+        return x + 1 if _by_torch._kernels_of_graphs() else x
 
     torch._dynamo.reset()
     got = torch.compile(call, fullgraph=True, backend="eager")(torch.zeros(2))

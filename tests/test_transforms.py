@@ -179,8 +179,8 @@ class ByEach(TorchDispatchMode):
     """Sees to it that a kernel for one member after the other gives the bits of the ensemble's."""
 
     kernels: ClassVar = {
-        _ops.forward_members_op: _ops._forward_members_cuda,
-        _ops.backward_members_op: _ops._backward_members_cuda,
+        _ops.forward_members_op: _ops._forward_of_each,
+        _ops.backward_members_op: _ops._backward_of_each,
     }
     compared = 0
 
@@ -1223,7 +1223,7 @@ def members_arguments(each: list[dict[str, Any]], requires_grad: bool) -> tuple[
 
 def opcheck_backward_members(options: Options, each: list[dict[str, Any]]) -> None:
     arguments = members_arguments(each, requires_grad=False)
-    given = _ops.forward_members_op(*arguments, *scalars(options), True, True)
+    given = _ops.forward_members_op(*arguments, *scalars(options), True, True, False)
     output, h_n, _, hidden, cell, gates = given
     two = options.cell == "LSTM"
     anew = [x is not None for x in arguments[7:9]]
@@ -1237,7 +1237,7 @@ def opcheck_backward_members(options: Options, each: list[dict[str, Any]]) -> No
     )
     opcheck(
         _ops.backward_members_op,
-        (*arguments, hidden, cell, gates, *cotangents, *scalars(options), needs),
+        (*arguments, hidden, cell, gates, *cotangents, *scalars(options), needs, False),
     )
 
 
@@ -1246,7 +1246,7 @@ def opcheck_backward_members(options: Options, each: list[dict[str, Any]]) -> No
 def test_opcheck_members_with_options(case: OptionCase, recompute: bool) -> None:
     options = replace(case.options, recompute=recompute)
     arguments = members_arguments(several_with(case), requires_grad=True)
-    opcheck(_ops.forward_members_op, (*arguments, *scalars(options), True, True))
+    opcheck(_ops.forward_members_op, (*arguments, *scalars(options), True, True, False))
     opcheck_backward_members(options, several_with(case))
 
 
@@ -1255,7 +1255,7 @@ def test_opcheck_members_with_options(case: OptionCase, recompute: bool) -> None
 @pytest.mark.parametrize("save", [False, True])
 def test_opcheck_forward_members(options: Options, steps: str, save: bool) -> None:
     arguments = members_arguments(several(options, steps), requires_grad=True)
-    opcheck(_ops.forward_members_op, (*arguments, *scalars(options), True, save))
+    opcheck(_ops.forward_members_op, (*arguments, *scalars(options), True, save, False))
 
 
 @every_stack

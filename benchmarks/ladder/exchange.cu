@@ -10,15 +10,110 @@
 // Usage: exchange [FILE.json]. A step writes 16 units of 8 rows in 16 bits (256 bytes) for each
 // block, and each block reads what all have written, as the ring's kernels do.
 #include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
 
 #include "persistent/machine.cuh"
 #include "persistent/ring.h"
-#include "report.h"
 
 namespace {
 
 using namespace fastrnn::resident;
-using ladder::check;
+
+// ---- what is printed and written: rows of a table, and the same as JSON ------------------------
+
+// Ends the program where a call failed, naming it.
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(status));
+  std::exit(1);
+}
+
+// Exit code where there is no device: not a failure of the program.
+constexpr int kNoDevice = 77;
+
+bool has_device() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) == cudaSuccess && count > 0) return true;
+  std::printf("no CUDA device on this machine: nothing measured\n");
+  return false;
+}
+
+class Report {
+ public:
+  void add(const std::string& what, double value, const std::string& unit) {
+    rows_.push_back({what, unit, value, ""});
+    std::printf("%-64s %12.4g %s\n", what.c_str(), value, unit.c_str());
+    std::fflush(stdout);
+  }
+  void note(const std::string& what, const std::string& text) {
+    rows_.push_back({what, "", 0, text});
+    std::printf("%-64s %s\n", what.c_str(), text.c_str());
+    std::fflush(stdout);
+  }
+  // A list of {"what", "value", "unit"} or {"what", "text"}.
+  void write(const char* path) const {
+    std::FILE* const file = std::fopen(path, "w");
+    if (!file) {
+      std::fprintf(stderr, "%s: cannot be written\n", path);
+      std::exit(1);
+    }
+    std::fprintf(file, "[\n");
+    for (std::size_t i = 0; i < rows_.size(); ++i) {
+      const Row& r = rows_[i];
+      if (!r.text.empty())
+        std::fprintf(file, "  {\"what\": \"%s\", \"text\": \"%s\"}", r.what.c_str(),
+                     r.text.c_str());
+      else if (std::isfinite(r.value))
+        std::fprintf(file, "  {\"what\": \"%s\", \"value\": %.9g, \"unit\": \"%s\"}",
+                     r.what.c_str(), r.value, r.unit.c_str());
+      else
+        std::fprintf(file, "  {\"what\": \"%s\", \"text\": \"not a number\"}", r.what.c_str());
+      std::fprintf(file, "%s\n", i + 1 < rows_.size() ? "," : "");
+    }
+    std::fprintf(file, "]\n");
+    std::fclose(file);
+  }
+
+ private:
+  struct Row {
+    std::string what, unit;
+    double value;
+    std::string text;
+  };
+  std::vector<Row> rows_;
+};
+
+// The median of a few timed runs, in milliseconds; one untimed run first.
+template <class Run>
+double median_ms(Run run, int runs = 5) {
+  cudaEvent_t start, end;
+  check(cudaEventCreate(&start), "cudaEventCreate");
+  check(cudaEventCreate(&end), "cudaEventCreate");
+  std::vector<float> times;
+  run();
+  for (int i = 0; i < runs; ++i) {
+    check(cudaEventRecord(start), "cudaEventRecord");
+    run();
+    check(cudaEventRecord(end), "cudaEventRecord");
+    check(cudaEventSynchronize(end), "a timed run");
+    float ms = 0;
+    check(cudaEventElapsedTime(&ms, start, end), "cudaEventElapsedTime");
+    times.push_back(ms);
+  }
+  cudaEventDestroy(start);
+  cudaEventDestroy(end);
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2];
+}
+
+// ---- the measurements ---------------------------------------------------------------------------
 
 constexpr int kBlockWords = 64;
 constexpr int kSteps = 4000;
@@ -117,13 +212,13 @@ T* allocate(std::size_t count) {
   return static_cast<T*>(memory);
 }
 
-void add_step(ladder::Report& report, const std::string& what, double ms) {
+void add_step(Report& report, const std::string& what, double ms) {
   report.add(what, ms * 1e3 / kSteps, "us a step");
 }
 
 // 1. ----------------------------------------------------------------------------------------------
 
-void exchanges(ladder::Report& report, int blocks) {
+void exchanges(Report& report, int blocks) {
   u32* const out = allocate<u32>(static_cast<std::size_t>(blocks) * kThreads);
   const std::string at = std::to_string(blocks) + " blocks";
   for (const int period : {1, 8, 32}) {
@@ -133,7 +228,7 @@ void exchanges(ladder::Report& report, int blocks) {
     const auto bytes = static_cast<std::size_t>(kEpochs * period * ring.message_words) * 4;
     ring.words = allocate<u32>(bytes / 4);
     void* arguments[] = {&ring, &blocks, const_cast<u32**>(&out)};
-    const double ms = ladder::median_ms([&] {
+    const double ms = median_ms([&] {
       cudaError_t status;
       check(cudaMemsetAsync(ring.words, 0xff, bytes), "cudaMemsetAsync");
       launch(reinterpret_cast<const void*>(&exchange_ring), blocks, arguments, true, 1, 0, nullptr,
@@ -149,7 +244,7 @@ void exchanges(ladder::Report& report, int blocks) {
   void* arguments[] = {const_cast<u32**>(&words), const_cast<unsigned**>(&counter), &blocks,
                        const_cast<u32**>(&out)};
   const auto time = [&](const void* kernel) {
-    return ladder::median_ms([&] {
+    return median_ms([&] {
       cudaError_t status;
       check(cudaMemsetAsync(counter, 0, sizeof(unsigned)), "cudaMemsetAsync");
       launch(kernel, blocks, arguments, true, 1, 0, nullptr, &status);
@@ -237,7 +332,7 @@ __global__ void __launch_bounds__(kThreads, 1) send_cluster(long long* clocks, u
 }
 
 // Clocks of the slowest block, or a negative number with a note where the launch is refused.
-double cluster_clocks(ladder::Report& report, const void* kernel, int cluster, int clusters,
+double cluster_clocks(Report& report, const void* kernel, int cluster, int clusters,
                       const std::string& what) {
   const int blocks = cluster * clusters, shared = kClusterWords * 4;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
@@ -268,7 +363,7 @@ double cluster_clocks(ladder::Report& report, const void* kernel, int cluster, i
   return slowest;
 }
 
-void clusters(ladder::Report& report, int cluster, int most) {
+void clusters(Report& report, int cluster, int most) {
   if (most < 1) return;
   for (const int count : {1, most}) {
     const std::string at =
@@ -360,8 +455,8 @@ std::string launches(int blocks, int cluster, bool cooperative, bool captured) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (!ladder::has_device()) return ladder::kNoDevice;
-  ladder::Report report;
+  if (!has_device()) return kNoDevice;
+  Report report;
   cudaDeviceProp properties{};
   check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
   const int all = attribute(cudaDevAttrMultiProcessorCount);

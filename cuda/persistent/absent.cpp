@@ -25,7 +25,6 @@ const Kernel* kernels(int* count) {
 }
 
 Plan plan_persistent(const Sizes&) { return no_plan(); }
-Plan plan_persistent_by(Via, const Sizes&) { return no_plan(); }
 
 void launch_forward(const Plan&, Forward<std::uint16_t>, void*, void*) { refuse(); }
 void launch_forward(const Plan&, Forward<float>, void*, void*) { refuse(); }

@@ -151,22 +151,21 @@ void check_runs(Plan* plan, const DeviceFacts& facts) {
 // What has been asked of the devices, and the plans made by it.
 class Plans {
  public:
-  Plan find(const Sizes& s, const Via* only) {
+  Plan find(const Sizes& s) {
     int device = 0;
     check(cudaGetDevice(&device), "the current device");
-    const Case wanted{
-        device, s.cell,   static_cast<int>(s.operand),        static_cast<int>(s.pass), s.B,
-        s.H,    s.groups, only ? static_cast<int>(*only) : -1};
+    const Case wanted{device, s.cell,  static_cast<int>(s.operand), static_cast<int>(s.pass), s.B,
+                      s.H,    s.groups};
     const std::lock_guard<std::mutex> lock(mutex_);
     if (const auto found = plans_.find(wanted); found != plans_.end()) return found->second;
-    const Plan plan = make(s, facts(device), only);
+    const Plan plan = make(s, facts(device));
     if (plans_.size() >= kMost) plans_.clear();
     return plans_.emplace(wanted, plan).first->second;
   }
 
  private:
-  // Device, cell, operand, pass, B, H, groups, way: T changes no plan.
-  using Case = std::tuple<int, std::string, int, int, int, int, int, int>;
+  // Device, cell, operand, pass, B, H, groups: T changes no plan.
+  using Case = std::tuple<int, std::string, int, int, int, int, int>;
   static constexpr std::size_t kMost = 4096;
 
   const DeviceFacts& facts(int device) {
@@ -174,10 +173,10 @@ class Plans {
     return found != facts_.end() ? found->second
                                  : facts_.emplace(device, read_facts(device)).first->second;
   }
-  static Plan make(const Sizes& s, const DeviceFacts& facts, const Via* only) {
+  static Plan make(const Sizes& s, const DeviceFacts& facts) {
     int count = 0;
     const Kernel* const all = kernels(&count);
-    Plan plan = choose_kernel(s, facts, all, count, only);
+    Plan plan = choose_kernel(s, facts, all, count);
     if (plan.kernel) check_runs(&plan, facts);
     return plan;
   }
@@ -213,8 +212,7 @@ void expect(const Plan& plan, Pass pass, bool half) {
 
 }  // namespace
 
-Plan plan_persistent(const Sizes& sizes) { return plans().find(sizes, nullptr); }
-Plan plan_persistent_by(Via only, const Sizes& sizes) { return plans().find(sizes, &only); }
+Plan plan_persistent(const Sizes& sizes) { return plans().find(sizes); }
 
 void launch_forward(const Plan& plan, Forward<std::uint16_t> arrays, void* workspace,
                     void* stream) {

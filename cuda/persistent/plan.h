@@ -230,9 +230,8 @@ inline Plan plan_for(const Kernel& k, const Sizes& s, const DeviceFacts& d) {
   return plan;
 }
 
-// The fastest of the kernels that fit, by estimate; `only` leaves one way of exchange alone.
-inline Plan choose_kernel(const Sizes& s, const DeviceFacts& d, const Kernel* kernels, int count,
-                          const Via* only = nullptr) {
+// The fastest of the kernels that fit, by estimate.
+inline Plan choose_kernel(const Sizes& s, const DeviceFacts& d, const Kernel* kernels, int count) {
   Plan best;
   best.why = "no persistent kernel of this cell and type";
   if (s.T < 1 || s.B < 1 || s.H < 1 || s.groups < 1) {
@@ -242,7 +241,6 @@ inline Plan choose_kernel(const Sizes& s, const DeviceFacts& d, const Kernel* ke
   for (int i = 0; i < count; ++i) {
     const Kernel& k = kernels[i];
     if (std::string(k.cell) != s.cell || k.operand != s.operand || k.pass != s.pass) continue;
-    if (only && k.shape.via != *only) continue;
     Plan plan = plan_for(k, s, d);
     const bool better = plan.kernel && (!best.kernel || plan.clocks < best.clocks);
     if (better || !best.kernel) best = plan;

@@ -3,15 +3,10 @@
 // The order of threads and blocks is chosen, so that a test can run the same kernels in several: a
 // result whose bits depend on it betrays a missing barrier or a race between blocks. Shared memory
 // and registers start as NaNs, which shows what is read before it is written.
-//
-// Without a stream a kernel runs at once. A stream is a queue here (a side stream,
-// host_streams.cpp), run when it is joined, one queue's work and the other's in any order that the
-// waits allow.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
-#include <functional>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -25,19 +20,6 @@ enum class Order { forwards, backwards, shuffled };
 struct Emulator {
   Order order = Order::forwards;
   long launches = 0;
-  int multiprocessors = 0;  // of the device that is emulated; none: layers run one after the other
-  long joins = 0;           // of side streams
-};
-
-// Work for a stream, and how much of another one's comes before it.
-struct Task {
-  std::function<void()> run;
-  int after = -1;  // of this stream, `count` tasks; -1: of none
-  std::size_t count = 0;
-};
-struct Queue {
-  std::vector<Task> tasks;
-  std::size_t done = 0;
 };
 
 inline Emulator& emulator() {
@@ -67,7 +49,7 @@ void emulate_phases(const Kernel& kernel, Index block, Index round,
 }
 
 template <class Kernel>
-void emulate(const Kernel& kernel) {
+void launch(void*, const Kernel& kernel) {
   ++emulator().launches;
   const std::vector<Index> threads = in_order(kThreads);
   for (const Index block : in_order(kernel.blocks())) {
@@ -78,12 +60,6 @@ void emulate(const Kernel& kernel) {
     for (Index round = 0; round < kernel.rounds(); ++round)
       emulate_phases<0>(kernel, block, round, threads, shared, registers);
   }
-}
-
-template <class Kernel>
-void launch(void* stream, const Kernel& kernel) {
-  if (!stream) return emulate(kernel);
-  static_cast<Queue*>(stream)->tasks.push_back({[kernel] { emulate(kernel); }});
 }
 
 }  // namespace fastrnn::cuda

@@ -85,10 +85,6 @@ const Kernel* kernels(int* count) {
 Plan plan_persistent(const Sizes& sizes) {
   return choose_kernel(sizes, small_device(), list().data(), static_cast<int>(list().size()));
 }
-Plan plan_persistent_by(Via only, const Sizes& sizes) {
-  return choose_kernel(sizes, small_device(), list().data(), static_cast<int>(list().size()),
-                       &only);
-}
 
 void launch_forward(const Plan& plan, Forward<std::uint16_t> arrays, void* workspace, void*) {
   launcher<std::uint16_t>(plan, Pass::forward).forward(plan, arrays, static_cast<u32*>(workspace));

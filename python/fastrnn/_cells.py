@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import _autocast, _checks, _inference, _masks, _onnx_export, _tools
+from . import (
+    _autocast,
+    _by_torch,
+    _checks,
+    _inference,
+    _masks,
+    _onnx_export,
+    _recurrent,
+    _tools,
+)
 from ._engine import NO_EXTRAS
 from ._layer import (
     COMMON_OPTIONS,
@@ -232,6 +241,10 @@ class RecurrentCell(_tools.SeenByTools, metaclass=Recognising):
     ) -> tuple[Tensor, ...]:
         """Call the engine, under autocast in the dtype that autocast asks for."""
         weights, options = self._weights(options)
+        if self.hidden_size and _recurrent.cell_by_torch(options, input, hx, weights):
+            if _autocast.requested(input) is None:
+                _checks.check_cell_companions(input, hx or (), weights, self._names(options.bias))
+            return _by_torch.cell(options, input, hx, weights)
         half = _autocast.requested(input)
         wide = None
         if half is not None:

@@ -317,7 +317,7 @@ def integer_tensor(lengths: Lengths, input: Tensor) -> Tensor:
 
 
 def lengths_tensor(lengths: Lengths, input: Tensor, unbatched: bool) -> Tensor:
-    """``lengths`` as int64 (B,) beside a time-major input (T, B, I).
+    """``lengths`` as int64 (B,), where they lie, beside a time-major input (T, B, I).
 
     Raises:
         TypeError: lengths are not integers.
@@ -341,7 +341,7 @@ def lengths_tensor(lengths: Lengths, input: Tensor, unbatched: bool) -> Tensor:
                 f"lengths must lie between 0 and the {steps} steps of input, "
                 f"got {low if low < 0 else high}"
             )
-    return lengths.to(input.device).contiguous()
+    return lengths.contiguous()
 
 
 def has_values(tensor: Tensor) -> bool:

@@ -121,6 +121,55 @@ def _stack(
     return Stack(hidden, cell, h_n, c_n[0].to(input.dtype) if c_n else None)
 
 
+def gradients(
+    options: Options,
+    arguments: Sequence[Any],
+    cotangents: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of a stack's arguments as a graph of plain operations, to be differentiated
+    again.
+
+    Arguments:
+        arguments: input, h0, c0, the weights, batch_sizes, lengths, reset, then the extras.
+        cotangents: d_output, d_hidden, d_cell, d_h_n, d_c_n, each may be None.
+        needs: which of input, h0, c0, reset_h, reset_c and each weight; the others' is None.
+    """
+    input, h0, c0, weights, batch_sizes, lengths, reset, *extras = arguments
+    d_output, d_hidden, d_cell, d_h_n, d_c_n = cotangents
+    leaves = (input, h0, c0, *extras[:2], *weights)
+    with torch.enable_grad():
+        # Views: a gradient ends at its argument, even where one argument is computed from another.
+        views: list[Any] = [x if x is None else x.view_as(x) for x in leaves]
+        stack = forward(
+            options,
+            views[0],
+            tuple(x for x in views[1:3] if x is not None) or None,
+            views[5:],
+            batch_sizes=batch_sizes,
+            lengths=lengths,
+            reset=reset,
+            extras=Extras(*views[3:5], *extras[2:]),
+        )
+        pairs: list[tuple[Any, Any]] = [(stack.h_n, d_h_n), (stack.c_n, d_c_n)]
+        pairs.append((stack.hidden[-1], d_output))
+        if d_hidden is not None:
+            pairs += zip(stack.hidden, d_hidden, strict=True)
+        if d_cell is not None:
+            pairs += zip(stack.cell, d_cell, strict=True)
+        pairs = [(y, d.to(y.dtype)) for y, d in pairs if d is not None and y.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                [y for y, _ in pairs],
+                [x for x, need in zip(views, needs, strict=True) if need],
+                [d for _, d in pairs],
+                create_graph=True,
+                allow_unused=True,
+            )
+        )
+        return [next(found) if need else None for need in needs]
+
+
 class _Parameters(NamedTuple):
     weight_ih: Tensor  # (G·H, I of the layer)
     weight_hh: Tensor  # (G·H, O), of several heads (heads, G·H/heads, O/heads)

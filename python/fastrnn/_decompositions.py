@@ -9,7 +9,6 @@ import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
@@ -55,18 +54,18 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 def _forward(operators: Any, *arguments: Any) -> tuple[Any, ...]:
     from . import _transforms
 
-    *given, states, save = arguments
+    *given, states, save, _ = arguments
     _check(operators, given)
     count = len(_transforms._FORWARD)
     # What the gradient needs besides, it computes again: `_backward` reads no gates.
-    scalars = (*given[count:], states or save, False)
+    scalars = (*given[count:], states or save, False, False)
     return _transforms._composed_outputs(operators, given[:count], scalars)
 
 
 def _backward(operators: Any, *arguments: Any) -> list[Any]:
     from . import _transforms
 
-    *given, needs = arguments
+    *given, needs, _ = arguments
     _check(operators, given)
     count = len(_transforms._BACKWARD)
     forward, options = given[: len(_transforms._FORWARD)], given[count:]
@@ -90,12 +89,12 @@ def _gradients(
     options: Sequence[Any], needs: Sequence[bool], arguments: Sequence[Any], cotangents: Any
 ) -> list[Tensor]:
     """What the operator ``backward`` gives, by autograd through the composed operations."""
-    from . import _transforms
+    from . import _by_torch_operators, _transforms
 
     input = arguments[0]
     flat = list(_transforms._flat(arguments))
     needed = [place for place, need in enumerate(needs) if need]
-    with _autograd(), torch.enable_grad():
+    with _by_torch_operators.recording(), torch.enable_grad():
         leaves = [flat[place].detach().requires_grad_() for place in needed]  # type: ignore[union-attr]
         for place, leaf in zip(needed, leaves, strict=True):
             flat[place] = leaf
@@ -123,17 +122,6 @@ def _gradients(
     for place, d in zip(needed, found, strict=True):
         answer[place] = d
     return answer
-
-
-def _autograd() -> AbstractContextManager[Any]:
-    """Where autograd records, though an operator is decomposed below it."""
-    keys = torch._C.DispatchKey
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.ADInplaceOrView):
-        excluded = excluded.remove(key)
-    included = torch._C._dispatch_tls_local_include_set()
-    guard: AbstractContextManager[Any] = torch._C._ForceDispatchKeyGuard(included, excluded)
-    return guard
 
 
 def _check(operators: Any, given: Sequence[Any]) -> None:

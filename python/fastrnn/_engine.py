@@ -160,21 +160,47 @@ def cuda_route(
     >>> cuda_route(Options("LSTM"), "float32", 8, 256, True, 0).reason != ""
     True
     """
+    asked = cuda_switch()
+    if asked is not None:
+        return asked
+    certificate = _certificate.of_device(device)
+    if not certificate.classes:
+        return CudaRoute(False, certificate.state)
+    found = certificate.find(options, dtype, rows, hidden_size, training, steps)
+    if found is None:
+        return CudaRoute(False, _certificate.UNCERTIFIED)
+    reason = f"certified on this device, {found.ratio:.2f} times as fast as torch's"
+    return CudaRoute(True, reason, found.persistent)
+
+
+def cuda_switch() -> CudaRoute | None:
+    """The route of all calls, by FASTRNN_CUDA_KERNELS or the build; None: a certificate decides.
+
+    Raises:
+        ValueError: the variable says something else than it can.
+    """
     if not built_with_cuda():
         return CudaRoute(False, "this build has no CUDA kernels")
     chosen = os.environ.get(CUDA_SWITCH) or "auto"
     if chosen == "auto":
-        certificate = _certificate.of_device(device)
-        if not certificate.classes:
-            return CudaRoute(False, certificate.state)
-        found = certificate.find(options, dtype, rows, hidden_size, training, steps)
-        if found is None:
-            return CudaRoute(False, _certificate.UNCERTIFIED)
-        reason = f"certified on this device, {found.ratio:.2f} times as fast as torch's"
-        return CudaRoute(True, reason, found.persistent)
+        return None
     if chosen not in CUDA_ROUTES:
         raise ValueError(f"{CUDA_SWITCH}: expected auto, 0, 1 or persistent, got {chosen!r}")
     return CUDA_ROUTES[chosen]
+
+
+def graphs_take_kernels() -> bool:
+    """Whether graphs of torch.compile take the CUDA kernels: where FASTRNN_CUDA_KERNELS asks for
+    them. No certificate is asked, as a graph may not know its sizes.
+    """
+    asked = cuda_switch()
+    return asked is not None and asked.kernels
+
+
+def no_kernels(device: int) -> bool:
+    """Whether no call on a CUDA device takes the kernels, whatever its sizes; quick to ask."""
+    asked = cuda_switch()
+    return not (_certificate.of_device(device).classes if asked is None else asked.kernels)
 
 
 @lru_cache(maxsize=1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _autocast, _checks, _inference, _masks, _onnx_export, _tools
+from . import _autocast, _by_torch, _checks, _inference, _masks, _onnx_export, _tools
 from ._engine import NO_EXTRAS, Extras
 from ._options import (
     Cell,
@@ -30,6 +30,7 @@ from ._options import (
     check_probability,
     make_options,
 )
+from ._recurrent import casts_by_itself
 from ._surface import DERIVED, RNNSurface, state_of
 from .functional import States, recurrent
 
@@ -122,6 +123,7 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
         for name, shape in (*shapes, *self._learned_shapes().items()):
             weight = torch.empty([*map(int, shape)], device=device, dtype=dtype)
             setattr(self, name, Parameter(weight))
+        self.flatten_parameters()
         self.reset_parameters()
 
     def _check_sizes(self, dropout: float) -> None:
@@ -222,7 +224,13 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
         initialize(self)
 
     def flatten_parameters(self) -> None:
-        """Do nothing: every call reads the weights where they are."""
+        """Lay the weights on a GPU in one piece of memory, as torch.nn's do; elsewhere do nothing.
+
+        Layers do so by themselves when they are made and moved. cuDNN copies other weights at every
+        call; the numbers are the same, and nothing warns.
+        """
+        if _by_torch.has_cell(self._options):
+            _by_torch.flatten(self)
 
     def train(self, mode: bool = True) -> Self:
         """As torch.nn's; training thaws a frozen layer."""
@@ -232,7 +240,9 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         _inference.forget(self)
-        return super()._apply(fn, recurse)
+        applied = super()._apply(fn, recurse)
+        self.flatten_parameters()
+        return applied
 
     def __getstate__(self) -> dict[str, Any]:
         return state_of(self)
@@ -398,8 +408,13 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
         anew = self._learned_states()
         if anew and hx is None:
             hx = tuple(state.expand(-1, batch, -1) for state in anew)
-        half = _autocast.requested(input)
-        wide = None
+        half, wide, casts = _autocast.requested(input), None, False
+        batch_sizes, return_states = steps.get("batch_sizes"), steps.get("return_states", False)
+        drops = self.training and self._recurrent_dropout() > 0
+        if half is not None and not drops:
+            given = (self._options, input, hx, weights, batch_sizes, return_states)
+            half = None if casts_by_itself(*given) else half
+            casts = half is None
         if half is not None:
             fused = self._cell == "LSTM" and not self.proj_size and "batch_sizes" not in steps
             wide = _autocast.result_dtype(self._cell, half, input, hx, fused)
@@ -407,7 +422,8 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
             hx = None if hx is None else tuple(_autocast.cast(state, half) for state in hx)
             anew = tuple(_autocast.cast(state, half) for state in anew)
             weights = [_autocast.cast(weight, half) for weight in weights]
-        _checks.check_companions(input, (*(hx or ()), *anew), weights)
+        if not casts:
+            _checks.check_companions(input, (*(hx or ()), *anew), weights)
         output, hx_n, states = _onnx_export.route(recurrent)(
             self._options,
             input,

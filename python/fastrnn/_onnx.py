@@ -93,7 +93,7 @@ def _translate(*arguments: Any) -> Any:
     names = [argument.name for argument in forward_op._schema.arguments]
     given = dict(zip(names, arguments, strict=True))
     options = Options(**{field.name: given.pop(field.name) for field in fields(Options)})
-    states, save = given.pop("states"), given.pop("save")
+    states, save, _ = (given.pop(name) for name in ("states", "save", "by_torch"))
     check_options(options, states)
     check_arrays(given)
     stack = _Stack(options, given["weights"], given["lengths"])

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _onnx
+from . import _by_torch, _onnx
 from ._engine import NO_EXTRAS, Extras, States
 
 if TYPE_CHECKING:
@@ -119,25 +119,9 @@ def _torchs(
     **_: Any,
 ) -> Result:
     """As `recurrent`, by torch's own function."""
-    from torch import _VF
-
     _check_torch_has_it(options, lengths=lengths, reset=reset, return_states=return_states)
-    name = options.cell.lower()
-    if options.cell == "RNN":
-        name = f"rnn_{options.activation}"
-    if hx is None:
-        rows: Any = input.shape[1] if batch_sizes is None else batch_sizes[0]
-        groups = options.num_layers * options.directions
-        width = weights[1].shape[0] // options.gates
-        h0 = input.new_zeros(groups, rows, options.proj_size or width)
-        hx = (h0, input.new_zeros(groups, rows, width)) if options.cell == "LSTM" else (h0,)
-    state = hx if options.cell == "LSTM" else hx[0]
-    stack = (options.bias, options.num_layers, dropout, dropout > 0, options.bidirectional)
-    if batch_sizes is None:
-        output, *hx_n = getattr(_VF, name)(input, state, list(weights), *stack, False)
-    else:
-        output, *hx_n = getattr(_VF, name)(input, batch_sizes, state, list(weights), *stack)
-    return output, tuple(hx_n), None
+    train = dropout > 0
+    return *_by_torch.call(options, input, hx, weights, batch_sizes, dropout, train), None
 
 
 def _check_torch_has_it(options: Options, **call: Any) -> None:

@@ -22,6 +22,10 @@ gates   (L·D, T·B or N, saved values)        what backward needs besides, comp
 ``backward`` gives the gradients of input, h0, c0, reset_h, reset_c and each weight, (0,) where
 ``needs`` is False. The arrays of `Extras` stand after ``reset``, then the fields of `Options`.
 
+With ``by_torch`` torch's own call computes, not the engine (_by_torch.py). Then ``hidden`` with
+``save`` alone holds the last layer, (1, …); there is no cell; and ``gates`` is what cuDNN left for
+its backward, bytes of a number that nobody knows before, (0,) where another library computed.
+
 ``forward_members`` and ``backward_members`` do the same for an ensemble in one call of the engine:
 every tensor but batch_sizes, and every tensor that comes out, has a leading axis, the members. An
 array that members share has a stride of 0 there.
@@ -38,8 +42,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _C, _checks, _composed, _flops
-from ._engine import Extras, Scalars, cuda_route, engine_options, saved_size
+from . import _C, _by_torch, _by_torch_operators, _checks, _composed, _flops
+from ._engine import Scalars, engine_options, saved_size
 from ._options import Options
 
 if TYPE_CHECKING:
@@ -62,13 +66,14 @@ _EXTRAS = (
 
 _FORWARD = (
     f"(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, {_STEPS}, {_EXTRAS}, {_OPTIONS}, "
-    "bool states, bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor hidden, "
-    "Tensor cell, Tensor gates)"
+    "bool states, bool save, bool by_torch) -> (Tensor output, Tensor h_n, Tensor c_n, "
+    "Tensor hidden, Tensor cell, Tensor gates)"
 )
 _BACKWARD = (
     f"(Tensor input, Tensor? h0, Tensor? c0, Tensor[] weights, {_STEPS}, {_EXTRAS}, "
     "Tensor hidden, Tensor cell_state, Tensor gates, Tensor? d_output, Tensor? d_hidden, "
-    f"Tensor? d_cell, Tensor? d_h_n, Tensor? d_c_n, {_OPTIONS}, bool[] needs) -> Tensor[]"
+    f"Tensor? d_cell, Tensor? d_h_n, Tensor? d_c_n, {_OPTIONS}, bool[] needs, "
+    "bool by_torch) -> Tensor[]"
 )
 
 library: Any = torch.library.Library("fastrnn", "DEF")  # type: ignore[no-untyped-call]
@@ -132,24 +137,18 @@ class _Device(NamedTuple):
     persistent: bool = False
 
 
-def _device(input: Tensor) -> _Device:
+def _device(given: Sequence[Any], options: Sequence[Any], training: bool) -> _Device:
+    """Of a call with these tensors, as an operator takes them."""
+    input: Tensor = given[0]
     if not input.is_cuda:
         return _Device()
     return _Device(
         # On the current stream, so that the memory is used again only after the call.
         lambda size: torch.empty(size, dtype=torch.uint8, device=input.device),
         torch.cuda.current_stream(input.device).cuda_stream,
-        input.dtype == torch.float32 and _allows_tf32(),
-        cuda_route().persistent,
+        input.dtype == torch.float32 and _by_torch.allows_tf32(),
+        _by_torch_operators.kernels(given, options, training).persistent,
     )
-
-
-def _allows_tf32() -> bool:
-    """Whether torch lets cuDNN's recurrent layers round float32 factors to TF32."""
-    try:
-        return bool(torch.backends.cudnn.allow_tf32)
-    except RuntimeError:  # set by operator, which this setting does not know
-        return bool(torch._C._get_fp32_precision_getter("cuda", "rnn") == "tf32")
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -188,7 +187,8 @@ def _run_forward(
         incomplete = sizes.padding or lengths is not None
         allocate = input.new_zeros if incomplete else input.new_empty
         gates = allocate(sizes.gates, dtype=compute)
-    device = _device(input)
+    given = (input, h0, c0, weights, batch_sizes, lengths, reset, *extras)
+    device = _device(given, options, save)
     _C.forward(
         engine,
         input,
@@ -218,22 +218,27 @@ def _run_forward(
     return output, h_n, c_n, hidden, cell, gates
 
 
-def _whole(outputs: ForwardOutputs, input: Tensor) -> tuple[Tensor, ...]:
+def _whole(outputs: ForwardOutputs, input: Tensor, by_torch: bool = False) -> tuple[Tensor, ...]:
     """The outputs as the schema has them: (0,) in place of None."""
     output, h_n, c_n, hidden, cell, gates = outputs
     compute = _compute_dtype(input.dtype)
+    saved = torch.uint8 if by_torch else compute
     return (
         output,
         h_n,
         input.new_empty(0) if c_n is None else c_n,
         input.new_empty(0) if hidden is None else hidden,
         input.new_empty(0, dtype=compute) if cell is None else cell,
-        input.new_empty(0, dtype=compute) if gates is None else gates,
+        input.new_empty(0, dtype=saved) if gates is None else gates,
     )
 
 
-def _forward_kernel(input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _whole(_run_forward(input, *rest), input)
+def _forward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
+    input, *given, by_torch = arguments
+    if not by_torch and _by_torch_operators.leaves_to_engine(*arguments):
+        return _whole(_run_forward(input, *given), input)
+    outputs = _by_torch_operators.forward_kernel(*arguments)
+    return _whole(outputs, input, by_torch)
 
 
 def _forward_fake(
@@ -246,7 +251,7 @@ def _forward_fake(
     reset: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    options, (states, save) = rest[5:-2], rest[-2:]
+    options, (states, save, by_torch) = rest[5:-3], rest[-3:]
     if batch_sizes is None:
         rows: Any = input.shape[1]
     elif h0 is not None:
@@ -254,7 +259,10 @@ def _forward_fake(
     else:  # a value of batch_sizes, not known here
         rows = torch.library.get_ctx().new_dynamic_size()
     sizes = _sizes(engine_options(*options), input, rows, weights, options, states, save)
-    return _whole(_new_outputs(input, sizes), input)
+    if by_torch:
+        hidden = sizes.hidden if states or not save else (1, *sizes.output)
+        sizes = sizes._replace(hidden=hidden, cell=None, gates=None)
+    return _whole(_new_outputs(input, sizes), input, by_torch)
 
 
 def _new_outputs(input: Tensor, sizes: _Sizes, members: tuple[int, ...] = ()) -> ForwardOutputs:
@@ -312,7 +320,9 @@ def _run_backward(
     gradients = _new_gradients(input, (h0, c0, reset_h, reset_c, *weights), needs)
     d_input, d_h0, d_c0, d_reset_h, d_reset_c, *d_weights = gradients
     engine = engine_options(*options)
-    device = _device(input)
+    extras = (reset_h, reset_c, dropout_mask, zoneout_h_mask, zoneout_c_mask)
+    given = (input, h0, c0, weights, batch_sizes, lengths, reset, *extras)
+    device = _device(given, options, True)
     _C.backward(
         engine,
         input,
@@ -337,7 +347,7 @@ def _run_backward(
         consume_gates,
         torch.get_num_threads(),
         device.workspace,
-        (reset_h, reset_c, dropout_mask, zoneout_h_mask, zoneout_c_mask),
+        extras,
         d_reset_h,
         d_reset_c,
         device.stream,
@@ -347,8 +357,13 @@ def _run_backward(
     return gradients
 
 
-def _backward_kernel(input: Tensor, *rest: Any) -> list[Tensor]:
-    return [input.new_empty(0) if d is None else d for d in _run_backward(input, *rest)]
+def _backward_kernel(*arguments: Any) -> list[Tensor]:
+    input, *given, by_torch = arguments
+    if not by_torch and _by_torch_operators.leaves_to_engine(*arguments):
+        found = _run_backward(input, *given)
+    else:
+        found = _by_torch_operators.backward_kernel(*arguments)
+    return [input.new_empty(0) if d is None else d for d in found]
 
 
 def _backward_fake(
@@ -356,7 +371,7 @@ def _backward_fake(
 ) -> list[Tensor]:
     return [
         input.new_empty(x.shape if x is not None and needed else (0,))
-        for x, needed in zip((input, h0, c0, *rest[3:5], *weights), rest[-1], strict=True)
+        for x, needed in zip((input, h0, c0, *rest[3:5], *weights), rest[-2], strict=True)
     ]
 
 
@@ -499,7 +514,9 @@ def _backward_members_cpu(
 # ---- Autograd of calls by themselves -------------------------------------------------------------
 
 
-def forward(*arguments: Any, frozen: _C.Frozen | None = None) -> ForwardOutputs:
+def forward(
+    *arguments: Any, by_torch: bool = False, frozen: _C.Frozen | None = None
+) -> ForwardOutputs:
     """``fastrnn::forward``, by the shorter way where that is the same; for its arguments see there.
 
     What is not wanted may come back as None. The operator itself knows no ``frozen``, and saves by
@@ -507,13 +524,14 @@ def forward(*arguments: Any, frozen: _C.Frozen | None = None) -> ForwardOutputs:
     """
     outputs: ForwardOutputs
     if (
-        torch.compiler.is_compiling()
+        by_torch
+        or torch.compiler.is_compiling()
         or torch._C._functorch.maybe_current_level() is not None
         or not _C.nothing_listens((*arguments[:3], *arguments[3], *arguments[7:12]))
     ):
         if not torch.compiler.is_compiling():
             _flops.register()
-        outputs = forward_op(*arguments[:-1], False)
+        outputs = forward_op(*arguments[:-1], False, by_torch)
     else:
         save = arguments[-1]
         outputs = _apply(*arguments[:-1]) if save else _run_forward(*arguments, frozen=frozen)
@@ -593,7 +611,7 @@ class _Recurrence(torch.autograd.Function):
             if not (ctx.options[-1] or ctx.__dict__.pop("fresh", False)):
                 again = (*arguments, *ctx.options, False, True)
                 by_itself = _C.nothing_listens((*given[:3], *weights, *given[6:]))
-                outputs = _run_forward(*again) if by_itself else forward_op(*again)
+                outputs = _run_forward(*again) if by_itself else forward_op(*again, False)
                 saved = outputs[3:]
             d_states = _cotangents(gradients)
             tensors = (*given[:3], *weights, *given[6:], *d_states)
@@ -614,7 +632,7 @@ class _Recurrence(torch.autograd.Function):
                 from . import _transforms
 
                 found = _transforms.backward(
-                    *arguments, hidden, cell, gates, *d_states, *ctx.options, needs
+                    *arguments, hidden, cell, gates, *d_states, *ctx.options, needs, False
                 )
         return (*(None,) * 8, *(d if need else None for d, need in zip(found, needs, strict=True)))
 
@@ -656,52 +674,11 @@ def _differentiable_gradients(
         return _transforms.gradients_of(_transforms.ONE, options, arguments, needs, cotangents)
     if torch._C._functorch.maybe_current_level() is not None:
         return None
-    return _composed_gradients(arguments, options, gradients, needs)
+    made = Options(*options)  # type: ignore[arg-type]
+    return _composed.gradients(made, arguments, _cotangents(gradients), needs)
 
 
-def _composed_gradients(
-    arguments: tuple[Any, ...],
-    options: Scalars,
-    gradients: tuple[Tensor | None, ...],
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """The gradients as a graph of plain operations, to be differentiated again."""
-    input, h0, c0, weights, batch_sizes, lengths, reset, *extras = arguments
-    d_output, d_h_n, d_c_n, d_hidden, d_cell, _ = gradients
-    leaves = (input, h0, c0, *extras[:2], *weights)
-    with torch.enable_grad():
-        # Views: a gradient ends at its argument, even where one argument is computed from another.
-        views: list[Any] = [x if x is None else x.view_as(x) for x in leaves]
-        stack = _composed.forward(
-            Options(*options),  # type: ignore[arg-type]
-            views[0],
-            tuple(x for x in views[1:3] if x is not None) or None,
-            views[5:],
-            batch_sizes=batch_sizes,
-            lengths=lengths,
-            reset=reset,
-            extras=Extras(*views[3:5], *extras[2:]),
-        )
-        pairs: list[tuple[Any, Any]] = [(stack.h_n, d_h_n), (stack.c_n, d_c_n)]
-        pairs.append((stack.hidden[-1], d_output))
-        if d_hidden is not None:
-            pairs += zip(stack.hidden, d_hidden, strict=True)
-        if d_cell is not None:
-            pairs += zip(stack.cell, d_cell, strict=True)
-        pairs = [(y, d) for y, d in pairs if d is not None and y.requires_grad]
-        found = iter(
-            torch.autograd.grad(
-                [y for y, _ in pairs],
-                [x for x, need in zip(views, needs, strict=True) if need],
-                [d for _, d in pairs],
-                create_graph=True,
-                allow_unused=True,
-            )
-        )
-        return [next(found) if need else None for need in needs]
-
-
-# ---- Ensembles on devices whose engine runs none -------------------------------------------------
+# ---- Ensembles where the engine runs none -------------------------------------------------
 
 
 def _at(x: Any, member: int) -> Any:
@@ -724,12 +701,16 @@ def _of_each(kernel: Callable[..., Sequence[Tensor]], *arguments: Any) -> Sequen
     return [y[0] if y[0].shape == (0,) else torch.stack(y) for y in zip(*each, strict=True)]
 
 
-def _forward_members_cuda(*arguments: Any) -> tuple[Tensor, ...]:
+def _forward_of_each(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(_of_each(_forward_kernel, *arguments))
 
 
-def _backward_members_cuda(*arguments: Any) -> list[Tensor]:
+def _backward_of_each(*arguments: Any) -> list[Tensor]:
     return list(_of_each(_backward_kernel, *arguments))
+
+
+def _unless_by_torch(engine: Callable[..., Any], each: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments: each(*arguments) if arguments[-1] else engine(*arguments[:-1])
 
 
 # ---- Registration --------------------------------------------------------------------------------
@@ -738,8 +719,18 @@ def _backward_members_cuda(*arguments: Any) -> list[Tensor]:
 _kernels: tuple[tuple[str, Any, Any, Any], ...] = (  # on the CPU, on CUDA, of shapes alone
     ("forward", _forward_kernel, _forward_kernel, _forward_fake),
     ("backward", _backward_kernel, _backward_kernel, _backward_fake),
-    ("forward_members", _forward_members_cpu, _forward_members_cuda, _forward_members_fake),
-    ("backward_members", _backward_members_cpu, _backward_members_cuda, _backward_fake),
+    (
+        "forward_members",
+        _unless_by_torch(_forward_members_cpu, _forward_of_each),
+        _forward_of_each,
+        _forward_members_fake,
+    ),
+    (
+        "backward_members",
+        _unless_by_torch(_backward_members_cpu, _backward_of_each),
+        _backward_of_each,
+        _backward_fake,
+    ),
 )
 for _name, _on_cpu, _on_cuda, _fake in _kernels:
     library.impl(_name, _on_cpu, "CPU")

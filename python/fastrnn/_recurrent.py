@@ -1,27 +1,30 @@
 """The one place that chooses how a stack of torch tensors is computed.
 
-- engine: the operator ``fastrnn::forward``, for real tensors on a device that the engine knows;
+- engine: the operator ``fastrnn::forward``, for real tensors on the CPU, and on CUDA where the
+  user's machine has found our kernels right and faster (``fastrnn certify``);
 - a first gradient: the same operator, whose backward is the operator ``fastrnn::backward``; under
   ``torch.func``'s vmap, grad and vjp too, by the rules of _transforms.py;
-- composed: plain torch operations, for complex numbers, for devices without an engine (CUDA among
-  them where its kernels are not turned on, see ``_engine.cuda_route``), in forward-mode
-  differentiation, and where the gradients of all states are watched (``gradient_flow``); and, from
-  inside the backward of the operator, for derivatives of derivatives.
+- by torch: torch.nn's own call, for what torch.nn can compute on every other device (_by_torch.py);
+- composed: plain torch operations, for complex numbers, in forward-mode differentiation, and where
+  the gradients of all states are watched (``gradient_flow``); on such a device for what torch.nn
+  lacks, and under the transforms; and, from inside the backward of the others, for derivatives of
+  derivatives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _composed, _ops, _transforms  # noqa: F401  (_transforms registers the rules)
+from . import _by_torch, _composed, _ops, _transforms  # noqa: F401  (it registers rules)
 from ._C import Frozen
-from ._engine import NO_EXTRAS, Extras, States, cuda_route, scalars
+from ._engine import NO_EXTRAS, Extras, States, scalars
 from ._options import Options
 
 Result = tuple[Tensor, tuple[Tensor, ...], States | None]
@@ -49,7 +52,7 @@ def recurrent(
         hx: ``(h0,)`` or, for an LSTM, ``(h0, c0)``: (L·D, B, O), (L·D, B, H); None for zeros.
         weights: the flat list in torch's order.
         batch_sizes: int64 (T,), on the CPU, of a PackedSequence.
-        lengths: int64 (B,), the valid steps of each row.
+        lengths: int64 (B,), the valid steps of each row, on any device.
         reset: bool (T, B), True where an episode starts.
         extras: what the options ask for besides: states after a reset, masks.
         return_states: whether to return the states of every layer at every step.
@@ -60,50 +63,90 @@ def recurrent(
         ``output`` (T, B, D·O) or packed (N, D·O); ``(h_n,)`` or ``(h_n, c_n)``, shaped as ``hx``;
         the states, or None.
     """
-    run = _composed_route if _needs_composed(options, input, extras) else _engine_route
+    dropout = dropout if options.num_layers > 1 else 0.0
     steps = (batch_sizes, lengths, reset, extras)
-    if dropout > 0 and options.num_layers > 1:
+    run = _route(options, input, hx, weights, steps, return_states)
+    if lengths is not None:
+        by_torch = run is None or run is _torch_as_operator
+        # Torch's call is spared a wait for the device where lengths lie on the CPU.
+        if not (by_torch and lengths.device.type == "cpu"):
+            steps = (batch_sizes, lengths.to(input.device), reset, extras)
+    if run is None:
+        found = _by_torch.run(options, input, hx, weights, steps, return_states, dropout)
+        if found is not None:
+            output, hx_n, hidden = found
+            return output, hx_n, None if hidden is None else States(hidden)
+        run = _composed_route
+    if dropout > 0:
         return _layer_by_layer(run, options, input, hx, weights, steps, return_states, dropout)
     return run(options, input, hx, weights, steps, return_states, frozen)
 
 
-# batch_sizes, lengths, reset, extras
-_Steps = tuple[Tensor | None, Tensor | None, Tensor | None, Extras]
+def casts_by_itself(
+    options: Options,
+    input: Tensor,
+    hx: tuple[Tensor, ...] | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    return_states: bool,
+) -> bool:
+    """Whether a call without masks goes to torch's own, which under autocast casts by itself."""
+    steps = (batch_sizes, None, None, NO_EXTRAS)
+    return _route(options, input, hx, weights, steps, return_states) is None
+
+
+def cell_by_torch(
+    options: Options,
+    input: Tensor,
+    hx: tuple[Tensor, ...] | None,
+    weights: Sequence[Tensor],
+) -> bool:
+    """Whether torch's own function takes a cell's step: it has derivatives of every order, and a
+    compiler knows it. input is (B, I), the states (B, H).
+    """
+    if input.device.type in _ENGINE_DEVICES:
+        return False
+    steps = (None, None, None, NO_EXTRAS)
+    chosen = _route(options, input.unsqueeze(0), hx, weights, steps, False)
+    return chosen is None or chosen is _torch_as_operator
+
+
 _Route = Callable[
-    [Options, Tensor, tuple[Tensor, ...] | None, Sequence[Tensor], _Steps, bool, Frozen | None],
+    [Options, Tensor, tuple[Tensor, ...] | None, Sequence[Tensor], _by_torch.Steps, bool,
+     Frozen | None],
     Result,
-]
+]  # fmt: skip
 _ENGINE_DEVICES = frozenset({"cpu", "meta"})  # on meta the operator only works out shapes
 
 
-def _needs_composed(options: Options, input: Tensor, extras: Extras) -> bool:
-    device = input.device.type
-    on_cuda = device == "cuda"
-    known = _cuda_knows(options, extras) if on_cuda else device in _ENGINE_DEVICES
-    if input.is_complex() or not known:
-        return True
-    if torch.compiler.is_compiling():
-        return False
-    if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _composed.watchers.get()):
-        return True
-    # Ensembles have no kernels on CUDA.
-    return on_cuda and torch._C._functorch.maybe_current_level() is not None
-
-
-def _cuda_knows(options: Options, extras: Extras) -> bool:
-    """Whether the CUDA kernels are on and compute what is asked for."""
-    if options.beyond_the_cell or options.recompute or any(x is not None for x in extras):
-        return False
-    return _kernels_on_cuda()
-
-
-def _kernels_on_cuda() -> bool:
-    return cuda_route().kernels
-
-
-# torch.compile asks when it traces: what the environment says then is a constant of the graph. The
-# mark is that of `torch.compiler.assume_constant_result`, which would import the compiler here.
-_kernels_on_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _route(
+    options: Options,
+    input: Tensor,
+    hx: tuple[Tensor, ...] | None,
+    weights: Sequence[Tensor],
+    steps: _by_torch.Steps,
+    return_states: bool,
+) -> _Route | None:
+    """The way of a call; None: torch's own, by itself."""
+    if input.is_complex():
+        return _composed_route
+    elsewhere = input.device.type not in _ENGINE_DEVICES
+    if not torch.compiler.is_compiling():
+        watched = torch.is_grad_enabled() and _composed.watchers.get()
+        # Neither torch's call nor ensembles of the CUDA kernels know of a transform.
+        transformed = elsewhere and torch._C._functorch.maybe_current_level() is not None
+        if forward_ad._current_level >= 0 or watched or transformed:
+            return _composed_route
+    if not elsewhere:
+        return _engine_route
+    batch_sizes, _, _, extras = steps
+    if input.is_cuda:
+        training = _by_torch.records((input, *(hx or ()), *extras[:2], *weights))
+        if _by_torch.kernels(options, extras, input, weights, batch_sizes, training).kernels:
+            return _engine_route
+    if not _by_torch.has(options, extras, return_states):
+        return _composed_route
+    return _torch_as_operator if _by_torch.is_one_node() else None
 
 
 def _engine_route(
@@ -111,28 +154,30 @@ def _engine_route(
     input: Tensor,
     hx: tuple[Tensor, ...] | None,
     weights: Sequence[Tensor],
-    steps: _Steps,
+    steps: _by_torch.Steps,
     return_states: bool,
     frozen: Frozen | None,
+    by_torch: bool = False,
 ) -> Result:
     h0 = c0 = None
     if hx is not None:
         h0, c0 = hx if len(hx) == 2 else (hx[0], None)
     *rows, extras = steps
     leaves = (input, h0, c0, extras.reset_h, extras.reset_c, *weights)
-    save = torch.is_grad_enabled() and _any_requires_grad(leaves)
+    save = _by_torch.records(leaves)
     given = (input, h0, c0, weights, *rows, *extras, *scalars(options))
     if frozen is not None and save:
         frozen.thaw()
-    output, h_n, c_n, hidden, cell, _ = _ops.forward(*given, return_states, save, frozen=frozen)
+    output, h_n, c_n, hidden, cell, _ = _ops.forward(
+        *given, return_states, save, by_torch=by_torch, frozen=frozen
+    )
     if options.cell != "LSTM":
         c_n = cell = None
     states = States(hidden, cell) if return_states else None
     return output, (h_n,) if c_n is None else (h_n, c_n), states
 
 
-def _any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:
-    return any(x is not None and x.requires_grad for x in tensors)
+_torch_as_operator = partial(_engine_route, by_torch=True)
 
 
 def _composed_route(
@@ -140,7 +185,7 @@ def _composed_route(
     input: Tensor,
     hx: tuple[Tensor, ...] | None,
     weights: Sequence[Tensor],
-    steps: _Steps,
+    steps: _by_torch.Steps,
     return_states: bool,
     frozen: Frozen | None,
 ) -> Result:
@@ -168,7 +213,7 @@ def _layer_by_layer(
     input: Tensor,
     hx: tuple[Tensor, ...] | None,
     weights: Sequence[Tensor],
-    steps: _Steps,
+    steps: _by_torch.Steps,
     return_states: bool,
     dropout: float,
 ) -> Result:

@@ -165,7 +165,7 @@ def _prepared(given: Arguments, batch_first: bool) -> Arguments:
         lengths = lengths.to(torch.int64).resolve_neg()
         if has_values(lengths):
             check_lengths(lengths.tolist(), T)
-        lengths = lengths.to(input.device).contiguous()
+        lengths = lengths.contiguous()
     if reset is not None:
         reset = as_tensor("reset", reset, input).to(input.device)
         if reset.dtype != torch.bool:

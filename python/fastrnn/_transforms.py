@@ -156,7 +156,7 @@ def _from_members(operators: _Operators, y: Tensor, size: int) -> tuple[Tensor, 
 def _map_forward(
     operators: _Operators, info: Any, in_dims: tuple[Any, ...], *arguments: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    size, save = info.batch_size, arguments[-1]
+    size, save = info.batch_size, arguments[-2]
     _check_mapped(size, in_dims)
     named = list(zip(_FORWARD, arguments, in_dims, strict=False))
     scalars = arguments[len(_FORWARD) :]
@@ -274,11 +274,11 @@ class _Recorded(_AtOneTransform):
     def forward(
         ctx: Any, operators: _Operators, scalars: tuple[Any, ...], *flat: Tensor | None
     ) -> tuple[Tensor, ...]:
-        *options, states, save = scalars
+        *options, states, save, by_torch = scalars
         everything = _further_out(
-            operators.forward, *_nested(flat, _FORWARD), *options, states, True
+            operators.forward, *_nested(flat, _FORWARD), *options, states, True, by_torch
         )
-        ctx.operators, ctx.options = operators, options
+        ctx.operators, ctx.options, ctx.by_torch = operators, options, by_torch
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*flat, *everything[3:])
         outputs: tuple[Tensor, ...] = _further_out(_as_asked, everything, states, save)
@@ -298,7 +298,7 @@ class _Recorded(_AtOneTransform):
             found = gradients_of(ctx.operators, ctx.options, arguments, needs, cotangents)
         else:
             found = ctx.operators.backward(
-                *arguments, hidden, cell, gates, *cotangents, *ctx.options, needs
+                *arguments, hidden, cell, gates, *cotangents, *ctx.options, needs, ctx.by_torch
             )
         wanted = (d if need else None for d, need in zip(found, needs, strict=True))
         return (None, None, *wanted, *(None,) * (len(flat) - len(needs)))
@@ -314,9 +314,9 @@ class _Gradients(_AtOneTransform):
     def forward(
         ctx: Any, operators: _Operators, scalars: tuple[Any, ...], *flat: Tensor | None
     ) -> tuple[Tensor, ...]:
-        *options, needs = scalars
+        *options, needs, by_torch = scalars
         arguments = _nested(flat, _BACKWARD)
-        found = _further_out(operators.backward, *arguments, *options, needs)
+        found = _further_out(operators.backward, *arguments, *options, needs, by_torch)
         ctx.operators, ctx.options, ctx.needs = operators, options, needs
         ctx.set_materialize_grads(False)
         given = _flat(arguments[: len(_FORWARD)])
@@ -441,7 +441,7 @@ def _composed_outputs(
     operators: _Operators, arguments: Sequence[Any], scalars: Sequence[Any]
 ) -> tuple[Tensor, ...]:
     """What the operator ``forward`` gives, by composed operations."""
-    *options, states, save = scalars
+    *options, states, save, _ = scalars
     if save:
         raise NotImplementedError("save must be False in forward mode, which saves nothing")
     if operators.members:

@@ -1,6 +1,5 @@
 // The recurrence by plain loops in double, with the cells of csrc/cells/: what the persistent
-// kernels are compared with on a CPU (kernels_test.cpp). On a GPU, where the cases are larger,
-// benchmarks/ladder/persistent_check.cu has kernels for it.
+// kernels are compared with on a CPU (kernels_test.cpp, ../../tests/virtual/virtual_test.cpp).
 #pragma once
 
 #include <cmath>

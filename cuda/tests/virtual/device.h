@@ -12,12 +12,10 @@ namespace fastrnn::virtual_device {
 struct Device {
   int multiprocessors = 8;
   Order order = Order::in_turn;
-  // What is issued runs at once; or streams are queues, run when somebody waits for them, in any
-  // order that events allow.
+  // What is issued runs at once, or when somebody waits for it.
   bool at_once = true;
   std::mt19937 random{1};
   long launches = 0, cluster_launches = 0, cooperative_launches = 0;
-  long side_tasks = 0;  // work of other streams than the legacy one
 };
 
 Device& device();

@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -11,29 +12,6 @@
 #include <vector>
 
 #include "device.h"
-
-// ---- streams and events: the types that CUDA declares and hides ---------------------------------
-
-struct CUevent_st {
-  CUstream_st* stream = nullptr;
-  std::size_t count = 0;  // tasks of the stream that come before it
-};
-
-struct CUstream_st {
-  struct Task {
-    std::function<void()> run;
-    CUstream_st* after = nullptr;  // of this stream, `count` tasks
-    std::size_t count = 0;
-  };
-  std::vector<Task> tasks;
-  std::size_t done = 0;
-
-  bool ready() const {
-    if (done == tasks.size()) return false;
-    const Task& next = tasks[done];
-    return !next.after || next.after->done >= next.count;
-  }
-};
 
 namespace fastrnn::virtual_device {
 namespace {
@@ -101,15 +79,10 @@ std::map<const void*, Kernel>& kernels() {
   static std::map<const void*, Kernel> all;
   return all;
 }
-std::vector<std::unique_ptr<CUstream_st>>& streams() {
-  static std::vector<std::unique_ptr<CUstream_st>> all;
-  return all;
+std::deque<std::function<void()>>& queue() {
+  static std::deque<std::function<void()>> one;
+  return one;
 }
-CUstream_st& legacy_stream() {
-  static CUstream_st* const one = streams().emplace_back(std::make_unique<CUstream_st>()).get();
-  return *one;
-}
-CUstream_st& stream_of(cudaStream_t stream) { return stream ? *stream : legacy_stream(); }
 
 cudaError_t last_error = cudaSuccess;
 cudaError_t answer(cudaError_t status) {
@@ -117,10 +90,8 @@ cudaError_t answer(cudaError_t status) {
   return status;
 }
 
-void issue(cudaStream_t stream, CUstream_st::Task task) {
-  CUstream_st& to = stream_of(stream);
-  device().side_tasks += &to != &legacy_stream();
-  to.tasks.push_back(std::move(task));
+void issue(std::function<void()> task) {
+  queue().push_back(std::move(task));
   if (device().at_once) synchronize();
 }
 
@@ -178,7 +149,7 @@ cudaError_t launch(const void* function, const cudaLaunchConfig_t& config, void*
   ++device().launches;
   device().cluster_launches += wants.cluster > 1;
   device().cooperative_launches += wants.cooperative;
-  issue(config.stream, {[made] { run(made, device().order, device().random); }});
+  issue([made] { run(made, device().order, device().random); });
   return cudaSuccess;
 }
 
@@ -220,20 +191,9 @@ Device& device() {
 }
 
 void synchronize() {
-  for (;;) {
-    std::vector<CUstream_st*> able;
-    bool left = false;
-    for (const auto& stream : streams()) {
-      if (stream->ready()) able.push_back(stream.get());
-      left |= stream->done < stream->tasks.size();
-    }
-    if (able.empty()) {
-      if (left) throw std::runtime_error("streams wait for each other");
-      break;
-    }
-    CUstream_st* next = able.front();
-    if (device().order == Order::shuffled) next = able[device().random() % able.size()];
-    const std::function<void()> run = std::move(next->tasks[next->done++].run);
+  while (!queue().empty()) {
+    const std::function<void()> run = std::move(queue().front());
+    queue().pop_front();
     run();
   }
 }
@@ -341,39 +301,8 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void*,
   return *count = resident_blocks() / asked(*config).cluster, cudaSuccess;
 }
 
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-  legacy_stream();  // is the first
-  *stream = streams().emplace_back(std::make_unique<CUstream_st>()).get();
-  return cudaSuccess;
-}
-cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status,
-                                     unsigned long long* id, cudaGraph_t*, const cudaGraphNode_t**,
-                                     const cudaGraphEdgeData**, std::size_t*) {
-  *status = cudaStreamCaptureStatusNone;
-  if (id) *id = 0;
-  return cudaSuccess;
-}
-cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  *event = new CUevent_st;
-  return cudaSuccess;
-}
-cudaError_t cudaEventDestroy(cudaEvent_t event) {
-  delete event;
-  return cudaSuccess;
-}
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  CUstream_st& of = stream_of(stream);
-  *event = {&of, of.tasks.size()};
-  return cudaSuccess;
-}
-cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
-  if (event->stream) issue(stream, {[] {}, event->stream, event->count});
-  return cudaSuccess;
-}
-cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t stream) {
-  issue(stream, {[=] { std::memset(to, value, bytes); }});
+cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t) {
+  issue([=] { std::memset(to, value, bytes); });
   return cudaSuccess;
 }
 }

@@ -1,6 +1,6 @@
 // The CUDA backend as nvcc compiles it, host code and PTX, on the virtual device, against the CPU's
 // engine: random stacks in every storage type by the kernels of a step, and by the persistent ones;
-// the same bits in whatever order blocks, warps, streams and messages come. And what the virtual
+// the same bits in whatever order blocks, warps and messages come. And what the virtual
 // device itself must refuse.
 #include <cuda_runtime_api.h>
 
@@ -54,27 +54,11 @@ void check_case(const char* type, const Case& c, Random& random, double toleranc
   }
 }
 
-// Three layers of one direction and sixty steps, which run side by side.
-template <class S>
-void check_side_by_side(const char* type, double tolerance, Random& random) {
-  for (const char* cell : {"RNN", "LSTM", "GRU"}) {
-    Case c;
-    c.options.cell = cell;
-    c.options.layers = 3, c.T = 60, c.B = 5, c.I = 4, c.H = 9;
-    choose_rows(c, kLengthsAndReset, random);
-    const long before = device().side_tasks;
-    check_case<S>(type, c, random, tolerance);
-    ++checks;
-    check::that("layers run side by side", device().at_once || device().side_tasks > before);
-  }
-}
-
 template <class S>
 void check_type(const char* type, double tolerance, int cases) {
   Random random(static_cast<unsigned>(sizeof(S)) * 100 + (tolerance > 1e-2));
   for (int k = 0; k < cases; ++k)
     check_case<S>(type, random_case(random, tolerance > 1e-3, k % 8 == 7), random, tolerance);
-  check_side_by_side<S>(type, tolerance, random);
   std::printf("%s: %d cases, %d failures so far\n", type, cases, check::failures());
 }
 
@@ -304,7 +288,6 @@ int main(int count, char** arguments) {
       check_cell<Gru>();
       check_cell<Elman>();
     } else if (what == "steps") {
-      device().multiprocessors = 132;  // so many that layers run side by side
       // A library's products know no queue.
       const char* const library = std::getenv("FASTRNN_CUBLASLT");
       device().at_once = library && std::strcmp(library, "none");
@@ -322,8 +305,7 @@ int main(int count, char** arguments) {
   } catch (const std::exception& error) {
     check::that(error.what(), false);
   }
-  std::printf("%ld launches, %ld of clusters, %ld cooperative, %ld on side streams\n",
-              device().launches, device().cluster_launches, device().cooperative_launches,
-              device().side_tasks);
+  std::printf("%ld launches, %ld of clusters, %ld cooperative\n", device().launches,
+              device().cluster_launches, device().cooperative_launches);
   return check::result("virtual_test", checks);
 }
