@@ -69,15 +69,12 @@ def info() -> dict[str, Any]:
 
 def cuda_route() -> str:
     """The route that tensors on a CUDA device take, whatever the case, and why."""
-    engine = importlib.import_module("fastrnn._engine")
-    if not engine.built_with_cuda():
-        return f"{CUDNN} (this build has no CUDA kernels)"
-    chosen = os.environ.get(engine.CUDA_SWITCH) or "auto"
-    if chosen == "auto":
-        return f"{CUDNN}; the engine's kernels where the device's certificate has them"
-    if chosen not in engine.CUDA_ROUTES:
-        return f"none: {engine.CUDA_SWITCH}: expected auto, 0, 1 or persistent, got {chosen!r}"
-    route = engine.CUDA_ROUTES[chosen]
+    try:
+        route = importlib.import_module("fastrnn._engine").cuda_switch()
+    except ValueError as error:
+        return f"none: {error}"
+    if route is None:
+        return f"{CUDNN}; the engine's kernels where the certificate of the device has them"
     name = CUDA_PERSISTENT if route.persistent else CUDA_ENGINE
     return f"{name if route.kernels else CUDNN} ({route.reason})"
 

@@ -7,6 +7,7 @@ afterwards would mean nothing.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -43,15 +44,19 @@ def serve(make_device: Callable[[], Device]) -> None:
     try:
         device = make_device()
     except RefusedError as error:
-        return send({"refused": str(error)})
+        send({"refused": str(error)})
+        return
     send({"key": device.key()._asdict()})
+    gc.collect()
+    gc.freeze()  # torch's own objects: to walk them takes longer than to measure a case
     for line in sys.stdin:
         answer = attempt(device, json.loads(line))
         answer["sound"] = device.is_sound()
+        if not answer["sound"] and answer["found"] == "right":
+            answer["found"] = "error: the device was unusable afterwards"
         send(answer)
         if not answer["sound"]:
-            return None
-    return None
+            return
 
 
 def attempt(device: Device, asked: dict[str, Any]) -> dict[str, Any]:

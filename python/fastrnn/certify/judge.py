@@ -123,7 +123,7 @@ class _Worker:
                 self.start()
             assert self._child is not None
             answer = self._child.ask(asked, self.trial_seconds)
-        except LostError as lost:
+        except (LostError, CertifyError) as lost:
             self.stop()
             return {"found": str(lost)}
         if not answer.pop("sound"):

@@ -41,12 +41,14 @@ class Child:
             start_new_session=True,  # its own group, to be killed whole; Ctrl-C is the parent's
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line)
+        with self._process.stdout as lines:
+            for line in lines:
+                self._lines.put(line)
         self._lines.put(None)
 
     def ask(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -68,7 +70,10 @@ class Child:
             raise LostError(f"hung: no answer in {seconds:g} s") from None
         if line is None:
             raise LostError(self._death())
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            answer: dict[str, Any] = json.loads(line)
+        except ValueError:
+            raise LostError(f"no answer: {line.strip()!r}") from None
         return answer
 
     def _death(self) -> str:
@@ -90,6 +95,7 @@ class Child:
                 os.killpg(self._process.pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):  # the driver may hold it for a while
             self._process.wait(END_SECONDS)
+        self._reader.join(END_SECONDS)
         assert self._process.stdin is not None
         with suppress(OSError):  # of a question that nobody read
             self._process.stdin.close()
