@@ -97,10 +97,18 @@ def test_a_result_of_nan_is_wrong() -> None:
         runner.check(case, data, "inference", {"fastrnn": ours, "torch": theirs})
 
 
-def test_training_times_gradients_to_input_states_and_all_weights() -> None:
+def test_training_compares_outputs_and_every_gradient() -> None:
+    """Those of the output alone, as they are timed, and with the final states'."""
     prepared = Fastrnn().prepare(STACK, make_data(STACK, "cpu"), "training")
     weights = dict(torch.nn.LSTM(5, 4, num_layers=2, bidirectional=True).named_parameters())
-    assert set(prepared.results()) == {"d_input", "d_h0", "d_c0"} | {f"d_{n}" for n in weights}
+    gradients = {"d_input", "d_h0", "d_c0"} | {f"d_{n}" for n in weights}
+    results = prepared.results()
+    assert set(results) == {"output", "h_n", "c_n", *gradients} | {
+        f"{name} with d_h_n" for name in gradients
+    }
+    assert len(prepared.run(0)) == len(gradients)
+    for name in gradients:
+        assert not torch.equal(results[name], results[f"{name} with d_h_n"])
 
 
 def test_what_no_peer_does_is_listed_with_the_reason() -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
 import pytest
 
 import fastrnn
-from fastrnn import _C, _engine, cli
+from fastrnn import _C, _certificate, _engine, cli
 from fastrnn.bench import cases, explain
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -18,7 +22,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
-@pytest.mark.parametrize("arguments", [[], ["info"], ["bench"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [[], ["info"], ["bench"], ["certify"]], ids=" ".join)
 def test_help_shows_examples(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         cli.main([*arguments, "--help"])
@@ -39,7 +43,7 @@ def test_info_json_parses_and_names_what_runs() -> None:
     known = json.loads(done.stdout)
     assert known["fastrnn"] == fastrnn.__version__
     assert known["cpu"]["isa"] in known["cpu"]["isas"]
-    assert known["routes"]["cuda"].startswith("composed torch operations (")
+    assert known["routes"]["cuda"].startswith("cuDNN, by torch's own call")
     assert known["cuda"]["devices"] is not None
 
 
@@ -48,16 +52,36 @@ def test_info_says_which_route_cuda_tensors_take(monkeypatch: pytest.MonkeyPatch
         return str(fastrnn.info()["routes"]["cuda"])
 
     monkeypatch.setattr(_engine, "built_with_cuda", lambda: False)
-    assert route() == "composed torch operations (this build has no CUDA kernels)"
+    assert route() == "cuDNN, by torch's own call (this build has no CUDA kernels)"
     monkeypatch.setattr(_engine, "built_with_cuda", lambda: True)
     monkeypatch.delenv("FASTRNN_CUDA_KERNELS", raising=False)
-    assert route().startswith("composed torch operations (FASTRNN_CUDA_KERNELS=1 turns on")
+    assert route() == (
+        "cuDNN, by torch's own call; the engine's kernels where the certificate of the device has "
+        "them"
+    )
+    monkeypatch.setenv("FASTRNN_CUDA_KERNELS", "0")
+    assert route() == "cuDNN, by torch's own call (FASTRNN_CUDA_KERNELS is 0)"
     monkeypatch.setenv("FASTRNN_CUDA_KERNELS", "1")
     assert route() == "engine CUDA, a launch for each step (FASTRNN_CUDA_KERNELS is 1)"
     monkeypatch.setenv("FASTRNN_CUDA_KERNELS", "persistent")
     assert route().startswith("engine CUDA, a launch for a sequence where there is a kernel for it")
     monkeypatch.setenv("FASTRNN_CUDA_KERNELS", "yes")
-    assert route() == "none: FASTRNN_CUDA_KERNELS: expected 0, 1 or persistent, got 'yes'"
+    assert route() == "none: FASTRNN_CUDA_KERNELS: expected auto, 0, 1 or persistent, got 'yes'"
+
+
+DEVICE = {"name": "NVIDIA H200", "capability": (9, 0)}
+
+
+def test_info_says_in_which_state_certificates_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FASTRNN_CERTIFICATES", str(tmp_path))
+    known = {"devices": [DEVICE, {**DEVICE, "name": "NVIDIA T4"}], "error": None, "driver": "13"}
+    monkeypatch.setattr(_C, "cuda_info", lambda: known)
+    (tmp_path / "nvidia-h200-sm-9-0.json").write_text("half a certifi")
+    first, second = fastrnn.info()["cuda"]["certificates"].values()
+    assert "nvidia-h200-sm-9-0.json is ignored: it is damaged" in first
+    assert second == "no certificate of this device; `fastrnn certify` makes one"
 
 
 def explained(*arguments: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
@@ -77,18 +101,82 @@ def test_explain_names_what_computes_a_case(capsys: pytest.CaptureFixture[str]) 
     assert lines[0] == "case          LSTM T50 B64 I512 H256"
 
 
-def test_explain_says_why_a_case_takes_composed_operations_on_cuda(
+BY_TORCH = "cuDNN, by torch's own call"
+NO_CERTIFICATE = "no certificate of this device; `fastrnn certify` makes one"
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(_engine, "built_with_cuda", lambda: True)
+    monkeypatch.setattr(_C, "cuda_info", lambda: {"devices": [DEVICE], "error": None})
+    monkeypatch.setenv("FASTRNN_CERTIFICATES", str(tmp_path))
+    monkeypatch.delenv("FASTRNN_CUDA_KERNELS", raising=False)
+    _certificate.of_device.cache_clear()
+
+
+@pytest.mark.usefixtures("one_gpu")
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("LSTM,16,50,512,512", BY_TORCH),
+        ("GRU T50 B16 I8 H8 L3 bi float64", BY_TORCH),
+        ("GRU T65535 B1 I8 H8", BY_TORCH),
+        ("GRU T65536 B1 I8 H8",
+         "ATen, by torch's own call, as cuDNN takes fewer than 65536 steps"),
+        ("RNN T50 B16 I8 H8 relu lengths", f"{BY_TORCH}, as packed episodes"),
+        ("RNN T50 B16 I8 H8 reset0.1", f"{BY_TORCH}, as packed episodes"),
+        ("LSTM T50 B16 I8 H8 heads2", "composed torch operations"),
+    ],
+)  # fmt: skip
+def test_explain_names_what_computes_on_cuda_without_a_certificate(
+    case: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = explained(case, "--device", "cuda", capsys=capsys)
+    for pass_ in ("inference", "training"):
+        assert known[pass_] == f"{expected} ({NO_CERTIFICATE})"
+    assert known["certificate"] == NO_CERTIFICATE
+    assert "on an H200" not in known
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_explain_names_the_certificate_and_what_it_lets_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = _certificate.Key(*"abcdefg")
+    trusted = {
+        "cell": "LSTM", "dtype": "tf32", "bidirectional": False, "pass": "inference",
+        "kernels": "steps", "hidden": [512, 1024], "rows": [1, 16], "trusted": True, "steps": 1,
+        "ratio": 1.25,
+    }  # fmt: skip
+    monkeypatch.setattr(_certificate, "key_of", lambda _: key)
+    path = _certificate.write({"format": 1, "key": key._asdict(), "classes": [trusted]})
+    case = ("LSTM,16,50,512,512", "--device", "cuda")
+    known = explained(*case, "--dtype", "tf32", capsys=capsys)
+    assert known["certificate"] == f"{path}: 1 class trusted"
+    assert known["inference"] == (
+        "engine CUDA, a launch for each step "
+        "(certified on this device, 1.25 times as fast as torch's)"
+    )
+    assert known["training"].startswith(f"{BY_TORCH} (the certificate of this device does not")
+    assert explained(*case, capsys=capsys)["inference"] == known["training"]
+    _certificate.of_device.cache_clear()
+
+
+def test_explain_says_what_is_missing_on_cuda(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def training(case: str) -> str:
         return explained(case, "--device", "cuda", capsys=capsys)["training"]
 
+    monkeypatch.setenv("FASTRNN_CERTIFICATES", str(tmp_path))
+    monkeypatch.setattr(_C, "cuda_info", lambda: None)
     monkeypatch.setattr(_engine, "built_with_cuda", lambda: False)
-    assert training("GRU,4,5,6,7") == "composed torch operations (this build has no CUDA kernels)"
+    assert training("GRU,4,5,6,7") == f"{BY_TORCH} (this build has no CUDA kernels)"
     monkeypatch.setattr(_engine, "built_with_cuda", lambda: True)
-    monkeypatch.setenv("FASTRNN_CUDA_KERNELS", "1")
     monkeypatch.setattr(_C, "cuda_info", lambda: {"devices": [], "error": "no driver"})
-    assert training("GRU,4,5,6,7") == "no CUDA device (no driver)"
+    assert training("GRU,4,5,6,7") == f"{BY_TORCH} (no CUDA device is here: no driver)"
+    monkeypatch.setenv("FASTRNN_CUDA_KERNELS", "1")
+    assert training("GRU,4,5,6,7") == "no CUDA device is here (no driver)"
     reason = "(no CUDA kernel has layer norm and members)"
     assert (
         training("GRU T5 B4 I6 H8 heads4 layernorm members2")
@@ -115,16 +203,19 @@ def test_explain_names_the_persistent_kernel_of_each_pass(
     monkeypatch.setattr(explain, "_current_device", lambda: 3)
     case = ("LSTM,4,5,6,7", "--dtype", "bfloat16", "--device", "cuda")
     known = explained(*case, capsys=capsys)
-    assert known["inference"] == "engine CUDA, a launch for each sequence (ring, bfloat16)"
+    asked_for = "FASTRNN_CUDA_KERNELS is persistent"
+    assert known["inference"] == (
+        f"engine CUDA, a launch for each sequence (ring, bfloat16), {asked_for}"
+    )
     assert known["training"] == (
-        "forward engine CUDA, a launch for each sequence (ring, bfloat16); "
-        "backward engine CUDA, a launch for each step (more blocks than multiprocessors)"
+        "forward engine CUDA, a launch for each sequence (ring, bfloat16); backward engine CUDA, "
+        f"a launch for each step (more blocks than multiprocessors), {asked_for}"
     )
     assert "on an H200" not in known
     assert asked == [3, 3, 3]
     monkeypatch.setattr(_C, "cuda_info", lambda: {"devices": [], "error": "no driver"})
     known = explained(*case, capsys=capsys)
-    assert known["inference"] == "no CUDA device (no driver)"
+    assert known["inference"] == "no CUDA device is here (no driver)"
     assert known["on an H200"].endswith("(by its data sheet, FASTRNN_CUDA_KERNELS=persistent)")
     assert asked[3:] == [None, None]
 

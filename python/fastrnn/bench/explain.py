@@ -128,15 +128,17 @@ def cuda_kernel(case: Case, pass_: Pass) -> str:
         _current_device(),
         case.T,
     )
-    missing, without = _no_device(), _without_kernel(case)
-    if not route.kernels or without:
-        reason = f"no CUDA kernel has {without}" if route.kernels else route.reason
-        return f"{_by_torch(case)} ({f'no CUDA device is here: {missing}' if missing else reason})"
+    if without := _without_kernel(case):
+        return f"{COMPOSED} (no CUDA kernel has {without})"
+    missing = _no_device()
+    if not route.kernels:
+        reason = f"no CUDA device is here: {missing}" if missing else route.reason
+        return f"{_by_torch(case)} ({reason})"
     if missing:
         return f"no CUDA device is here ({missing})"
     if not route.persistent:
         return f"{CUDA_ENGINE} ({route.reason})"
-    return f"{_persistent(case, pass_, _current_device())}, as {route.reason}"
+    return f"{_persistent(case, pass_, _current_device())}, {route.reason}"
 
 
 def _by_torch(case: Case) -> str:
