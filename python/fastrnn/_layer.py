@@ -292,7 +292,7 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
             found = _inference.run(self, input, hx, self.batch_first, False)
             if found is not None:
                 return found[0], found[1:], None
-            result = usual_layer(self, _inference.prepared(self), input, hx)
+            result = usual_layer(self, input, hx)
             if result is not None:
                 return result
         usual = plain and hx is None and isinstance(input, Tensor)

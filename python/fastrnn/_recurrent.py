@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,6 @@ from . import _C, _by_torch, _checks, _composed, _ops, _transforms  # noqa: F401
 from ._C import Frozen
 from ._engine import NO_EXTRAS, Extras, States, no_kernels, scalars
 from ._options import Options
-
-if TYPE_CHECKING:
-    from ._inference import Prepared
 
 Result = tuple[Tensor, tuple[Tensor, ...], States | None]
 
@@ -86,7 +83,7 @@ def recurrent(
     return run(options, input, hx, weights, steps, return_states, frozen)
 
 
-def usual_layer(layer: Any, own: Prepared, input: Any, hx: tuple[Any, ...] | None) -> Result | None:
+def usual_layer(layer: Any, input: Any, hx: tuple[Any, ...] | None) -> Result | None:
     """The call of a layer on a GPU without anything unusual, in a few steps; None: the long way.
 
     The same checks and results. The caller has seen to it that there are no lengths, no resets, no
@@ -96,8 +93,8 @@ def usual_layer(layer: Any, own: Prepared, input: Any, hx: tuple[Any, ...] | Non
         return None
     if input.device.type in _ENGINE_DEVICES:
         return None
-    parameters, options = layer._parameters, own.options
-    weights: list[Any] = [parameters.get(name) for name in own.names]
+    parameters, options = layer._parameters, layer._options
+    weights: list[Any] = [parameters.get(name) for name in layer._flat_weights_names]
     if any(w is None for w in weights) or not _C.nothing_listens((input, *(hx or ()), *weights)):
         return None
     quiet = torch._C._functorch.maybe_current_level() is None and forward_ad._current_level < 0

@@ -173,7 +173,7 @@ def faster_from(short: Sequence[float], long: Sequence[float], steps: int) -> in
     >>> faster_from((1.0, 2.0), (50.0, 100.0), 100)
     1
     >>> faster_from((10.0, 2.0), (60.0, 100.0), 100)
-    20
+    19
     >>> faster_from((1.0, 2.0), (90.0, 92.0), 100)  # but by less than the margin
     """
     lost_short, lost_long = (MARGIN * ours - theirs for ours, theirs in (short, long))
