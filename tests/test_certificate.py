@@ -21,7 +21,7 @@ NAME = "NVIDIA H200"
 TRUSTED = {
     "cell": "LSTM", "dtype": "float16", "layers": 1, "bidirectional": False, "pass": "training",
     "kernels": "persistent", "hidden": [128, 512], "rows": [1, 16], "trusted": True, "steps": 1,
-    "ratio": 1.5, "why": "", "cases": [],
+    "ratio": 1.5, "why": "",
 }  # fmt: skip
 
 

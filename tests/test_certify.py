@@ -20,6 +20,7 @@ pytest.importorskip("torch")
 from fastrnn import _C, _certificate, _engine, certify, cli
 from fastrnn._engine import cuda_route
 from fastrnn._options import Options
+from fastrnn.bench import cases
 from fastrnn.certify import plan, table, watch
 from replaced_module import module_of
 
@@ -144,7 +145,7 @@ def test_the_table_says_of_each_class_what_was_found(faulty: dict[str, Any]) -> 
     ]
     assert lines[7] == ""
     assert len(lines[8:]) == 8
-    assert any(line.startswith("persistent: LSTM T3 B1 I6 H6: hung") for line in lines[8:])
+    assert any(line.startswith("training persistent: LSTM T3 B1 I6 H6: hung") for line in lines[8:])
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -262,10 +263,20 @@ def test_without_torch_certify_says_how_to_install_it(
     assert "torch is not installed; to install it: pip install torch" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("trouble", ["a file", "read-only"])
 def test_a_folder_that_cannot_be_written_to_is_named_before_anything_runs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trouble: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    folder.write_text("a file where the folder should be")
+    def refuse(**_: Any) -> None:
+        raise OSError("read-only file system")
+
+    if trouble == "a file":
+        folder.write_text("a file where the folder should be")
+    else:
+        monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     monkeypatch.setattr(certify, "run", lambda *_: pytest.fail("it ran"))
     assert cli.main(["certify"]) == 2
     error = capsys.readouterr().err
@@ -292,13 +303,37 @@ def answers(program: str) -> tuple[str, ...]:
 KEY = dict.fromkeys(_certificate.Key._fields, "x")
 READY = f"say(key={KEY})\n"
 ONE = replace(TINY, cells=("GRU",), passes=("training",), kernels=("steps",))
-EACH = (
-    "for line in sys.stdin:\n    say(found='right', sound=True, kernel='', ms=[[1, 2], [{}, {}]])"
+EACH = "for line in sys.stdin: say(found='right', sound=True, kernel='', ms=[[1, 2], [3, 6]])"
+
+
+@pytest.mark.parametrize(
+    ("environment", "seconds", "said"),
+    [
+        ({}, 60, "all else by torch's own call."),
+        ({_engine.CUDA_SWITCH: "0"}, 60, "FASTRNN_CUDA_KERNELS=0 in the environment overrides it."),
+        ({}, -1, "Time did not suffice for all classes."),
+    ],
 )
+def test_certify_ends_with_what_runs_from_now_on(
+    environment: dict[str, str],
+    seconds: float,
+    said: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(certify, "QUICK", replace(ONE, seconds=seconds))
+    monkeypatch.setattr(certify, "run", partial(certify.run, child=answers(READY + EACH)))
+    assert cli.main(["certify", "--quick"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"The certificate is {folder / 'x-sm-x.json'}. ")
+    assert last.endswith(said)
 
 
 def test_what_time_does_not_suffice_for_is_not_trusted() -> None:
-    report = certify.run(grid=replace(ONE, seconds=-1), child=answers(READY + EACH.format(3, 6)))
+    report = certify.run(grid=replace(ONE, seconds=-1), child=answers(READY + EACH))
     (found,) = report["classes"]
     assert not found["trusted"]
     assert found["why"].endswith("not run: out of time")
@@ -451,6 +486,26 @@ def test_the_child_uses_the_switch_of_the_kernels(monkeypatch: pytest.MonkeyPatc
         prepared.run(0)
     assert seen == ["persistent"] * 3
     assert _engine.CUDA_SWITCH not in os.environ
+
+
+@pytest.mark.parametrize("options", [{}, {"lengths": True}, {"reset_rate": 0.3}], ids=str)
+@pytest.mark.parametrize("pass_", cases.PASSES)
+def test_the_two_of_a_pair_compute_the_same(
+    options: dict[str, Any], pass_: cases.Pass, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, but that tensors and clock are the CPU's."""
+    from fastrnn.bench import data, timing
+    from fastrnn.certify import child, device
+
+    monkeypatch.setattr(device, "make_data", lambda case, _: data.make_data(case, "cpu"))
+    gpu = device.Cuda.__new__(device.Cuda)
+    gpu.number, gpu.clock = 0, timing.HostClock()
+    case = cases.Case("LSTM", 4, 3, 5, 6, **options)
+    asked = {"case": case.as_record(), "pass": pass_, "kernels": "steps"}
+    found = child.attempt(gpu, {**asked, "steps": [1, 4], "seconds": 0.001})
+    assert found["found"] == "right"
+    assert [len(pair) for pair in found["ms"]] == [2, 2]
+    assert found["kernel"].startswith("engine ")
 
 
 def test_a_build_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ FASTRNN_CERTIFICATES names. It is the report of `fastrnn certify` whole::
      "key": {"device", "capability", "driver", "cuda", "torch", "fastrnn", "kernels"},
      "classes": [{"cell", "dtype", "layers", "bidirectional", "pass", "kernels",
                   "hidden": [from, to], "rows": [from, to],
-                  "trusted", "steps", "ratio", "why", "cases": [...]}, ...],
+                  "trusted", "steps", "ratio", "why"}, ...],
      ...}
 
 Whatever the key names must be what is here, to the hash of the compiled kernels: a file of another

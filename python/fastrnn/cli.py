@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -252,6 +253,7 @@ def _certify(parsed: argparse.Namespace) -> int:
         _check_file(Path(parsed.json))
 
     from fastrnn import _certificate, certify
+    from fastrnn._engine import CUDA_SWITCH
     from fastrnn.bench.progress import progress
     from fastrnn.certify.table import render
 
@@ -262,6 +264,7 @@ def _certify(parsed: argparse.Namespace) -> int:
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:  # before the minutes that it takes
         raise CommandError(unwritable.format(error)) from error
     grid = certify.QUICK if parsed.quick else certify.WHOLE
@@ -285,12 +288,15 @@ def _certify(parsed: argparse.Namespace) -> int:
     except OSError as error:
         raise CommandError(unwritable.format(error)) from error
     trusted = sum(entry["trusted"] for entry in document["classes"])
-    print(
-        f"\nThe certificate is {path}. {trusted} of {len(document['classes'])} classes are trusted "
+    summary = (
+        f"The certificate is {path}. {trusted} of {len(document['classes'])} classes are trusted "
         "and run by the engine's kernels from now on; all else by torch's own call."
-        + ("" if document["complete"] else " Time did not suffice for all of them."),
-        file=sys.stderr if parsed.json == "-" else sys.stdout,
     )
+    if not document["complete"]:
+        summary += " Time did not suffice for all classes."
+    if switch := os.environ.get(CUDA_SWITCH):
+        summary += f" {CUDA_SWITCH}={switch} in the environment overrides it."
+    print(f"\n{summary}", file=sys.stderr if parsed.json == "-" else sys.stdout)
     return 0
 
 

@@ -21,7 +21,7 @@ def render(document: dict[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     reasons = {
-        f"{entry['kernels']}: {entry['why']}"
+        f"{entry['pass']} {entry['kernels']}: {entry['why']}"
         for entry in document["classes"]
         if entry["why"] and _found(entry) not in ("slower", "not run")
     }
