@@ -270,6 +270,29 @@ def test_lengths_on_the_cpu_are_not_waited_for() -> None:
         _episodes.find(torch.empty(4, 3, 2, device=device), lengths.to(device), None)
 
 
+def test_nothing_of_a_reset_is_made_elsewhere() -> None:
+    """From the CPU it would have to come over, and be waited for."""
+    reset = torch.tensor([[False, True, False], [True, False, False]])
+    with torch.device("meta"):  # where tensors are made that say no place
+        found = _episodes.find(torch.empty(2, 3, 1, device="cpu"), None, reset)
+    assert found is not None
+    assert found.batch_sizes.tolist() == [4, 2]
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda"])
+def test_only_cuda_is_trusted_with_a_copy_that_is_not_waited_for(device: str) -> None:
+    """Others may read memory of the host after it was freed (pytorch/pytorch#139550)."""
+    asked = []
+
+    def to(self: Tensor, *_: Any, non_blocking: bool = False) -> Tensor:
+        asked.append(non_blocking)
+        return self
+
+    with patch.object(Tensor, "to", to):
+        _episodes._on(torch.device(device), torch.zeros(2))
+    assert asked == [device == "cuda"]
+
+
 @every_layer
 def test_lengths_stay_on_the_cpu_until_the_episodes_are_known(layer: str) -> None:
     ours = getattr(fastrnn, layer)(SIZE, H)

@@ -180,7 +180,8 @@ def waits(case: Case) -> int:
 @every_layer
 def test_one_wait_and_none_for_lengths_on_the_cpu(gpu: torch.device, layer: str) -> None:
     options = Options(layer, 2, True)  # type: ignore[arg-type]
-    for steps, expected in (("padded", 0), ("packed", 0), ("lengths", 1), ("lengths-reset", 1)):
+    expected_of = {"padded": 0, "packed": 0, "lengths": 1, "reset": 1, "lengths-reset": 1}
+    for steps, expected in expected_of.items():
         assert waits(moved(make(options, steps), gpu)) == expected, steps
     case = moved(make(options, "lengths"), gpu)
     assert waits(case._replace(steps={"lengths": case.steps["lengths"].cpu()})) == 0
