@@ -34,7 +34,7 @@ from fastrnn._engine import NO_EXTRAS, scalars
 from fastrnn._options import Options
 from fastrnn._recurrent import recurrent
 from operators import opcheck
-from pairs import CELLS, LAYERS, outcome, pair
+from pairs import CELLS, LAYERS, outcome, pair, tensors
 from stacks import STACKS, STEPS, Case, make
 
 # Their promises hold here too.
@@ -182,6 +182,27 @@ def test_autocast_is_torchs_affair(layer: str, kind: dict[str, Any], calls: list
         other = theirs(x)
     torch.testing.assert_close(mine, other, rtol=0, atol=0)
     assert calls[0][1].dtype == torch.float32
+
+
+@every_layer
+@pytest.mark.parametrize("lengths", [[6, 3, 1, 0], [0, 0, 0, 0]])
+def test_under_autocast_lengths_leave_the_dtypes_as_they_are(
+    layer: str, lengths: list[int]
+) -> None:
+    """Of the output and of the states: by torch's call, composed while a graph is captured, by the
+    engine.
+    """
+    ours, x = getattr(fastrnn, layer)(SIZE, H), torch.randn(T, B, SIZE)
+
+    def dtypes() -> list[torch.dtype]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return [y.dtype for y in tensors(ours(x, lengths=lengths))]
+
+    by_torch = dtypes()
+    with patch.object(_by_torch, "_is_capturing", lambda _: True):
+        assert dtypes() == by_torch
+    with patch.object(_recurrent, "_ENGINE_DEVICES", frozenset({"cpu"})):
+        assert dtypes() == by_torch
 
 
 def test_a_call_without_a_gradient_asks_for_no_training_mode(calls: list[Any]) -> None:

@@ -90,7 +90,9 @@ def casts_by_itself(
     batch_sizes: Tensor | None,
     return_states: bool,
 ) -> bool:
-    """Whether a call without masks goes to torch's own, which under autocast casts by itself."""
+    """Whether a call without masks, lengths and resets goes to torch's own, which under autocast
+    casts by itself.
+    """
     steps = (batch_sizes, None, None, NO_EXTRAS)
     return _route(options, input, hx, weights, steps, return_states) is None
 
