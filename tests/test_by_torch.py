@@ -371,14 +371,61 @@ def test_a_gradient_of_the_gradient_is_not_torchs(calls: list[Any]) -> None:
     """cuDNN has none: torch's graph gets no gradient where one is to be differentiated."""
     case = make(Options("LSTM"))
     output = run(case)[0]
-    function, nodes = output.grad_fn, []
+    nodes = cotangents_of_torchs_graph(output)
+    torch.autograd.grad(output.sum(), case.leaves, create_graph=True)
+    assert not any(nodes)
+    torch.autograd.grad(run(case)[0].sum(), case.leaves)
+
+
+def cotangents_of_torchs_graph(output: Tensor) -> list[bool]:
+    """Whether torch's own graph is given any, as backward comes to its nodes."""
+    function, nodes = output.grad_fn, list[bool]()
     assert function is not None
     for node, _ in function.next_functions:
         if node is not None and "Accumulate" not in node.name():
-            node.register_hook(lambda _, given: nodes.append([d is not None for d in given]))
-    torch.autograd.grad(output.sum(), case.leaves, create_graph=True)
-    assert not any(any(given) for given in nodes)
-    torch.autograd.grad(run(case)[0].sum(), case.leaves)
+            node.register_hook(lambda _, given: nodes.append(any(d is not None for d in given)))
+    return nodes
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # forward mode uses it
+@every_stack
+@pytest.mark.parametrize("steps", ["padded", "packed", "lengths-reset"])
+def test_tangents_of_gradients_are_not_torchs(
+    options: Options, steps: str, calls: list[Any]
+) -> None:
+    """Forward mode over backward, which cuDNN does not have."""
+    case = make(options, steps, extras=["reset_hx"] if "reset" in steps else [])
+    output = run(case)[0]
+    d, tangent = torch.randn_like(output), torch.randn_like(output)
+    expected = torch.autograd.grad(output, case.leaves, tangent, retain_graph=True)
+    nodes = cotangents_of_torchs_graph(output)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(d, tangent)
+        found = torch.autograd.grad(output, case.leaves, dual)
+        tangents = [torch.autograd.forward_ad.unpack_dual(g).tangent for g in found]
+    assert not any(nodes)
+    torch.testing.assert_close(tangents, list(expected), rtol=1e-11, atol=1e-12)
+
+
+@every_layer
+def test_backward_unpacks_what_torch_saved_and_nothing_else(
+    layer: str, calls: list[Any]
+) -> None:
+    """So that what hooks have put elsewhere, or what is to be computed again, comes back once."""
+    theirs, ours = pair(layer, SIZE, H, 2)
+    unpacked = []
+    for module in (theirs, ours):
+        count = []
+
+        def unpack(x: Tensor, count: list[int] = count) -> Tensor:
+            count.append(1)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+            output = module(torch.randn(T, B, SIZE))[0]
+        output.sum().backward()
+        unpacked.append(len(count))
+    assert unpacked[0] == unpacked[1]
 
 
 @every_layer

@@ -29,9 +29,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor
+from torch.autograd import forward_ad
 
 from . import _composed, _episodes
-from ._engine import NO_EXTRAS, CudaRoute, Extras, cuda_route, graphs_take_kernels, no_kernels
+from ._engine import (
+    NO_EXTRAS,
+    CudaRoute,
+    Extras,
+    cuda_route,
+    graphs_take_kernels,
+    no_kernels,
+    scalars,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -361,8 +370,8 @@ def run(
 class _Twice(torch.autograd.Function):
     """Hands on what torch computed, and its gradients.
 
-    Where these are to be differentiated in turn, torch's graph gets none, and the leaves get theirs
-    from composed operations.
+    Where these are to be differentiated in turn, or carry tangents, torch's graph gets none, and
+    the leaves get theirs from composed operations.
     """
 
     @staticmethod
@@ -377,16 +386,22 @@ class _Twice(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[3 + ctx.count :]
+        tangents = forward_ad._current_level >= 0  # cuDNN has no forward mode either
+        if not (torch.is_grad_enabled() or tangents):
+            return None, None, None, *gradients, *(None,) * len(needs)
         batch_sizes, lengths, reset, *leaves = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return None, None, None, *gradients, *(None,) * len(leaves)
         input, h0, c0, reset_h, reset_c, *weights = leaves
         d_output, d_h_n, *more = gradients
         d_c_n = more.pop(0) if ctx.options.cell == "LSTM" else None
-        found = _composed.gradients(
-            ctx.options,
-            (input, h0, c0, weights, batch_sizes, lengths, reset, reset_h, reset_c, *(None,) * 3),
-            (d_output, more[0] if more else None, None, d_h_n, d_c_n),
-            ctx.needs_input_grad[3 + ctx.count :],
-        )
+        arguments = (input, h0, c0, weights, batch_sizes, lengths, reset)
+        arguments = (*arguments, reset_h, reset_c, *(None,) * 3)
+        cotangents = (d_output, more[0] if more else None, None, d_h_n, d_c_n)
+        found: Sequence[Tensor | None]
+        if tangents:
+            from ._transforms import ONE, gradients_of
+
+            found = gradients_of(ONE, scalars(ctx.options), arguments, needs, cotangents)
+        else:
+            found = _composed.gradients(ctx.options, arguments, cotangents, needs)
         return *(None,) * (3 + ctx.count), *found
