@@ -7,6 +7,7 @@ torch.nn, lengths and resets as episodes, derivatives, graphs. What is cuDNN's a
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -545,6 +546,20 @@ def test_a_graph_of_a_cpu_computes_where_kernels_are_not_trusted(
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("device", ["CPU", "CUDA", "MPS", "XPU"])
+@pytest.mark.parametrize("kind", ["forward", "backward", "forward_members", "backward_members"])
+def test_operators_run_on_every_device_that_graphs_may_name(device: str, kind: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastrnn::{kind}", device)
+
+
+@pytest.mark.parametrize(("device", "engine"), [("cpu", True), ("mps", False), ("xpu", False)])
+def test_no_graph_leaves_memory_of_another_device_to_the_engine(device: str, engine: bool) -> None:
+    """One that was made on a CPU asks for the engine wherever it is moved to."""
+    x: Any = SimpleNamespace(device=torch.device(device), is_cuda=False)
+    arguments = operator_arguments(make(Options("GRU")), False, False, False)
+    assert _by_torch_operators.leaves_to_engine(x, *arguments[1:]) is engine
+
+
 # ---- what is cuDNN's alone -----------------------------------------------------------------------
 
 
@@ -682,6 +697,22 @@ def test_cudnn_is_not_asked_for_more_steps_than_it_takes(monkeypatch: pytest.Mon
         x: Any = SimpleNamespace(is_cuda=True, shape=(steps, 1, 1), new_zeros=torch.zeros)
         _by_torch.call(Options("GRU", bias=False), x, None, weights, None, 0.0, False)
     assert seen == [True, False]
+    assert torch._C._get_cudnn_enabled()
+
+
+def test_threads_leave_cudnn_as_they_found_it() -> None:
+    entered = threading.Event()
+
+    def other() -> None:
+        with _by_torch._without_cudnn():
+            entered.set()
+
+    thread = threading.Thread(target=other)
+    with _by_torch._without_cudnn():
+        thread.start()
+        assert not entered.wait(0.2)
+    thread.join()
+    assert entered.is_set()
     assert torch._C._get_cudnn_enabled()
 
 

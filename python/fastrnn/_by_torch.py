@@ -22,6 +22,7 @@ kernels are then those of _by_torch_operators.py.
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -154,7 +155,7 @@ def call(
         hx: (L·D, B, units) each, or None for zeros.
         train: whether a gradient may be asked for, or values are dropped.
     """
-    rows: Any = input.shape[1] if batch_sizes is None else batch_sizes[0]
+    rows = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
     hx = zeros(options, input, rows, weights) if hx is None else hx
     states = tuple(state.contiguous() for state in hx)
     function = getattr(_VF, name_of(options))
@@ -172,12 +173,17 @@ def call(
 
 @contextmanager
 def _without_cudnn() -> Iterator[None]:
-    enabled = torch._C._get_cudnn_enabled()
-    torch._C._set_cudnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_cudnn_enabled(enabled)
+    """The switch is the process's: by one thread at a time, so that each puts back what was."""
+    with _switching:
+        enabled = torch._C._get_cudnn_enabled()
+        torch._C._set_cudnn_enabled(False)
+        try:
+            yield
+        finally:
+            torch._C._set_cudnn_enabled(enabled)
+
+
+_switching = threading.Lock()
 
 
 def name_of(options: Options) -> str:
