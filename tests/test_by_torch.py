@@ -409,9 +409,7 @@ def test_tangents_of_gradients_are_not_torchs(
 
 
 @every_layer
-def test_backward_unpacks_what_torch_saved_and_nothing_else(
-    layer: str, calls: list[Any]
-) -> None:
+def test_backward_unpacks_what_torch_saved_and_nothing_else(layer: str, calls: list[Any]) -> None:
     """So that what hooks have put elsewhere, or what is to be computed again, comes back once."""
     theirs, ours = pair(layer, SIZE, H, 2)
     unpacked = []
@@ -607,20 +605,87 @@ def test_weights_are_copied_into_one_piece_without_touching_them(layer: str, cud
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_weights_in_one_piece_stay_where_they_are(cudnn: Cudnn) -> None:
-    options, device = Options("GRU"), SimpleNamespace(is_cuda=True, shape=(T, B, SIZE))
-    whole = torch.randn(100)
-    apart = [torch.randn(9, 3), torch.randn(9, 3), torch.randn(9), torch.randn(9)]
-    together = [whole[:27].view(9, 3), whole[27:54].view(9, 3), whole[54:63], whole[63:72]]
+@pytest.fixture
+def laid(cudnn: Cudnn, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
+    """Whether torch's call would be given copies of weights, for an input said to be on a GPU."""
+    monkeypatch.setattr(_by_torch, "_places", {})
+    monkeypatch.setattr(torch, "_use_cudnn_rnn_flatten_weight", lambda: True)
+    monkeypatch.setattr(torch, "cudnn_is_acceptable", lambda _: True)
+
+    def copied(options: Options, weights: list[Tensor]) -> bool:
+        x: Any = SimpleNamespace(is_cuda=True, shape=(T, B, SIZE))
+        before = len(cudnn.flattened)
+        given = _by_torch._laid_flat(options, weights, x)
+        torch.testing.assert_close(given, weights, rtol=0, atol=0)
+        copied = len(cudnn.flattened) > before
+        assert copied or all(a is b for a, b in zip(given, weights, strict=True))
+        return copied
+
+    return copied
+
+
+def in_one_piece(weights: list[Tensor], order: list[int]) -> list[Tensor]:
+    """The same values, laid one behind the other in this order."""
+    ends = torch.tensor([weights[i].numel() for i in order]).cumsum(0).tolist()
+    whole = torch.cat([weights[i].flatten() for i in order])
+    pieces = dict(zip(order, ((e - weights[i].numel(), e) for i, e in zip(order, ends, strict=True)),
+                      strict=True))  # fmt: skip
+    return [whole[slice(*pieces[i])].view_as(w) for i, w in enumerate(weights)]
+
+
+def test_weights_as_cudnn_lays_them_stay_where_they_are(laid: Callable[..., bool]) -> None:
+    """How that is, the first copies tell."""
+    options = Options("GRU", 2)
+    weights = make(options, requires_grad=False).weights
+    matrices_first = [0, 1, 4, 5, 2, 3, 6, 7]
+    assert laid(options, weights)
+    assert laid(options, weights)
+    assert not laid(options, in_one_piece(weights, matrices_first))
+
+
+def test_weights_in_one_piece_of_another_order_are_copied(laid: Callable[..., bool]) -> None:
+    """As after vector_to_parameters, in a replica of DataParallel, or of one layer of a stack."""
+    options = Options("GRU", 2)
+    weights = make(options, requires_grad=False).weights
+    laid(options, weights)
+    assert laid(options, in_one_piece(weights, list(range(8))))
+    flat = in_one_piece(weights, [0, 1, 4, 5, 2, 3, 6, 7])
+    one = Options("GRU")
+    laid(one, weights[4:])
+    assert laid(one, flat[4:])
+    tied = [*flat[:5], flat[1], *flat[6:]]
+    assert laid(options, tied)
+
+
+def test_a_transposed_weight_in_its_old_place_is_copied(laid: Callable[..., bool]) -> None:
+    """torch looks at where weights begin, not at their strides, and would read it untransposed."""
+    options = Options("RNN", bias=False)
+    weights = [torch.randn(H, SIZE), torch.randn(H, H)]
+    laid(options, weights)
+    flat = in_one_piece(weights, [0, 1])
+    assert not laid(options, flat)
+    assert laid(options, [flat[0], flat[1].t()])
+
+
+@pytest.mark.parametrize(
+    ("weights", "autocast", "copied"),
+    [
+        (torch.float32, torch.float16, False),
+        (torch.float16, torch.float16, True),
+        (torch.float64, torch.float16, True),
+        (torch.bfloat16, torch.bfloat16, True),
+    ],
+)
+def test_autocast_copies_the_weights_that_it_casts(
+    laid: Callable[..., bool], weights: torch.dtype, autocast: torch.dtype, copied: bool
+) -> None:
+    options = Options("RNN", bias=False)
+    given = [torch.randn(H, SIZE, dtype=weights), torch.randn(H, H, dtype=weights)]
     with (
-        patch.object(torch, "_use_cudnn_rnn_flatten_weight", lambda: True),
-        patch.object(torch.backends.cudnn, "is_acceptable", lambda _: True),
+        patch.object(torch, "is_autocast_enabled", lambda _: True),
+        patch.object(torch, "get_autocast_dtype", lambda _: autocast),
     ):
-        same = _by_torch._laid_flat(options, together, device)  # type: ignore[arg-type]
-        assert all(a is b for a, b in zip(same, together, strict=True))
-        assert cudnn.flattened == []
-        _by_torch._laid_flat(options, apart, device)  # type: ignore[arg-type]
-    assert len(cudnn.flattened) == 1
+        assert laid(options, given) is copied
 
 
 def test_layers_lay_their_weights_when_made_and_moved() -> None:

@@ -238,6 +238,29 @@ def test_nothing_warns_about_weights_apart(gpu: torch.device, layer: str) -> Non
     torch.testing.assert_close(output.cpu(), ours.cpu()(x.cpu())[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layer", ["RNN", "GRU"])
+def test_nothing_warns_about_one_layer_of_a_stack(
+    gpu: torch.device, layer: str, dtype: torch.dtype
+) -> None:
+    """With all states layers run one by one, whose weights are parts of the piece of all."""
+    ours = getattr(fastrnn, layer)(SIZE, H, 2, device=gpu, dtype=dtype)
+    x = torch.randn(T, B, SIZE, device=gpu, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours(x)
+        ours(x, return_states=True)
+
+
+@every_layer
+def test_weights_as_cudnn_lays_them_are_not_copied(gpu: torch.device, layer: str) -> None:
+    ours = getattr(fastrnn, layer)(SIZE, H, 2, bidirectional=True, device=gpu)
+    x = torch.randn(T, B, SIZE, device=gpu)
+    ours(x)  # learns the layout
+    with patch.object(_by_torch, "flat_copies", side_effect=AssertionError):
+        ours(x)
+
+
 @every_layer
 def test_the_output_may_be_written_to_before_backward(gpu: torch.device, layer: str) -> None:
     ours = getattr(fastrnn, layer)(SIZE, H, 2, device=gpu)

@@ -224,22 +224,39 @@ def flatten(layer: Any) -> None:
 
 
 def _laid_flat(options: Options, weights: Sequence[Tensor], input: Tensor) -> list[Tensor]:
-    """The weights in one piece of memory, as cuDNN takes them: where they are not, copies.
+    """The weights in one piece of memory, in cuDNN's order: where they are not, copies.
 
     Of what autocast casts, torch makes such copies by itself; what torch.jit traces is to hold the
     weights.
     """
-    flat = list(weights)
+    flat, first = list(weights), weights[0]
     traced = torch._C._get_tracing_state() is not None
-    if not input.is_cuda or torch.is_autocast_enabled("cuda") or traced:
+    if not input.is_cuda or traced or _autocast_copies(first):
         return flat
-    place = weights[0].untyped_storage().data_ptr()
-    if all(w.untyped_storage().data_ptr() == place for w in weights):
+    if not (torch._use_cudnn_rnn_flatten_weight() and torch.cudnn_is_acceptable(input)):
         return flat
-    acceptable: Any = torch.backends.cudnn.is_acceptable
-    if not (torch._use_cudnn_rnn_flatten_weight() and acceptable(input)):
+    kind = (options, input.shape[-1], first.shape, first.dtype, first.device)
+    contiguous = all(w.is_contiguous() for w in weights)
+    if contiguous and kind in _places and _places_of(flat) == _places[kind]:
         return flat
-    return list(_Flat.apply(options, input.shape[-1], *weights))  # type: ignore[no-untyped-call]
+    copies = list(_Flat.apply(options, input.shape[-1], *weights))  # type: ignore[no-untyped-call]
+    _places[kind] = _places_of(copies)
+    return copies
+
+
+# Where cuDNN has each weight of a kind of stack, in bytes; learnt from the copies it makes.
+_places: dict[tuple[Any, ...], list[int]] = {}
+
+
+def _places_of(weights: Sequence[Tensor]) -> list[int]:
+    start = weights[0].untyped_storage().data_ptr()
+    return [w.data_ptr() - start for w in weights]
+
+
+def _autocast_copies(weight: Tensor) -> bool:
+    if not torch.is_autocast_enabled("cuda"):
+        return False
+    return weight.dtype not in (torch.float64, torch.get_autocast_dtype("cuda"))
 
 
 class _Flat(torch.autograd.Function):
