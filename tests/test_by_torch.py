@@ -626,11 +626,9 @@ def laid(cudnn: Cudnn, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
 
 def in_one_piece(weights: list[Tensor], order: list[int]) -> list[Tensor]:
     """The same values, laid one behind the other in this order."""
-    ends = torch.tensor([weights[i].numel() for i in order]).cumsum(0).tolist()
     whole = torch.cat([weights[i].flatten() for i in order])
-    pieces = dict(zip(order, ((e - weights[i].numel(), e) for i, e in zip(order, ends, strict=True)),
-                      strict=True))  # fmt: skip
-    return [whole[slice(*pieces[i])].view_as(w) for i, w in enumerate(weights)]
+    pieces = dict(zip(order, whole.split([weights[i].numel() for i in order]), strict=True))
+    return [pieces[i].view_as(w) for i, w in enumerate(weights)]
 
 
 def test_weights_as_cudnn_lays_them_stay_where_they_are(laid: Callable[..., bool]) -> None:

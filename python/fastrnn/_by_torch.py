@@ -417,8 +417,8 @@ class _Twice(torch.autograd.Function):
         input, h0, c0, reset_h, reset_c, *weights = leaves
         d_output, d_h_n, *more = gradients
         d_c_n = more.pop(0) if ctx.options.cell == "LSTM" else None
-        arguments = (input, h0, c0, weights, batch_sizes, lengths, reset)
-        arguments = (*arguments, reset_h, reset_c, *(None,) * 3)
+        steps = (batch_sizes, lengths, reset, reset_h, reset_c)
+        arguments = (input, h0, c0, weights, *steps, *(None,) * 3)
         cotangents = (d_output, more[0] if more else None, None, d_h_n, d_c_n)
         found: Sequence[Tensor | None]
         if tangents:

@@ -2,8 +2,8 @@
 
 One operator runs a whole stack, so that torch.compile and torch.export see one node. Registered
 here: the schema; the kernel, which allocates the outputs and calls the engine, or on a GPU what
-there is in its place; the fake kernel, which allocates alone; and autograd. The compute dtype of half types is float32, of
-others itself.
+there is in its place; the fake kernel, which allocates alone; and autograd. The compute dtype of
+half types is float32, of others itself.
 
 ``forward`` gives, each contiguous and, where not wanted, of shape (0,):
 
