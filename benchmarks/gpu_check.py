@@ -148,12 +148,13 @@ def tests(options: Options) -> list[Command]:
     pytest = [options.python, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider"]
     if _has("xdist", options.python):
         pytest += ["-n", str(min(8, os.cpu_count() or 1))]
-    of_cuda = "tests/test_cuda.py"
-    others = ["tests", f"--ignore={of_cuda}", "-m", "not virtual_device"]
+    by_torch, of_cuda = "tests/test_cuda_by_torch.py", "tests/test_cuda.py"
+    others = ["tests", f"--ignore={by_torch}", f"--ignore={of_cuda}", "-m", "not virtual_device"]
     # A file that needs a module which is not there is an error by itself, the others run.
     others.append("--continue-on-collection-errors")
     return [
-        Command("pytest, CUDA", (*pytest, of_cuda), 0.8, needs="pytest"),
+        Command("pytest, the default route", (*pytest, by_torch), 0.4, needs="pytest"),
+        Command("pytest, the kernels", (*pytest, of_cuda), 0.8, needs="pytest"),
         Command("pytest, all else", (*pytest, *others), needs="pytest"),
     ]
 

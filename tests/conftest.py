@@ -58,7 +58,8 @@ def pytest_runtest_makereport(
         import torch
 
         try:
-            torch.cuda.synchronize()
+            if torch.backends.cuda.is_built():
+                torch.cuda.synchronize()
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             item.session.shouldstop = f"CUDA is lost to this process after {item.nodeid}: {reason}"

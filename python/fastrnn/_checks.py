@@ -242,7 +242,7 @@ def check_weight_shapes(
 
 def check_companions(input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
     """Refuse states and weights that are on another device or of another dtype than the input."""
-    if _agree(input, states) and _agree(input, weights):
+    if agree(input, states) and agree(input, weights):
         return
     for kind, tensors in (("hidden", states), ("parameter", weights)):
         for tensor in tensors:
@@ -258,7 +258,8 @@ def check_companions(input: Tensor, states: Sequence[Tensor], weights: Sequence[
                 )
 
 
-def _agree(input: Tensor, tensors: Sequence[Tensor]) -> bool:
+def agree(input: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether the tensors have the input's dtype and device."""
     dtype, device = input.dtype, input.device
     for tensor in tensors:  # a loop, as a generator costs more than what it compares
         if tensor.dtype != dtype:
@@ -440,7 +441,7 @@ def check_cell_companions(
     input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], names: Sequence[str]
 ) -> None:
     """Refuse states and weights that are on another device or of another dtype than the input."""
-    if _agree(input, states) and _agree(input, weights):
+    if agree(input, states) and agree(input, weights):
         return
     pairs = [("input", input, name, weight) for name, weight in zip(names, weights, strict=False)]
     pairs += [

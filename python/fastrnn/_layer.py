@@ -30,7 +30,7 @@ from ._options import (
     check_probability,
     make_options,
 )
-from ._recurrent import casts_by_itself
+from ._recurrent import casts_by_itself, usual_layer
 from ._surface import DERIVED, RNNSurface, state_of
 from .functional import States, recurrent
 
@@ -292,6 +292,9 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
             found = _inference.run(self, input, hx, self.batch_first, False)
             if found is not None:
                 return found[0], found[1:], None
+            result = usual_layer(self, input, hx)
+            if result is not None:
+                return result
         usual = plain and hx is None and isinstance(input, Tensor)
         if not usual and _tools.is_traced(input, hx, lengths, reset):
             options = {"lengths": lengths, "reset": reset, "return_states": return_states}

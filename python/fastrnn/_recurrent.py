@@ -16,15 +16,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _by_torch, _composed, _ops, _transforms  # noqa: F401  (it registers rules)
+from . import _C, _by_torch, _checks, _composed, _ops, _transforms  # noqa: F401  (registers)
 from ._C import Frozen
-from ._engine import NO_EXTRAS, Extras, States, scalars
+from ._engine import NO_EXTRAS, Extras, States, no_kernels, scalars
 from ._options import Options
 
 Result = tuple[Tensor, tuple[Tensor, ...], States | None]
@@ -80,6 +81,47 @@ def recurrent(
     if dropout > 0:
         return _layer_by_layer(run, options, input, hx, weights, steps, return_states, dropout)
     return run(options, input, hx, weights, steps, return_states, frozen)
+
+
+def usual_layer(layer: Any, input: Any, hx: tuple[Any, ...] | None) -> Result | None:
+    """The call of a layer on a GPU without anything unusual, in a few steps; None: the long way.
+
+    The same checks and results. The caller has seen to it that there are no lengths, no resets, no
+    masks and no learned states.
+    """
+    if torch.compiler.is_compiling() or not isinstance(input, Tensor) or input.dim() != 3:
+        return None
+    if input.device.type in _ENGINE_DEVICES:
+        return None
+    parameters, options = layer._parameters, layer._options
+    weights: list[Any] = [parameters.get(name) for name in layer._flat_weights_names]
+    if any(w is None for w in weights) or not _C.nothing_listens((input, *(hx or ()), *weights)):
+        return None
+    quiet = torch._C._functorch.maybe_current_level() is None and forward_ad._current_level < 0
+    unusual = not quiet or _composed.watchers.get() or torch.is_autocast_enabled(input.device.type)
+    if unusual or input.is_complex() or not _by_torch.has_cell(options):
+        return None
+    if input.is_cuda and not no_kernels(input.get_device()):
+        return None
+    x = input.transpose(0, 1) if layer.batch_first else input
+    steps, rows, width = x.shape
+    out, groups = layer.proj_size or layer.hidden_size, options.num_layers * options.directions
+    shapes = ((groups, rows, out), (groups, rows, layer.hidden_size))
+    fits = (
+        steps > 0
+        and width == layer.input_size
+        and all(w.shape == shape for w, shape in zip(weights, layer._weight_shapes, strict=True))
+        and all(s.shape == shape for s, shape in zip(hx or (), shapes, strict=False))
+        and _checks.agree(input, weights)
+        and _checks.agree(input, hx or ())
+    )
+    if not fits:
+        return None
+    found = _by_torch.run(options, x, hx, weights, (None, None, None, NO_EXTRAS), False, 0.0)
+    if found is None:
+        return None
+    output, hx_n, _ = found
+    return output.transpose(0, 1) if layer.batch_first else output, hx_n, None
 
 
 def casts_by_itself(

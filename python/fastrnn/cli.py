@@ -1,4 +1,4 @@
-"""The command `fastrnn`: `info` and `bench`. Errors go to stderr, with exit code 2."""
+"""The command `fastrnn`: `info`, `bench` and `certify`. Errors go to stderr, with exit code 2."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,12 @@ examples:
   fastrnn info --json
   fastrnn info --explain LSTM,64,50,512,512         # CELL,B,T,I,H
   fastrnn info --explain "GRU T100 B16 I256 H768 bi" --dtype bfloat16 --device cuda
+"""
+CERTIFY_EXAMPLES = """\
+examples:
+  fastrnn certify --quick                           the most used classes, two minutes
+  fastrnn certify --device cuda:1                   all classes, ten minutes
+  fastrnn certify --json report.json                also a report that can be sent in
 """
 
 
@@ -70,9 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     version = f"fastrnn {fastrnn.__version__}"
     parser.add_argument("--version", action="version", version=version, help="print the version")
-    commands = parser.add_subparsers(required=True, metavar="{info,bench}")
+    commands = parser.add_subparsers(required=True, metavar="{info,bench,certify}")
     _add_info(commands)
     _add_bench(commands)
+    _add_certify(commands)
     return parser
 
 
@@ -127,6 +135,34 @@ def _add_bench(commands: Any) -> None:
     parser.set_defaults(command=_bench)
 
 
+def _add_certify(commands: Any) -> None:
+    parser = commands.add_parser(
+        "certify",
+        help="find out which CUDA kernels are right and faster than torch's on this machine",
+        description=(
+            "Runs the CUDA kernels against torch's layers, in a process of its own under a "
+            "watchdog, and writes to the user's cache which of them are right and faster; those "
+            "then run by default on this device, in this environment."
+        ),
+        epilog=CERTIFY_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--device", type=_cuda_device, default="cuda:0", metavar="cuda:N", help="default cuda:0")
+    add("--quick", action="store_true", help="the most used classes alone, two minutes")
+    add("--json", nargs="?", const="-", metavar="FILE",
+        help="write the report, all cases with it; without FILE to stdout, in place of the table",
+    )  # fmt: skip
+    parser.set_defaults(command=_certify)
+
+
+def _cuda_device(text: str) -> str:
+    found = re.fullmatch(r"cuda(?::(\d+))?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected cuda or cuda:N")
+    return f"cuda:{found[1] or 0}"
+
+
 def _names(text: str) -> list[str]:
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
@@ -179,10 +215,8 @@ def _bench(parsed: argparse.Namespace) -> int:
     if parsed.plot or parsed.roofline:
         _require("matplotlib", "pip install 'fastrnn[bench]'")
     for path in (parsed.json, parsed.plot, parsed.roofline):
-        if path and not path.absolute().parent.is_dir():
-            raise CommandError(f"{path}: there is no folder {path.absolute().parent}")
-        if path and path.is_dir():
-            raise CommandError(f"{path}: expected the name of a file, got a folder")
+        if path:
+            _check_file(path)
 
     from fastrnn.bench import compare, plot, records, report
     from fastrnn.bench.progress import progress
@@ -210,6 +244,54 @@ def _bench(parsed: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:  # not allowed to write there; no format of a picture
         raise CommandError(error) from error
     return INTERRUPTED if results.interrupted else 0
+
+
+def _certify(parsed: argparse.Namespace) -> int:
+    _require("torch", "pip install torch")
+    if parsed.json not in (None, "-"):
+        _check_file(Path(parsed.json))
+
+    from fastrnn import _certificate, certify
+    from fastrnn.bench.progress import progress
+    from fastrnn.certify.table import render
+
+    folder = _certificate.folder()
+    unwritable = (
+        f"{folder}: certificates cannot be written there ({{}}); "
+        f"set {_certificate.FOLDER_VARIABLE} to a folder that can be written to"
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # before the minutes that it takes
+        raise CommandError(unwritable.format(error)) from error
+    grid = certify.QUICK if parsed.quick else certify.WHOLE
+    try:
+        with progress(len(certify.plan(grid))) as on_class:
+            document = certify.run(parsed.device, grid, on_class)
+    except certify.CertifyError as error:
+        raise CommandError(error) from error
+    text = json.dumps(document, indent=1)
+    if parsed.json == "-":
+        print(text)
+    else:
+        print(render(document))
+    try:
+        if parsed.json not in (None, "-"):
+            Path(parsed.json).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CommandError(error) from error
+    try:
+        path = _certificate.write(document)
+    except OSError as error:
+        raise CommandError(unwritable.format(error)) from error
+    trusted = sum(entry["trusted"] for entry in document["classes"])
+    print(
+        f"\nThe certificate is {path}. {trusted} of {len(document['classes'])} classes are trusted "
+        "and run by the engine's kernels from now on; all else by torch's own call."
+        + ("" if document["complete"] else " Time did not suffice for all of them."),
+        file=sys.stderr if parsed.json == "-" else sys.stdout,
+    )
+    return 0
 
 
 def _writer(parsed: argparse.Namespace) -> Callable[[Any], None]:
@@ -261,6 +343,14 @@ def _list_suites() -> int:
         for case in cases:
             print(f"  {case.label()}")
     return 0
+
+
+def _check_file(path: Path) -> None:
+    """Refuse a name that no file can be written to, before the work."""
+    if not path.absolute().parent.is_dir():
+        raise CommandError(f"{path}: there is no folder {path.absolute().parent}")
+    if path.is_dir():
+        raise CommandError(f"{path}: expected the name of a file, got a folder")
 
 
 def _require(package: str, install: str) -> None:

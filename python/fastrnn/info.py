@@ -25,6 +25,7 @@ LIBRARIES = re.compile(
     r"|libdnnl|libcudart|libcublas|libcublasLt|libcudnn|libcuda|libonnxruntime|_C)([-.].*)?$"
 )
 COMPOSED = "composed torch operations"
+CUDNN = "cuDNN, by torch's own call"
 CUDA_ENGINE = "engine CUDA, a launch for each step"
 CUDA_PERSISTENT = "engine CUDA, a launch for a sequence where there is a kernel for it"
 
@@ -56,21 +57,33 @@ def info() -> dict[str, Any]:
             "isas": _guarded(engine.isas),
         },
         "threads": _guarded(engine.max_threads),
-        "cuda": {"build": _guarded(engine.cuda_info), "devices": _guarded(_cuda_devices)},
+        "cuda": {
+            "build": _guarded(engine.cuda_info),
+            "devices": _guarded(_cuda_devices),
+            "certificates": _guarded(certificates),
+        },
         "libraries": _guarded(_libraries),
-        "routes": {"cpu": f"engine {isa}", "cuda": _guarded(cuda_kernel)},
+        "routes": {"cpu": f"engine {isa}", "cuda": _guarded(cuda_route)},
     }
 
 
-def cuda_kernel() -> str:
-    """The route that tensors on a CUDA device take, and why."""
+def cuda_route() -> str:
+    """The route that tensors on a CUDA device take, whatever the case, and why."""
     try:
-        route = importlib.import_module("fastrnn._engine").cuda_route()
+        route = importlib.import_module("fastrnn._engine").cuda_switch()
     except ValueError as error:
         return f"none: {error}"
-    if not route.kernels:
-        return f"{COMPOSED} ({route.reason})"
-    return f"{CUDA_PERSISTENT if route.persistent else CUDA_ENGINE} ({route.reason})"
+    if route is None:
+        return f"{CUDNN}; the engine's kernels where the certificate of the device has them"
+    name = CUDA_PERSISTENT if route.persistent else CUDA_ENGINE
+    return f"{name if route.kernels else CUDNN} ({route.reason})"
+
+
+def certificates() -> dict[str, str]:
+    """The state of the certificate of each CUDA device, by ``cuda:N``."""
+    info = importlib.import_module("fastrnn._C").cuda_info()
+    read = importlib.import_module("fastrnn._certificate").read
+    return {f"cuda:{n}": read(n).state for n in range(len(info["devices"] if info else ()))}
 
 
 def render(known: dict[str, Any]) -> str:
@@ -92,6 +105,7 @@ def render(known: dict[str, Any]) -> str:
         "threads": known["threads"],
         "cuda build": _pairs(cuda["build"]) or "none",
         "cuda devices": ", ".join(cuda["devices"] or []) or "none",
+        "certificates": _pairs(cuda["certificates"]) or "none: there is no CUDA device",
         "cpu tensors": known["routes"]["cpu"],
         "cuda tensors": known["routes"]["cuda"],
     }

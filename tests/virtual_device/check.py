@@ -7,13 +7,9 @@ kernels' PTX on the CPU. The device's memory is the host's.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import sys
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -22,40 +18,10 @@ from replaced_module import load
 load(sys.argv[1])
 
 import engine  # noqa: E402
-import fastrnn  # noqa: E402
 from fastrnn import _C  # noqa: E402
 from fastrnn._options import Options  # noqa: E402
 from problems import LAYOUTS, random_problem  # noqa: E402
-
-CUDA = 2  # DLPack's number of it
-ALIGNMENT = 256
-
-pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
-pointer_of.restype = ctypes.c_void_p
-pointer_of.argtypes = [ctypes.py_object, ctypes.c_char_p]
-
-
-class OnDevice:
-    """A host array that says of itself that it is the device's."""
-
-    def __init__(self, host: Any) -> None:
-        self.host = host
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return CUDA, 0
-
-    def __dlpack__(self, **_: Any) -> Any:
-        capsule = fastrnn.from_dlpack(self.host).__dlpack__()
-        device_type = pointer_of(capsule, b"dltensor") + ctypes.sizeof(ctypes.c_void_p)
-        ctypes.c_int32.from_address(device_type).value = CUDA
-        return capsule
-
-
-def workspace(size: int) -> OnDevice:
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return OnDevice(memory[start : start + size])
-
+from virtual_array import OnDevice, workspace  # noqa: E402
 
 persistent = sys.argv[2] == "persistent"
 work = {"workspace": workspace, "stream": 0, "persistent": persistent}

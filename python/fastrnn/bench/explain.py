@@ -10,9 +10,9 @@ import importlib.util
 import re
 from typing import TYPE_CHECKING, Any
 
-from fastrnn import _C, _engine
+from fastrnn import _C, _certificate, _engine
 from fastrnn.bench.cases import CELLS, PRECISIONS, Case
-from fastrnn.info import COMPOSED, CUDA_ENGINE
+from fastrnn.info import COMPOSED, CUDA_ENGINE, CUDNN
 
 if TYPE_CHECKING:
     from fastrnn.bench.cases import Pass
@@ -23,6 +23,7 @@ FLAGS = {"bi": "bidirectional", "lengths": "lengths", "layernorm": "layer_norm"}
 NUMBERS = {
     "T": "T", "B": "B", "I": "I", "H": "H", "L": "layers", "heads": "heads", "members": "members",
 }  # fmt: skip
+MOST_STEPS_OF_CUDNN = 2**16
 NONLINEARITIES = ("tanh", "relu")
 
 
@@ -88,6 +89,7 @@ def explain(case: Case, device: str) -> dict[str, str]:
             raise ValueError("--dtype tf32: it is of CUDA devices; expected --device cuda")
         return known | {"inference": _on_cpu(), "training": _on_cpu()}
     known |= {pass_: cuda_kernel(case, pass_) for pass_ in ("inference", "training")}
+    known["certificate"] = _certificate_here()
     if _engine.built_with_cuda() and not _without_kernel(case) and _no_device():
         known["on an H200"] = (
             f"{_persistent(case, 'training', None)} "
@@ -117,16 +119,33 @@ def cuda_kernel(case: Case, pass_: Pass) -> str:
     Raises:
         ValueError: FASTRNN_CUDA_KERNELS says what it cannot.
     """
-    route = _engine.cuda_route()
-    if not route.kernels:
-        return f"{COMPOSED} ({route.reason})"
-    if without := _without_kernel(case):
-        return f"{COMPOSED} (no CUDA kernel has {without})"
-    if missing := _no_device():
-        return f"no CUDA device ({missing})"
+    route = _engine.cuda_route(
+        case.stack,
+        case.precision,
+        case.B,
+        case.H,
+        pass_ == "training",
+        _current_device(),
+        case.T,
+    )
+    missing, without = _no_device(), _without_kernel(case)
+    if not route.kernels or without:
+        reason = f"no CUDA kernel has {without}" if route.kernels else route.reason
+        return f"{_by_torch(case)} ({f'no CUDA device is here: {missing}' if missing else reason})"
+    if missing:
+        return f"no CUDA device is here ({missing})"
     if not route.persistent:
         return f"{CUDA_ENGINE} ({route.reason})"
-    return _persistent(case, pass_, _current_device())
+    return f"{_persistent(case, pass_, _current_device())}, as {route.reason}"
+
+
+def _by_torch(case: Case) -> str:
+    """What computes the case where the engine's kernels do not."""
+    if set(case.options) - {"lengths", "resets"}:
+        return COMPOSED
+    if case.T >= MOST_STEPS_OF_CUDNN:
+        return f"ATen, by torch's own call, as cuDNN takes fewer than {MOST_STEPS_OF_CUDNN} steps"
+    return f"{CUDNN}, as packed episodes" if case.options else CUDNN
 
 
 def _without_kernel(case: Case) -> str:
@@ -146,10 +165,20 @@ def _no_device() -> str:
     return known["error"] or "the driver names none"
 
 
+def _certificate_here() -> str:
+    """The state of the current device's certificate."""
+    if not _engine.built_with_cuda():
+        return "none: this build has no CUDA kernels"
+    if missing := _no_device():
+        return f"none: no CUDA device is here ({missing})"
+    return _certificate.read(_current_device()).state
+
+
 def _current_device() -> int:
     if importlib.util.find_spec("torch") is None:
         return 0
-    return int(importlib.import_module("torch").cuda.current_device())
+    torch = importlib.import_module("torch")
+    return int(torch.cuda.current_device()) if torch.cuda.is_available() else 0
 
 
 def _persistent(case: Case, pass_: Pass, device: int | None) -> str:

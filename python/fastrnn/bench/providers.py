@@ -144,15 +144,28 @@ def prepare_layer(
         output, _ = layer(inputs[i], hx, **call)
         return torch.autograd.grad(output, [inputs[i], *shared], data.d_output)
 
-    def inferred() -> dict[str, Tensor]:
-        with torch.inference_mode():
-            output, hx_n = infer(0)
+    def outputs() -> dict[str, Tensor]:
+        output, hx_n = infer(0)
         last = hx_n if isinstance(hx_n, tuple) else (hx_n,)
         return dict(zip(("output", "h_n", "c_n"), (output, *last), strict=False))
 
+    def inferred() -> dict[str, Tensor]:
+        with torch.inference_mode():
+            return outputs()
+
     def trained() -> dict[str, Tensor]:
+        found = outputs()
         names = ["d_input", "d_h0", "d_c0"][: 1 + len(states)] + [f"d_{n}" for n, _ in parameters]
-        return dict(zip(names, train(0), strict=True))
+        output, *last = found.values()
+        starts = [h.expand_as(x) for h, x in zip(data.hx, last, strict=True)]
+        wanted = [inputs[0], *shared]
+        # Of the output alone, as it is timed, and with gradients of the final states besides.
+        with_last = torch.autograd.grad([output, *last], wanted, [data.d_output, *starts])
+        return {
+            **{name: x.detach() for name, x in found.items()},
+            **dict(zip(names, train(0), strict=True)),
+            **{f"{n} with d_h_n": d for n, d in zip(names, with_last, strict=True)},
+        }
 
     if training:
         return Prepared(train, trained)

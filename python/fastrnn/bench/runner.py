@@ -215,24 +215,28 @@ def check(case: Case, data: Data, pass_: Pass, prepared: dict[str, Prepared]) ->
     Raises:
         MismatchError: naming provider, case, pass, array and difference.
     """
-    tolerance = TOLERANCE[case.dtype]
-    if case.tf32:
-        tolerance = TOLERANCE_TF32
+    limit = tolerance(case)
     ours = prepared["fastrnn"].results()
     for name, peer in prepared.items():
         if name == "fastrnn":
             continue
         for array, theirs in peer.results().items():
-            difference = _difference(ours[array], theirs)
-            if not difference <= tolerance:
+            off = difference(ours[array], theirs)
+            if not off <= limit:
                 raise MismatchError(
                     f"{case.label()}, {pass_}: {array} of {name} differs from fastrnn's by "
-                    f"{difference:.1e} of its largest value, more than {tolerance:.0e}; "
+                    f"{off:.1e} of its largest value, more than {limit:.0e}; "
                     "nothing was timed"
                 )
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> float:
+def tolerance(case: Case) -> float:
+    """The largest difference that results of the case may have, as `difference` gives it."""
+    return TOLERANCE_TF32 if case.tf32 else TOLERANCE[case.dtype]
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest one, as a share of the largest value of ``theirs``."""
     if ours.shape != theirs.shape:
         return float("inf")
     a, b = ours.double(), theirs.double()

@@ -1,0 +1,48 @@
+"""The report as a table for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastrnn._certificate import KERNELS
+
+COLUMNS = ("class", *KERNELS, "runs now")
+TORCH = "torch's own call"
+
+
+def render(document: dict[str, Any]) -> str:
+    """A line for each class, then what is wrong with those that are refused for it."""
+    rows: list[tuple[str, ...]] = [COLUMNS]
+    for sizes, kinds in _by_sizes(document).items():
+        trusted = [entry for entry in kinds.values() if entry["trusted"]]
+        best = max(trusted, key=lambda entry: entry["ratio"], default=None)
+        found = [_found(kinds[kind]) if kind in kinds else "" for kind in KERNELS]
+        rows.append((sizes, *found, best["kernels"] if best else TORCH))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    reasons = {
+        f"{entry['kernels']}: {entry['why']}"
+        for entry in document["classes"]
+        if entry["why"] and _found(entry) not in ("slower", "not run")
+    }
+    return "\n".join([*lines, *([""] if reasons else []), *sorted(reasons)])
+
+
+def _by_sizes(document: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The classes by all but the kind of kernels, then by that."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for entry in document["classes"]:
+        stack = "both directions" if entry["bidirectional"] else "one layer"
+        h, b = ("–".join(map(str, entry[name])) for name in ("hidden", "rows"))
+        sizes = f"{entry['cell']} {entry['dtype']} {stack} {entry['pass']} H {h} B {b}"
+        found.setdefault(sizes, {})[entry["kernels"]] = entry
+    return found
+
+
+def _found(entry: dict[str, Any]) -> str:
+    """What was found of a class, in a few words."""
+    if not entry["trusted"]:
+        kind = entry["why"].split(": ")[1].split(" (")[0].split(",")[0]
+        return "slower" if kind == "right" else kind
+    later = f" from T {entry['steps']} on" if entry["steps"] > 1 else ""
+    return f"right, same bits, {entry['ratio']:.2f}×{later}"

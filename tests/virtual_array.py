@@ -1,0 +1,42 @@
+"""Arrays of the virtual CUDA device of cuda/tests/virtual, whose memory is the host's.
+
+To be imported once the module that runs on it stands in for fastrnn._C.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+import fastrnn
+
+CUDA = 2  # DLPack's number of it
+ALIGNMENT = 256
+
+pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+pointer_of.restype = ctypes.c_void_p
+pointer_of.argtypes = [ctypes.py_object, ctypes.c_char_p]
+
+
+class OnDevice:
+    """A host array that says of itself that it is the device's."""
+
+    def __init__(self, host: Any) -> None:
+        self.host = host
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return CUDA, 0
+
+    def __dlpack__(self, **_: Any) -> Any:
+        capsule = fastrnn.from_dlpack(self.host).__dlpack__()
+        device_type = pointer_of(capsule, b"dltensor") + ctypes.sizeof(ctypes.c_void_p)
+        ctypes.c_int32.from_address(device_type).value = CUDA
+        return capsule
+
+
+def workspace(size: int) -> OnDevice:
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return OnDevice(memory[start : start + size])

@@ -1,0 +1,188 @@
+"""The child of `fastrnn certify` on a machine without a GPU, for test_certify.py.
+
+In the place of a CUDA device stands the virtual one of cuda/tests/virtual, whose kernels run on the
+CPU; in the place of torch's CUDA layers, those of its CPU. Times are invented: ours take half of
+torch's. Faults, given as JSON, put into the place of a kernel one that is wrong, hangs, dies:
+``{"GRU training steps": FAULT, ...}``.
+
+    python virtual_certify.py MODULE FAULTS DEVICE
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from replaced_module import load
+
+load(sys.argv[1])
+
+import torch  # noqa: E402
+
+from fastrnn import _C, _certificate  # noqa: E402
+from fastrnn._engine import engine_options, saved_size, scalars  # noqa: E402
+from fastrnn.bench.data import Data, make_data  # noqa: E402
+from fastrnn.bench.providers import Fastrnn, Prepared, Torch  # noqa: E402
+from fastrnn.certify.child import RefusedError, serve  # noqa: E402
+from fastrnn.certify.device import Pair  # noqa: E402
+from virtual_array import OnDevice, workspace  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from fastrnn.bench.cases import Case, Pass
+
+FAULTS: dict[str, str] = json.loads(sys.argv[2])
+SECONDS_OF_A_STEP = {"theirs": 2e-3, "ours": 1e-3, "slow": 4e-3}
+
+
+def on_device(x: Tensor | None) -> OnDevice | None:
+    return None if x is None else OnDevice(x)
+
+
+class Kernels:
+    """One case by the engine's CUDA kernels, through the module's own functions."""
+
+    def __init__(self, case: Case, data: Data, pass_: Pass, persistent: bool) -> None:
+        self.case, self.data, self.training = case, data, pass_ == "training"
+        self.engine = engine_options(*scalars(case.stack))
+        self.work = {"workspace": workspace, "stream": 0, "persistent": persistent}
+
+    def empty(self, *shape: int, compute: bool = False) -> Tensor:
+        dtype = torch.float32 if compute else self.data.d_output.dtype
+        return torch.full(shape, torch.nan, dtype=dtype)
+
+    def given(self) -> list[Any]:
+        h0, c0 = (*self.data.hx, None)[:2]
+        rows = (None, self.data.lengths, self.data.reset)
+        weights = list(map(on_device, self.data.weights))
+        arrays = [on_device(x) for x in (self.data.inputs[0], h0, c0)]
+        return [self.engine, *arrays, weights, *map(on_device, rows)]
+
+    def results(self) -> dict[str, Tensor]:
+        case, directions = self.case, self.case.directions
+        groups, steps = case.layers * directions, (case.layers, case.T, case.B)
+        self.hidden = self.empty(*steps, directions * case.H)
+        states = {"h_n": self.empty(groups, case.B, case.H)}
+        self.cell = self.gates = None
+        if case.cell == "LSTM":
+            states["c_n"] = self.empty(groups, case.B, case.H)
+            self.cell = self.empty(*steps, directions * case.H, compute=True)
+        size = saved_size(self.engine, case.H)
+        if self.training:
+            self.gates = self.empty(groups, case.T * case.B, size, compute=True)
+        saved = (self.hidden, states["h_n"], states.get("c_n"), self.cell, self.gates)
+        _C.forward(*self.given(), *map(on_device, saved), True, 1, **self.work)
+        found = {"output": self.hidden[-1], **states}
+        if self.training:
+            found |= self.gradients("", [None, None])
+            found |= self.gradients(" with d_h_n", [*self.data.hx, None][:2])
+        return found
+
+    def gradients(self, suffix: str, d_last: list[Tensor | None]) -> dict[str, Tensor]:
+        states = [torch.full_like(h, torch.nan) for h in self.data.hx]
+        weights = [torch.full_like(w, torch.nan) for w in self.data.weights]
+        d_input = torch.full_like(self.data.inputs[0], torch.nan)
+        d_h0, d_c0 = (*states, None)[:2]
+        # d_output, d_hidden, d_cell, d_h_n, d_c_n; then what is to be written
+        starts = map(on_device, (self.data.d_output, None, None, *d_last))
+        saved = map(on_device, (self.hidden, self.cell, self.gates))
+        _C.backward(
+            *self.given(),
+            *saved,
+            *starts,
+            on_device(d_input),
+            on_device(d_h0),
+            on_device(d_c0),
+            list(map(on_device, weights)),
+            threads=1,
+            **self.work,
+        )
+        layer = getattr(torch.nn, self.case.cell)(
+            1, 1, self.case.layers, bidirectional=self.case.bidirectional
+        )
+        names = ["input", "h0", "c0"][: 1 + len(states)] + [n for n, _ in layer.named_parameters()]
+        return {
+            f"d_{name}{suffix}": d
+            for name, d in zip(names, [d_input, *states, *weights], strict=True)
+        }
+
+
+class InventedClock:
+    """Gives the seconds that a run says of itself."""
+
+    def time(self, run: Callable[[int], Any], inputs: int, calls: int) -> list[float]:
+        return [run(0)] * calls
+
+
+class Virtual:
+    """Answers as fastrnn.certify.device.Cuda does."""
+
+    def __init__(self, name: str) -> None:
+        if name != "cuda:0":
+            raise RefusedError(f"--device {name}: there is one virtual device, cuda:0")
+        self.clock = InventedClock()
+        self.sound = True
+
+    def key(self) -> _certificate.Key:
+        return _certificate.key_of(0)
+
+    def is_sound(self) -> bool:
+        return self.sound
+
+    def prepare(self, case: Case, pass_: Pass, kernels: str) -> Pair:
+        data = make_data(case, "cpu")
+        fault = FAULTS.get(f"{case.cell} {pass_} {kernels}", "")
+        rival = Fastrnn() if case.options else Torch()
+        theirs = rival.prepare(case, data, pass_)
+        ours = Kernels(case, data, pass_, kernels == "persistent")
+
+        def seconds(kind: str) -> Callable[[int], float]:
+            return lambda _: SECONDS_OF_A_STEP[kind] * case.T
+
+        return Pair(
+            Prepared(
+                seconds("slow" if fault == "slow" else "ours"),
+                lambda: self.spoiled(fault, ours.results),
+                f"virtual {kernels}",
+            ),
+            Prepared(seconds("theirs"), theirs.results),
+            len(data.inputs),
+        )
+
+    def spoiled(self, fault: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What a kernel with a fault gives."""
+        if fault == "hang":
+            time.sleep(1e6)
+        if fault == "abort":
+            print("the kernel aborts", file=sys.stderr, flush=True)
+            os.abort()
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "sticky":
+            self.sound = False
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+        if fault == "late":
+            self.sound = False
+        if fault == "error":
+            raise RuntimeError("out of memory")
+        print("a library says something on stdout")
+        found = compute()
+        if fault == "wrong":
+            found["h_n"] = found["h_n"] + 1
+        if fault == "restless":
+            found["h_n"] = found["h_n"] * (1 + 1e-5 * torch.rand(()))
+        return found
+
+
+if __name__ == "__main__":
+    serve(lambda: Virtual(sys.argv[3]))
