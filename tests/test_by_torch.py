@@ -146,6 +146,24 @@ def test_a_packed_sequence_gives_torch_nns_bits(layer: str, sort: bool, calls: l
     torch.testing.assert_close(mine, other, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@every_layer
+@pytest.mark.parametrize(
+    "spoilt", ["sparse input", "nested input", "sparse state", "sparse weight"]
+)
+def test_the_short_way_refuses_what_the_long_way_refuses(layer: str, spoilt: str) -> None:
+    ours = getattr(fastrnn, layer)(SIZE, H)
+    x, h = torch.randn(T, B, SIZE), torch.randn(1, B, H)
+    if spoilt == "sparse weight":
+        ours.weight_hh_l0 = torch.nn.Parameter(ours.weight_hh_l0.detach().to_sparse())
+    elif spoilt == "sparse state":
+        h = h.to_sparse()
+    else:
+        x = x.to_sparse() if spoilt == "sparse input" else torch.nested.nested_tensor(list(x))
+    with pytest.raises(TypeError, match=r"must be a dense Tensor, got"):
+        ours(x, (h, h) if layer == "LSTM" else h)
+
+
 @every_layer
 def test_states_of_any_strides_are_taken(layer: str, calls: list[Any]) -> None:
     """torch asks for contiguous ones on a GPU."""
@@ -663,6 +681,14 @@ def test_a_transposed_weight_in_its_old_place_is_copied(laid: Callable[..., bool
     flat = in_one_piece(weights, [0, 1])
     assert not laid(options, flat)
     assert laid(options, [flat[0], flat[1].t()])
+
+
+def test_a_weight_with_a_negation_pending_is_copied_as_it_is(laid: Callable[..., bool]) -> None:
+    options = Options("RNN", bias=False)
+    weights = [torch.randn(H, SIZE), torch.randn(H, H)]
+    laid(options, weights)
+    flat = in_one_piece(weights, [0, 1])
+    assert laid(options, [flat[0], torch._neg_view(flat[1])])
 
 
 @pytest.mark.parametrize(

@@ -236,8 +236,8 @@ def _laid_flat(options: Options, weights: Sequence[Tensor], input: Tensor) -> li
     if not (torch._use_cudnn_rnn_flatten_weight() and torch.cudnn_is_acceptable(input)):
         return flat
     kind = (options, input.shape[-1], first.shape, first.dtype, first.device)
-    contiguous = all(w.is_contiguous() for w in weights)
-    if contiguous and kind in _places and _places_of(flat) == _places[kind]:
+    plain = all(w.is_contiguous() and not w.is_neg() for w in weights)
+    if plain and kind in _places and _places_of(flat) == _places[kind]:
         return flat
     copies = list(_Flat.apply(options, input.shape[-1], *weights))  # type: ignore[no-untyped-call]
     _places[kind] = _places_of(copies)
@@ -280,7 +280,7 @@ def flat_copies(
     from torch.backends.cudnn.rnn import get_cudnn_mode
 
     # Of the same memory, but not the same tensors: torch gives them other memory.
-    copies: list[Any] = [w.detach() for w in weights]
+    copies: list[Any] = [w.detach().resolve_neg() for w in weights]
     copies = [w.new_empty(0).set_(w) for w in copies]
     kind = name_of(options).upper()
     with torch.no_grad(), torch.cuda.device(weights[0].device):
