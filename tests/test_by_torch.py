@@ -7,6 +7,7 @@ torch.nn, lengths and resets as episodes, derivatives, graphs. What is cuDNN's a
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ from fastrnn._engine import NO_EXTRAS, scalars
 from fastrnn._options import Options
 from fastrnn._recurrent import recurrent
 from operators import opcheck
-from pairs import CELLS, LAYERS, outcome, pair
+from pairs import CELLS, LAYERS, outcome, pair, tensors
 from stacks import STACKS, STEPS, Case, make
 
 # Their promises hold here too.
@@ -145,6 +146,24 @@ def test_a_packed_sequence_gives_torch_nns_bits(layer: str, sort: bool, calls: l
     torch.testing.assert_close(mine, other, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@every_layer
+@pytest.mark.parametrize(
+    "spoilt", ["sparse input", "nested input", "sparse state", "sparse weight"]
+)
+def test_the_short_way_refuses_what_the_long_way_refuses(layer: str, spoilt: str) -> None:
+    ours = getattr(fastrnn, layer)(SIZE, H)
+    x, h = torch.randn(T, B, SIZE), torch.randn(1, B, H)
+    if spoilt == "sparse weight":
+        ours.weight_hh_l0 = torch.nn.Parameter(ours.weight_hh_l0.detach().to_sparse())
+    elif spoilt == "sparse state":
+        h = h.to_sparse()
+    else:
+        x = x.to_sparse() if spoilt == "sparse input" else torch.nested.nested_tensor(list(x))
+    with pytest.raises(TypeError, match=r"must be a dense Tensor, got"):
+        ours(x, (h, h) if layer == "LSTM" else h)
+
+
 @every_layer
 def test_states_of_any_strides_are_taken(layer: str, calls: list[Any]) -> None:
     """torch asks for contiguous ones on a GPU."""
@@ -182,6 +201,27 @@ def test_autocast_is_torchs_affair(layer: str, kind: dict[str, Any], calls: list
         other = theirs(x)
     torch.testing.assert_close(mine, other, rtol=0, atol=0)
     assert calls[0][1].dtype == torch.float32
+
+
+@every_layer
+@pytest.mark.parametrize("lengths", [[6, 3, 1, 0], [0, 0, 0, 0]])
+def test_under_autocast_lengths_leave_the_dtypes_as_they_are(
+    layer: str, lengths: list[int]
+) -> None:
+    """Of the output and of the states: by torch's call, composed while a graph is captured, by the
+    engine.
+    """
+    ours, x = getattr(fastrnn, layer)(SIZE, H), torch.randn(T, B, SIZE)
+
+    def dtypes() -> list[torch.dtype]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return [y.dtype for y in tensors(ours(x, lengths=lengths))]
+
+    by_torch = dtypes()
+    with patch.object(_by_torch, "_is_capturing", lambda _: True):
+        assert dtypes() == by_torch
+    with patch.object(_recurrent, "_ENGINE_DEVICES", frozenset({"cpu"})):
+        assert dtypes() == by_torch
 
 
 def test_a_call_without_a_gradient_asks_for_no_training_mode(calls: list[Any]) -> None:
@@ -270,6 +310,29 @@ def test_lengths_on_the_cpu_are_not_waited_for() -> None:
         _episodes.find(torch.empty(4, 3, 2, device=device), lengths.to(device), None)
 
 
+def test_nothing_of_a_reset_is_made_elsewhere() -> None:
+    """From the CPU it would have to come over, and be waited for."""
+    reset = torch.tensor([[False, True, False], [True, False, False]])
+    with torch.device("meta"):  # where tensors are made that say no place
+        found = _episodes.find(torch.empty(2, 3, 1, device="cpu"), None, reset)
+    assert found is not None
+    assert found.batch_sizes.tolist() == [4, 2]
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda"])
+def test_only_cuda_is_trusted_with_a_copy_that_is_not_waited_for(device: str) -> None:
+    """Others may read memory of the host after it was freed (pytorch/pytorch#139550)."""
+    asked = []
+
+    def to(self: Tensor, *_: Any, non_blocking: bool = False) -> Tensor:
+        asked.append(non_blocking)
+        return self
+
+    with patch.object(Tensor, "to", to):
+        _episodes._on(torch.device(device), torch.zeros(2))
+    assert asked == [device == "cuda"]
+
+
 @every_layer
 def test_lengths_stay_on_the_cpu_until_the_episodes_are_known(layer: str) -> None:
     ours = getattr(fastrnn, layer)(SIZE, H)
@@ -327,14 +390,59 @@ def test_a_gradient_of_the_gradient_is_not_torchs(calls: list[Any]) -> None:
     """cuDNN has none: torch's graph gets no gradient where one is to be differentiated."""
     case = make(Options("LSTM"))
     output = run(case)[0]
-    function, nodes = output.grad_fn, []
+    nodes = cotangents_of_torchs_graph(output)
+    torch.autograd.grad(output.sum(), case.leaves, create_graph=True)
+    assert not any(nodes)
+    torch.autograd.grad(run(case)[0].sum(), case.leaves)
+
+
+def cotangents_of_torchs_graph(output: Tensor) -> list[bool]:
+    """Whether torch's own graph is given any, as backward comes to its nodes."""
+    function, nodes = output.grad_fn, list[bool]()
     assert function is not None
     for node, _ in function.next_functions:
         if node is not None and "Accumulate" not in node.name():
-            node.register_hook(lambda _, given: nodes.append([d is not None for d in given]))
-    torch.autograd.grad(output.sum(), case.leaves, create_graph=True)
-    assert not any(any(given) for given in nodes)
-    torch.autograd.grad(run(case)[0].sum(), case.leaves)
+            node.register_hook(lambda _, given: nodes.append(any(d is not None for d in given)))
+    return nodes
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # forward mode uses it
+@every_stack
+@pytest.mark.parametrize("steps", ["padded", "packed", "lengths-reset"])
+def test_tangents_of_gradients_are_not_torchs(
+    options: Options, steps: str, calls: list[Any]
+) -> None:
+    """Forward mode over backward, which cuDNN does not have."""
+    case = make(options, steps, extras=["reset_hx"] if "reset" in steps else [])
+    output = run(case)[0]
+    d, tangent = torch.randn_like(output), torch.randn_like(output)
+    expected = torch.autograd.grad(output, case.leaves, tangent, retain_graph=True)
+    nodes = cotangents_of_torchs_graph(output)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(d, tangent)
+        found = torch.autograd.grad(output, case.leaves, dual)
+        tangents = [torch.autograd.forward_ad.unpack_dual(g).tangent for g in found]
+    assert not any(nodes)
+    torch.testing.assert_close(tangents, list(expected), rtol=1e-11, atol=1e-12)
+
+
+@every_layer
+def test_backward_unpacks_what_torch_saved_and_nothing_else(layer: str, calls: list[Any]) -> None:
+    """So that what hooks have put elsewhere, or what is to be computed again, comes back once."""
+    theirs, ours = pair(layer, SIZE, H, 2)
+    unpacked = []
+    for module in (theirs, ours):
+        count = []
+
+        def unpack(x: Tensor, count: list[int] = count) -> Tensor:
+            count.append(1)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+            output = module(torch.randn(T, B, SIZE))[0]
+        output.sum().backward()
+        unpacked.append(len(count))
+    assert unpacked[0] == unpacked[1]
 
 
 @every_layer
@@ -454,6 +562,20 @@ def test_a_graph_of_a_cpu_computes_where_kernels_are_not_trusted(
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("device", ["CPU", "CUDA", "MPS", "XPU"])
+@pytest.mark.parametrize("kind", ["forward", "backward", "forward_members", "backward_members"])
+def test_operators_run_on_every_device_that_graphs_may_name(device: str, kind: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastrnn::{kind}", device)
+
+
+@pytest.mark.parametrize(("device", "engine"), [("cpu", True), ("mps", False), ("xpu", False)])
+def test_no_graph_leaves_memory_of_another_device_to_the_engine(device: str, engine: bool) -> None:
+    """One that was made on a CPU asks for the engine wherever it is moved to."""
+    x: Any = SimpleNamespace(device=torch.device(device), is_cuda=False)
+    arguments = operator_arguments(make(Options("GRU")), False, False, False)
+    assert _by_torch_operators.leaves_to_engine(x, *arguments[1:]) is engine
+
+
 # ---- what is cuDNN's alone -----------------------------------------------------------------------
 
 
@@ -501,20 +623,93 @@ def test_weights_are_copied_into_one_piece_without_touching_them(layer: str, cud
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_weights_in_one_piece_stay_where_they_are(cudnn: Cudnn) -> None:
-    options, device = Options("GRU"), SimpleNamespace(is_cuda=True, shape=(T, B, SIZE))
-    whole = torch.randn(100)
-    apart = [torch.randn(9, 3), torch.randn(9, 3), torch.randn(9), torch.randn(9)]
-    together = [whole[:27].view(9, 3), whole[27:54].view(9, 3), whole[54:63], whole[63:72]]
+@pytest.fixture
+def laid(cudnn: Cudnn, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
+    """Whether torch's call would be given copies of weights, for an input said to be on a GPU."""
+    monkeypatch.setattr(_by_torch, "_places", {})
+    monkeypatch.setattr(torch, "_use_cudnn_rnn_flatten_weight", lambda: True)
+    monkeypatch.setattr(torch, "cudnn_is_acceptable", lambda _: True)
+
+    def copied(options: Options, weights: list[Tensor]) -> bool:
+        x: Any = SimpleNamespace(is_cuda=True, shape=(T, B, SIZE))
+        before = len(cudnn.flattened)
+        given = _by_torch._laid_flat(options, weights, x)
+        torch.testing.assert_close(given, weights, rtol=0, atol=0)
+        copied = len(cudnn.flattened) > before
+        assert copied or all(a is b for a, b in zip(given, weights, strict=True))
+        return copied
+
+    return copied
+
+
+def in_one_piece(weights: list[Tensor], order: list[int]) -> list[Tensor]:
+    """The same values, laid one behind the other in this order."""
+    whole = torch.cat([weights[i].flatten() for i in order])
+    pieces = dict(zip(order, whole.split([weights[i].numel() for i in order]), strict=True))
+    return [pieces[i].view_as(w) for i, w in enumerate(weights)]
+
+
+def test_weights_as_cudnn_lays_them_stay_where_they_are(laid: Callable[..., bool]) -> None:
+    """How that is, the first copies tell."""
+    options = Options("GRU", 2)
+    weights = make(options, requires_grad=False).weights
+    matrices_first = [0, 1, 4, 5, 2, 3, 6, 7]
+    assert laid(options, weights)
+    assert laid(options, weights)
+    assert not laid(options, in_one_piece(weights, matrices_first))
+
+
+def test_weights_in_one_piece_of_another_order_are_copied(laid: Callable[..., bool]) -> None:
+    """As after vector_to_parameters, in a replica of DataParallel, or of one layer of a stack."""
+    options = Options("GRU", 2)
+    weights = make(options, requires_grad=False).weights
+    laid(options, weights)
+    assert laid(options, in_one_piece(weights, list(range(8))))
+    flat = in_one_piece(weights, [0, 1, 4, 5, 2, 3, 6, 7])
+    one = Options("GRU")
+    laid(one, weights[4:])
+    assert laid(one, flat[4:])
+    tied = [*flat[:5], flat[1], *flat[6:]]
+    assert laid(options, tied)
+
+
+def test_a_transposed_weight_in_its_old_place_is_copied(laid: Callable[..., bool]) -> None:
+    """torch looks at where weights begin, not at their strides, and would read it untransposed."""
+    options = Options("RNN", bias=False)
+    weights = [torch.randn(H, SIZE), torch.randn(H, H)]
+    laid(options, weights)
+    flat = in_one_piece(weights, [0, 1])
+    assert not laid(options, flat)
+    assert laid(options, [flat[0], flat[1].t()])
+
+
+def test_a_weight_with_a_negation_pending_is_copied_as_it_is(laid: Callable[..., bool]) -> None:
+    options = Options("RNN", bias=False)
+    weights = [torch.randn(H, SIZE), torch.randn(H, H)]
+    laid(options, weights)
+    flat = in_one_piece(weights, [0, 1])
+    assert laid(options, [flat[0], torch._neg_view(flat[1])])
+
+
+@pytest.mark.parametrize(
+    ("weights", "autocast", "copied"),
+    [
+        (torch.float32, torch.float16, False),
+        (torch.float16, torch.float16, True),
+        (torch.float64, torch.float16, True),
+        (torch.bfloat16, torch.bfloat16, True),
+    ],
+)
+def test_autocast_copies_the_weights_that_it_casts(
+    laid: Callable[..., bool], weights: torch.dtype, autocast: torch.dtype, copied: bool
+) -> None:
+    options = Options("RNN", bias=False)
+    given = [torch.randn(H, SIZE, dtype=weights), torch.randn(H, H, dtype=weights)]
     with (
-        patch.object(torch, "_use_cudnn_rnn_flatten_weight", lambda: True),
-        patch.object(torch.backends.cudnn, "is_acceptable", lambda _: True),
+        patch.object(torch, "is_autocast_enabled", lambda _: True),
+        patch.object(torch, "get_autocast_dtype", lambda _: autocast),
     ):
-        same = _by_torch._laid_flat(options, together, device)  # type: ignore[arg-type]
-        assert all(a is b for a, b in zip(same, together, strict=True))
-        assert cudnn.flattened == []
-        _by_torch._laid_flat(options, apart, device)  # type: ignore[arg-type]
-    assert len(cudnn.flattened) == 1
+        assert laid(options, given) is copied
 
 
 def test_layers_lay_their_weights_when_made_and_moved() -> None:
@@ -591,6 +786,22 @@ def test_cudnn_is_not_asked_for_more_steps_than_it_takes(monkeypatch: pytest.Mon
         x: Any = SimpleNamespace(is_cuda=True, shape=(steps, 1, 1), new_zeros=torch.zeros)
         _by_torch.call(Options("GRU", bias=False), x, None, weights, None, 0.0, False)
     assert seen == [True, False]
+    assert torch._C._get_cudnn_enabled()
+
+
+def test_threads_leave_cudnn_as_they_found_it() -> None:
+    entered = threading.Event()
+
+    def other() -> None:
+        with _by_torch._without_cudnn():
+            entered.set()
+
+    thread = threading.Thread(target=other)
+    with _by_torch._without_cudnn():
+        thread.start()
+        assert not entered.wait(0.2)
+    thread.join()
+    assert entered.is_set()
     assert torch._C._get_cudnn_enabled()
 
 

@@ -180,7 +180,8 @@ def waits(case: Case) -> int:
 @every_layer
 def test_one_wait_and_none_for_lengths_on_the_cpu(gpu: torch.device, layer: str) -> None:
     options = Options(layer, 2, True)  # type: ignore[arg-type]
-    for steps, expected in (("padded", 0), ("packed", 0), ("lengths", 1), ("lengths-reset", 1)):
+    expected_of = {"padded": 0, "packed": 0, "lengths": 1, "reset": 1, "lengths-reset": 1}
+    for steps, expected in expected_of.items():
         assert waits(moved(make(options, steps), gpu)) == expected, steps
     case = moved(make(options, "lengths"), gpu)
     assert waits(case._replace(steps={"lengths": case.steps["lengths"].cpu()})) == 0
@@ -235,6 +236,29 @@ def test_nothing_warns_about_weights_apart(gpu: torch.device, layer: str) -> Non
         output.sum().backward()
     assert ours.weight_hh_l1.grad is not None
     torch.testing.assert_close(output.cpu(), ours.cpu()(x.cpu())[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layer", ["RNN", "GRU"])
+def test_nothing_warns_about_one_layer_of_a_stack(
+    gpu: torch.device, layer: str, dtype: torch.dtype
+) -> None:
+    """With all states layers run one by one, whose weights are parts of the piece of all."""
+    ours = getattr(fastrnn, layer)(SIZE, H, 2, device=gpu, dtype=dtype)
+    x = torch.randn(T, B, SIZE, device=gpu, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours(x)
+        ours(x, return_states=True)
+
+
+@every_layer
+def test_weights_as_cudnn_lays_them_are_not_copied(gpu: torch.device, layer: str) -> None:
+    ours = getattr(fastrnn, layer)(SIZE, H, 2, bidirectional=True, device=gpu)
+    x = torch.randn(T, B, SIZE, device=gpu)
+    ours(x)  # learns the layout
+    with patch.object(_by_torch, "flat_copies", side_effect=AssertionError):
+        ours(x)
 
 
 @every_layer

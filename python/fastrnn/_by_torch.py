@@ -22,6 +22,7 @@ kernels are then those of _by_torch_operators.py.
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -29,9 +30,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor
+from torch.autograd import forward_ad
 
 from . import _composed, _episodes
-from ._engine import NO_EXTRAS, CudaRoute, Extras, cuda_route, graphs_take_kernels, no_kernels
+from ._engine import (
+    NO_EXTRAS,
+    CudaRoute,
+    Extras,
+    cuda_route,
+    graphs_take_kernels,
+    no_kernels,
+    scalars,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -145,7 +155,7 @@ def call(
         hx: (L·D, B, units) each, or None for zeros.
         train: whether a gradient may be asked for, or values are dropped.
     """
-    rows: Any = input.shape[1] if batch_sizes is None else batch_sizes[0]
+    rows = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
     hx = zeros(options, input, rows, weights) if hx is None else hx
     states = tuple(state.contiguous() for state in hx)
     function = getattr(_VF, name_of(options))
@@ -163,12 +173,17 @@ def call(
 
 @contextmanager
 def _without_cudnn() -> Iterator[None]:
-    enabled = torch._C._get_cudnn_enabled()
-    torch._C._set_cudnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_cudnn_enabled(enabled)
+    """The switch is the process's: by one thread at a time, so that each puts back what was."""
+    with _switching:
+        enabled = torch._C._get_cudnn_enabled()
+        torch._C._set_cudnn_enabled(False)
+        try:
+            yield
+        finally:
+            torch._C._set_cudnn_enabled(enabled)
+
+
+_switching = threading.Lock()
 
 
 def name_of(options: Options) -> str:
@@ -209,22 +224,39 @@ def flatten(layer: Any) -> None:
 
 
 def _laid_flat(options: Options, weights: Sequence[Tensor], input: Tensor) -> list[Tensor]:
-    """The weights in one piece of memory, as cuDNN takes them: where they are not, copies.
+    """The weights in one piece of memory, in cuDNN's order: where they are not, copies.
 
     Of what autocast casts, torch makes such copies by itself; what torch.jit traces is to hold the
     weights.
     """
-    flat = list(weights)
+    flat, first = list(weights), weights[0]
     traced = torch._C._get_tracing_state() is not None
-    if not input.is_cuda or torch.is_autocast_enabled("cuda") or traced:
+    if not input.is_cuda or traced or _autocast_copies(first):
         return flat
-    place = weights[0].untyped_storage().data_ptr()
-    if all(w.untyped_storage().data_ptr() == place for w in weights):
+    if not (torch._use_cudnn_rnn_flatten_weight() and torch.cudnn_is_acceptable(input)):
         return flat
-    acceptable: Any = torch.backends.cudnn.is_acceptable
-    if not (torch._use_cudnn_rnn_flatten_weight() and acceptable(input)):
+    kind = (options, input.shape[-1], first.shape, first.dtype, first.device)
+    plain = all(w.is_contiguous() and not w.is_neg() for w in weights)
+    if plain and kind in _places and _places_of(flat) == _places[kind]:
         return flat
-    return list(_Flat.apply(options, input.shape[-1], *weights))  # type: ignore[no-untyped-call]
+    copies = list(_Flat.apply(options, input.shape[-1], *weights))  # type: ignore[no-untyped-call]
+    _places[kind] = _places_of(copies)
+    return copies
+
+
+# Where cuDNN has each weight of a kind of stack, in bytes; learnt from the copies it makes.
+_places: dict[tuple[Any, ...], list[int]] = {}
+
+
+def _places_of(weights: Sequence[Tensor]) -> list[int]:
+    start = weights[0].untyped_storage().data_ptr()
+    return [w.data_ptr() - start for w in weights]
+
+
+def _autocast_copies(weight: Tensor) -> bool:
+    if not torch.is_autocast_enabled("cuda"):
+        return False
+    return weight.dtype not in (torch.float64, torch.get_autocast_dtype("cuda"))
 
 
 class _Flat(torch.autograd.Function):
@@ -248,7 +280,7 @@ def flat_copies(
     from torch.backends.cudnn.rnn import get_cudnn_mode
 
     # Of the same memory, but not the same tensors: torch gives them other memory.
-    copies: list[Any] = [w.detach() for w in weights]
+    copies: list[Any] = [w.detach().resolve_neg() for w in weights]
     copies = [w.new_empty(0).set_(w) for w in copies]
     kind = name_of(options).upper()
     with torch.no_grad(), torch.cuda.device(weights[0].device):
@@ -361,15 +393,15 @@ def run(
 class _Twice(torch.autograd.Function):
     """Hands on what torch computed, and its gradients.
 
-    Where these are to be differentiated in turn, torch's graph gets none, and the leaves get theirs
-    from composed operations.
+    Where these are to be differentiated in turn, or carry tangents, torch's graph gets none, and
+    the leaves get theirs from composed operations.
     """
 
     @staticmethod
     def forward(
         ctx: Any, options: Options, rows: Rows, count: int, *tensors: Tensor | None
     ) -> tuple[Any, ...]:
-        ctx.options, ctx.count, ctx.leaves = options, count, len(tensors) - count
+        ctx.options, ctx.count = options, count
         ctx.save_for_backward(*rows, *tensors[count:])
         ctx.set_materialize_grads(False)
         # Not views, which could not be detached in place.
@@ -377,16 +409,22 @@ class _Twice(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not torch.is_grad_enabled():
-            return None, None, None, *gradients, *(None,) * ctx.leaves
+        needs = ctx.needs_input_grad[3 + ctx.count :]
+        tangents = forward_ad._current_level >= 0  # cuDNN has no forward mode either
+        if not (torch.is_grad_enabled() or tangents):
+            return None, None, None, *gradients, *(None,) * len(needs)
         batch_sizes, lengths, reset, *leaves = ctx.saved_tensors
         input, h0, c0, reset_h, reset_c, *weights = leaves
         d_output, d_h_n, *more = gradients
         d_c_n = more.pop(0) if ctx.options.cell == "LSTM" else None
-        found = _composed.gradients(
-            ctx.options,
-            (input, h0, c0, weights, batch_sizes, lengths, reset, reset_h, reset_c, *(None,) * 3),
-            (d_output, more[0] if more else None, None, d_h_n, d_c_n),
-            ctx.needs_input_grad[3 + ctx.count :],
-        )
+        steps = (batch_sizes, lengths, reset, reset_h, reset_c)
+        arguments = (input, h0, c0, weights, *steps, *(None,) * 3)
+        cotangents = (d_output, more[0] if more else None, None, d_h_n, d_c_n)
+        found: Sequence[Tensor | None]
+        if tangents:
+            from ._transforms import ONE, gradients_of
+
+            found = gradients_of(ONE, scalars(ctx.options), arguments, needs, cotangents)
+        else:
+            found = _composed.gradients(ctx.options, arguments, cotangents, needs)
         return *(None,) * (3 + ctx.count), *found

@@ -62,7 +62,7 @@ def leaves_to_engine(*arguments: Any) -> bool:
     """
     given = _Given(*arguments[:_TENSORS])
     if not given.input.is_cuda:
-        return True
+        return given.input.device.type == "cpu"
     training = arguments[-2] is not False  # forward's `save`, or backward's `needs`
     first = _TENSORS + (0 if isinstance(arguments[-2], bool) else _SAVED)
     return kernels(given, arguments[first : first + _OPTIONS], training).kernels
@@ -229,7 +229,7 @@ def _by_cudnn(
     from torch.backends.cudnn.rnn import get_cudnn_mode
 
     input, weights, batch_sizes = given.input, given.weights, given.batch_sizes
-    rows: Any = input.shape[1] if batch_sizes is None else batch_sizes[0]
+    rows = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
     h0, c0 = (*(given.hx or _by_torch.zeros(options, input, rows, weights)), None)[:2]
     d_output, _, _, d_h_n, d_c_n = cotangents
     flat, buffer = _by_torch.flat_copies(options, weights, input.shape[-1])

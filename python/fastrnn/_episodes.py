@@ -102,16 +102,17 @@ def find(input: Tensor, lengths: Tensor | None, reset: Tensor | None) -> Episode
         lengths = lengths.clamp(0, T)
         found = _of_lengths(lengths, T)
     else:
-        lengths = torch.full((B,), T) if lengths is None else lengths.clamp(0, T)
-        found = _of_resets(lengths.to(reset.device), reset)
+        where = reset.device
+        lengths = torch.full((B,), T, device=where) if lengths is None else lengths.clamp(0, T)
+        lengths = _on(where, lengths)
+        found = _of_resets(lengths, reset)
     batch_sizes = found.batch_sizes.cpu()  # of values on a device, this waits
     E, N = int(batch_sizes[0]), int(batch_sizes.sum())
     if N == 0:
         return None
     device = input.device
     order, rank, step, offset, lengths = (
-        x.to(device, non_blocking=True)
-        for x in (found.order, found.rank, found.step, found.offset, lengths)
+        _on(device, x) for x in (found.order, found.rank, found.step, found.offset, lengths)
     )
     time = torch.arange(T, device=device).unsqueeze(1)
     idle = (time >= lengths).flatten()
@@ -139,6 +140,13 @@ def find(input: Tensor, lengths: Tensor | None, reset: Tensor | None) -> Episode
         empty.unsqueeze(-1),
         cut,
     )
+
+
+def _on(device: torch.device, x: Tensor) -> Tensor:
+    """``x`` on a device, without a wait where that is safe: CUDA takes pageable memory in at once,
+    where others may read it after it was freed.
+    """
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 class _Found(NamedTuple):

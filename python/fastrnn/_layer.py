@@ -414,7 +414,9 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
         half, wide, casts = _autocast.requested(input), None, False
         batch_sizes, return_states = steps.get("batch_sizes"), steps.get("return_states", False)
         drops = self.training and self._recurrent_dropout() > 0
-        if half is not None and not drops:
+        # With lengths and resets not, as composed operations may have to serve there.
+        cuts = any(steps.get(name) is not None for name in ("lengths", "reset"))
+        if half is not None and not (drops or cuts):
             given = (self._options, input, hx, weights, batch_sizes, return_states)
             half = None if casts_by_itself(*given) else half
             casts = half is None

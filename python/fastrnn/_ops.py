@@ -1,9 +1,9 @@
 """The engine as torch operators, ``fastrnn::forward`` and ``fastrnn::backward``.
 
 One operator runs a whole stack, so that torch.compile and torch.export see one node. Registered
-here: the schema; the kernel for CPU and CUDA, which allocates the outputs and calls the engine;
-the fake kernel, which allocates alone; and autograd. The compute dtype of half types is float32, of
-others itself.
+here: the schema; the kernel, which allocates the outputs and calls the engine, or on a GPU what
+there is in its place; the fake kernel, which allocates alone; and autograd. The compute dtype of
+half types is float32, of others itself.
 
 ``forward`` gives, each contiguous and, where not wanted, of shape (0,):
 
@@ -716,7 +716,7 @@ def _unless_by_torch(engine: Callable[..., Any], each: Callable[..., Any]) -> Ca
 # ---- Registration --------------------------------------------------------------------------------
 
 
-_kernels: tuple[tuple[str, Any, Any, Any], ...] = (  # on the CPU, on CUDA, of shapes alone
+_kernels: tuple[tuple[str, Any, Any, Any], ...] = (  # on the CPU, elsewhere, of shapes alone
     ("forward", _forward_kernel, _forward_kernel, _forward_fake),
     ("backward", _backward_kernel, _backward_kernel, _backward_fake),
     (
@@ -732,9 +732,10 @@ _kernels: tuple[tuple[str, Any, Any, Any], ...] = (  # on the CPU, on CUDA, of s
         _backward_fake,
     ),
 )
-for _name, _on_cpu, _on_cuda, _fake in _kernels:
+for _name, _on_cpu, _elsewhere, _fake in _kernels:
     library.impl(_name, _on_cpu, "CPU")
-    library.impl(_name, _on_cuda, "CUDA")
+    for _key in ("CUDA", "MPS", "XPU"):
+        library.impl(_name, _elsewhere, _key)
     torch.library.register_fake(f"fastrnn::{_name}", _fake, lib=library)
 
 forward_op = torch.ops.fastrnn.forward.default

@@ -97,6 +97,8 @@ def usual_layer(layer: Any, input: Any, hx: tuple[Any, ...] | None) -> Result | 
     weights: list[Any] = [parameters.get(name) for name in layer._flat_weights_names]
     if any(w is None for w in weights) or not _C.nothing_listens((input, *(hx or ()), *weights)):
         return None
+    if any(x.layout is not torch.strided or x.is_nested for x in (input, *(hx or ()), *weights)):
+        return None
     quiet = torch._C._functorch.maybe_current_level() is None and forward_ad._current_level < 0
     unusual = not quiet or _composed.watchers.get() or torch.is_autocast_enabled(input.device.type)
     if unusual or input.is_complex() or not _by_torch.has_cell(options):
@@ -132,7 +134,9 @@ def casts_by_itself(
     batch_sizes: Tensor | None,
     return_states: bool,
 ) -> bool:
-    """Whether a call without masks goes to torch's own, which under autocast casts by itself."""
+    """Whether a call without masks, lengths and resets goes to torch's own, which under autocast
+    casts by itself.
+    """
     steps = (batch_sizes, None, None, NO_EXTRAS)
     return _route(options, input, hx, weights, steps, return_states) is None
 
