@@ -173,9 +173,8 @@ def sanitizer(options: Options) -> list[Command]:
 
 def certify(options: Options) -> list[Command]:
     file = "certify.json"
-    there = f"FASTRNN_CERTIFICATES={options.out / 'certificates'}"  # not in the user's cache
     command = (options.python, "-m", "fastrnn.cli", "certify", "--quick", "--json")
-    return [Command("certify", ("env", there, *command, str(options.out / file)), json=file)]
+    return [Command("certify", (*command, str(options.out / file)), json=file)]
 
 
 def ladder(options: Options) -> list[Command]:
@@ -223,6 +222,8 @@ def run_command(command: Command, log: Path, limit: float) -> tuple[int | str, b
             file.write(f"{missing}\n")
             return missing, False
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        # No certificate of the user's is read or written, nor platformdirs needed.
+        environment["FASTRNN_CERTIFICATES"] = str(log.parent / "certificates")
         if command.route:
             environment[SWITCH] = ROUTES[command.route]
         process = subprocess.Popen(

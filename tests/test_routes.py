@@ -35,11 +35,12 @@ def route(
     input: Any,
     options: Options = Options("LSTM"),  # noqa: B008
     states: bool = False,
+    batch_sizes: torch.Tensor | None = None,
     **extras: Any,
 ) -> str:
     """engine, torch, torch as an operator, or composed."""
     weights = [SimpleNamespace(shape=(16, 3), requires_grad=False)] * 4
-    steps = (None, None, None, NO_EXTRAS._replace(**extras))
+    steps = (batch_sizes, None, None, NO_EXTRAS._replace(**extras))
     found = _recurrent._route(options, input, None, weights, steps, states)
     names = {
         _recurrent._engine_route: "engine",
@@ -81,6 +82,17 @@ def test_cuda_kernels_know_heads(cuda: Any) -> None:
 
 def test_neither_cuda_kernels_nor_torch_know_masks(cuda: Any) -> None:
     assert route(cuda, dropout_mask=torch.ones(1)) == "composed"
+
+
+@pytest.mark.parametrize("asked", [None, CudaRoute(True, "asked for")])
+def test_no_certificate_is_of_packed_sequences_or_of_all_states(
+    cuda: Any, asked: CudaRoute | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_by_torch, "cuda_switch", lambda: asked)
+    expected = "torch" if asked is None else "engine"
+    assert route(cuda, Options("GRU"), states=True) == expected
+    assert route(cuda, Options("GRU"), batch_sizes=torch.tensor([2, 2, 1])) == expected
+    assert route(cuda, Options("GRU")) == "engine"
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])

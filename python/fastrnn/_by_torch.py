@@ -38,6 +38,7 @@ from ._engine import (
     CudaRoute,
     Extras,
     cuda_route,
+    cuda_switch,
     graphs_take_kernels,
     no_kernels,
     scalars,
@@ -85,6 +86,7 @@ def kernels(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     training: bool,
+    states: bool = False,
 ) -> CudaRoute:
     """Whether the engine's own CUDA kernels compute a call, which they can and `cuda_route` lets
     them, and by which of them.
@@ -96,6 +98,8 @@ def kernels(
     device = input.get_device()
     if no_kernels(device):
         return CudaRoute(False, "none is trusted on this device")
+    if (batch_sizes is not None or states) and cuda_switch() is None:
+        return CudaRoute(False, "no certificate is of packed sequences, or of all states")
     steps, rows = input.shape[0], input.shape[1]
     if batch_sizes is not None:
         steps, rows = len(batch_sizes), int(batch_sizes[0])

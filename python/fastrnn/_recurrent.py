@@ -188,7 +188,8 @@ def _route(
     batch_sizes, _, _, extras = steps
     if input.is_cuda:
         training = _by_torch.records((input, *(hx or ()), *extras[:2], *weights))
-        if _by_torch.kernels(options, extras, input, weights, batch_sizes, training).kernels:
+        own = (options, extras, input, weights, batch_sizes, training, return_states)
+        if _by_torch.kernels(*own).kernels:
             return _engine_route
     if not _by_torch.has(options, extras, return_states):
         return _composed_route
