@@ -12,7 +12,7 @@ from fastrnn._engine import NO_EXTRAS, Extras
 from fastrnn._options import Options
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 SIZES = (4, 3, 2, 3)  # T, B, I, H
 P = 2
@@ -115,3 +115,26 @@ def make(
             drawn(*where, h) if "zoneout_c" in extras and two else None,
         )
     )
+
+
+def moved(case: Case, device: torch.device) -> Case:
+    """The case on a device, batch_sizes apart, its leaves leaves there."""
+
+    def move(x: Tensor) -> Tensor:
+        return x.detach().to(device).requires_grad_(x.requires_grad)
+
+    steps = {k: v if k == "batch_sizes" else v.to(device) for k, v in case.steps.items()}
+    return case._replace(steps=steps).with_leaves(*map(move, case.leaves))
+
+
+def as_function(
+    case: Case, run: Callable[[Case], list[Tensor]]
+) -> tuple[Callable[..., list[Tensor]], tuple[Tensor, ...]]:
+    """``run`` as a function of tensors alone, as a compiler wants it, and the case's own."""
+    names, count = tuple(case.steps), len(case.leaves)
+
+    def call(*tensors: Tensor) -> list[Tensor]:
+        given = case.with_leaves(*tensors[:count])
+        return run(given._replace(steps=dict(zip(names, tensors[count:], strict=True))))
+
+    return call, (*case.leaves, *case.steps.values())

@@ -36,7 +36,7 @@ from fastrnn._options import Options
 from fastrnn._recurrent import recurrent
 from operators import opcheck
 from pairs import CELLS, LAYERS, outcome, pair, tensors
-from stacks import STACKS, STEPS, Case, make
+from stacks import STACKS, STEPS, Case, as_function, make
 
 # Their promises hold here too.
 from test_sequences import (  # noqa: F401
@@ -55,7 +55,7 @@ from test_sequences import (  # noqa: F401
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-OURS = {k: options for k, options in STACKS.items() if _by_torch.has_cell(options)}
+OURS = {k: options for k, options in STACKS.items() if options.in_torch_nn}
 every_stack = pytest.mark.parametrize("options", OURS.values(), ids=OURS.keys())
 every_step = pytest.mark.parametrize("steps", STEPS)
 every_layer = pytest.mark.parametrize("layer", LAYERS)
@@ -489,14 +489,7 @@ def test_transforms_are_composed(layer: str) -> None:
 @every_step
 def test_compiled_equals_eager(options: Options, steps: str, calls: list[Any]) -> None:
     case = make(options, steps)
-    names = tuple(case.steps)
-
-    def call(*tensors: Tensor) -> list[Tensor]:
-        count = len(case.leaves)
-        given = case.with_leaves(*tensors[:count])
-        return run(given._replace(steps=dict(zip(names, tensors[count:], strict=True))))
-
-    arguments = (*case.leaves, *case.steps.values())
+    call, arguments = as_function(case, run)
     expected = call(*arguments)
     torch._dynamo.reset()
     got = torch.compile(call, fullgraph=True, backend="aot_eager")(*arguments)

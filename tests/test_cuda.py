@@ -26,7 +26,7 @@ from fastrnn._options import Options
 from fastrnn._recurrent import recurrent
 from pairs import Outcome, outcome, pair
 from problems import LAYOUTS, random_problem
-from stacks import STACKS, STEPS, Case, make
+from stacks import STACKS, STEPS, Case, as_function, make, moved
 from tolerances import assert_close
 
 if TYPE_CHECKING:
@@ -74,16 +74,6 @@ def gpu(cuda: torch.device, route: str, monkeypatch: pytest.MonkeyPatch) -> Iter
     torch.backends.cudnn.allow_tf32 = False
     yield torch.device("cuda", torch.cuda.current_device())
     torch.backends.cudnn.allow_tf32 = allowed
-
-
-def moved(case: Case, device: torch.device) -> Case:
-    """The case on a device, batch_sizes apart, its leaves leaves there."""
-
-    def move(x: Tensor) -> Tensor:
-        return x.detach().to(device).requires_grad_(x.requires_grad)
-
-    steps = {k: v if k == "batch_sizes" else v.to(device) for k, v in case.steps.items()}
-    return case._replace(steps=steps).with_leaves(*map(move, case.leaves))
 
 
 def run(case: Case, **extra: Any) -> list[Tensor]:
@@ -291,14 +281,7 @@ def test_gradcheck_and_gradgradcheck(gpu: torch.device, options: Options) -> Non
 @every_step
 def test_compiled_equals_eager(gpu: torch.device, options: Options, steps: str) -> None:
     case = moved(make(options, steps), gpu)
-    names = tuple(case.steps)
-
-    def call(*tensors: Tensor) -> list[Tensor]:
-        count = len(case.leaves)
-        given = case.with_leaves(*tensors[:count])
-        return run(given._replace(steps=dict(zip(names, tensors[count:], strict=True))))
-
-    arguments = (*case.leaves, *case.steps.values())
+    call, arguments = as_function(case, run)
     expected = call(*arguments)
     torch._dynamo.reset()
     got = torch.compile(call, fullgraph=True, backend="aot_eager")(*arguments)

@@ -19,12 +19,12 @@ from fastrnn import _by_torch, _composed, _engine
 from fastrnn._options import Options
 from fastrnn._recurrent import recurrent
 from pairs import CELLS, LAYERS, outcome, pair
-from stacks import STACKS, STEPS, Case, make
+from stacks import STACKS, STEPS, Case, as_function, make, moved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-OURS = {k: options for k, options in STACKS.items() if _by_torch.has_cell(options)}
+OURS = {k: options for k, options in STACKS.items() if options.in_torch_nn}
 every_stack = pytest.mark.parametrize("options", OURS.values(), ids=OURS.keys())
 every_layer = pytest.mark.parametrize("layer", LAYERS)
 KINDS: tuple[dict[str, Any], ...] = (
@@ -44,16 +44,6 @@ def gpu(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.d
     torch.backends.cudnn.allow_tf32 = False
     yield torch.device("cuda", torch.cuda.current_device())
     torch.backends.cudnn.allow_tf32 = allowed
-
-
-def moved(case: Case, device: torch.device) -> Case:
-    """The case on a device, batch_sizes apart, its leaves leaves there."""
-
-    def move(x: Tensor) -> Tensor:
-        return x.detach().to(device).requires_grad_(x.requires_grad)
-
-    steps = {k: v if k == "batch_sizes" else v.to(device) for k, v in case.steps.items()}
-    return case._replace(steps=steps).with_leaves(*map(move, case.leaves))
 
 
 def run(case: Case) -> list[Tensor]:
@@ -144,14 +134,7 @@ def test_gradcheck_and_gradgradcheck(gpu: torch.device, options: Options, steps:
 @pytest.mark.parametrize("steps", STEPS)
 def test_compiled_equals_eager(gpu: torch.device, options: Options, steps: str) -> None:
     case = moved(make(options, steps), gpu)
-    names = tuple(case.steps)
-
-    def call(*tensors: Tensor) -> list[Tensor]:
-        count = len(case.leaves)
-        given = case.with_leaves(*tensors[:count])
-        return run(given._replace(steps=dict(zip(names, tensors[count:], strict=True))))
-
-    arguments = (*case.leaves, *case.steps.values())
+    call, arguments = as_function(case, run)
     expected = call(*arguments)
     wanted = gradients(case, expected)
     torch._dynamo.reset()

@@ -61,21 +61,9 @@ def has(options: Options, extras: Extras, return_states: bool) -> bool:
     """Whether torch.nn has what the options of a call ask for: c of every step it has not."""
     masks = extras[2:]
     return (
-        has_cell(options)
+        options.in_torch_nn
         and all(mask is None for mask in masks)
         and not (return_states and options.cell == "LSTM")
-    )
-
-
-def has_cell(options: Options) -> bool:
-    """Whether torch.nn has a layer or a cell that takes such a step."""
-    activations = ("tanh", "relu") if options.cell == "RNN" else ("tanh",)
-    return (
-        options.activation in activations
-        and options.gate_activation == "sigmoid"
-        and options.reset_after
-        and options.heads == 1
-        and not options.beyond_the_cell
     )
 
 

@@ -91,17 +91,12 @@ class Certificate(NamedTuple):
 
 def _is_certified(options: Options) -> bool:
     """Whether `fastrnn certify` runs such stacks; the docstring of fastrnn.certify says why."""
-    tanh = ("tanh", "relu") if options.cell == "RNN" else ("tanh",)
     return (
-        options.activation in tanh
-        and options.gate_activation == "sigmoid"
-        and options.reset_after
+        options.in_torch_nn
         and options.bias
-        and options.heads == 1
         and options.proj_size == 0
         and (options.bidirectional or options.num_layers == 1)
         and not options.recompute
-        and not options.beyond_the_cell
     )
 
 

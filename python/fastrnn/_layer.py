@@ -229,7 +229,7 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
         Layers do so by themselves when they are made and moved. cuDNN copies other weights at every
         call; the numbers are the same, and nothing warns.
         """
-        if _by_torch.has_cell(self._options):
+        if self._options.in_torch_nn:
             _by_torch.flatten(self)
 
     def train(self, mode: bool = True) -> Self:

@@ -104,6 +104,18 @@ class Options:
         own = (self.zoneout_h, self.zoneout_c, self.grad_clip)
         return self.peephole or self.layer_norm or any(own)
 
+    @property
+    def in_torch_nn(self) -> bool:
+        """Whether torch.nn has a layer or a cell that takes such a step."""
+        activations = ("tanh", "relu") if self.cell == "RNN" else ("tanh",)
+        return (
+            self.activation in activations
+            and self.gate_activation == "sigmoid"
+            and self.reset_after
+            and self.heads == 1
+            and not self.beyond_the_cell
+        )
+
     def weight_shapes(self, width: int, hidden_size: int) -> dict[str, Shape]:
         """The weights of one layer and direction by name: torch's in torch's order, then our own.
 

@@ -101,7 +101,7 @@ def usual_layer(layer: Any, input: Any, hx: tuple[Any, ...] | None) -> Result | 
         return None
     quiet = torch._C._functorch.maybe_current_level() is None and forward_ad._current_level < 0
     unusual = not quiet or _composed.watchers.get() or torch.is_autocast_enabled(input.device.type)
-    if unusual or input.is_complex() or not _by_torch.has_cell(options):
+    if unusual or input.is_complex() or not options.in_torch_nn:
         return None
     if input.is_cuda and not no_kernels(input.get_device()):
         return None
