@@ -498,6 +498,26 @@ def test_compiled_equals_eager(options: Options, steps: str, calls: list[Any]) -
     torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
 
 
+@every_stack
+@pytest.mark.parametrize("steps", ["padded", "lengths-reset"])
+def test_operators_give_contiguous_tensors_of_any_strides(options: Options, steps: str) -> None:
+    """As their fake kernels say; inductor asserts it."""
+    case = make(options, steps)
+    strided = [x.detach().transpose(0, -1).contiguous().transpose(0, -1) for x in case.leaves]
+    arguments = operator_arguments(case.with_leaves(*strided), False, True, True)
+    output, h_n, c_n, hidden, cell, gates = _ops.forward_op(*arguments)
+    two = options.cell == "LSTM"
+    d = [
+        torch.randn(y.shape[::-1], dtype=y.dtype).permute(2, 1, 0)
+        for y in (output, h_n, c_n)[: 2 + two]
+    ]
+    cotangents = (d[0], None, None, d[1], d[2] if two else None)
+    needs = [True, True, two, False, False, *[True] * len(case.weights)]
+    given = (*arguments[:12], hidden, cell, gates, *cotangents, *scalars(options), needs, True)
+    found = _ops.backward_op(*given)
+    assert all(y.is_contiguous() for y in (output, h_n, c_n, hidden, *found))
+
+
 @every_layer
 def test_a_program_holds_one_operator(layer: str, calls: list[Any]) -> None:
     ours = getattr(fastrnn, layer)(SIZE, H, 2, bidirectional=True).eval()

@@ -123,7 +123,8 @@ def backward_kernel(*arguments: Any) -> list[Tensor | None]:
         with recording():
             found = _composed.gradients(options, given, cotangents, needs)
             found = [None if d is None else d.detach() for d in found]
-    return found
+    # As the fake kernel says they are, on which compilers rely.
+    return [None if d is None else d.contiguous() for d in found]
 
 
 def _of_the_output(cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:

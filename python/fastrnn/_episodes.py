@@ -74,8 +74,11 @@ class Episodes(NamedTuple):
     ) -> tuple[Tensor, ...]:
         """The states (L·D, B, units) with which the rows end, of those of the episodes."""
         index = self._of_groups(options, self.last.unsqueeze(1), self.first.unsqueeze(1))
+        # Contiguous as torch.nn's are, whatever hx is.
         return tuple(
-            torch.where(self.empty, before, after.gather(1, index.expand(-1, -1, after.shape[2])))
+            torch.where(
+                self.empty, before, after.gather(1, index.expand(-1, -1, after.shape[2]))
+            ).contiguous()
             for after, before in zip(hx_n, hx, strict=True)
         )
 
