@@ -216,7 +216,9 @@ def test_a_device_that_is_not_there_is_an_error(
 def test_ctrl_c_leaves_no_child_and_no_certificate(folder: Path, tmp_path: Path) -> None:
     program = tmp_path / "certify_a_hanging_kernel.py"
     program.write_text(
-        "import sys\n"
+        "import signal, sys\n"
+        # Whoever runs the tests in the background may have it ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"sys.path.insert(0, {str(CHILD.parent)!r})\n"
         "import test_certify as tests\n"
         "from fastrnn import certify, cli\n"
