@@ -42,7 +42,6 @@ from stacks import STACKS, STEPS, Case, as_function, make
 from test_sequences import (  # noqa: F401
     name,
     test_lengths_equal_each_sequence_run_alone,
-    test_lengths_of_one_sequence_and_of_none,
     test_padding_gets_no_gradient_and_may_hold_anything,
     test_padding_is_zero_in_the_states_too,
     test_reset_beside_lengths,
