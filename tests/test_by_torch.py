@@ -792,7 +792,7 @@ def test_cudnn_is_not_asked_for_more_steps_than_it_takes(monkeypatch: pytest.Mon
         return torch.zeros(1), torch.zeros(1)
 
     weights = [torch.zeros(3, 1), torch.zeros(3, 1)]
-    monkeypatch.setattr(_by_torch, "_TOO_MANY_STEPS", 4)
+    monkeypatch.setattr(_by_torch, "CUDNN_STEPS", 4)
     monkeypatch.setattr(_by_torch, "_laid_flat", lambda *_: weights)
     monkeypatch.setattr(_by_torch._VF, "gru", double)
     for steps in (3, 4):

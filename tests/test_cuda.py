@@ -26,7 +26,7 @@ from fastrnn._options import Options
 from fastrnn._recurrent import recurrent
 from pairs import Outcome, outcome, pair
 from problems import LAYOUTS, random_problem
-from stacks import STACKS, STEPS, Case, as_function, make, moved
+from stacks import STACKS, STEPS, Case, as_function, make, moved, replayed
 from tolerances import assert_close
 
 if TYPE_CHECKING:
@@ -351,22 +351,7 @@ def test_graph_capture(gpu: torch.device, cell: Any, steps: str, rows: int) -> N
     options, sizes = Options(cell, 2, True), (6, rows, 8, 16)
     case = moved(make(options, steps, dtype=torch.float32, sizes=sizes), gpu)
     other = moved(make(options, steps, dtype=torch.float32, sizes=sizes, seed=1), gpu)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            gradients(case, run(case))
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = run(case)
-        found = gradients(case, outputs)
-    with torch.no_grad():
-        for mine, theirs in zip(case.leaves, other.leaves, strict=True):
-            mine.copy_(theirs)
-        for name in set(case.steps) - {"batch_sizes"}:
-            case.steps[name].copy_(other.steps[name])
-    graph.replay()
+    outputs, found = replayed(case, other, run, gradients)
     expected = run(other)
     torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
     torch.testing.assert_close(found, gradients(other, expected), rtol=0, atol=0)

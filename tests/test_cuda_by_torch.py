@@ -19,7 +19,7 @@ from fastrnn import _by_torch, _composed, _engine
 from fastrnn._options import Options
 from fastrnn._recurrent import recurrent
 from pairs import CELLS, LAYERS, outcome, pair
-from stacks import STACKS, STEPS, Case, as_function, make, moved
+from stacks import STACKS, STEPS, Case, as_function, make, moved, replayed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -177,22 +177,7 @@ def test_a_captured_graph_replays_with_other_values(
 ) -> None:
     options = Options(layer, 2)  # type: ignore[arg-type]
     case, other = (moved(make(options, steps, seed=seed), gpu) for seed in (0, 1))
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            gradients(case, run(case))
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        values = run(case)
-        found = gradients(case, values)
-    with torch.no_grad():
-        for mine, theirs in zip(case.leaves, other.leaves, strict=True):
-            mine.copy_(theirs)
-        for key, theirs in other.steps.items():
-            case.steps[key].copy_(theirs)
-    graph.replay()
+    values, found = replayed(case, other, run, gradients)
     expected = run(other)
     torch.testing.assert_close(values, expected, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(found, gradients(other, expected), rtol=1e-10, atol=1e-11)

@@ -95,6 +95,17 @@ def test_no_certificate_is_of_packed_sequences_or_of_all_states(
     assert route(cuda, Options("GRU")) == "engine"
 
 
+@pytest.mark.parametrize("asked", [None, CudaRoute(True, "asked for")])
+def test_no_certificate_is_of_cells(
+    cuda: Any, asked: CudaRoute | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (_by_torch, _recurrent):
+        monkeypatch.setattr(module, "cuda_switch", lambda: asked)
+    cuda.unsqueeze = lambda _: cuda
+    weights: Any = [SimpleNamespace(shape=(16, 3), requires_grad=False)] * 4
+    assert _recurrent.cell_by_torch(Options("LSTM"), cuda, None, weights) == (asked is None)
+
+
 @pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
 @pytest.mark.parametrize(
     ("options", "expected"),

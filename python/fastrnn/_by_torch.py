@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,11 +33,13 @@ from torch.autograd import forward_ad
 
 from . import _composed, _episodes
 from ._engine import (
+    CUDNN_STEPS,
     NO_EXTRAS,
     CudaRoute,
     Extras,
     cuda_route,
     cuda_switch,
+    each_layer,
     graphs_take_kernels,
     no_kernels,
     scalars,
@@ -53,8 +54,6 @@ States = tuple[Tensor, ...]  # (h,), or (h, c) of an LSTM
 Rows = tuple[Tensor | None, Tensor | None, Tensor | None]  # batch_sizes, lengths, reset
 Steps = tuple[Tensor | None, Tensor | None, Tensor | None, Extras]  # and what options ask for
 Found = tuple[Tensor, States, Tensor | None]  # output, final states, h of every layer
-
-_TOO_MANY_STEPS = 2**16  # for cuDNN
 
 
 def has(options: Options, extras: Extras, return_states: bool) -> bool:
@@ -125,6 +124,7 @@ def is_one_node() -> bool:
 
 
 def records(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd records a call on these tensors."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
@@ -154,7 +154,7 @@ def call(
     given = states if options.cell == "LSTM" else states[0]
     stack = (options.bias, options.num_layers, dropout, train, options.bidirectional)
     steps = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
-    with _without_cudnn() if input.is_cuda and steps >= _TOO_MANY_STEPS else nullcontext():
+    with _without_cudnn() if input.is_cuda and steps >= CUDNN_STEPS else nullcontext():
         flat = _laid_flat(options, weights, input)
         if batch_sizes is None:
             output, *hx_n = function(input, given, flat, *stack, False)
@@ -179,6 +179,7 @@ _switching = threading.Lock()
 
 
 def name_of(options: Options) -> str:
+    """What torch calls the layer's function."""
     return f"rnn_{options.activation}" if options.cell == "RNN" else options.cell.lower()
 
 
@@ -325,21 +326,12 @@ def compute(
         return episodes.unpack(output), episodes.final(options, last, hx), every
     if not states:
         return *call(options, input, hx, weights, batch_sizes, dropout, train), None
-    outputs, finals, one_layer = [], [], replace(options, num_layers=1)
-    size, directions = len(weights) // options.num_layers, options.directions
-    for layer in range(options.num_layers):
-        if layer and dropout > 0:
+    outputs: list[Tensor] = []
+    finals: list[States] = []
+    for one, initial, own in each_layer(options, hx, weights):
+        if outputs and dropout > 0:
             input = F.dropout(input, dropout)
-        own = slice(layer * directions, (layer + 1) * directions)
-        input, last = call(
-            one_layer,
-            input,
-            hx and tuple(state[own] for state in hx),
-            weights[layer * size : (layer + 1) * size],
-            batch_sizes,
-            0.0,
-            train,
-        )
+        input, last = call(one, input, initial, own, batch_sizes, 0.0, train)
         outputs.append(input)
         finals.append(last)
     return input, tuple(map(torch.cat, zip(*finals, strict=True))), torch.stack(outputs)

@@ -52,6 +52,7 @@ class _Given(NamedTuple):
 
 
 _TENSORS = len(_Given._fields)
+_OPTIONS = len(fields(Options))
 _SAVED = 8  # tensors that backward takes besides: hidden, cell, gates and five cotangents
 
 
@@ -74,9 +75,6 @@ def kernels(given: Sequence[Any], scalars: Sequence[Any], training: bool) -> Cud
     batch_sizes, *_, extras = own.steps
     options = Options(*scalars)
     return _by_torch.kernels(options, extras, own.input, own.weights, batch_sizes, training)
-
-
-_OPTIONS = len(fields(Options))
 
 
 def forward_kernel(*arguments: Any) -> tuple[Any, ...]:
@@ -200,22 +198,8 @@ def _backward(
             if found is None:
                 return None
             output, (h_n, *c_n), every = found
-            outputs = (output, every, None, h_n, *c_n)
-            pairs = [
-                (y, d)
-                for y, d in zip(outputs, cotangents, strict=False)
-                if y is not None and d is not None
-            ]
-            gradients = iter(
-                torch.autograd.grad(
-                    [y for y, _ in pairs],
-                    [x for x, need in zip(leaves, needs, strict=True) if need],
-                    [d for _, d in pairs],
-                    materialize_grads=True,
-                    allow_unused=True,
-                )
-            )
-    return [next(gradients) if need else None for need in needs]
+            pairs = list(zip((output, every, None, h_n, *c_n), cotangents, strict=False))
+            return _composed.pulled(pairs, leaves, needs, materialize_grads=True)
 
 
 def _by_cudnn(
@@ -231,7 +215,7 @@ def _by_cudnn(
 
     input, weights, batch_sizes = given.input, given.weights, given.batch_sizes
     rows = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
-    h0, c0 = (*(given.hx or _by_torch.zeros(options, input, rows, weights)), None)[:2]
+    h0, *c0 = given.hx or _by_torch.zeros(options, input, rows, weights)
     d_output, _, _, d_h_n, d_c_n = cotangents
     flat, buffer = _by_torch.flat_copies(options, weights, input.shape[-1])
     d_input, d_h0, d_c0, d_weights = torch.ops.aten._cudnn_rnn_backward(
@@ -239,8 +223,8 @@ def _by_cudnn(
         weight=flat,
         weight_stride0=len(options.weight_kinds),
         weight_buf=buffer,
-        hx=None if h0 is None else h0.contiguous(),
-        cx=None if c0 is None else c0.contiguous(),
+        hx=h0.contiguous(),
+        cx=c0[0].contiguous() if c0 else None,
         output=output,
         grad_output=d_output,
         grad_hy=d_h_n,
@@ -256,7 +240,7 @@ def _by_cudnn(
         batch_sizes=[] if batch_sizes is None else batch_sizes.tolist(),
         dropout_state=None,
         reserve=reserve.clone(),  # cuDNN writes to it
-        output_mask=[True, True, c0 is not None, any(needs[5:])],
+        output_mask=[True, True, bool(c0), any(needs[5:])],
     )
     found = (d_input, d_h0, d_c0, None, None, *(d_weights or (None,) * len(weights)))
     return [d if need else None for d, need in zip(found, needs, strict=True)]

@@ -157,17 +157,34 @@ def gradients(
             pairs += zip(stack.hidden, d_hidden, strict=True)
         if d_cell is not None:
             pairs += zip(stack.cell, d_cell, strict=True)
-        pairs = [(y, d.to(y.dtype)) for y, d in pairs if d is not None and y.requires_grad]
-        found = iter(
-            torch.autograd.grad(
-                [y for y, _ in pairs],
-                [x for x, need in zip(views, needs, strict=True) if need],
-                [d for _, d in pairs],
-                create_graph=True,
-                allow_unused=True,
-            )
+        return pulled(pairs, views, needs, create_graph=True)
+
+
+def pulled(
+    pairs: Sequence[tuple[Tensor | None, Tensor | None]],
+    leaves: Sequence[Any],
+    needs: Sequence[bool],
+    **more: bool,
+) -> list[Tensor | None]:
+    """The gradients of the leaves that are needed, of outputs beside their own; None for others.
+
+    Arguments:
+        pairs: each output and its gradient, either of which may be absent.
+        more: for ``torch.autograd.grad``.
+    """
+    given = [
+        (y, d.to(y.dtype)) for y, d in pairs if y is not None and d is not None and y.requires_grad
+    ]
+    found = iter(
+        torch.autograd.grad(
+            [y for y, _ in given],
+            [x for x, need in zip(leaves, needs, strict=True) if need],
+            [d for _, d in given],
+            allow_unused=True,
+            **more,
         )
-        return [next(found) if need else None for need in needs]
+    )
+    return [next(found) if need else None for need in needs]
 
 
 class _Parameters(NamedTuple):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import _C, _certificate
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from ._options import Options
 
 # The fields of Options, in order.
@@ -47,6 +50,18 @@ class Extras(NamedTuple):
 
 
 NO_EXTRAS = Extras()
+
+
+def each_layer(
+    options: Options, hx: tuple[Any, ...] | None, weights: Sequence[Any]
+) -> Iterator[tuple[Options, tuple[Any, ...] | None, Sequence[Any]]]:
+    """The layers of a stack as stacks of one: the options, and each one's states and weights."""
+    one, directions = replace(options, num_layers=1), options.directions
+    size = len(weights) // options.num_layers
+    for layer in range(options.num_layers):
+        own = slice(layer * directions, (layer + 1) * directions)
+        states = None if hx is None else tuple(state[own] for state in hx)
+        yield one, states, weights[layer * size : (layer + 1) * size]
 
 
 def scalars(options: Options) -> Scalars:
@@ -120,6 +135,7 @@ class CudaRoute(NamedTuple):
     persistent: bool = False  # of the kernels, a launch for a whole sequence where there is one
 
 
+CUDNN_STEPS = 2**16  # cuDNN takes fewer
 CUDA_SWITCH = "FASTRNN_CUDA_KERNELS"
 CUDA_ROUTES = {  # what the switch may say besides auto
     "0": CudaRoute(False, f"{CUDA_SWITCH} is 0"),
@@ -139,10 +155,10 @@ def cuda_route(
 ) -> CudaRoute:
     """Whether the engine's own kernels compute a call on a CUDA device.
 
-    The environment variable FASTRNN_CUDA_KERNELS, read at every call and here alone, decides:
-    ``0`` never; ``1`` a launch for each step; ``persistent`` a launch for a whole sequence where
-    there is a kernel for it; ``auto`` or nothing what the device's certificate (_certificate.py)
-    says, without which they never do.
+    The environment variable FASTRNN_CUDA_KERNELS, read at every call, decides: ``0`` never; ``1`` a
+    launch for each step; ``persistent`` a launch for a whole sequence where there is a kernel for
+    it; ``auto`` or nothing what the device's certificate (_certificate.py) says, without which they
+    never do.
 
     Arguments:
         options: the stack.

@@ -678,7 +678,7 @@ def _differentiable_gradients(
     return _composed.gradients(made, arguments, _cotangents(gradients), needs)
 
 
-# ---- Ensembles where the engine runs none -------------------------------------------------
+# ---- Ensembles where the engine runs none --------------------------------------------------------
 
 
 def _at(x: Any, member: int) -> Any:

@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +24,15 @@ from torch.autograd import forward_ad
 
 from . import _C, _by_torch, _checks, _composed, _ops, _transforms  # noqa: F401  (registers)
 from ._C import Frozen
-from ._engine import NO_EXTRAS, Extras, States, no_kernels, scalars
+from ._engine import (
+    NO_EXTRAS,
+    Extras,
+    States,
+    cuda_switch,
+    each_layer,
+    no_kernels,
+    scalars,
+)
 from ._options import Options
 
 Result = tuple[Tensor, tuple[Tensor, ...], States | None]
@@ -154,6 +161,8 @@ def cell_by_torch(
         return False
     steps = (None, None, None, NO_EXTRAS)
     chosen = _route(options, input.unsqueeze(0), hx, weights, steps, False)
+    if chosen is _engine_route and not torch.compiler.is_compiling():
+        return cuda_switch() is None  # a certificate compares layers, and says nothing of cells
     return chosen is None or chosen is _torch_as_operator
 
 
@@ -265,19 +274,14 @@ def _layer_by_layer(
     dropout: float,
 ) -> Result:
     """Dropout on what each layer but the last puts out, by torch: the masks are torch.nn's."""
-    layers, directions = options.num_layers, options.directions
-    one_layer = replace(options, num_layers=1)
-    size = len(weights) // layers
     x = input
     hx_n: list[tuple[Tensor, ...]] = []
     states: list[States] = []
-    for k in range(layers):
+    for k, (one, initial, mine) in enumerate(each_layer(options, hx, weights)):
         if k:
             x = F.dropout(x, dropout, training=True)
-        initial = hx and tuple(s[k * directions : (k + 1) * directions] for s in hx)
-        mine = weights[k * size : (k + 1) * size]
-        own = (*steps[:3], steps[3].of_layer(k, directions))
-        x, last, every = run(one_layer, x, initial, mine, own, return_states, None)
+        own = (*steps[:3], steps[3].of_layer(k, options.directions))
+        x, last, every = run(one, x, initial, mine, own, return_states, None)
         hx_n.append(last)
         if every is not None:
             states.append(every)

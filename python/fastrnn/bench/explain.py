@@ -23,7 +23,6 @@ FLAGS = {"bi": "bidirectional", "lengths": "lengths", "layernorm": "layer_norm"}
 NUMBERS = {
     "T": "T", "B": "B", "I": "I", "H": "H", "L": "layers", "heads": "heads", "members": "members",
 }  # fmt: skip
-MOST_STEPS_OF_CUDNN = 2**16
 NONLINEARITIES = ("tanh", "relu")
 
 
@@ -145,8 +144,8 @@ def _by_torch(case: Case) -> str:
     """What computes the case where the engine's kernels do not."""
     if set(case.options) - {"lengths", "resets"}:
         return COMPOSED
-    if case.T >= MOST_STEPS_OF_CUDNN:
-        return f"ATen, by torch's own call, as cuDNN takes fewer than {MOST_STEPS_OF_CUDNN} steps"
+    if case.T >= _engine.CUDNN_STEPS:
+        return f"ATen, by torch's own call, as cuDNN takes fewer than {_engine.CUDNN_STEPS} steps"
     return f"{CUDNN}, as packed episodes" if case.options else CUDNN
 
 
