@@ -119,7 +119,7 @@ format: $(INSTALLED)  ## write Python and C++ in the house's format
 # runs: each takes minutes to compile. CUDA's kernels run as C++ (cuda_kernels, persistent); their PTX
 # has a test of its own in `make test-cuda`.
 SANITIZED_ISA := $(if $(filter x86_64 amd64,$(shell uname -m)),avx2,neon)
-SANITIZED_TESTS := barrier_test engine_test int8_test maths_test_portable maths_test_$(SANITIZED_ISA) \
+SANITIZED_TESTS := barrier_test engine_test int8_test program_test maths_test_portable maths_test_$(SANITIZED_ISA) \
                    kernels_test cublaslt_double persistent_ring_test persistent_plan_test \
                    persistent_kernels_test_smallest
 define sanitized
@@ -133,7 +133,7 @@ endef
 
 sanitize: $(INSTALLED)  ## the C++ tests under ASan and UBSan, those of waiting under TSan; 25 minutes
 	$(call sanitized,tsan,thread,barrier_test persistent_kernels_test_smallest persistent_ring_test,^(barrier|persistent\.(ring|kernels\.smallest))$$)
-	$(call sanitized,asan,address$(comma)undefined,$(SANITIZED_TESTS),^(barrier|cuda_kernels|engine|int8|maths|persistent\.(ring|plan|kernels\.smallest)))
+	$(call sanitized,asan,address$(comma)undefined,$(SANITIZED_TESTS),^(barrier|cuda_kernels|engine|int8|maths|program|persistent\.(ring|plan|kernels\.smallest)))
 
 # ---- publish ----------------------------------------------------------------------------------
 

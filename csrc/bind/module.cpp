@@ -7,6 +7,7 @@
 #include "infer.h"
 #include "info.h"
 #include "options.h"
+#include "program.h"
 #include "stream.h"
 #include "tensor.h"
 
@@ -29,6 +30,7 @@ PYBIND11_MODULE(_C_of_main, module) {
   fastrnn::bind::register_call(module);
   fastrnn::bind::register_infer(module);
   fastrnn::bind::register_stream(module);
+  fastrnn::bind::register_program(module);
   fastrnn::bind::register_info(module);
 }
 

@@ -5,6 +5,7 @@
 #include "kernels.h"
 
 namespace fastrnn {
-const InstructionSet avx2_set = {"avx2", avx2::Table<AllCells>::kernels, avx2::roof_loops,
-                                 avx2::Int8Table<AllCells>::kernels};
+const InstructionSet avx2_set = {"avx2",           avx2::Table<AllCells>::kernels,
+                                 avx2::roof_loops, avx2::Int8Table<AllCells>::kernels,
+                                 nullptr,          &avx2_programs};
 }

@@ -5,6 +5,10 @@
 #include "kernels.h"
 
 namespace fastrnn {
-const InstructionSet avx512_set = {"avx512", avx512::Table<AllCells>::kernels, avx512::roof_loops,
-                                   avx512::Int8Table<AllCells>::kernels};
+const InstructionSet avx512_set = {"avx512",
+                                   avx512::Table<AllCells>::kernels,
+                                   avx512::roof_loops,
+                                   avx512::Int8Table<AllCells>::kernels,
+                                   nullptr,
+                                   &avx512_programs};
 }

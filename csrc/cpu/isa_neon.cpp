@@ -5,6 +5,7 @@
 #include "kernels.h"
 
 namespace fastrnn {
-const InstructionSet neon_set = {"neon", neon::Table<AllCells>::kernels, neon::roof_loops,
-                                 neon::Int8Table<AllCells>::kernels};
+const InstructionSet neon_set = {"neon",           neon::Table<AllCells>::kernels,
+                                 neon::roof_loops, neon::Int8Table<AllCells>::kernels,
+                                 nullptr,          &neon_programs};
 }

@@ -5,6 +5,10 @@
 #include "kernels.h"
 
 namespace fastrnn {
-const InstructionSet portable_set = {"portable", portable::Table<AllCells>::kernels,
-                                     portable::roof_loops, portable::Int8Table<AllCells>::kernels};
+const InstructionSet portable_set = {"portable",
+                                     portable::Table<AllCells>::kernels,
+                                     portable::roof_loops,
+                                     portable::Int8Table<AllCells>::kernels,
+                                     nullptr,
+                                     &portable_programs};
 }

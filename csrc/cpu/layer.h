@@ -109,7 +109,8 @@ struct RoofLoops {
   double (*read)(const float* x, std::int64_t count, std::int64_t passes);
 };
 
-struct Int8Kernels;  // int8_layer.h
+struct Int8Kernels;     // int8_layer.h
+struct ProgramKernels;  // program_plan.h
 
 // The cells on one instruction set, in the order of AllCells.
 struct InstructionSet {
@@ -120,7 +121,14 @@ struct InstructionSet {
   // A set that adds to another holds only what differs: kernels that it lacks, of a storage type or
   // all of a kind (null), are the other's. Null: it has them all.
   const InstructionSet* base = nullptr;
+  const ProgramKernels* programs = nullptr;
 };
+
+// One for each program_*.cpp.
+extern const ProgramKernels portable_programs;
+extern const ProgramKernels avx2_programs;
+extern const ProgramKernels avx512_programs;
+extern const ProgramKernels neon_programs;
 
 // One for each isa_*.cpp.
 extern const InstructionSet portable_set;

@@ -15,6 +15,7 @@
 #endif
 #include "cells/activation.h"
 #include "check.h"
+#include "cpu/functions.h"
 #include "cpu/int8.h"
 
 #if defined(__AVXVNNI__)
@@ -79,6 +80,115 @@ void limits() {
   }
   check::that("hardsigmoid lets NaN through", std::isnan(first_lane(hardsigmoid(Vec<T>(nan)))));
   checks += 6;
+}
+
+// The functions of programs (cpu/functions.h), over all magnitudes of both signs and densely where
+// their formulas change over.
+template <class T, class Function, class Exact>
+void function_accuracy(const char* name, long double most, Function function, Exact exact) {
+  const FlushSubnormals guard;
+  double worst = 0;
+  const auto at = [&](long double x) {
+    const T given = static_cast<T>(x);
+    const long double expected = exact(static_cast<long double>(given));
+    if (!(std::fabs(expected) >= std::numeric_limits<T>::min()) ||
+        std::fabs(expected) > std::numeric_limits<T>::max())
+      return;
+    worst = std::fmax(worst, ulps(first_lane(function(Vec<T>(given))), expected));
+    ++checks;
+  };
+  for (const long double start : {1e-30L, 1e-3L, 0.3L})
+    for (long double x = start; x < most; x *= start == 1e-30L ? 1.0031L : 1.0007L)
+      for (const int sign : {1, -1}) at(sign * x);
+  std::printf("%s (%d bits): within %.2f ULP\n", name, static_cast<int>(sizeof(T)) * 8, worst);
+  check::that(name, worst <= 4);
+}
+
+template <class T>
+void functions() {
+  using L = long double;
+  using V = Vec<T>;
+  const L large = sizeof(T) == 4 ? 1e30L : 1e300L, turns = sizeof(T) == 4 ? 1e6L : 1e9L;
+  function_accuracy<T>("exp", 800, [](V x) { return exp(x); }, [](L x) { return std::exp(x); });
+  function_accuracy<T>(
+      "expm1", 800, [](V x) { return expm1(x); }, [](L x) { return std::expm1(x); });
+  function_accuracy<T>("log", large, [](V x) { return log(x); }, [](L x) { return std::log(x); });
+  function_accuracy<T>(
+      "log1p", large, [](V x) { return log1p(x); }, [](L x) { return std::log1p(x); });
+  function_accuracy<T>("sin", turns, [](V x) { return sin(x); }, [](L x) { return std::sin(x); });
+  function_accuracy<T>("cos", turns, [](V x) { return cos(x); }, [](L x) { return std::cos(x); });
+  function_accuracy<T>("erf", 30, [](V x) { return erf(x); }, [](L x) { return std::erf(x); });
+  function_accuracy<T>(
+      "softplus1", 800, [](V x) { return softplus1(x); },
+      [](L x) { return std::fmax(x, L(0)) + std::log1p(std::exp(-std::fabs(x))); });
+  function_accuracy<T>(
+      "sqrt", large, [](V x) { return sqrt(x); }, [](L x) { return std::sqrt(x); });
+}
+
+template <class T>
+void function_limits() {
+  const FlushSubnormals guard;
+  const T inf = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
+  const auto expect = [](const char* name, Vec<T> value, T expected) {
+    const T got = first_lane(value);
+    check::that(name, std::isnan(expected)
+                          ? std::isnan(got)
+                          : got == expected && std::signbit(got) == std::signbit(expected));
+    ++checks;
+  };
+  using V = Vec<T>;
+  expect("exp(inf)", exp(V(inf)), inf);
+  expect("exp(-inf)", exp(V(-inf)), 0);
+  expect("exp(1000)", exp(V(T(1000))), inf);
+  expect("exp(-1000)", exp(V(T(-1000))), 0);
+  expect("exp(0)", exp(V(T(0))), 1);
+  expect("expm1(inf)", expm1(V(inf)), inf);
+  expect("expm1(-inf)", expm1(V(-inf)), -1);
+  expect("expm1(-0)", expm1(V(T(-0.0))), T(-0.0));
+  expect("log(0)", log(V(T(0))), -inf);
+  expect("log(inf)", log(V(inf)), inf);
+  expect("log(-1)", log(V(T(-1))), nan);
+  expect("log(1)", log(V(T(1))), 0);
+  expect("log1p(-1)", log1p(V(T(-1))), -inf);
+  expect("log1p(-2)", log1p(V(T(-2))), nan);
+  expect("log1p(inf)", log1p(V(inf)), inf);
+  expect("log1p(-0)", log1p(V(T(-0.0))), T(-0.0));
+  expect("sin(-0)", sin(V(T(-0.0))), T(-0.0));
+  expect("sin(inf)", sin(V(inf)), nan);
+  expect("cos(-inf)", cos(V(-inf)), nan);
+  expect("erf(inf)", erf(V(inf)), 1);
+  expect("erf(-inf)", erf(V(-inf)), -1);
+  expect("erf(-0)", erf(V(T(-0.0))), T(-0.0));
+  expect("softplus1(inf)", softplus1(V(inf)), inf);
+  expect("softplus1(-inf)", softplus1(V(-inf)), 0);
+  expect("sign(-3)", sign(V(T(-3))), -1);
+  expect("sign(0)", sign(V(T(0))), 0);
+  expect("sign(NaN)", sign(V(nan)), 0);
+  expect("larger(NaN, 1)", larger(V(nan), V(T(1))), nan);
+  expect("larger(1, NaN)", larger(V(T(1)), V(nan)), nan);
+  expect("smaller(NaN, 1)", smaller(V(nan), V(T(1))), nan);
+  expect("smaller(1, NaN)", smaller(V(T(1)), V(nan)), nan);
+  for (const V value : {exp(V(nan)), expm1(V(nan)), log(V(nan)), log1p(V(nan)), sin(V(nan)),
+                        cos(V(nan)), erf(V(nan)), softplus1(V(nan)), sqrt(V(nan))})
+    expect("a function lets NaN through", value, nan);
+}
+
+// A lane's value depends on no other: large arguments of sine and cosine take another way.
+void functions_of_lanes() {
+  constexpr int lanes = Vec<float>::lanes;
+  float mixed[lanes], small[lanes], sines[lanes], cosines[lanes], alone[lanes];
+  for (int i = 0; i < lanes; ++i) {
+    small[i] = 0.7f * static_cast<float>(i) - 3;
+    mixed[i] = i % 2 ? small[i] : 1e7f * static_cast<float>(i + 1);
+  }
+  sin(Vec<float>::load(mixed)).store(sines);
+  cos(Vec<float>::load(mixed)).store(cosines);
+  for (int i = 0; i < lanes; ++i, checks += 2) {
+    sin(Vec<float>(mixed[i])).store(alone);
+    check::that("the sine of a lane", sines[i] == alone[0]);
+    cos(Vec<float>(mixed[i])).store(alone);
+    check::that("the cosine of a lane", cosines[i] == alone[0]);
+  }
 }
 
 // The value of a float of `exponent` and `mantissa` bits, by its definition.
@@ -328,6 +438,11 @@ bool runs_here() {
   accuracy<double>("double");
   limits<float>();
   limits<double>();
+  functions<float>();
+  functions<double>();
+  function_limits<float>();
+  function_limits<double>();
+  functions_of_lanes();
   storage<F16>("float16", 5, 10, true);
   storage<Bf16>("bfloat16", 8, 7, false);
   conversions<F16>("float16 vectors");

@@ -361,6 +361,69 @@ class Stream:
     def output(self) -> Tensor:
         """The memory of the outputs, (B, O)."""
 
+# (value, offset, scalar) or (-1, number of the constant, True); None where there is no operand.
+_Operand = tuple[int, int, bool] | None
+
+@final
+class Program:
+    """One step of a recurrence as a list of operations over rows (csrc/program.h).
+
+    `values` are ``(home, index, width)`` or ``("sequence", index, width, previous)``. The phases
+    `before`, `step` and `after` are lists of
+
+    - ``("product", out, out_off, inp, in_off, weight, w_off, G, out_group, in_group, w_group, w_k,
+      w_n, K, N, init, init_off)``, init -1: none;
+    - ``("run", width, [(code, dst, a, b, c), ...])``, operands as `_Operand` says;
+    - ``("reduce", "sum" or "max", out, out_off, inp, in_off, G, seg, n, elem)``;
+    - ``("collect", out, out_off, inp, in_off, count, table)``;
+
+    and `reductions` of ``("outer", target, off, d, d_off, x, x_off, G, d_group, x_group, w_group,
+    w_k, w_n, K, N)`` or ``("columns", target, off, d, d_off, width)``. `tables` are pairs
+    ``(starts, indices)``.
+
+    Raises ValueError, naming the instruction, for what would read or write out of bounds, or read
+    what nothing wrote. Immutable; threads may run it side by side.
+    """
+
+    def __init__(
+        self,
+        dtype: str,
+        values: Sequence[tuple[Any, ...]],
+        before: Sequence[tuple[Any, ...]],
+        step: Sequence[tuple[Any, ...]],
+        after: Sequence[tuple[Any, ...]],
+        reductions: Sequence[tuple[Any, ...]],
+        constants: Sequence[float],
+        tables: Sequence[tuple[Any, Any]],
+    ) -> None: ...
+    def run(
+        self,
+        T: int,
+        B: int,
+        reverse: bool,
+        threads: int,
+        shared: Sequence[_Array | None],
+        sequences: Sequence[_Array | None],
+        firsts: Sequence[_Array | None],
+        fixed: Sequence[_Array | None],
+        inits: Sequence[_Array | None],
+        finals: Sequence[_Array | None],
+        gradients: Sequence[_Array | None],
+    ) -> None:
+        """Runs all steps; writes the sequences that the program writes, `finals`, `gradients`.
+
+        Each list has an array for each index of its home. None: zeros in `firsts` and `inits`, not
+        wanted in `finals`, and what the program does not use. `threads` 0: as many as OpenMP says.
+        Raises TypeError or ValueError, naming the array, for what does not fit.
+        """
+    def workspace(self, T: int, B: int, threads: int = 0) -> int:
+        """Bytes of scratch that a run takes."""
+    def team(self, T: int, B: int, threads: int = 0) -> tuple[int, str]:
+        """How many threads a run uses where the cores are free, and what they share of a step.
+
+        `"rows"` or `"columns"`.
+        """
+
 def isa() -> str:
     """The instruction set the engine runs."""
 
