@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
 
 LAYERS = ("RNN", "LSTM", "GRU")
 CELLS = ("RNNCell", "LSTMCell", "GRUCell")
+STACKS = [
+    pytest.param(options, id=",".join(f"{k}={v}" for k, v in options.items()) or "plain")
+    for options in (
+        {},
+        {"bidirectional": True},
+        {"num_layers": 2, "bidirectional": True},
+        {"num_layers": 2, "batch_first": True, "bias": False},
+    )
+]
 
 
 def pair(name: str, *args: Any, **options: Any) -> tuple[Any, Any]:

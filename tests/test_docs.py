@@ -78,6 +78,15 @@ def docstring_examples() -> list[object]:
     return [pytest.param(test, id=name) for name, test in sorted(examples.items())]
 
 
+def run_blocks(page: Path) -> None:
+    """The page's Python, from top to bottom, in one namespace."""
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks(page, "python"):
+        tree = ast.parse(block.text, filename=str(page))
+        ast.increment_lineno(tree, block.line - 1)  # a failure points into the page
+        exec(compile(tree, str(page), "exec"), namespace)
+
+
 # Of torch's exporter to ONNX, about itself.
 ignores_exporter = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
 
@@ -88,11 +97,16 @@ def test_a_page_runs_from_top_to_bottom(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {"__name__": "__main__"}
-    for block in blocks(page, "python"):
-        tree = ast.parse(block.text, filename=str(page))
-        ast.increment_lineno(tree, block.line - 1)  # a failure points into the page
-        exec(compile(tree, str(page), "exec"), namespace)
+    run_blocks(page)
+
+
+def test_the_plan_that_a_page_shows_is_what_explain_prints(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Where it changes: put what the page prints into the file."""
+    run_blocks(ROOT / "docs" / "own-cell.md")
+    shown = (ROOT / "docs" / "own-cell-plan.txt").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == shown
 
 
 @pytest.mark.parametrize("command", parameters(MAKE))

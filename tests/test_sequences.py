@@ -12,19 +12,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
-from pairs import LAYERS, backward, pair, tensors
+from pairs import LAYERS, STACKS, backward, pair, tensors
 
 T, B, SIZE, H = 6, 4, 3, 5
 F64 = torch.float64
-STACKS = [
-    pytest.param(options, id=",".join(f"{k}={v}" for k, v in options.items()) or "plain")
-    for options in (
-        {},
-        {"bidirectional": True},
-        {"num_layers": 2, "bidirectional": True},
-        {"num_layers": 2, "batch_first": True, "bias": False},
-    )
-]
 
 
 @pytest.fixture(params=LAYERS)

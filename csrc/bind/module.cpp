@@ -8,6 +8,7 @@
 #include "info.h"
 #include "options.h"
 #include "program.h"
+#include "stand_in.h"
 #include "stream.h"
 #include "tensor.h"
 
@@ -30,6 +31,7 @@ PYBIND11_MODULE(_C_of_main, module) {
   fastrnn::bind::register_call(module);
   fastrnn::bind::register_infer(module);
   fastrnn::bind::register_stream(module);
+  fastrnn::bind::register_stand_in(module);
   fastrnn::bind::register_program(module);
   fastrnn::bind::register_info(module);
 }

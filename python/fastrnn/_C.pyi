@@ -447,6 +447,16 @@ def read_bandwidth(bytes: int, threads: int, seconds: float) -> float:
     not fit, MemoryError where the arrays find no room.
     """
 
+class StandInCalls:
+    """The calls of a recorded step (program/trace.py), to be compared with."""
+
+    def __init__(self, calls: list[Any]) -> None: ...
+    def replay(self, session: Any, step: Any, *arguments: Any) -> tuple[int, Any]:
+        """The number of calls made, and the results, of step(*arguments), each call compared."""
+
+def set_stand_ins(other: Any, is_grad_enabled: Any) -> Any:
+    """Take what the comparison needs of Python; give the __torch_function__ of the stand-ins."""
+
 class _CudaDevice(TypedDict):
     name: str
     capability: tuple[int, int]

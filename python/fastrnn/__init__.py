@@ -20,6 +20,7 @@ from .info import info  # not lazily: the module of this name would take the fun
 
 if TYPE_CHECKING:
     from . import functional, reference
+    from ._any_cell import Recurrent
     from ._C import Tensor, from_dlpack
     from ._convert import convert, to_torch
     from ._decompositions import decompositions
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     from ._keras import from_keras
     from ._onnx import onnx_translation_table
     from ._patch import patch_torch, unpatch_torch
+    from ._scan import scan
     from ._stream import Stream
     from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+    from .program import explain
 
     __version__: str
 
@@ -40,11 +43,13 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Recurrent",
     "Stream",
     "Tensor",
     "__version__",
     "convert",
     "decompositions",
+    "explain",
     "freeze",
     "from_dlpack",
     "from_keras",
@@ -54,6 +59,7 @@ __all__ = [
     "onnx_translation_table",
     "patch_torch",
     "reference",
+    "scan",
     "to_torch",
     "unfreeze",
     "unpatch_torch",
@@ -64,12 +70,15 @@ _HOMES = {  # name: the module it comes from, imported when the name is first us
     **dict.fromkeys(("Tensor", "from_dlpack"), "_C"),
     **dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"), "nn"),
     **dict.fromkeys(("convert", "to_torch"), "_convert"),
+    "Recurrent": "_any_cell",
     "decompositions": "_decompositions",
+    "explain": "program",
     **dict.fromkeys(("freeze", "unfreeze"), "_freeze"),
     "from_keras": "_keras",
     "gradient_flow": "_gradient_flow",
     "onnx_translation_table": "_onnx",
     **dict.fromkeys(("patch_torch", "unpatch_torch"), "_patch"),
+    "scan": "_scan",
     "Stream": "_stream",
 }
 

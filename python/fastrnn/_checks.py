@@ -317,8 +317,8 @@ def integer_tensor(lengths: Lengths, input: Tensor) -> Tensor:
     return tensor
 
 
-def lengths_tensor(lengths: Lengths, input: Tensor, unbatched: bool) -> Tensor:
-    """``lengths`` as int64 (B,), where they lie, beside a time-major input (T, B, I).
+def lengths_tensor(lengths: Lengths, input: Tensor, unbatched: bool, name: str = "input") -> Tensor:
+    """``lengths`` as int64 (B,), where they lie, beside a time-major input (T, B, I) of this name.
 
     Raises:
         TypeError: lengths are not integers.
@@ -339,7 +339,7 @@ def lengths_tensor(lengths: Lengths, input: Tensor, unbatched: bool) -> Tensor:
         low, high = (int(bound) for bound in lengths.aminmax())
         if low < 0 or high > steps:
             raise ValueError(
-                f"lengths must lie between 0 and the {steps} steps of input, "
+                f"lengths must lie between 0 and the {steps} steps of {name}, "
                 f"got {low if low < 0 else high}"
             )
     return lengths.contiguous()

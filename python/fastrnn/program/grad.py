@@ -1,0 +1,435 @@
+"""The backward step of a program, itself a program.
+
+It runs over the steps in the other direction. Its inputs::
+
+    carry k      the gradient of state k after the step, from the steps after it
+    x i          the gradient of output i at this step
+    saved v      value v of the forward step, at this step
+
+and its results: ``next k``, the gradient of state k before the step; ``y i``, that of x i; and
+sums over all rows and steps for what all rows share (`Outer`, `Columns`). A fixed input's gradient
+is summed over the steps by a carry of its own, after those of the states.
+
+Reverse accumulation over the nodes. Where torch defines a gradient at a kink, so it is here:
+maximum and minimum halve it between equal operands and pass all of it to both where one is NaN;
+relu has none at 0 and abs none either.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+from .ir import COMPARISONS, Arg, Graph, Node, Product, Reduce
+
+
+class Outer(NamedTuple):
+    """grad[offset + g·w_group + k·w_k + n·w_n] += Σ d[g·d_group + n] · x[g·x_group + k]."""
+
+    target: int  # shared input
+    offset: int
+    d: Arg
+    x: Arg
+    groups: int
+    d_group: int
+    x_group: int
+    w_group: int
+    w_k: int
+    w_n: int
+    K: int
+    N: int
+
+
+class Columns(NamedTuple):
+    """grad[offset + j] += Σ d[j], j < width."""
+
+    target: int
+    offset: int
+    d: Arg
+    width: int
+
+
+class Needs(NamedTuple):
+    """Whose gradients are wanted."""
+
+    carry: tuple[bool, ...]  # by the number of the state
+    xs: tuple[bool, ...]
+    fixed: tuple[bool, ...]
+    shared: tuple[bool, ...]
+
+
+@dataclass
+class Backward:
+    graph: Graph
+    reductions: list[Outer | Columns] = field(default_factory=list)
+    carries: list[int] = field(default_factory=list)  # state k of each carry
+    fixed: list[int] = field(default_factory=list)  # the fixed inputs of the carries after those
+    widths: list[int] = field(default_factory=list)  # of the carries
+    active_ys: set[int] = field(default_factory=set)  # the outputs that pass a gradient on
+
+
+def backward(forward: Graph, needs: Needs) -> Backward:
+    return _Gradients(forward, needs).run()
+
+
+class _Gradients:
+    def __init__(self, forward: Graph, needs: Needs) -> None:
+        self.forward, self.needs = forward, needs
+        self.graph = Graph()
+        self.result = Backward(self.graph)
+        self.parts: dict[
+            int, list[tuple[int, int, Arg]]
+        ] = {}  # of a value: offset, width, gradient
+        self.active = self._active()
+
+    def _active(self) -> set[int]:
+        """The values on which a wanted gradient depends; through a state, so over the steps."""
+        forward, needs = self.forward, self.needs
+        wanted = {"x": needs.xs, "fixed": needs.fixed, "shared": needs.shared, "carry": needs.carry}
+        states = {k for k, w in enumerate(needs.carry) if w}
+        while True:
+            active: set[int] = set()
+            for i, node in enumerate(forward.nodes):
+                if node.op in wanted:
+                    index = node.info
+                    assert isinstance(index, int)
+                    if wanted[node.op][index] or (node.op == "carry" and index in states):
+                        active.add(i)
+                elif node.op == "stop" or node.op in COMPARISONS or node.op == "sign":
+                    continue
+                elif any(a.value in active for a in node.args) or (
+                    isinstance(node.info, Product) and node.info.weight in active
+                ):
+                    active.add(i)
+            grown = states | {k for k, a in forward.nexts.items() if a.value in active}
+            if grown == states:
+                self.states = states
+                return active
+            states = grown
+
+    # ---- forward's values ------------------------------------------------------------------------
+
+    def saved(self, arg: Arg) -> Arg:
+        """A forward operand, in the backward step."""
+        node = self.forward.nodes[arg.value]
+        if node.op == "const":
+            assert isinstance(node.info, float)
+            return self.graph.const(node.info)
+        return arg._replace(value=self.graph.add("saved", (), node.width, arg.value))
+
+    def shared(self, value: int) -> int:
+        node = self.forward.nodes[value]
+        return self.graph.add("saved", (), node.width, value)
+
+    # ---- gradients of values ---------------------------------------------------------------------
+
+    def give(self, arg: Arg, width: int, gradient: Arg) -> None:
+        """Adds to the gradient of an operand of ``width``."""
+        if arg.value not in self.active:
+            return
+        if arg.scalar and width > 1:
+            if gradient.scalar:
+                gradient = self.op("mul", gradient, self.graph.const(width), width=1)
+            else:
+                gradient = self.graph.reduce(gradient, Reduce("sum", 1, width, width, 1))
+            width = 1
+        node = self.forward.nodes[arg.value]
+        if node.op == "shared":
+            assert isinstance(node.info, int)
+            self.result.reductions.append(
+                Columns(node.info, arg.offset, self.vector(gradient, width), width)
+            )
+            return
+        self.parts.setdefault(arg.value, []).append((arg.offset, width, gradient))
+
+    def vector(self, arg: Arg, width: int) -> Arg:
+        """One element for all, written out."""
+        if not arg.scalar or width == 1:
+            return (
+                arg._replace(scalar=False)
+                if self.graph.constant(arg) is None
+                else self.filled(arg, width)
+            )
+        return self.filled(arg, width)
+
+    def filled(self, arg: Arg, width: int) -> Arg:
+        return Arg(self.graph.add("copy", (arg._replace(scalar=True),), width))
+
+    def taken(self, value: int) -> Arg | None:
+        """The sum of what was given to a value."""
+        parts = self.parts.pop(value, None)
+        if parts is None:
+            return None
+        width = self.forward.nodes[value].width
+        edges = sorted({0, width, *(p[0] for p in parts), *(p[0] + p[1] for p in parts)})
+        pieces: list[tuple[Arg, int]] = []
+        for begin, end in pairwise(edges):
+            total: Arg | None = None
+            for offset, size, gradient in parts:
+                if offset <= begin and end <= offset + size:
+                    part = (
+                        gradient
+                        if gradient.scalar
+                        else gradient._replace(offset=gradient.offset + begin - offset)
+                    )
+                    total = (
+                        part if total is None else self.op("add", total, part, width=end - begin)
+                    )
+            if total is None:
+                total = self.graph.const(0)
+            if len(edges) == 2:
+                return total
+            pieces.append((total, end - begin))
+        return self.graph.cat(pieces)
+
+    def op(self, code: str, *args: Arg, width: int) -> Arg:
+        return self.graph.pointwise(code, *args, width=width)
+
+    # ---- the pass --------------------------------------------------------------------------------
+
+    def run(self) -> Backward:
+        forward, graph, result = self.forward, self.graph, self.result
+        for k in sorted(self.states):
+            if k in forward.nexts:
+                arg = forward.nexts[k]
+                width = self._state_width(k)
+                carry = Arg(graph.add("carry", (), width, len(result.carries)))
+                result.carries.append(k)
+                result.widths.append(width)
+                self.give(arg, width, carry)
+        for i, arg in forward.ys.items():
+            width = forward.widths[i]
+            self.give(arg, width, Arg(graph.add("x", (), width, i)))
+        result.active_ys = {i for i, a in forward.ys.items() if a.value in self.active}
+        fixed: dict[int, Arg] = {}
+        states: dict[int, Arg] = {}
+        for i in range(len(forward.nodes) - 1, -1, -1):
+            node = forward.nodes[i]
+            gradient = self.taken(i)
+            if gradient is None:
+                continue
+            if node.op == "x":
+                assert isinstance(node.info, int)
+                if self.needs.xs[node.info]:
+                    graph.ys[node.info] = self.vector(gradient, node.width)
+                    graph.widths[node.info] = node.width
+            elif node.op == "carry":
+                assert isinstance(node.info, int)
+                states[node.info] = self.vector(gradient, node.width)
+            elif node.op == "fixed":
+                assert isinstance(node.info, int)
+                fixed[node.info] = gradient
+            elif node.op != "const":
+                self._through(i, node, gradient)
+        for index, k in enumerate(result.carries):
+            zeros = (
+                self.filled(graph.const(0), result.widths[index]) if k not in states else states[k]
+            )
+            graph.nexts[index] = zeros
+        for f, gradient in sorted(fixed.items()):
+            width = next(n.width for n in forward.nodes if n.op == "fixed" and n.info == f)
+            index = len(result.carries) + len(result.fixed)
+            before = Arg(graph.add("carry", (), width, index))
+            graph.nexts[index] = self.op("add", before, gradient, width=width)
+            result.fixed.append(f)
+            result.widths.append(width)
+        return result
+
+    def _state_width(self, k: int) -> int:
+        for node in self.forward.nodes:
+            if node.op == "carry" and node.info == k:
+                return node.width
+        return self.forward.nodes[self.forward.nexts[k].value].width
+
+    def _through(self, i: int, node: Node, g: Arg) -> None:
+        info, width = node.info, node.width
+        if isinstance(info, Product):
+            self._product(node, info, self.vector(g, width))
+        elif isinstance(info, Reduce):
+            self._reduce(i, node, info, g)
+        elif node.op == "collect":
+            self._collect(node, g)
+        elif node.op == "cat":
+            offset = 0
+            assert isinstance(info, tuple)
+            for arg, size in zip(node.args, info, strict=True):
+                part = g if g.scalar else g._replace(offset=g.offset + offset)
+                self.give(arg, size, part)
+                offset += size
+        else:
+            self._pointwise(i, node, g)
+
+    def _pointwise(self, i: int, node: Node, g: Arg) -> None:
+        width = node.width
+        args = [self.saved(a) for a in node.args]
+        out = self.saved(Arg(i, 0, width == 1))
+
+        def op(code: str, *operands: Arg | float) -> Arg:
+            made = [o if isinstance(o, Arg) else self.graph.const(o) for o in operands]
+            return self.op(code, *made, width=width)
+
+        def give(which: int, gradient: Arg) -> None:
+            self.give(node.args[which], width, gradient)
+
+        wants = [a.value in self.active for a in node.args]
+        a = args[0]
+        b = args[1] if len(args) > 1 else a
+        match node.op:
+            case "copy":
+                give(0, g)
+            case "neg":
+                give(0, op("neg", g))
+            case "abs":
+                give(0, op("mul", g, op("sign", a)))
+            case "reciprocal":
+                give(0, op("neg", op("mul", g, op("mul", out, out))))
+            case "sqrt":
+                give(0, op("div", op("mul", g, 0.5), out))
+            case "rsqrt":
+                cube = op("mul", op("mul", out, out), out)
+                give(0, op("mul", op("mul", g, -0.5), cube))
+            case "exp":
+                give(0, op("mul", g, out))
+            case "expm1":
+                give(0, op("mul", g, op("add", out, 1)))
+            case "log":
+                give(0, op("div", g, a))
+            case "log1p":
+                give(0, op("div", g, op("add", a, 1)))
+            case "sin":
+                give(0, op("mul", g, op("cos", a)))
+            case "cos":
+                give(0, op("neg", op("mul", g, op("sin", a))))
+            case "erf":
+                bell = op("exp", op("neg", op("mul", a, a)))
+                give(0, op("mul", g, op("mul", bell, 2 / math.sqrt(math.pi))))
+            case "sigmoid":
+                give(0, op("mul", op("mul", g, op("sub", 1, out)), out))
+            case "tanh":
+                give(0, op("mul", g, op("sub", 1, op("mul", out, out))))
+            case "relu":
+                give(0, op("where", op("le", out, 0), 0, g))
+            case "softplus1":
+                give(0, op("mul", g, op("sigmoid", a)))
+            case "add":
+                give(0, g)
+                give(1, g)
+            case "sub":
+                give(0, g)
+                if wants[1]:
+                    give(1, op("neg", g))
+            case "mul":
+                if wants[0]:
+                    give(0, op("mul", g, b))
+                if wants[1]:
+                    give(1, op("mul", g, a))
+            case "div":
+                if wants[0]:
+                    give(0, op("div", g, b))
+                if wants[1]:
+                    give(1, op("neg", op("div", op("mul", g, out), b)))
+            case "maximum" | "minimum":
+                shared = op("where", op("eq", a, b), op("mul", g, 0.5), g)
+                loses = "lt" if node.op == "maximum" else "gt"
+                if wants[0]:
+                    give(0, op("where", op(loses, a, b), 0, shared))
+                if wants[1]:
+                    give(1, op("where", op(loses, b, a), 0, shared))
+            case "where":
+                if wants[1]:
+                    give(1, op("where", a, g, 0))
+                if wants[2]:
+                    give(2, op("where", a, 0, g))
+            case _:
+                raise AssertionError(node.op)
+
+    def _product(self, node: Node, p: Product, g: Arg) -> None:
+        (x,) = node.args
+        if x.value in self.active:
+            self._product_input(x, p, g)
+        if p.weight in self.active:
+            target = self.forward.nodes[p.weight].info
+            assert isinstance(target, int)
+            self.result.reductions.append(
+                Outer(
+                    target, p.offset, g, self.saved(x), p.groups, p.N, p.in_group,
+                    p.w_group, p.w_k, p.w_n, p.K, p.N,
+                )
+            )  # fmt: skip
+
+    def _product_input(self, x: Arg, p: Product, g: Arg) -> None:
+        weight = self.shared(p.weight)
+        turned = Product(weight, p.offset, p.groups, p.N, p.w_group, p.w_n, p.w_k, p.N, p.K)
+        apart = p.groups == 1 or p.in_group == p.K
+        if apart:  # the groups' parts of x lie side by side
+            self.give(x, p.groups * p.K, self.graph.product(g, turned))
+            return
+        if p.in_group == 0 and p.w_group == p.N * p.w_n:  # one x for all: a single sum over (g, n)
+            single = turned._replace(groups=1, in_group=p.groups * p.N, w_group=0, K=p.groups * p.N)
+            self.give(x, p.K, self.graph.product(g, single))
+            return
+        for group in range(p.groups):
+            one = turned._replace(groups=1, offset=p.offset + group * p.w_group, w_group=0)
+            part = self.graph.product(g._replace(offset=g.offset + group * p.N), one)
+            self.give(x._replace(offset=x.offset + group * p.in_group), p.K, part)
+
+    def _reduce(self, i: int, node: Node, r: Reduce, g: Arg) -> None:
+        (x,) = node.args
+        places = [
+            x.offset + group * r.segment + j * r.element
+            for group in range(r.groups)
+            for j in range(r.length)
+        ]
+        of_group = [group for group in range(r.groups) for _ in range(r.length)]
+        width = len(places)
+        if r.kind == "max":  # shared out among equals
+            out = self.saved(Arg(i))
+            spread = self._at(out, of_group)
+            taken = self._places(self.saved(Arg(x.value)).value, places)
+            equal = self.op("eq", taken, spread, width=width)
+            count = self.graph.reduce(
+                self.vector(equal, width), Reduce("sum", r.groups, r.length, r.length, 1)
+            )
+            share = self.op("div", g, count._replace(scalar=r.groups == 1), width=r.groups)
+            gradient = self.op("mul", self._at(share, of_group), equal, width=width)
+        else:
+            gradient = self._at(g, of_group)
+        low, high = min(places), max(places) + 1
+        if places == list(range(low, high)):
+            self.give(Arg(x.value, low), width, gradient)
+            return
+        lists: list[list[int]] = [[] for _ in range(high - low)]
+        for j, place in enumerate(places):
+            lists[place - low].append(j)
+        self._give_lists(x.value, low, lists, self.vector(gradient, width))
+
+    def _at(self, value: Arg, elements: list[int]) -> Arg:
+        """These elements of an operand."""
+        if value.scalar:
+            return value
+        if len(set(elements)) == 1:
+            return Arg(value.value, value.offset + elements[0], True)
+        return self._places(value.value, [value.offset + e for e in elements])
+
+    def _places(self, value: int, places: list[int]) -> Arg:
+        return self.graph.collect(value, tuple((p,) for p in places))
+
+    def _give_lists(self, value: int, low: int, lists: list[list[int]], g: Arg) -> None:
+        table = tuple(tuple(g.offset + j for j in entry) for entry in lists)
+        self.give(Arg(value, low), len(lists), self.graph.collect(g.value, table))
+
+    def _collect(self, node: Node, g: Arg) -> None:
+        (x,) = node.args
+        table = node.info
+        assert isinstance(table, tuple)
+        named = [e for entry in table for e in entry]
+        if not named:
+            return
+        low, high = min(named), max(named) + 1
+        lists: list[list[int]] = [[] for _ in range(high - low)]
+        for j, entry in enumerate(table):
+            for e in entry:
+                lists[e - low].append(j)
+        self._give_lists(x.value, x.offset + low, lists, self.vector(g, node.width))

@@ -1,0 +1,332 @@
+"""Stand-ins: the tensors without values on which a step runs to be seen.
+
+Every use of one comes to the `Session` that is on in the thread, through ``__torch_function__``.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .. import _C
+from .recording import CAPTURED, NUMBER, STAND_IN, Untraceable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+
+    from .lowering import View
+
+
+class _Local(threading.local):
+    active: Session | None = None
+
+
+_local = _Local()
+
+
+_PASSIVE = frozenset(
+    {
+        Tensor.shape.__get__,  # type: ignore[attr-defined]
+        Tensor.ndim.__get__,  # type: ignore[attr-defined]
+        Tensor.dtype.__get__,  # type: ignore[attr-defined]
+        Tensor.layout.__get__,  # type: ignore[attr-defined]
+        Tensor.is_sparse.__get__,  # type: ignore[attr-defined]
+        Tensor.is_quantized.__get__,  # type: ignore[attr-defined]
+        Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
+        Tensor.is_mps.__get__,  # type: ignore[attr-defined]
+        Tensor.grad_fn.__get__,  # type: ignore[union-attr]
+        Tensor.itemsize.__get__,  # type: ignore[attr-defined]
+        Tensor.size,
+        Tensor.dim,
+        Tensor.ndimension,
+        Tensor.numel,
+        Tensor.nelement,
+        Tensor.element_size,
+        Tensor.stride,
+        Tensor.storage_offset,
+        Tensor.is_contiguous,
+        Tensor.is_floating_point,
+        Tensor.is_complex,
+        Tensor.__len__,
+        Tensor.__hash__,
+        Tensor.get_device,
+        torch.is_floating_point,
+        torch.is_complex,
+        torch.numel,
+    }
+)
+
+
+_CONSTANTS = (
+    bool, int, float, complex, str, type(None), type(...), type, np.generic,
+    torch.dtype, torch.layout, torch.memory_format, torch.device,
+)  # fmt: skip
+
+
+_DEVICE: Any = Tensor.device.__get__
+
+
+_NOT_META = frozenset({Tensor.is_meta.__get__})  # type: ignore[attr-defined]
+
+
+_IS_CPU = Tensor.is_cpu.__get__  # type: ignore[attr-defined]
+
+
+_CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+# What reads a value, which a stand-in has not.
+READS = {
+    Tensor.requires_grad.__get__: "Tensor.requires_grad",  # type: ignore[attr-defined]
+    Tensor.is_leaf.__get__: "Tensor.is_leaf",  # type: ignore[attr-defined]
+    Tensor.__bool__: "a Python branch on a value",
+    Tensor.__int__: "int() of a value",
+    Tensor.__float__: "float() of a value",
+    Tensor.__index__: "a value as an index",
+    Tensor.__contains__: "`in` over values",
+    Tensor.item: "Tensor.item",
+    Tensor.tolist: "Tensor.tolist",
+    Tensor.numpy: "Tensor.numpy",
+    Tensor.__array__: "Tensor.__array__",
+    Tensor.data_ptr: "Tensor.data_ptr",
+    torch.is_nonzero: "torch.is_nonzero",
+    torch.equal: "torch.equal",
+    torch.allclose: "torch.allclose",
+}
+
+
+def _elman(activation: Any) -> Any:
+    def cell(x: Any, h: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
+        linear = torch.nn.functional.linear
+        return activation(linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh))
+
+    return cell
+
+
+# What cannot be run on meta tensors, and the same in operations that can.
+_INSTEAD = {
+    getattr(home, f"rnn_{name}_cell"): _elman(getattr(torch, name))
+    for home in (torch, torch._VF)
+    for name in ("tanh", "relu")
+}
+
+
+_INSTEAD[Tensor.cpu] = lambda x, *_, **__: x
+
+
+@contextmanager
+def _modules_called_plainly() -> Iterator[None]:
+    """Without fx's wrapper around the calls of modules, which an exception must not pass."""
+    wrapped = torch.nn.Module.__call__
+    torch.nn.Module.__call__ = torch.nn.Module._wrapped_call_impl  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.__call__ = wrapped  # type: ignore[method-assign]
+
+
+def tracing() -> bool:
+    """Whether a step runs on stand-ins in this thread."""
+    return _local.active is not None
+
+
+class Traced(Tensor):
+    """A stand-in for a tensor of the step: shape and dtype, no values."""
+
+    traced_number: int
+    traced_meta: Tensor
+    traced_view: View
+
+    @staticmethod
+    def make(meta: Tensor, view: View, number: int) -> Traced:
+        made: Traced = Tensor._make_subclass(Traced, meta, meta.dtype.is_floating_point)
+        made.traced_meta, made.traced_view, made.traced_number = meta, view, number
+        return made
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Traced(shape={tuple(self.traced_meta.shape)}, dtype={self.traced_meta.dtype})"
+
+
+def _asked(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    """What a stand-in is asked, but for the call that a replay expects."""
+    session = _local.active
+    if func in _PASSIVE:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+    if func == _DEVICE:
+        return _CPU
+    if func in _NOT_META:
+        return False
+    if func == _IS_CPU:
+        return True
+    if session is None:
+        raise RuntimeError(
+            "a tensor of the step of fastrnn.scan or Recurrent is used after the step: a step "
+            "is run on stand-ins without values, so what it keeps (in an attribute, a list) is "
+            "none of its results. Return it from the step, as a part of y or of the state"
+        )
+    return session.call(func, args, kwargs or {})
+
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+_NOT_THE_STEPS = (
+    str(Path(__file__).parent),
+    *(str(_PACKAGE / f"{name}.py") for name in ("_scan", "_any_cell")),
+    str(Path(torch.__file__).parent),
+    "<frozen",
+)
+
+
+def _where() -> str:
+    """The line of the step that is running: the last that neither torch nor this machinery has."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_NOT_THE_STEPS):
+            return f'File "{name}", line {frame.f_lineno}'
+        frame = frame.f_back  # type: ignore[assignment]
+    return "an unknown line"
+
+
+def name_of(func: Any) -> str:
+    name = getattr(func, "__qualname__", None) or getattr(func, "__name__", None) or str(func)
+    return str(name).replace("_TensorBase", "Tensor").replace("TensorBase", "Tensor")
+
+
+class Session:
+    """One run of a step on stand-ins."""
+
+    def __init__(self, batch: int | None) -> None:
+        self.batch = batch  # B of the call; None: the step has no rows
+        self.grad = torch.is_grad_enabled()
+        self.slots: dict[int, int] = {}
+        self.tensors: list[Tensor] = []
+        self.failure: Exception | None = None  # a step may catch it, and is still untraceable
+
+    def step(self, step: Any, carry: list[Any], xs: list[Any]) -> Any:
+        """What ``step(carry, xs)`` gives."""
+        return step(carry, xs)
+
+    def failed(self, error: Exception) -> Exception:
+        """To be raised, and found after the step."""
+        self.failure = self.failure or error
+        return error
+
+    def refused(self, what: str) -> Exception:
+        return self.failed(Untraceable(f"{what} ({_where()})"))
+
+    def __enter__(self) -> Session:
+        if _local.active is not None:
+            raise Untraceable("a scan inside the step of another")
+        self.plainly = None
+        if torch.nn.Module.__call__ is not torch.nn.Module._wrapped_call_impl:
+            self.plainly = _modules_called_plainly()
+            self.plainly.__enter__()
+        _local.active = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _local.active = None
+        if self.plainly is not None:
+            self.plainly.__exit__(None, None, None)
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def _slot(self, tensor: Tensor) -> int:
+        raise NotImplementedError
+
+    def watched(self) -> AbstractContextManager[Any]:
+        """What is on while a call runs on meta tensors."""
+        raise NotImplementedError
+
+    def meta(self, tensor: Tensor) -> Tensor:
+        """The meta tensor of one that the step closes over."""
+        raise NotImplementedError
+
+    def _key(self, value: Any) -> Any:
+        kind = type(value)
+        if kind is Traced:
+            if value.grad_fn is not None:
+                name = value.grad_fn.name().removesuffix("Backward")
+                raise self.refused(f"{name}, an autograd.Function")
+            return ("%", value.traced_number)
+        if isinstance(value, Tensor):
+            return ("&", self._slot(value))
+        if isinstance(value, (tuple, list)):
+            return ("(", *[self._key(v) for v in value])
+        if kind is dict:
+            return ("{", *[(k, self._key(v)) for k, v in value.items()])
+        if kind is torch.device and value.type != "cpu":
+            raise self.refused(f"a tensor on {value}")
+        if kind is slice:
+            return ("slice", self._key(value.start), self._key(value.stop), self._key(value.step))
+        if kind is float and (value == 0 or value != value):
+            return (kind, repr(value))  # 0 and -0 are equal, and NaN is not itself
+        if not isinstance(value, _CONSTANTS):  # it may change unseen
+            raise self.refused(f"an argument of the type {kind.__name__}")
+        return (kind, value)
+
+    def key(self, args: Any, kwargs: Any) -> Any:
+        """What a call is given, to be compared with another's."""
+        return tuple([self._key(a) for a in args]), self._key(kwargs) if kwargs else None
+
+    def _simple(self, args: Any) -> list[tuple[int, Any]] | None:
+        found: list[tuple[int, Any]] = []
+        for value in args:
+            if type(value) is Traced:
+                found.append((STAND_IN, value))
+            elif isinstance(value, Tensor):
+                found.append((CAPTURED, self._slot(value)))
+            elif (
+                value is None or type(value) in (int, bool, str) or (type(value) is float and value)
+            ):
+                found.append((NUMBER, value))
+            else:
+                return None
+        return found
+
+
+Traced.__torch_function__ = classmethod(  # type: ignore[method-assign, assignment]
+    _C.set_stand_ins(_asked, torch.is_grad_enabled)
+)
+
+
+def on_meta(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
+    """Runs a call on the meta tensors of stand-ins and captured tensors."""
+    if func == Tensor.to:
+        args = [torch.device(a) if type(a) is str else a for a in args]
+    if type(kwargs.get("device")) is str:
+        kwargs = {**kwargs, "device": torch.device(kwargs["device"])}
+    args, kwargs = plain(session, args), plain(session, kwargs)
+    plainly = (torch._C.DisableTorchFunctionSubclass(), torch.no_grad(), _disable_current_modes())
+    with plainly[0], plainly[1], plainly[2], session.watched():
+        return _INSTEAD.get(func, func)(*args, **kwargs)
+
+
+def plain(session: Session, value: Any) -> Any:
+    kind = type(value)
+    if kind is Traced:
+        return value.traced_meta
+    if isinstance(value, Tensor):
+        return session.meta(value)
+    if isinstance(value, (list, tuple)) and kind is not torch.Size:
+        return (list if isinstance(value, list) else tuple)(plain(session, v) for v in value)
+    if kind is dict:
+        return {k: plain(session, v) for k, v in value.items()}
+    if kind is torch.device:
+        if value.type != "cpu":
+            raise session.refused(f"a tensor on {value}")
+        return META
+    return value

@@ -1,0 +1,240 @@
+"""The state that a cell begins with when it is given none, found in what it does.
+
+A cell is called with ``state=None`` and with a state, both on stand-ins. Where the two runs make
+the same calls, but for tensors in the place of the second's state, these are the state that it
+begins with: zeros that it made, or parameters of its own. So a whole sequence runs in one piece.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import replay, trace
+from .recording import Leaf, Recording
+from .run import Call, Sizes, recorded, sizes_of
+from .stand_ins import Traced
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+class _Start(NamedTuple):
+    """Of each leaf of the state a number, or a tensor that the cell closes over; and the step with
+    a state."""
+
+    spec: Any
+    sources: list[tuple[str, Any]]
+    shapes: list[tuple[int, ...]]
+    given: Recording
+    y_spec: Any
+
+
+class _Begun(NamedTuple):
+    """A call of a cell without a state."""
+
+    found: _Start
+    recording: Recording
+    sizes: Sizes
+    state: list[Tensor]
+
+
+def start(step: Callable[[Any, Tensor], tuple[Any, Any]], sequence: Tensor) -> Any:
+    """The state (B, ·) with which ``step(None, x)`` begins a sequence (T, B, …).
+
+    None where it cannot be told.
+    """
+    begun = _begin(step, sequence)
+    return None if begun is None else _nested(begun.state, begun.found.spec)
+
+
+def whole(
+    step: Callable[[Any, Tensor], tuple[Any, Any]], sequence: Tensor, reverse: bool
+) -> tuple[Any, Any] | None:
+    """The final state and y of all steps of a sequence (T, B, …) that begins without a state.
+
+    None where the engine does not run it.
+    """
+    begun = _begin(step, sequence)
+    if begun is None:
+        return None
+    found, sizes = begun.found, begun.sizes
+    leaves = [Leaf((shape, sizes.dtype, True)) for shape in found.shapes]
+    flat = _with_state(step, found.spec, [])
+    tensors = replay.replay(found.given, flat, len(leaves), sizes.batch)
+    if tensors is None:
+        begun.recording.start = None
+        return None
+    sizes = sizes._replace(carry=tuple(leaves))
+    call = Call(found.given, sizes, begun.state, [sequence], tensors, sequence.shape[0], reverse)
+    carry, ys = call.run()
+    outputs = dict(zip(call.graph.ys, ys, strict=True))
+    y = [outputs.get(i) for i in range(found.y_spec.num_leaves)]
+    return _nested(carry, found.spec), pytree.tree_unflatten(y, found.y_spec)
+
+
+_LEAF = pytree.tree_structure(0)
+
+
+def _flattened(value: Any) -> tuple[list[Any], Any]:
+    """As pytree's, which takes long over a tensor by itself."""
+    return ([value], _LEAF) if isinstance(value, Tensor) else pytree.tree_flatten(value)
+
+
+def _nested(leaves: list[Any], spec: Any) -> Any:
+    return leaves[0] if spec is _LEAF else pytree.tree_unflatten(leaves, spec)
+
+
+def _with_state(step: Any, spec: Any, y_specs: list[Any]) -> Any:
+    """The step over leaves; notes how its y is nested."""
+
+    def flat(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+        after, y = step(_nested(carry, spec), x[0])
+        leaves, y_spec = pytree.tree_flatten(y)
+        y_specs.append(y_spec)
+        return _flattened(after)[0], leaves
+
+    return flat
+
+
+def _begin(step: Any, sequence: Tensor) -> _Begun | None:
+    sizes = next(sizes_of([], [sequence]), None)
+    if sizes is None or sizes.batch is None:
+        return None
+    specs: list[Any] = []
+
+    def begin(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+        leaves, spec = _flattened(step(None, x[0])[0])
+        specs.append(spec)
+        return [], leaves
+
+    recording, tensors = recorded(begin, sizes)
+    if recording.graph is None:
+        return None
+    if recording.start is None:
+        recording.start = _find(step, recording, specs[-1], sizes) or "unknown"
+    if recording.start == "unknown":
+        return None
+    found: _Start = recording.start
+    leaves = [
+        _leaf(kind, source, (sizes.batch, *shape), recording, tensors, sizes.dtype)
+        for (kind, source), shape in zip(found.sources, found.shapes, strict=True)
+    ]
+    return _Begun(found, recording, sizes, leaves)
+
+
+def _leaf(
+    kind: str,
+    source: Any,
+    shape: tuple[int, ...],
+    recording: Recording,
+    tensors: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
+    if kind == "number":
+        filled: Tensor = torch.full((), source, dtype=dtype).expand(shape)
+        return filled
+    tensor = tensors[source]
+    if recording.captured[source].kind == "alike":
+        tensor = tensor[:1]
+    expanded: Tensor = tensor.expand(shape)
+    return expanded
+
+
+def _find(step: Any, without: Recording, spec: Any, sizes: Any) -> _Start | None:
+    shapes = [without.y_shapes.get(i) for i in range(spec.num_leaves)]
+    if None in shapes or without.y_bool:
+        return None
+    leaves = [Leaf((shape, sizes.dtype, True)) for shape in shapes]
+
+    y_specs: list[Any] = []
+    given, _ = trace.record(
+        _with_state(step, spec, y_specs), leaves, sizes.xs, sizes.batch, sizes.dtype
+    )
+    if given.graph is None:
+        return None
+    sources = _Match(without, given, len(leaves)).sources()
+    if sources is None:
+        return None
+    return _Start(spec, sources, [s for s in shapes if s is not None], given, y_specs[-1])
+
+
+class _Match:
+    """Two recordings side by side: without a state and with one, of so many leaves."""
+
+    def __init__(self, without: Recording, given: Recording, count: int) -> None:
+        self.without, self.given, self.count = without, given, count
+        self.numbers: dict[int, int] = {
+            0: count
+        }  # of stand-ins: x is the first, or after the state
+        self.slots: dict[int, int] = {}
+        self.found: dict[int, tuple[str, Any]] = {}
+        self.constants: dict[int, float] = {}  # stand-ins that hold one number
+
+    def sources(self) -> list[tuple[str, Any]] | None:
+        theirs = iter(self.given.calls)
+        for call in self.without.calls:
+            number = self._constant(call.outputs)
+            if number is not None:
+                self.constants[call.outputs.traced_number] = number
+                continue
+            other = next(theirs, None)
+            if (
+                other is None
+                or other.func != call.func
+                or other.grad is not call.grad
+                or not self._same(call.key, other.key)
+            ):
+                return None
+            self._note(call.outputs, other.outputs)
+        if next(theirs, None) is not None or not self._same(
+            self.without.structure[1], self.given.structure[0]
+        ):
+            return None
+        if len(self.found) < self.count:
+            return None
+        return [self.found[k] for k in range(self.count)]
+
+    def _constant(self, outputs: Any) -> float | None:
+        """The number that a new tensor is filled with."""
+        if type(outputs) is not Traced:
+            return None
+        node = self.without.nodes[outputs.traced_view.value]
+        number: float | None = node.info if node.op == "const" else None
+        return number
+
+    def _same(self, mine: Any, theirs: Any) -> bool:
+        if not isinstance(mine, tuple) or not isinstance(theirs, tuple):
+            return type(mine) is type(theirs) and bool(mine == theirs)
+        if len(theirs) == 2 and theirs[0] == "%" and theirs[1] < self.count:
+            return self._state(theirs[1], mine)
+        if len(mine) != len(theirs):
+            return False
+        if len(mine) == 2 and mine[0] in ("%", "&") and mine[0] == theirs[0]:
+            known = self.numbers if mine[0] == "%" else self.slots
+            if mine[0] == "&" and mine[1] not in known:
+                known[mine[1]] = theirs[1]
+            return bool(known.get(mine[1]) == theirs[1])
+        return all(self._same(a, b) for a, b in zip(mine, theirs, strict=True))
+
+    def _state(self, leaf: int, mine: Any) -> bool:
+        """What the cell had in the place of a leaf of the state."""
+        if not isinstance(mine, tuple) or len(mine) != 2:
+            return False
+        if mine[0] == "&":
+            source: tuple[str, Any] = ("tensor", mine[1])
+        elif mine[0] == "%" and mine[1] in self.constants:
+            source = ("number", self.constants[mine[1]])
+        else:
+            return False
+        return self.found.setdefault(leaf, source) == source
+
+    def _note(self, mine: Any, theirs: Any) -> None:
+        if type(mine) is Traced and type(theirs) is Traced:
+            self.numbers[mine.traced_number] = theirs.traced_number
+        elif isinstance(mine, (list, tuple)) and isinstance(theirs, (list, tuple)):
+            for a, b in zip(mine, theirs, strict=False):
+                self._note(a, b)
