@@ -11,9 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+import fastrnn
 from fastrnn import _C, cli
-from fastrnn.bench import cases, compare, records, report, roof, runner, timing
+from fastrnn.bench import (
+    cases,
+    cells,
+    compare,
+    records,
+    report,
+    roof,
+    runner,
+    step_providers,
+    timing,
+)
 from fastrnn.bench.cases import Case
 from fastrnn.bench.data import Data, make_data
 from fastrnn.bench.precision import precision
@@ -140,6 +152,142 @@ def test_options_run_against_torchs_own_way(cell: str, option: dict[str, Any], w
     assert all(r["kernel"].startswith("engine") for r in results.records[::2])
     assert {e["provider"] for e in results.not_run} == {"onnxruntime"}
     assert Case(**case.as_record()) == case
+
+
+def step(cell: str) -> Case:
+    """A small case of a cell that is a torch module; skips where its package is not installed."""
+    if cell in ("IndRNN", "LEM", "NAS"):
+        pytest.importorskip("torchrecurrent")
+    return Case(cell, 3, 2, 6, 8)
+
+
+@pytest.mark.parametrize("cell", cases.STEPS)
+def test_a_step_runs_against_its_loop(cell: str) -> None:
+    """Both agree, outputs and every gradient, or the run would stop."""
+    results = runner.run(request(step(cell), peers=("loop",)))
+    assert [r["provider"] for r in results.records] == ["fastrnn", "loop"] * 2
+    assert {r["kernel"] for r in results.records[1::2]} == {step_providers.LOOP}
+
+
+@pytest.mark.parametrize("cell", step_providers.LAYERS)
+def test_a_step_that_is_written_out_runs_against_our_layer(cell: str) -> None:
+    results = runner.run(request(step(cell), peers=("layer",)))
+    assert [r["provider"] for r in results.records] == ["fastrnn", "layer"] * 2
+    assert results.records[1]["kernel"] == f"fastrnn.{step_providers.LAYERS[cell]}"
+
+
+@pytest.mark.parametrize("cell", cases.STEPS)
+def test_the_products_of_a_step_are_those_that_torch_counts(cell: str) -> None:
+    case = step(cell)
+    data = make_data(case, "cpu")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        cells.Loop(step_providers.make_cell(case, data))(data.inputs[0])
+    assert case.flops("inference") == counter.get_total_flops()
+
+
+def test_a_step_and_a_layer_have_peers_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_providers, "compile_elsewhere", lambda *_: "was not tried")
+    results = runner.run(request(step("MGU"), TINY[0], passes=("inference",)))
+    peers = {(r["case"]["cell"], r["provider"]) for r in results.records}
+    assert {("MGU", "fastrnn"), ("MGU", "loop"), ("LSTM", "torch")} <= peers
+    assert not {("MGU", "torch"), ("LSTM", "loop")} & peers
+    reasons = {e["provider"]: e["reason"] for e in results.not_run if e["case"]}
+    assert reasons["compile"] == "inference was not tried"
+    assert reasons["layer"] == "fastrnn has no layer of this cell"
+
+
+@pytest.mark.parametrize(
+    ("peer", "case", "reason"),
+    [
+        ("torch", Case("MGU", 3, 2, 6, 8), "torch.nn has no layer of this cell"),
+        ("onnxruntime", Case("MGU", 3, 2, 6, 8), "ONNX Runtime has no operator of this cell"),
+        ("loop", TINY[0], "its cell is no torch module; expected a case of the suite cells"),
+    ],
+)
+def test_a_peer_of_the_other_kind_says_why_it_does_not_run(
+    peer: str, case: Case, reason: str
+) -> None:
+    if peer == "onnxruntime":
+        pytest.importorskip("onnxruntime")
+    results = runner.run(request(case, passes=("inference",), peers=(peer,)))
+    assert [e["reason"] for e in results.not_run] == [reason]
+
+
+def test_the_kernel_of_a_step_names_a_loop_where_each_step_calls_the_cell(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fastrnn, "Recurrent", cells.Loop)
+    results = runner.run(request(step("MGU"), peers=()))
+    assert [r["kernel"] for r in results.records] == [step_providers.LOOP] * 2
+
+
+def test_the_kernel_of_a_step_names_the_engine_where_the_cell_is_read_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class ReadOnce(cells.Loop):
+        def forward(self, input: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, Any]:
+            rows, steps = input.flatten(0, 1), input.shape[0]
+            output = self.cell(rows, state).unflatten(0, (steps, -1))
+            return output, output[-1:]
+
+    monkeypatch.setattr(fastrnn, "Recurrent", ReadOnce)
+    results = runner.run(request(step("MGU"), passes=("inference",), peers=()))
+    assert [r["kernel"] for r in results.records] == [f"engine {_C.isa()}, a program"]
+
+
+def test_a_step_has_no_options() -> None:
+    case = replace(step("MGU"), layers=2, lengths=True)
+    results = runner.run(request(case, passes=("inference",), peers=("loop",)))
+    (entry,) = results.not_run
+    assert entry["reason"] == "a cell that is a torch module is measured as MGU T3 B2 I6 H8"
+
+
+def test_a_case_lacking_its_package_is_listed_with_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    results = runner.run(request(Case("LEM", 3, 2, 6, 8), passes=("inference",), peers=("loop",)))
+    (entry,) = results.not_run
+    assert entry["provider"] == "fastrnn"
+    assert entry["reason"].endswith("to install it: pip install torchrecurrent")
+    assert results.records == []
+
+
+def test_what_does_not_compile_in_time_is_listed_and_not_tried_in_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(step_providers, "COMPILE_SECONDS", 0.01)
+    results = runner.run(request(step("MGU"), peers=("compile",)))
+    reasons = [e["reason"] for e in results.not_run]
+    assert reasons == ["inference did not compile within 0.01 s"] * 2
+
+
+def test_what_fails_to_compile_is_listed_with_torchs_complaint() -> None:
+    broken = replace(step("MGU"), dtype="float99")
+    reason = step_providers.compile_elsewhere(broken, "cpu", "inference")
+    assert reason == "did not compile: AttributeError: module 'torch' has no attribute 'float99'"
+
+
+def test_the_compiled_loop_is_checked_as_every_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def eagerly(loop: torch.nn.Module) -> Any:
+        return torch._dynamo.optimize("eager")(loop)
+
+    monkeypatch.setattr(step_providers, "compile_elsewhere", lambda *_: None)
+    monkeypatch.setattr(torch, "compile", eagerly)
+    results = runner.run(request(step("MGU"), peers=("compile",)))
+    assert [r["provider"] for r in results.records] == ["fastrnn", "compile"] * 2
+    assert {r["kernel"] for r in results.records[1::2]} == {"torch.compile, inductor"}
+
+
+def test_a_cell_is_chosen_by_name_in_any_case(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cases, "load_suites", lambda: {"tiny": [step("MGU"), step("CfC")]})
+    options = ["--suite", "tiny", "--seconds", "0.01", "--threads", "1", "--against", "loop"]
+    assert cli.main(["bench", *options, "--pass", "inference", "--cell", "cfc"]) == 0
+    printed = capsys.readouterr().out
+    assert "CfC T3" in printed
+    assert "MGU" not in printed
 
 
 def test_tf32_is_a_precision_of_its_own() -> None:

@@ -230,6 +230,21 @@ def test_explain_reads_every_case_as_bench_names_it() -> None:
             assert explain.parse_case(case.label()) == case
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "route"),
+    [
+        ("cpu", "float64", "a program of fastrnn.Recurrent"),
+        ("cpu", "bfloat16", "a loop of torch's operations by fastrnn.Recurrent"),
+        ("cuda", "float32", "a loop of torch's operations by fastrnn.Recurrent"),
+    ],
+)
+def test_explain_tells_where_a_step_is_a_program(device: str, dtype: str, route: str) -> None:
+    known = explain.explain(explain.parse_case("slstm,4,10,8,16", dtype), device)
+    assert known["case"].startswith("sLSTM T10 B4 I8 H16")
+    assert known["inference"] == known["training"]
+    assert known["training"].endswith(route)
+
+
 def test_info_is_a_function_of_the_package() -> None:
     known = fastrnn.info()
     assert known["numpy"] is not None

@@ -94,6 +94,7 @@ def test_distributed_trains_as_one_process_does(processes: int, tmp_path: Path) 
     ("name", "options", "needs", "says"),
     [
         ("cartpole", ("--updates", "1"), (), "times faster"),
+        ("cells", ("--epochs", "1"), ("statsmodels",), "Both train to the same losses"),
         ("characters", ("--updates", "3"), (), "held-out perplexity"),
         ("dates", ("--updates", "2"), (), "dates right to the last digit"),
         ("private", ("--updates", "2"), ("sklearn",), "epsilon"),

@@ -116,14 +116,15 @@ def _add_bench(commands: Any) -> None:
     add("--suite", action="append", metavar="NAME", help="repeatable; default quick")
     add("--list", action="store_true", help="list the suites and their cases, run nothing")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--cell", type=_names, metavar="LSTM,GRU,RNN", help="only these cells")
+    add("--cell", type=_names, metavar="LSTM,GRU,RNN", help="only these cells (see --list)")
     add("--dtype", type=_names, default=["float32"], metavar="NAMES",
         help="float32 (default), float64, bfloat16, float16; on CUDA also tf32")  # fmt: skip
     add("--pass", dest="passes", type=_names, default=["inference", "training"], metavar="NAMES",
         help="inference,training (default both)")  # fmt: skip
     add("--threads", type=_positive(int), metavar="N", help="default: torch's")
     add("--against", type=_names, metavar="PEERS",
-        help="torch,onnxruntime,flashrnn; default: the device's that are installed")  # fmt: skip
+        help="torch,onnxruntime,flashrnn; of the suite cells loop,compile,layer; "
+        "default: all of the device that are installed")  # fmt: skip
     add("--seconds", type=_positive(float), default=1.0, metavar="S",
         help="time for each case and pass, all providers together (default 1)")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write the records")
@@ -320,9 +321,10 @@ def _request(parsed: argparse.Namespace) -> Any:
     from fastrnn.bench import cases
     from fastrnn.bench.runner import Request
 
-    cells = [name.upper() for name in parsed.cell or cases.CELLS]
+    known_cells = (*cases.CELLS, *cases.STEPS)
+    cells = [cases.cell_named(name) or name for name in parsed.cell or known_cells]
     for option, chosen, known in (
-        ("--cell", cells, cases.CELLS),
+        ("--cell", cells, known_cells),
         ("--dtype", parsed.dtype, cases.PRECISIONS),
         ("--pass", parsed.passes, cases.PASSES),
     ):

@@ -17,6 +17,20 @@ if TYPE_CHECKING:
 Pass = Literal["inference", "training"]
 PASSES: tuple[Pass, ...] = ("inference", "training")
 CELLS = ("LSTM", "GRU", "RNN")
+STEPS: dict[str, tuple[float, float]] = {
+    # Cells that are torch modules (see step_providers.py): how many matrices of H rows multiply
+    # the input in a step, and how many of H columns the state.
+    "sLSTM": (4, 4),
+    "MGU": (2, 2),
+    "GRU-D": (7 / 3, 3),  # of the input's three parts one fades h, and two go to three gates
+    "CfC": (1, 5),
+    "NormGRU": (3, 3 / 4),  # in four heads
+    "IndRNN": (1, 0),
+    "LEM": (4, 4),
+    "NAS": (8, 8),
+    "PlainGRU": (3, 3),
+    "PlainLSTM": (4, 4),
+}
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 PRECISIONS = (*DTYPES, "tf32")  # tf32: float32 in which a CUDA device multiplies by TF32
 ELEMENT_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
@@ -71,8 +85,20 @@ class Case:
         )
 
     @property
+    def is_step(self) -> bool:
+        """Whether the cell is a torch module that takes a step, and none of our layers."""
+        return self.cell in STEPS
+
+    @property
+    def matrices(self) -> tuple[float, float]:
+        """How many matrices of H rows multiply the input in a step, and the state."""
+        if self.is_step:
+            return STEPS[self.cell]
+        return self.stack.gates, self.stack.gates / self.heads
+
+    @property
     def directions(self) -> int:
-        return self.stack.directions
+        return 2 if self.bidirectional else 1
 
     @property
     def options(self) -> list[str]:
@@ -120,7 +146,8 @@ class Case:
         """Multiplications and additions of the matrix products, cells not counted.
 
         Forward: 2·G·H·(I + H/heads) per step, row and direction, I being D·H above the first layer,
-        for each member; of rows with lengths, half of that, as their steps are on average.
+        for each member; of rows with lengths, half of that, as their steps are on average. Of a
+        cell that is a torch module, as many products as `STEPS` says.
         Training is three times as much: forward, gradients of data, gradients of weights.
         """
         forward = sum(p.projection + p.recurrence for p in self.products())
@@ -131,10 +158,11 @@ class Case:
         layers = []
         size = ELEMENT_BYTES[self.dtype]
         pairs = 2.0 * self.B * (0.5 * (self.T + 1) if self.lengths else self.T)
+        of_input, of_state = self.matrices
+        rows = self.members * self.directions * self.H
         for layer in range(self.layers):
             inputs = self.I if layer == 0 else self.directions * self.H
-            rows = self.members * self.directions * self.stack.gates * self.H
-            weight_ih, weight_hh = rows * inputs, rows * self.H // self.heads
+            weight_ih, weight_hh = round(of_input * rows * inputs), round(of_state * rows * self.H)
             layers.append(
                 Products(
                     projection=pairs * weight_ih,
@@ -155,6 +183,15 @@ class Case:
         """
         streamed = sum(p.weight_ih + self.T * p.weight_hh for p in self.products())
         return self.flops(pass_) / (streamed * (2.0 if pass_ == "training" else 1.0))
+
+
+def cell_named(name: str) -> str | None:
+    """The cell of that name, in capitals or not.
+
+    >>> cell_named("slstm")
+    'sLSTM'
+    """
+    return next((cell for cell in (*CELLS, *STEPS) if cell.upper() == name.upper()), None)
 
 
 def load_suites() -> dict[str, list[Case]]:

@@ -23,9 +23,9 @@ class Data:
     """Inputs, initial states, weights and the gradient that training starts from."""
 
     inputs: list[Tensor]  # each (T, B, I); more than one on CUDA
-    hx: tuple[Tensor, ...]  # (h0,) or (h0, c0), each (L·D, B, H)
+    hx: tuple[Tensor, ...]  # (h0,) or (h0, c0), each (L·D, B, H); () of a step: its own zeros
     # torch's order: w_ih, w_hh, b_ih, b_hh per layer and direction, then layer norm's; of an
-    # ensemble with an axis for the members before the others
+    # ensemble with an axis for the members before the others; of a step in its own module
     weights: list[Tensor]
     d_output: Tensor  # (T, B, D·H), of an ensemble (members, T, B, D·H)
     reset: Tensor | None  # bool (T, B)
@@ -47,13 +47,13 @@ def make_data(case: Case, device: str) -> Data:
         return drawn.to(dtype)
 
     units, weights = case.H, []
-    for layer in range(case.layers):
+    for layer in range(0 if case.is_step else case.layers):
         shapes = case.stack.weight_shapes(case.directions * units if layer else case.I, units)
         for name, shape in [*shapes.items()] * case.directions:
             factor = name in ("norm_ih", "norm_hh", "norm_c")
             weights.append(1 + weight(*shape) if factor else weight(*shape))
 
-    states = 2 if case.cell == "LSTM" else 1
+    states = 0 if case.is_step else 2 if case.cell == "LSTM" else 1
     groups = case.layers * case.directions
     members = (case.members,) if case.members > 1 else ()
     first = normal(case.T, case.B, case.I)

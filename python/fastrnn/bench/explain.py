@@ -11,7 +11,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from fastrnn import _C, _certificate, _engine
-from fastrnn.bench.cases import CELLS, PRECISIONS, Case
+from fastrnn.bench.cases import CELLS, PRECISIONS, STEPS, Case, cell_named
 from fastrnn.info import COMPOSED, CUDA_ENGINE, CUDNN
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def parse_case(text: str, precision: str | None = None) -> Case:
     """
     words = text.split()
     if "," in text:
-        cell, *sizes = (word.strip() for word in text.split(","))
-        words = [cell, *(name + size for name, size in zip("BTIH", sizes, strict=False))]
+        first, *sizes = (word.strip() for word in text.split(","))
+        words = [first, *(name + size for name, size in zip("BTIH", sizes, strict=False))]
         if len(sizes) != 4:
             raise ValueError(f"--explain {text!r}: expected {FORM}")
     fields: dict[str, Any] = {}
@@ -51,13 +51,15 @@ def parse_case(text: str, precision: str | None = None) -> Case:
         if found is None:
             raise ValueError(f"--explain {text!r}: {word!r} is not known; expected {FORM}")
         fields |= found
-    if not words or words[0].upper() not in CELLS:
-        raise ValueError(f"--explain {text!r}: expected {FORM}, CELL being of {', '.join(CELLS)}")
+    cell = cell_named(words[0]) if words else None
+    if cell is None:
+        known = ", ".join((*CELLS, *STEPS))
+        raise ValueError(f"--explain {text!r}: expected {FORM}, CELL being of {known}")
     missing = [name for name in "TBIH" if name not in fields]
     if missing:
         raise ValueError(f"--explain {text!r}: {', '.join(missing)} is missing; expected {FORM}")
     written = fields.pop("precision", "float32")
-    return Case(words[0].upper(), **fields).in_precision(precision or written)
+    return Case(cell, **fields).in_precision(precision or written)
 
 
 def _field(word: str) -> dict[str, Any] | None:
@@ -83,10 +85,11 @@ def explain(case: Case, device: str) -> dict[str, str]:
             says what it cannot.
     """
     known = {"case": case.label(), "device": device}
-    if device == "cpu":
-        if case.tf32:
-            raise ValueError("--dtype tf32: it is of CUDA devices; expected --device cuda")
-        return known | {"inference": _on_cpu(), "training": _on_cpu()}
+    if device == "cpu" and case.tf32:
+        raise ValueError("--dtype tf32: it is of CUDA devices; expected --device cuda")
+    if device == "cpu" or case.is_step:
+        route = _of_step(case, device) if case.is_step else _on_cpu()
+        return known | {"inference": route, "training": route}
     known |= {pass_: cuda_kernel(case, pass_) for pass_ in ("inference", "training")}
     known["certificate"] = _certificate_here()
     if _engine.built_with_cuda() and not _without_kernel(case) and _no_device():
@@ -110,6 +113,13 @@ def _on_cpu() -> str:
         f"engine {_C.isa()}, at most {threads} thread{'s' * (threads != 1)} "
         f"(of {', '.join(_C.isas())}; FASTRNN_ISA chooses)"
     )
+
+
+def _of_step(case: Case, device: str) -> str:
+    """What `fastrnn.Recurrent` makes of a cell that is a torch module."""
+    if device == "cpu" and case.dtype in ("float32", "float64"):
+        return f"{_on_cpu()}, a program of fastrnn.Recurrent"
+    return "a loop of torch's operations by fastrnn.Recurrent"
 
 
 def cuda_kernel(case: Case, pass_: Pass) -> str:

@@ -75,6 +75,8 @@ def _require_supported(case: Case, data: Data, pass_: Pass) -> None:
         raise UnsupportedError("ONNX Runtime is a peer on the CPU alone")
     if case.dtype != "float32":
         raise UnsupportedError(f"ONNX Runtime's nodes are float32 alone, not {case.dtype}")
+    if case.is_step:
+        raise UnsupportedError("ONNX Runtime has no operator of this cell")
     if case.options:
         raise UnsupportedError(f"ONNX Runtime is not compared on {' and '.join(case.options)}")
 

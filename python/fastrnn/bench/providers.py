@@ -64,6 +64,10 @@ class Fastrnn:
         self.version = fastrnn.__version__
 
     def prepare(self, case: Case, data: Data, pass_: Pass) -> Prepared:
+        if case.is_step:
+            from fastrnn.bench.step_providers import prepare_recurrent
+
+            return prepare_recurrent(case, data, pass_)
         options: dict[str, Any] = {} if case.heads == 1 else {"heads": case.heads}
         if case.layer_norm:
             options["layer_norm"] = True
@@ -96,6 +100,8 @@ class Torch:
         self.version = str(torch.__version__)
 
     def prepare(self, case: Case, data: Data, pass_: Pass) -> Prepared:
+        if case.is_step:
+            raise UnsupportedError("torch.nn has no layer of this cell")
         several = case.layers * case.directions > 1
         if len(case.options) > 1 or (several and (case.layer_norm or case.heads > 1)):
             raise UnsupportedError(f"torch.nn has no {' and no '.join(case.options)}")
@@ -125,16 +131,27 @@ BY_HAND: dict[str, type[Any]] = {  # of `Case.options`
 }
 
 
+STATES = ("h", "c", "n", "m")  # the names of a state's tensors; an sLSTM has all
+
+
 def prepare_layer(
-    layer: torch.nn.Module, data: Data, pass_: Pass, call: dict[str, Tensor]
+    layer: torch.nn.Module,
+    data: Data,
+    pass_: Pass,
+    call: dict[str, Tensor],
+    parameters: Sequence[tuple[str, Tensor]] | None = None,
 ) -> Prepared:
-    """A torch module whose call is torch.nn's, ready for one pass; `call` holds more keywords."""
+    """A torch module whose call is torch.nn's, ready for one pass; `call` holds more keywords.
+
+    The parameters are the module's own by default; their names are those of its results.
+    """
     training = pass_ == "training"
     layer.train(training).requires_grad_(training)
-    parameters = list(layer.named_parameters())
+    if parameters is None:
+        parameters = list(layer.named_parameters())
     states = [h.detach().requires_grad_(training) for h in data.hx]
     inputs = [x.detach().requires_grad_(training) for x in data.inputs]
-    hx = states[0] if len(states) == 1 else tuple(states)
+    hx = states[0] if len(states) == 1 else tuple(states) or None
     shared = [*states, *(p for _, p in parameters)]
 
     def infer(i: int) -> Any:
@@ -147,7 +164,8 @@ def prepare_layer(
     def outputs() -> dict[str, Tensor]:
         output, hx_n = infer(0)
         last = hx_n if isinstance(hx_n, tuple) else (hx_n,)
-        return dict(zip(("output", "h_n", "c_n"), (output, *last), strict=False))
+        finals = zip((f"{name}_n" for name in STATES), last, strict=False)
+        return {"output": output, **dict(finals)}
 
     def inferred() -> dict[str, Tensor]:
         with torch.inference_mode():
@@ -155,9 +173,12 @@ def prepare_layer(
 
     def trained() -> dict[str, Tensor]:
         found = outputs()
-        names = ["d_input", "d_h0", "d_c0"][: 1 + len(states)] + [f"d_{n}" for n, _ in parameters]
+        names = ["d_input", *(f"d_{name}0" for name, _ in zip(STATES, states, strict=False))]
+        names += [f"d_{name}" for name, _ in parameters]
         output, *last = found.values()
-        starts = [h.expand_as(x) for h, x in zip(data.hx, last, strict=True)]
+        starts = [torch.ones_like(x) for x in last]
+        if data.hx:
+            starts = [h.expand_as(x) for h, x in zip(data.hx, last, strict=True)]
         wanted = [inputs[0], *shared]
         # Of the output alone, as it is timed, and with gradients of the final states besides.
         with_last = torch.autograd.grad([output, *last], wanted, [data.d_output, *starts])
@@ -242,7 +263,12 @@ def make_provider(name: str) -> Provider:
         from fastrnn.bench.flashrnn_provider import FlashRnn
 
         return FlashRnn()
+    if name in STEP_PEERS:
+        from fastrnn.bench.step_providers import PROVIDERS
+
+        return PROVIDERS[name]()
     raise ValueError(f"peer {name!r} is not known; there are: {', '.join(PEERS)}")
 
 
-PEERS = ("torch", "onnxruntime", "flashrnn")
+STEP_PEERS = ("loop", "compile", "layer")  # of cells that are torch modules
+PEERS = ("torch", "onnxruntime", "flashrnn", *STEP_PEERS)

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastrnn.bench.data import Data, make_data
 from fastrnn.bench.precision import precision
 from fastrnn.bench.providers import (
+    STEP_PEERS,
     Fastrnn,
     MissingPeerError,
     Prepared,
@@ -42,7 +43,7 @@ class MismatchError(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """What to run. `peers` None: those of the device that are installed."""
+    """What to run. `peers` None: those of the device, or of a step, that are installed."""
 
     cases: Sequence[tuple[str, Case]]
     device: str = "cpu"
@@ -92,9 +93,10 @@ def run(
         peers = _peers(request, results)
         try:
             for suite, case in request.cases:
+                own = [p for p in peers if request.peers is not None or _is_default(p.name, case)]
                 for pass_ in request.passes:
                     on_case(f"{case.label()} {pass_}")
-                    _attempt(suite, case, pass_, peers, results, request.keep_going)
+                    _attempt(suite, case, pass_, own, results, request.keep_going)
                     after_case(results)
         except KeyboardInterrupt:
             results.interrupted = True
@@ -114,8 +116,15 @@ def _threads(wanted: int | None) -> Iterator[int]:
 def _peers(request: Request, results: Results) -> list[Provider]:
     if request.peers is not None:
         return [make_provider(name) for name in dict.fromkeys(request.peers)]
-    found = (_installed(name, results) for name in DEFAULT_PEERS[request.device])
+    names = (*DEFAULT_PEERS[request.device], *STEP_PEERS)
+    wanted = (n for n in names if any(_is_default(n, case) for _, case in request.cases))
+    found = (_installed(name, results) for name in wanted)
     return [peer for peer in found if peer is not None]
+
+
+def _is_default(peer: str, case: Case) -> bool:
+    """Whether a case of a layer or of a step is run against the peer where none is named."""
+    return (peer in STEP_PEERS) == case.is_step
 
 
 def _installed(name: str, results: Results) -> Provider | None:
