@@ -476,3 +476,18 @@ def test_bits_depend_on_no_batch_thread_or_cut(name: str) -> None:
         assert torch.equal(torch.cat([first[0], second[0]]), whole[0])
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_state_without_a_gradient_needs_none() -> None:
+    """A counter beside a state that depends on weights."""
+    weight = torch.randn(H, H).requires_grad_()
+
+    def step(carry: Any, x: torch.Tensor) -> Any:
+        h, n = carry
+        return (torch.tanh(h @ weight + x), n + 1), h
+
+    init = torch.zeros(B, H), torch.zeros(B, 1)
+    with steps.by_engine():
+        (h, n), _ = fastrnn.scan(step, init, torch.randn(T, B, H))
+    assert h.requires_grad
+    assert not n.requires_grad

@@ -186,10 +186,8 @@ class Executable:
     def active(self, needs: Needs, reverse: bool) -> tuple[list[bool], list[bool]]:
         """Which finals and ys have a gradient."""
         both = self.ready(needs, reverse).passes
-        assert both.backward is not None
-        carries = both.backward.carries
         return (
-            [k in carries for k in both.forward.carries],
+            [k in both.active_nexts for k in both.forward.carries],
             [i in both.active_ys for i in self.graph.ys],
         )
 

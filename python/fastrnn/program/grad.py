@@ -67,7 +67,9 @@ class Backward:
     carries: list[int] = field(default_factory=list)  # state k of each carry
     fixed: list[int] = field(default_factory=list)  # the fixed inputs of the carries after those
     widths: list[int] = field(default_factory=list)  # of the carries
-    active_ys: set[int] = field(default_factory=set)  # the outputs that pass a gradient on
+    # The states and the outputs that pass a gradient on.
+    active_nexts: set[int] = field(default_factory=set)
+    active_ys: set[int] = field(default_factory=set)
 
 
 def backward(forward: Graph, needs: Needs) -> Backward:
@@ -202,6 +204,7 @@ class _Gradients:
         for i, arg in forward.ys.items():
             width = forward.widths[i]
             self.give(arg, width, Arg(graph.add("x", (), width, i)))
+        result.active_nexts = {k for k, a in forward.nexts.items() if a.value in self.active}
         result.active_ys = {i for i, a in forward.ys.items() if a.value in self.active}
         fixed: dict[int, Arg] = {}
         states: dict[int, Arg] = {}

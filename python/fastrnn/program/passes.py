@@ -40,7 +40,9 @@ class Passes:
     backward: Pass | None = None
     saved: list[int] = field(default_factory=list)  # widths of what forward keeps
     states: dict[int, tuple[str, int]] = field(default_factory=dict)  # where state k is kept
-    active_ys: set[int] = field(default_factory=set)  # outputs that have a gradient
+    # Final states and outputs that have a gradient.
+    active_nexts: set[int] = field(default_factory=set)
+    active_ys: set[int] = field(default_factory=set)
 
 
 class _Inputs:
@@ -75,6 +77,7 @@ def passes(graph: Graph, widths: dict[int, int], needs: Needs | None, reverse: b
     if found is not None:
         made.saved = [high - low for _, low, high in found.kept]
         made.states = found.states
+        made.active_nexts = found.made.active_nexts
         made.active_ys = found.made.active_ys
         made.backward = _lower_backward(graph, found, reverse)
     return made

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -136,7 +135,7 @@ def _taken(
 # ---- recordings ----------------------------------------------------------------------------------
 
 _MOST_KEYS, _MOST_OF_KEY = 256, 8
-_recordings: OrderedDict[Any, list[Recording]] = OrderedDict()
+_recordings: dict[Any, list[Recording]] = {}
 
 
 def recorded(step: Any, sizes: Sizes) -> tuple[Recording, Leaves]:
@@ -150,10 +149,10 @@ def recorded(step: Any, sizes: Sizes) -> tuple[Recording, Leaves]:
                 _recordings[key] = [recording, *(r for r in known if r is not recording)]
             return recording, tensors
     recording, tensors = trace.record(step, sizes.carry, sizes.xs, sizes.batch, sizes.dtype)
+    _recordings.pop(key, None)  # and last again
     _recordings[key] = [recording, *known[: _MOST_OF_KEY - 1]]
-    _recordings.move_to_end(key)
-    if len(_recordings) > _MOST_KEYS:
-        _recordings.popitem(last=False)
+    while len(_recordings) > _MOST_KEYS:
+        _recordings.pop(next(iter(_recordings)), None)
     return recording, tensors
 
 
