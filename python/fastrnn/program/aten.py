@@ -464,6 +464,11 @@ def _scalar(low: Lowering, value: float, **_: Any) -> View:
     return _filled(low, (), value)
 
 
+@operation("aten.zeros.default", "aten.ones.default")
+def _fill(low: Lowering, shape: Sequence[int], *, function: str, **_: Any) -> View:
+    return _filled(low, shape, float("ones" in function))
+
+
 @operation("aten.full.default")
 def _full(low: Lowering, shape: Sequence[int], value: float, **_: Any) -> View:
     return _filled(low, shape, value)

@@ -37,7 +37,8 @@ class _Replay(Session):
         """What ``step(carry, xs)`` gives, each of its calls compared."""
         if self.run.compared is None:
             self.run.compared = _C.StandInCalls(self.run.calls)
-        self.at, results = self.run.compared.replay(self, step, carry, xs)
+        with self.filling(step):
+            self.at, results = self.run.compared.replay(self, step, carry, xs)
         return results
 
     def slot_of(self, tensor: Any) -> int:

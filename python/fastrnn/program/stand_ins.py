@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import _C
@@ -216,7 +217,12 @@ class Session:
 
     def step(self, step: Any, carry: list[Any], xs: list[Any]) -> Any:
         """What ``step(carry, xs)`` gives."""
-        return step(carry, xs)
+        with self.filling(step):
+            return step(carry, xs)
+
+    def filling(self, step: Any) -> AbstractContextManager[Any]:
+        """Makes stand-ins of the tensors that a step fills, where it begins without a state."""
+        return _Filling(self) if getattr(step, "begins", False) else nullcontext()
 
     def failed(self, error: Exception) -> Exception:
         """To be raised, and found after the step."""
@@ -303,12 +309,30 @@ Traced.__torch_function__ = classmethod(  # type: ignore[method-assign, assignme
 )
 
 
+class _Filling(TorchFunctionMode):
+    """Tensors of one number are stand-ins, as what is computed of the state is to be seen."""
+
+    FILLED = frozenset({torch.zeros, torch.ones, torch.full})
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self.session = session
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.FILLED and torch.device(kwargs.get("device") or _CPU) == _CPU:
+            return Traced.__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        return func(*args, **kwargs)
+
+
 def on_meta(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
     """Runs a call on the meta tensors of stand-ins and captured tensors."""
     if func == Tensor.to:
         args = [torch.device(a) if type(a) is str else a for a in args]
     if type(kwargs.get("device")) is str:
         kwargs = {**kwargs, "device": torch.device(kwargs["device"])}
+    if func in _Filling.FILLED:
+        kwargs = {**kwargs, "device": _CPU}
     args, kwargs = plain(session, args), plain(session, kwargs)
     plainly = (torch._C.DisableTorchFunctionSubclass(), torch.no_grad(), _disable_current_modes())
     with plainly[0], plainly[1], plainly[2], session.watched():

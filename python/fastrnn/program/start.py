@@ -21,6 +21,8 @@ from .stand_ins import Traced
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from .recording import Call as RecordedCall
+
 
 class _Start(NamedTuple):
     """Of each leaf of the state a number, or a tensor that the cell closes over; and the step with
@@ -111,6 +113,7 @@ def _begin(step: Any, sequence: Tensor) -> _Begun | None:
         specs.append(spec)
         return [], leaves
 
+    begin.begins = True  # type: ignore[attr-defined]
     recording, tensors = recorded(begin, sizes)
     if recording.graph is None:
         return None
@@ -175,28 +178,28 @@ class _Match:
         self.constants: dict[int, float] = {}  # stand-ins that hold one number
 
     def sources(self) -> list[tuple[str, Any]] | None:
-        theirs = iter(self.given.calls)
+        theirs = list(self.given.calls)
         for call in self.without.calls:
             number = self._constant(call.outputs)
             if number is not None:
                 self.constants[call.outputs.traced_number] = number
-                continue
-            other = next(theirs, None)
-            if (
-                other is None
-                or other.func != call.func
-                or other.grad is not call.grad
-                or not self._same(call.key, other.key)
-            ):
+            if theirs and self._alike(call, theirs[0]):
+                self._note(call.outputs, theirs.pop(0).outputs)
+            elif number is None:
                 return None
-            self._note(call.outputs, other.outputs)
-        if next(theirs, None) is not None or not self._same(
-            self.without.structure[1], self.given.structure[0]
-        ):
+        structures = self.without.structure[1], self.given.structure[0]
+        if theirs or not self._same(*structures):
             return None
         if len(self.found) < self.count:
             return None
         return [self.found[k] for k in range(self.count)]
+
+    def _alike(self, mine: RecordedCall, theirs: RecordedCall) -> bool:
+        return (
+            theirs.func == mine.func
+            and theirs.grad is mine.grad
+            and self._same(mine.key, theirs.key)
+        )
 
     def _constant(self, outputs: Any) -> float | None:
         """The number that a new tensor is filled with."""

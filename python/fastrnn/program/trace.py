@@ -62,7 +62,7 @@ class _Watch(TorchFunctionMode):
 
 # Arguments that change no value, and the operations whose function is told which of them it is.
 _OF_A_NEW_TENSOR = frozenset({"dtype", "layout", "device", "pin_memory", "memory_format"})
-_FILLING = ("aten.zeros_", "aten.ones_", "aten.full_", "aten.new_")
+_FILLING = ("aten.zeros", "aten.ones", "aten.full_", "aten.new_")
 
 
 class _Dispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -497,7 +497,7 @@ def _record(
             given_x = [session.stand_in("x", i, leaf) for i, leaf in enumerate(xs)]
             recording.inputs = [*given_carry, *given_x]
             with _Watch(session):
-                nexts, ys = step(given_carry, given_x)
+                nexts, ys = session.step(step, given_carry, given_x)
             if session.failure is None:
                 session.finish(nexts, ys, carry)
     except (Untraceable, Unknown) as error:
