@@ -309,10 +309,12 @@ Traced.__torch_function__ = classmethod(  # type: ignore[method-assign, assignme
 )
 
 
+# The functions that fill a new tensor with one number.
+FILLED = frozenset({torch.zeros, torch.ones, torch.full})
+
+
 class _Filling(TorchFunctionMode):
     """Tensors of one number are stand-ins, as what is computed of the state is to be seen."""
-
-    FILLED = frozenset({torch.zeros, torch.ones, torch.full})
 
     def __init__(self, session: Session) -> None:
         super().__init__()
@@ -320,7 +322,7 @@ class _Filling(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in self.FILLED and torch.device(kwargs.get("device") or _CPU) == _CPU:
+        if func in FILLED and torch.device(kwargs.get("device") or _CPU) == _CPU:
             return Traced.__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
@@ -331,7 +333,7 @@ def on_meta(session: Session, func: Any, args: Any, kwargs: Any) -> Any:
         args = [torch.device(a) if type(a) is str else a for a in args]
     if type(kwargs.get("device")) is str:
         kwargs = {**kwargs, "device": torch.device(kwargs["device"])}
-    if func in _Filling.FILLED:
+    if func in FILLED:
         kwargs = {**kwargs, "device": _CPU}
     args, kwargs = plain(session, args), plain(session, kwargs)
     plainly = (torch._C.DisableTorchFunctionSubclass(), torch.no_grad(), _disable_current_modes())

@@ -37,7 +37,7 @@ from .recording import (
     is_dense,
 )
 from .replay import Chance, holds, normal_mode
-from .stand_ins import META, READS, Session, Traced, name_of, on_meta, plain
+from .stand_ins import FILLED, META, READS, Session, Traced, name_of, on_meta, plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,15 +47,13 @@ if TYPE_CHECKING:
 class _Watch(TorchFunctionMode):
     """Notes the tensors that a step fills with one number."""
 
-    FILLED = frozenset({torch.zeros, torch.ones, torch.full})
-
     def __init__(self, session: _First) -> None:
         super().__init__()
         self.session = session
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in self.FILLED and type(out) is not Traced:
+        if func in FILLED and type(out) is not Traced:
             self.session.uniform[id(out)] = out
         return out
 
