@@ -269,6 +269,17 @@ def test_requires_grad_is_the_callers() -> None:
     assert "Tensor.requires_grad" in _as_the_loop(step)[0]
 
 
+def _drawn_as_by_the_loop(step: Any, xs: torch.Tensor, seed: Any) -> None:
+    """With one warning, and the loop's numbers after the same seed."""
+    init = torch.zeros(B, H)
+    seed(3)
+    with pytest.warns(UserWarning, match="random numbers"):
+        ours = fastrnn.scan(step, init, xs)[0]
+    seed(3)
+    with steps.by_loop():
+        assert torch.equal(ours, fastrnn.scan(step, init, xs)[0])
+
+
 def test_coins_are_thrown_at_every_step() -> None:
     """Python's random numbers are those of the loop, with one warning."""
     import random
@@ -276,13 +287,7 @@ def test_coins_are_thrown_at_every_step() -> None:
     def step(h: torch.Tensor, x: torch.Tensor) -> Any:
         return (h + 1 if random.random() < 0.5 else h), x * 2
 
-    init, xs = torch.zeros(B, H), torch.zeros(40, B, H)
-    random.seed(3)
-    with pytest.warns(UserWarning, match="random numbers"):
-        ours = fastrnn.scan(step, init, xs)[0]
-    random.seed(3)
-    with steps.by_loop():
-        assert torch.equal(ours, fastrnn.scan(step, init, xs)[0])
+    _drawn_as_by_the_loop(step, torch.zeros(40, B, H), random.seed)
 
 
 def test_random_numbers_of_torch_are_said_once() -> None:
@@ -312,12 +317,7 @@ def test_random_numbers_are_the_loops_whatever_was_recorded() -> None:
 
     init, xs = torch.zeros(B, H), torch.ones(T, B, H)
     fastrnn.scan(plain, init, xs)
-    torch.manual_seed(0)
-    with pytest.warns(UserWarning, match="random numbers"):
-        ours = fastrnn.scan(dropped, init, xs)[0]
-    torch.manual_seed(0)
-    with steps.by_loop():
-        assert torch.equal(ours, fastrnn.scan(dropped, init, xs)[0])
+    _drawn_as_by_the_loop(dropped, xs, torch.manual_seed)
 
 
 def test_errors_of_a_changed_step_are_its_own() -> None:

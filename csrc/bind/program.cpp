@@ -497,22 +497,14 @@ void run(const Program& program, Index T, Index B, bool reverse, int threads, py
   call.run();
 }
 
-// Of sizes alone, to ask what a run would take.
-ProgramCall sizes_of(const Program& program, Index T, Index B, int threads) {
+// How a run of these sizes would use threads.
+std::pair<int, const char*> team(const Program& program, Index T, Index B, int threads) {
   ProgramCall call;
   call.program = &program;
   call.T = expect_size("T", T);
   call.B = expect_size("B", B);
   call.threads = threads_of(threads);
-  return call;
-}
-
-std::size_t workspace(const Program& program, Index T, Index B, int threads) {
-  return program_workspace_size(sizes_of(program, T, B, threads));
-}
-
-std::pair<int, const char*> team(const Program& program, Index T, Index B, int threads) {
-  const ProgramTeam team = program_team(sizes_of(program, T, B, threads));
+  const ProgramTeam team = program_team(call);
   return {team.threads, team.columns ? "columns" : "rows"};
 }
 
@@ -532,7 +524,6 @@ void register_program(py::module_& module) {
       .def("run", run, arg("T"), arg("B"), arg("reverse"), arg("threads"), arg("shared"),
            arg("sequences"), arg("firsts"), arg("fixed"), arg("inits"), arg("finals"),
            arg("gradients"))
-      .def("workspace", workspace, arg("T"), arg("B"), arg("threads") = 0)
       .def("team", team, arg("T"), arg("B"), arg("threads") = 0);
 }
 

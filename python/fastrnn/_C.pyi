@@ -416,8 +416,6 @@ class Program:
         wanted in `finals`, and what the program does not use. `threads` 0: as many as OpenMP says.
         Raises TypeError or ValueError, naming the array, for what does not fit.
         """
-    def workspace(self, T: int, B: int, threads: int = 0) -> int:
-        """Bytes of scratch that a run takes."""
     def team(self, T: int, B: int, threads: int = 0) -> tuple[int, str]:
         """How many threads a run uses where the cores are free, and what they share of a step.
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ._C import Tensor, from_dlpack
     from ._convert import convert, to_torch
     from ._decompositions import decompositions
+    from ._explain import explain
     from ._freeze import freeze, unfreeze
     from ._gradient_flow import gradient_flow
     from ._keras import from_keras
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from ._scan import scan
     from ._stream import Stream
     from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-    from .program import explain
 
     __version__: str
 
@@ -72,7 +72,7 @@ _HOMES = {  # name: the module it comes from, imported when the name is first us
     **dict.fromkeys(("convert", "to_torch"), "_convert"),
     "Recurrent": "_any_cell",
     "decompositions": "_decompositions",
-    "explain": "program",
+    "explain": "_explain",
     **dict.fromkeys(("freeze", "unfreeze"), "_freeze"),
     "from_keras": "_keras",
     "gradient_flow": "_gradient_flow",

@@ -10,12 +10,23 @@ import torch
 from torch import Tensor
 from torch.nn import Module, ModuleList, RNNBase
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
-from torch.utils import _pytree as pytree
 
 from . import _checks, program
 from ._layer import RecurrentLayer
 from ._options import check_bool, check_probability
-from ._scan import Calls, Tree, choose, fresh_steps, outline, valid_steps, walk, zero_past
+from ._scan import (
+    Calls,
+    Tree,
+    alike,
+    choose,
+    fits,
+    fresh_steps,
+    mapped,
+    outline,
+    valid_steps,
+    walk,
+    zero_past,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -182,8 +193,8 @@ class Recurrent(Module):
         output, finals, every = self._run(sequence, states, valid, starts, return_states)
         if unbatched:
             output = output.squeeze(1)
-            finals = [_map(lambda leaf: leaf.squeeze(0), final) for final in finals]
-            every = [_map(lambda leaf: leaf.squeeze(1), one) for one in every]
+            finals = [mapped(lambda leaf: leaf.squeeze(0), final) for final in finals]
+            every = [mapped(lambda leaf: leaf.squeeze(1), one) for one in every]
         elif self.batch_first:
             output = output.transpose(0, 1)
         return self._results(output, finals, every, return_states, flat=unbatched)
@@ -201,7 +212,7 @@ class Recurrent(Module):
         _checks.check_indices("unsorted_indices", back, batch, data)
         states = self._initial_states(state, batch, unbatched=False)
         if order is not None:
-            states = [_map(lambda leaf: leaf.index_select(0, order), one) for one in states]
+            states = [mapped(lambda leaf: leaf.index_select(0, order), one) for one in states]
         # Rows stay in packed order, in which the rows of each step are the first ones.
         sequence, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
         valid = valid_steps(lengths, sequence)
@@ -209,8 +220,8 @@ class Recurrent(Module):
         packed_rows = torch.arange(batch) < batch_sizes.unsqueeze(1)
         step, row = (index.to(data.device) for index in packed_rows.nonzero(as_tuple=True))
         if back is not None:
-            finals = [_map(lambda leaf: leaf.index_select(0, back), final) for final in finals]
-        every = [_map(lambda leaf: leaf[step, row], one) for one in every]
+            finals = [mapped(lambda leaf: leaf.index_select(0, back), final) for final in finals]
+        every = [mapped(lambda leaf: leaf[step, row], one) for one in every]
         packed = PackedSequence(output[step, row], batch_sizes, order, back)
         return self._results(packed, finals, every, return_states, flat=True)
 
@@ -275,16 +286,16 @@ class Recurrent(Module):
         Arguments:
             flat: whether steps and rows are one axis of the states of all steps.
         """
-        alike = type(finals[0]) is not list and all(_alike(finals[0], one) for one in finals[1:])
-        if alike:
-            finals = _map(_stacked, *finals)
+        stack = type(finals[0]) is not list and all(alike(finals[0], one) for one in finals[1:])
+        if stack:
+            finals = mapped(_stacked, *finals)
         if not return_states:
             return output, finals
-        if alike:
+        if stack:
             count = len(self._layers()[0])
             layers = [every[at : at + count] for at in range(0, len(every), count)]
-            joined = [_map(lambda *leaves: _joined(leaves, flat), *layer) for layer in layers]
-            every = _map(_stacked, *joined)
+            joined = [mapped(lambda *leaves: _joined(leaves, flat), *layer) for layer in layers]
+            every = mapped(_stacked, *joined)
         return output, finals, every
 
     def _layers(self) -> list[tuple[Module, ...]]:
@@ -319,9 +330,9 @@ class Cell:
         if self._next is None:
             self._next = _reading(self.cell, x, state, result)
         after = self._next(result)
-        if torch.is_autocast_enabled(x.device.type) and _fits(after, state):
+        if torch.is_autocast_enabled(x.device.type) and fits(after, state):
             # A state keeps its dtype, whatever autocast makes of it.
-            after = _map(lambda new, old: new.to(old.dtype), after, state)
+            after = mapped(lambda new, old: new.to(old.dtype), after, state)
         return output, after
 
 
@@ -347,7 +358,7 @@ def _reading(cell: Module, x: Tensor, state: Any, result: Any) -> Callable[[Any]
         return _whole
     ways = [_whole, _second if len(result) == 2 else _rest]
     if state is not None:
-        return next((way for way in ways if _fits(way(result), state)), _whole)
+        return next((way for way in ways if fits(way(result), state)), _whole)
     likely = ways[1] if len(result) == 2 and not isinstance(result[1], Tensor) else _whole
     if torch.compiler.is_dynamo_compiling():  # which cannot try
         return likely
@@ -370,9 +381,9 @@ def _goes_in(cell: Module, x: Tensor, state: Any, way: Callable[[Any], Any]) -> 
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         try:
-            x, state = _map(fake, (x, state))
+            x, state = mapped(fake, (x, state))
             # Without hooks, which have seen the call before this one.
-            return _fits(way(cell.forward(x, state)), state)
+            return fits(way(cell.forward(x, state)), state)
         except Exception:
             return False  # whatever it raises, it does not take this state
 
@@ -406,12 +417,12 @@ class Run:
         return self.here(sequence, state, starts)
 
     def _in_graph(self, sequence: Tensor, state: Any, starts: Tensor | None) -> tuple[Any, Any]:
-        from .program import compiled
+        from . import _compiled
 
         # One step, whose results nobody reads: dynamo sees what the cell depends on.
         self.cell(sequence[0], state)
         given = {"valid": self.valid, "state": state, "starts": starts}
-        final, output, *states = compiled.call(
+        final, output, *states = _compiled.call(
             self.cell.cell,
             self.cell.name,
             self.return_states,
@@ -427,15 +438,15 @@ class Run:
             return self._with_starts(sequence, state, starts)
         if state is None:
             return self._without_state(sequence)
-        return self._walk(self._step, state, sequence, self.valid)
+        return self._walk(self.step, state, sequence, self.valid)
 
-    def _step(self, state: Any, x: Tensor) -> tuple[Any, Any]:
+    def step(self, state: Any, x: Tensor) -> tuple[Any, Any]:
         output, after = self.cell(x, state)
         return after, (output, after if self.return_states else None)
 
-    def _first(self, x: Tensor) -> tuple[Any, Any]:
+    def first(self, x: Tensor) -> tuple[Any, Any]:
         """A step of each row of x (rows, …) from the cell's own initial state."""
-        state, y = self._step(None, x)
+        state, y = self.step(None, x)
         rows = x.shape[0]
         for path, leaf in Tree(f"{self.cell.name}: state", state, "return a tensor").named():
             if leaf.shape[:1] != (rows,):
@@ -466,12 +477,12 @@ class Run:
     def _without_state(self, sequence: Tensor) -> tuple[Any, Any]:
         """The cell is called with None at the first step of each sequence, and then as always."""
         if self.valid is None and not self.watched:
-            results = program.whole(self._step, sequence, self.reverse)
+            results = program.whole(self.step, sequence, self.reverse)
             if results is not None:
                 return results
-        known = None if self.watched else program.start(self._step, sequence)
+        known = None if self.watched else program.start(self.step, sequence)
         if known is not None:
-            return self._walk(self._step, known, sequence, self.valid)
+            return self._walk(self.step, known, sequence, self.valid)
         valid, reverse = self.valid, self.reverse
         steps, rows = sequence.shape[:2]
         # In reverse a sequence starts at its last step that counts.
@@ -479,36 +490,36 @@ class Run:
         if valid is not None and reverse:
             at = (valid.sum(0) - 1).clamp(min=0)
             first = sequence[at, torch.arange(rows, device=at.device)]
-        state, y = self._first(first)
+        state, y = self.first(first)
         if valid is not None:  # sequences of no steps
-            state, y = _map(lambda leaf: zero_past(valid[0], leaf), (state, y))
-        y = _map(lambda leaf: leaf.unsqueeze(0), y)
+            state, y = mapped(lambda leaf: zero_past(valid[0], leaf), (state, y))
+        y = mapped(lambda leaf: leaf.unsqueeze(0), y)
         if steps == 1:
             return state, y
         rest = sequence[:-1] if reverse else sequence[1:]
         # In both directions: forwards step t + 1 counts, in reverse step t is not the last.
-        state, ys = self._walk(self._step, state, rest, None if valid is None else valid[1:])
+        state, ys = self._walk(self.step, state, rest, None if valid is None else valid[1:])
         if not reverse:
-            return state, _map(lambda one, more: torch.cat([one, more]), y, ys)
+            return state, mapped(lambda one, more: torch.cat([one, more]), y, ys)
         if valid is None:
-            return state, _map(lambda one, more: torch.cat([more, one]), y, ys)
+            return state, mapped(lambda one, more: torch.cat([more, one]), y, ys)
         begins = _last_steps(valid)
-        padded = _map(lambda one, more: torch.cat([more, torch.zeros_like(one)]), y, ys)
-        return state, _map(lambda one, every: choose(begins, one, every), y, padded)
+        padded = mapped(lambda one, more: torch.cat([more, torch.zeros_like(one)]), y, ys)
+        return state, mapped(lambda one, every: choose(begins, one, every), y, padded)
 
     def _with_starts(self, sequence: Tensor, state: Any, starts: Tensor) -> tuple[Any, Any]:
         """What the cell makes of each step alone, called with None, stands where episodes begin."""
         steps, rows = sequence.shape[:2]
-        known = None if self.watched else program.start(self._step, sequence)
+        known = None if self.watched else program.start(self.step, sequence)
         if known is not None:
             fresh = fresh_steps(starts, self.valid, self.reverse)
             begin = known if state is None else state
-            return self._walk(self._step, begin, sequence, self.valid, fresh, known)
-        after, y = self._first(sequence.flatten(0, 1))
-        own = _map(lambda leaf: leaf.unflatten(0, (steps, rows)), (after, y))
+            return self._walk(self.step, begin, sequence, self.valid, fresh, known)
+        after, y = self.first(sequence.flatten(0, 1))
+        own = mapped(lambda leaf: leaf.unflatten(0, (steps, rows)), (after, y))
         fresh = fresh_steps(starts, self.valid, self.reverse)
         if state is None:
-            state = _map(lambda leaf: torch.zeros_like(leaf[0]), own[0])
+            state = mapped(lambda leaf: torch.zeros_like(leaf[0]), own[0])
             begins = torch.zeros_like(fresh)
             if not self.reverse:
                 begins[0] = True
@@ -521,26 +532,14 @@ class Run:
         def step(state: Any, x: Any) -> tuple[Any, Any]:
             x, fresh, own = x
             # 0, so that nothing of the episode before goes into the cell, not even a NaN.
-            before = _map(lambda leaf: choose(fresh, torch.zeros_like(leaf), leaf), state)
-            after, y = self._step(before, x)
+            before = mapped(lambda leaf: choose(fresh, torch.zeros_like(leaf), leaf), state)
+            after, y = self.step(before, x)
             return (
-                _map(lambda new, old: choose(fresh, new, old), own[0], after),
-                _map(lambda new, old: choose(fresh, new, old), own[1], y),
+                mapped(lambda new, old: choose(fresh, new, old), own[0], after),
+                mapped(lambda new, old: choose(fresh, new, old), own[1], y),
             )
 
         return self._walk(step, state, (sequence, fresh, own), self.valid)
-
-
-def explained(cell: Module, state: Any, sequence: Tensor) -> program.Explanation:
-    """`explain` of a cell as `Recurrent` runs it."""
-    run = Run(Cell(cell, "cell"), False, None, False)
-    if state is None:
-        state = program.start(run._step, sequence)
-        if state is None:
-            state = run._first(sequence[0])[0]
-    carry, x = Tree("state", state), Tree("input", sequence)
-    calls = Calls(run._step, carry, x, who="cell", carry_name="state")
-    return program.explained(calls, carry.tensors, x.tensors)
 
 
 def _last_steps(valid: Tensor) -> Tensor:
@@ -553,29 +552,6 @@ def _last_steps(valid: Tensor) -> Tensor:
 
 def _stacked(*leaves: Tensor) -> Tensor:
     return torch.stack(leaves) if len(leaves) > 1 else leaves[0].unsqueeze(0)
-
-
-def _map(function: Callable[..., Any], *values: Any) -> Any:
-    """`function` of the tensors of values that are nested alike; None stays None."""
-    if isinstance(values[0], Tensor):
-        return function(*values)
-    return pytree.tree_map(lambda *at: None if at[0] is None else function(*at), *values)
-
-
-def _fits(value: Any, state: Any) -> bool:
-    """Whether a value is nested as the state is, and has its shapes."""
-    found, spec = pytree.tree_flatten(value)
-    expected, expected_spec = pytree.tree_flatten(state)
-    if spec != expected_spec:
-        return False
-    pairs = zip(found, expected, strict=True)
-    return all(getattr(a, "shape", None) == getattr(b, "shape", None) for a, b in pairs)
-
-
-def _alike(one: Any, other: Any) -> bool:
-    """Whether two states can be stacked: nested alike, with the same shapes and dtypes."""
-    pairs = zip(pytree.tree_leaves(one), pytree.tree_leaves(other), strict=False)
-    return _fits(one, other) and all(a is b or a.dtype == b.dtype for a, b in pairs)
 
 
 def _joined(parts: Sequence[Tensor], flat: bool = False) -> Tensor:

@@ -476,3 +476,26 @@ def outline(value: Any) -> str:
 
 def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
+
+
+def mapped(function: Callable[..., Any], *values: Any) -> Any:
+    """`function` of the tensors of values that are nested alike; None stays None."""
+    if isinstance(values[0], Tensor):
+        return function(*values)
+    return pytree.tree_map(lambda *at: None if at[0] is None else function(*at), *values)
+
+
+def fits(value: Any, state: Any) -> bool:
+    """Whether a value is nested as the state is, and has its shapes."""
+    found, spec = pytree.tree_flatten(value)
+    expected, expected_spec = pytree.tree_flatten(state)
+    if spec != expected_spec:
+        return False
+    pairs = zip(found, expected, strict=True)
+    return all(getattr(a, "shape", None) == getattr(b, "shape", None) for a, b in pairs)
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two states can be stacked: nested alike, with the same shapes and dtypes."""
+    pairs = zip(pytree.tree_leaves(one), pytree.tree_leaves(other), strict=False)
+    return fits(one, other) and all(a is b or a.dtype == b.dtype for a, b in pairs)

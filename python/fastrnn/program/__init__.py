@@ -1,8 +1,8 @@
 """Programs: a step written in torch, run by the engine. README.md says which file does what."""
 
-from .explanation import Explanation, explain, explained
+from .explanation import Explanation, explained
 from .run import routed, warn
 from .stand_ins import Traced
 from .start import start, whole
 
-__all__ = ["Explanation", "Traced", "explain", "explained", "routed", "start", "warn", "whole"]
+__all__ = ["Explanation", "Traced", "explained", "routed", "start", "warn", "whole"]

@@ -173,15 +173,10 @@ class Executable:
         return unit(d)
 
     def read_back(self, needs: Needs, reverse: bool) -> list[tuple[str, int]]:
-        """What `backward` reads: ("x", i), ("y", i), ("saved", j), ("state", k), ("fixed", j),
-        ("shared", j), ("init", k)."""
+        """The sequences that `backward` reads: ("x", i), ("y", i), ("saved", j), ("state", k)."""
         plan = self.ready(needs, reverse).passes.backward
         assert plan is not None
-        found = [what for what in plan.sequences if what[0] not in ("dy", "dx")]
-        found += [("fixed", j) for j in plan.fixed]
-        found += [("shared", j) for j in sorted({*plan.shared, *plan.targets})]
-        found += [("init", k) for k in plan.firsts if k is not None]
-        return list(dict.fromkeys(found))
+        return plan.sequences
 
     def active(self, needs: Needs, reverse: bool) -> tuple[list[bool], list[bool]]:
         """Which finals and ys have a gradient."""

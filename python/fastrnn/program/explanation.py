@@ -1,11 +1,9 @@
-"""`explain`: how a step runs, for reading."""
+"""How a step over leaves runs, for reading: what `fastrnn.explain` shows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from .execute import DTYPES
 from .grad import Needs
@@ -14,6 +12,8 @@ from .passes import Pass, Passes, passes
 from .run import recorded, sizes_of, width_of
 
 if TYPE_CHECKING:
+    import torch
+
     from .recording import Recording
 
 _TITLES = (
@@ -42,33 +42,6 @@ class Explanation:
 
     def __str__(self) -> str:
         return self.report
-
-
-def explain(step: Any, init: Any, xs: Any) -> Explanation:
-    """How `scan` would run a step: its plan, or why it would be a loop.
-
-    Nothing is computed.
-
-    Arguments:
-        step: as that of `scan`, or a cell as `Recurrent` takes it.
-        init: the carry before the first step; of a cell a state, or None.
-        xs: the inputs, with T first.
-
-    >>> import torch
-    >>> cell = torch.nn.GRUCell(3, 4)
-    >>> def step(h, x):
-    ...     h = cell(x, h)
-    ...     return h, h
-    >>> plan = explain(step, torch.zeros(2, 4), torch.zeros(5, 2, 3))
-    >>> plan.engine, plan.saved_bytes
-    (True, 64)
-    """
-    from .. import _any_cell, _scan
-
-    if isinstance(step, torch.nn.Module):
-        return _any_cell.explained(step, init, xs)
-    carry, x = _scan.Tree("init", init), _scan.Tree("xs", xs)
-    return explained(_scan.Calls(step, carry, x), carry.tensors, x.tensors)
 
 
 def explained(step: Any, init: list[torch.Tensor], xs: list[torch.Tensor]) -> Explanation:

@@ -21,8 +21,8 @@ Operations::
     cat         parts one after the other
     stop        a copy that no gradient passes
 
-Comparisons give 1 or 0. What `gradients` of a program are is in grad.py, how it is run in plan.py.
-This file and its neighbours but trace.py and run.py work without torch.
+Comparisons give 1 or 0. grad.py differentiates a program, plan.py prepares it for the engine. Which
+files of this folder import torch, README.md says.
 """
 
 from __future__ import annotations

@@ -184,12 +184,6 @@ class Lowering:
         out = self.graph.pointwise(op, *args, width=width)
         return View(out.value, places + out.offset, rows, is_bool)
 
-    def materialized(self, view: View) -> View:
-        """The elements in the tensor's order, one after the other in each row."""
-        columns, places, rows = self._by_rows([view.index], [view])
-        arg = self._vector(view, columns[0])
-        return View(arg.value, places + arg.offset, rows, view.is_bool)
-
     def stop(self, view: View) -> View:
         """The same elements, past which no gradient goes."""
         node = self.graph.nodes[view.value]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .grad import Backward, Needs, Outer, backward
-from .ir import COSTLY, INPUTS, POINTWISE, Arg, Graph, Node, Product
+from .ir import COSTLY, INPUTS, POINTWISE, Arg, Graph, Node
 from .plan import Code, Home, Output, lower
 
 # Cheap operations that are rather done again than kept, and what a costly one counts for.
@@ -314,10 +314,6 @@ def _resolved(found: _Backward) -> Graph:
     out.nodes = [
         node._replace(args=tuple(_renamed(found, a) for a in node.args)) for node in graph.nodes
     ]
-    for i, node in enumerate(out.nodes):
-        if isinstance(node.info, Product):
-            assert graph.nodes[node.info.weight].op == "saved"
-            out.nodes[i] = node
     out.nexts = {k: _renamed(found, a) for k, a in graph.nexts.items()}
     out.ys = {i: _renamed(found, a) for i, a in graph.ys.items()}
     return out

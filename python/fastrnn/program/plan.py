@@ -299,10 +299,9 @@ class _Lowering:
                 self.place[i] = (self._value(home), 0)
         for output in self.outputs:
             self._place_output(output)
-        storage_phases: dict[int, int] = {}
         for i in reversed(self._order()):
             if not self.is_input(i):
-                self._place_node(i, storage_phases)
+                self._place_node(i)
 
     def _place_output(self, output: Output) -> None:
         value = self._value(output.home)
@@ -316,13 +315,12 @@ class _Lowering:
             return
         self._copy(arg, output.width, (value, 0), STEP if state else self._phase_of(i))
 
-    def _copy(self, arg: Arg, width: int, place: tuple[int, int], phase: int) -> int:
+    def _copy(self, arg: Arg, width: int, place: tuple[int, int], phase: int) -> None:
         i = self._new("copy", (arg,), width)
         self.phase[i] = phase
         self.place[i] = place
         self.copies.append(i)
         self.users[arg.value].append(i)
-        return i
 
     def _phase_of(self, i: int) -> int:
         return self.phase.get(i, STEP)
@@ -345,7 +343,7 @@ class _Lowering:
                 phases.add(AFTER + 1)
         return phases
 
-    def _place_node(self, i: int, storage_phases: dict[int, int]) -> None:
+    def _place_node(self, i: int) -> None:
         node, phase = self.nodes[i], self._phase_of(i)
         if i not in self.place and (node.op == "cat" or self._leaves_run(i)):
             home = "local" if self._read_phases(i) <= {phase} else "block"

@@ -108,9 +108,9 @@ class Recording(Run):
     nodes: list[Any] = field(default_factory=list)  # of the program before it was compacted
     start: Any = None  # what start.py found
     parameters_alone: bool = False  # nothing but parameters is closed over
-    told: bool = False  # whether the fallback was said
-    others: dict[int, Run] = field(default_factory=dict)  # of as many rows as a batch had
-    only: int | None = None  # the one B that it is for: with others the step does something else
+    told: bool = False  # whether the warning about the loop was given
+    others: dict[int, Run] = field(default_factory=dict)  # by batch size
+    only: int | None = None  # the only B it is valid for, where the step depends on B
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:

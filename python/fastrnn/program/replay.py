@@ -210,9 +210,8 @@ def _does(session: _Replay | _OtherRows, step: Any, run: Run, carry_count: int) 
     chance = Chance(untraceable)
     same = drawn = False
     structure = None
-    normal = normal_mode() if torch.is_inference_mode_enabled() else nullcontext()
     try:
-        with session, normal:
+        with session, normal_mode():
             carry, xs = list(inputs[:carry_count]), list(inputs[carry_count:])
             nexts, ys = session.step(step, carry, xs)
             structure = (session._key(list(nexts)), session._key(list(ys)))
@@ -258,12 +257,13 @@ def _other_generators() -> tuple[Any, Any]:
     return random.getstate(), np.random.get_state()  # noqa: NPY002
 
 
+def normal_mode() -> AbstractContextManager[None]:
+    """Leaves inference mode, where composite operations do not decompose."""
+    return _left_inference() if torch.is_inference_mode_enabled() else nullcontext()
+
+
 @contextmanager
-def normal_mode() -> Iterator[None]:
-    """Leaves inference mode, in which operations do not come apart into those that we know."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
+def _left_inference() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad():
         yield
 

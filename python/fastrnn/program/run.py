@@ -53,7 +53,7 @@ def routed(
 
 
 def warn(recording: Recording) -> None:
-    """Says once why a step runs as a loop."""
+    """Warns, once for a recording, that the step runs as a loop, and why."""
     recording.told = True
     warnings.warn(
         "fastrnn runs this step as a loop of torch operations: the engine cannot run "

@@ -85,7 +85,7 @@ _IS_CPU = Tensor.is_cpu.__get__  # type: ignore[attr-defined]
 _CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-# What reads a value, which a stand-in has not.
+# Functions that read a value; a stand-in has none.
 READS = {
     Tensor.requires_grad.__get__: "Tensor.requires_grad",  # type: ignore[attr-defined]
     Tensor.is_leaf.__get__: "Tensor.is_leaf",  # type: ignore[attr-defined]
@@ -113,7 +113,7 @@ def _elman(activation: Any) -> Any:
     return cell
 
 
-# What cannot be run on meta tensors, and the same in operations that can.
+# Functions that cannot run on meta tensors, each with an equivalent that can.
 _INSTEAD = {
     getattr(home, f"rnn_{name}_cell"): _elman(getattr(torch, name))
     for home in (torch, torch._VF)
@@ -158,7 +158,7 @@ class Traced(Tensor):
 
 
 def _asked(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-    """What a stand-in is asked, but for the call that a replay expects."""
+    """Handles every use of a stand-in except the call that a replay expects."""
     session = _local.active
     if func in _PASSIVE:
         with torch._C.DisableTorchFunctionSubclass():
@@ -171,9 +171,9 @@ def _asked(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return True
     if session is None:
         raise RuntimeError(
-            "a tensor of the step of fastrnn.scan or Recurrent is used after the step: a step "
-            "is run on stand-ins without values, so what it keeps (in an attribute, a list) is "
-            "none of its results. Return it from the step, as a part of y or of the state"
+            "a tensor made inside a step of fastrnn.scan or Recurrent is used after the step. The "
+            "step is traced on tensors without values, so a tensor that it stores in an attribute "
+            "or a list holds no result. Return it from the step, as part of y or of the state"
         )
     return session.call(func, args, kwargs or {})
 
@@ -190,7 +190,7 @@ _NOT_THE_STEPS = (
 
 
 def _where() -> str:
-    """The line of the step that is running: the last that neither torch nor this machinery has."""
+    """The line of the step that is running: the innermost frame outside of torch and tracing."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
@@ -213,7 +213,7 @@ class Session:
         self.grad = torch.is_grad_enabled()
         self.slots: dict[int, int] = {}
         self.tensors: list[Tensor] = []
-        self.failure: Exception | None = None  # a step may catch it, and is still untraceable
+        self.failure: Exception | None = None  # the first that `failed` was given
 
     def step(self, step: Any, carry: list[Any], xs: list[Any]) -> Any:
         """What ``step(carry, xs)`` gives."""
@@ -225,7 +225,7 @@ class Session:
         return _Filling(self) if getattr(step, "begins", False) else nullcontext()
 
     def failed(self, error: Exception) -> Exception:
-        """To be raised, and found after the step."""
+        """Notes an error for after the step, which may catch it, and gives it to be raised."""
         self.failure = self.failure or error
         return error
 

@@ -170,9 +170,8 @@ class _Match:
 
     def __init__(self, without: Recording, given: Recording, count: int) -> None:
         self.without, self.given, self.count = without, given, count
-        self.numbers: dict[int, int] = {
-            0: count
-        }  # of stand-ins: x is the first, or after the state
+        # Stand-ins by number: x is 0 without a state, and comes after the state's leaves with one.
+        self.numbers: dict[int, int] = {0: count}
         self.slots: dict[int, int] = {}
         self.found: dict[int, tuple[str, Any]] = {}
         self.constants: dict[int, float] = {}  # stand-ins that hold one number

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import _any_cell
+from . import _any_cell
 
 
 @torch._dynamo.nonstrict_trace
