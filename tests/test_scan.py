@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastrnn._explain import explain
 from fastrnn._scan import scan
 from pairs import backward
 
@@ -580,3 +581,19 @@ def test_lengths_and_reset_that_do_not_fit_are_refused() -> None:
             scan(step, init, given_xs, **options)
     with pytest.raises(ValueError, match=r"step: y must have shape \(B, …\) beside lengths or"):
         scan(lambda c, x: (c, x.sum()), h, xs, lengths=[T] * B)
+
+
+@pytest.mark.parametrize(
+    ("step", "init", "xs", "kind", "message"),
+    [
+        (3, None, torch.zeros(5, 2, 3), TypeError, "step"),
+        (lambda h, x: (h, x), None, None, ValueError, "xs"),
+        (torch.nn.GRUCell(3, 4), None, "x", TypeError, "xs"),
+        (torch.nn.GRUCell(3, 4), None, torch.zeros(5), ValueError, r"xs must be \(T, B, …\)"),
+    ],
+)
+def test_explain_refuses_by_name(
+    step: Any, init: Any, xs: Any, kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        explain(step, init, xs)

@@ -75,11 +75,10 @@ def scan(
     >>> ys["sum"], ys["positive"]
     (tensor([ 1., -2.,  2.]), tensor([ True, False,  True]))
     """
-    if not callable(step):
-        raise TypeError(f"step must be callable as step(carry, x), got {type(step).__name__}")
+    check_step(step)
     check_bool("reverse", reverse)
     carry_tree, x_tree = Tree("init", init), Tree("xs", xs)
-    steps = _steps(x_tree)
+    steps = count_steps(x_tree)
     valid, fresh = _masks(carry_tree, x_tree, reverse, lengths, reset)
     mask = valid if valid is not None else fresh
     calls = Calls(step, carry_tree, x_tree, rows=None if mask is None else mask.shape[1])
@@ -246,7 +245,13 @@ def _masks(
     return valid, fresh
 
 
-def _steps(xs: Tree) -> int:
+def check_step(step: Any) -> None:
+    """Refuse what cannot be called."""
+    if not callable(step):
+        raise TypeError(f"step must be callable as step(carry, x), got {type(step).__name__}")
+
+
+def count_steps(xs: Tree) -> int:
     """T, once all of xs agree in it."""
     for at, x in enumerate(xs.tensors):
         if x.dim() == 0:
