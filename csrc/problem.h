@@ -113,7 +113,7 @@ struct Problem {
   int threads = 1;  // at most this many threads work on the call
   // The products' operands are int8 (csrc/cpu/int8.h), all arrays f32. Forward alone, of one step
   // of B rows in one direction, each sum of at most kMostInt8Products: `packed`, h0 and c0 given,
-  // the states contiguous; `hidden` of the last layer alone, no `cell`, no `gates`.
+  // the states contiguous; `hidden` of the last layer alone, no `cell`, no `saved`.
   bool int8 = false;
 
   // ---- on a GPU -----------------------------------------------------------------------------
@@ -160,10 +160,10 @@ struct Problem {
   // the engine's own row order. Null: inference. When given, `all_layers` must be true and, for
   // cells with a c, `cell` given. planes: saved_planes() in backend.h. With Options::recompute it
   // is never given.
-  void* gates = nullptr;
+  void* saved = nullptr;
 
-  // Backward: `gates` is not needed afterwards, and the gates' gradients may take its place.
-  bool consume_gates = false;
+  // Backward: `saved` is not needed afterwards; the gradients of the gates may take its place.
+  bool consume_saved = false;
 
   // ---- backward: read. Absent: zeros --------------------------------------------------------
   Sequence d_output;          // [T, B, D·O] or [N, D·O]: gradient of the last layer's output

@@ -88,11 +88,11 @@ CudaKernels cuda_kernels(const Problem& p, Pass pass) {
 }
 
 CudaKernels cuda_kernels_on_h200(const Problem& p, Pass pass) {
-  const Stack stack(p, pass, [](const resident::Sizes& sizes) {
+  const Stack stack(p, pass, [](const persistent::Sizes& sizes) {
     int count = 0;
-    const resident::Kernel* const all = resident::kernels(&count);
-    if (count == 0) return resident::plan_persistent(sizes);  // says why there are none
-    return resident::choose_kernel(sizes, resident::h200(), all, count);
+    const persistent::Kernel* const all = persistent::kernels(&count);
+    if (count == 0) return persistent::plan_persistent(sizes);  // says why there are none
+    return persistent::choose_kernel(sizes, persistent::h200(), all, count);
   });
   return {stack.plan().kernel != nullptr, stack.plan().why};
 }

@@ -18,7 +18,7 @@ constexpr unsigned coded(const T (&values)[count]) {
 }
 
 template <class Cell_, class S_>
-struct Shape {
+struct DeviceCell {
   using Cell = Cell_;
   using S = S_;
   using C = typename ComputeOf<S>::type;

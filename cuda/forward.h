@@ -10,7 +10,7 @@
 //                h         [2][D][B][Op], storage: what enters a step, for every row: h before it,
 //                          or h0, or zeros. A step reads one and writes the other
 //                c         [D][B][H], the same for c, in place
-//                second    [D][B][Hp], compute type: what a second product reads
+//                second_operand [D][B][Hp], compute type: what a second product reads
 //                weights   [D][first·H][Op], [D][(gates − first)·H or P][Hp], storage (product.h)
 //                Of several heads Op and Hp of what W_hh reads are wider, each head's units by
 //                themselves (Heads), and the weights' rows only as long as one head's.
@@ -55,14 +55,14 @@ struct ForwardData {
   Heads units, outs;  // of the H hidden units, of the O of h
   Index second_width;
   const S* weights;
-  const S* second_weights;
+  const S* second_weights;  // W_hr or W_hn
   const C* x_gates[2];
   Index x_first[2];          // the first pair of x_gates
   const C *bias_x, *bias_h;  // [D][gates·H]
   State h0, c0;
   const S* h;
   S* h_next;
-  C *c, *second;
+  C *c, *second_operand;
   C* saved;  // null: not kept, or of one step, where a second product needs them
   Index saved_group, saved_width;
   bool one_step;  // of saved
@@ -140,9 +140,9 @@ struct InitialStates {
 
 // The product with h, and the cell or its first half.
 template <class Cell, class S>
-struct ForwardStep : Shape<Cell, S> {
+struct ForwardStep : DeviceCell<Cell, S> {
   static constexpr const char* name = "forward step";
-  using K = Shape<Cell, S>;
+  using K = DeviceCell<Cell, S>;
   using typename K::C, typename K::V;
   using Weight = S;
   using Operand = S;
@@ -184,7 +184,7 @@ struct ForwardStep : Shape<Cell, S> {
     if constexpr (K::two_products) {
       Cell::forward_first(a.maths, sum, previous, saved);
       store_saved(keep, u, saved);
-      a.second[a.state(d, i, a.second_width, a.units.at(u))] = saved[Cell::operand].v;
+      a.second_operand[a.state(d, i, a.second_width, a.units.at(u))] = saved[Cell::operand].v;
     } else {
       V next[2];
       if constexpr (Cell::states > 1) previous[1] = V(a.c[a.state(d, i, a.H, u)]);
@@ -192,7 +192,7 @@ struct ForwardStep : Shape<Cell, S> {
       if (keep) store_saved(keep, u, saved);
       if constexpr (Cell::states > 1) a.finish_cell(d, t, i, u, next[1].v, true);
       if (!a.P) return a.finish_hidden(d, t, i, u, next[0].v, true);
-      a.second[a.state(d, i, a.second_width, u)] = next[0].v;
+      a.second_operand[a.state(d, i, a.second_width, u)] = next[0].v;
       if (keep) keep[Cell::saved * a.Hp + u] = next[0].v;
     }
   }
@@ -205,9 +205,9 @@ struct ForwardStep : Shape<Cell, S> {
 
 // Reset-before GRU: the gates that read r∘h.
 template <class Cell, class S>
-struct ForwardSecond : Shape<Cell, S> {
+struct ForwardSecond : DeviceCell<Cell, S> {
   static constexpr const char* name = "forward step, second product";
-  using K = Shape<Cell, S>;
+  using K = DeviceCell<Cell, S>;
   using typename K::C, typename K::V;
   using Weight = S;
   using Operand = C;
@@ -223,7 +223,7 @@ struct ForwardSecond : Shape<Cell, S> {
     return a.second_weights + ((d * planes + gate) * a.H + u) * a.units.place;
   }
   FASTRNN_CELL const C* operand(Index d, Index i, Index u) const {
-    return a.second + a.state(d, i, a.second_width, a.units.head(u) * a.units.place);
+    return a.second_operand + a.state(d, i, a.second_width, a.units.head(u) * a.units.place);
   }
 
   FASTRNN_CELL void finish(Index d, Index i, Index u, const C* sums) const {
@@ -265,7 +265,7 @@ struct ForwardProjection {
     return a.second_weights + (d * a.P + u) * a.Hp;
   }
   FASTRNN_CELL const C* operand(Index d, Index i, Index) const {
-    return a.second + a.state(d, i, a.second_width, 0);
+    return a.second_operand + a.state(d, i, a.second_width, 0);
   }
   FASTRNN_CELL void finish(Index d, Index i, Index u, const C* sums) const {
     const Index t = a.walk(d).step(a.s);
@@ -275,9 +275,9 @@ struct ForwardProjection {
 
 // The biases in compute type: the input's, with the state's where these are not kept apart.
 template <class Cell, class S>
-struct Biases : Shape<Cell, S> {
+struct Biases : DeviceCell<Cell, S> {
   static constexpr const char* name = "biases";
-  using K = Shape<Cell, S>;
+  using K = DeviceCell<Cell, S>;
   using typename K::C;
   Weight input, hidden;
   Index H;
@@ -339,8 +339,8 @@ void project_pairs(const Layer& layer, Index d, Index first, Index pairs, Index 
 }
 
 template <class Cell, class S>
-class Forward : Shape<Cell, S> {
-  using K = Shape<Cell, S>;
+class Forward : DeviceCell<Cell, S> {
+  using K = DeviceCell<Cell, S>;
   using typename K::C;
 
  public:
@@ -360,8 +360,8 @@ class Forward : Shape<Cell, S> {
     bias_h_ = arena.take<C>(D * K::gates * H);
     h_ = arena.take<S>(2 * D * B * Op_);
     c_ = arena.take<C>(Cell::states > 1 ? D * B * H : 0);
-    second_ = arena.take<C>(second_rows_ ? D * B * second_width_ : 0);
-    one_step_ = arena.take<C>(K::two_products && !layer.gates ? D * B * saved_width_ : 0);
+    second_operand_ = arena.take<C>(second_rows_ ? D * B * second_width_ : 0);
+    one_step_ = arena.take<C>(K::two_products && !layer.saved ? D * B * saved_width_ : 0);
     gathers_ = !uniform_rows(layer.input, layer.rows, packed(), layer.I, input_stride_);
     const Index gate_bytes = K::gates * H * static_cast<Index>(sizeof(C));
     const Index row_bytes = greatest(gate_bytes, gathers_ ? layer.I * sizeof(S) : 0);
@@ -394,7 +394,7 @@ class Forward : Shape<Cell, S> {
   void prepare() {
     const Index D = layer_.directions, B = layer_.rows.B;
     launch_elements(stream(), Fill<S>{h_, 2 * D * B * Op_});
-    if (second_rows_) launch_elements(stream(), Fill<C>{second_, D * B * second_width_});
+    if (second_rows_) launch_elements(stream(), Fill<C>{second_operand_, D * B * second_width_});
     for (Index d = 0; d < D; ++d) pack(d);
     launch_elements(stream(), InitialStates<Cell, S>{data(0), h_});
   }
@@ -410,13 +410,13 @@ class Forward : Shape<Cell, S> {
                                      rows, outs_.own, depth, to, depth, units_, w.head, gate});
     };
     pack_gates(0, first, outs_.place, weights_ + d * first * outs_.place);
-    S* second = second_weights_ + d * second_rows_ * second_depth_;
+    S* second_weights = second_weights_ + d * second_rows_ * second_depth_;
     if (layer_.P)
       launch_elements(stream(), PackWeights<S>{static_cast<const S*>(p.weight_hr.data),
                                                p.weight_hr.row, p.weight_hr.unit, layer_.P, H,
-                                               second_depth_, second, second_depth_});
+                                               second_depth_, second_weights, second_depth_});
     else if (K::two_products)
-      pack_gates(K::first, second_rows_, second_depth_, second);
+      pack_gates(K::first, second_rows_, second_depth_, second_weights);
     const Index bias = d * K::gates * H;
     launch_elements(stream(),
                     Biases<Cell, S>{{}, p.bias_ih, p.bias_hh, H, bias_x_ + bias, bias_h_ + bias});
@@ -436,10 +436,10 @@ class Forward : Shape<Cell, S> {
     a.bias_x = bias_x_, a.bias_h = bias_h_;
     a.h0 = layer_.h0, a.c0 = layer_.c0;
     a.h = h_ + (s % 2) * D * B * Op_, a.h_next = h_ + ((s + 1) % 2) * D * B * Op_;
-    a.c = c_, a.second = second_;
-    a.one_step = K::two_products && !layer_.gates;
-    a.saved = a.one_step ? one_step_ : static_cast<C*>(layer_.gates);
-    a.saved_group = layer_.gates_group, a.saved_width = saved_width_;
+    a.c = c_, a.second_operand = second_operand_;
+    a.one_step = K::two_products && !layer_.saved;
+    a.saved = a.one_step ? one_step_ : static_cast<C*>(layer_.saved);
+    a.saved_group = layer_.saved_group, a.saved_width = saved_width_;
     a.output = layer_.output, a.cell = layer_.cell;
     a.h_n = static_cast<S*>(layer_.h_n), a.c_n = static_cast<S*>(layer_.c_n);
     return a;
@@ -491,7 +491,7 @@ class Forward : Shape<Cell, S> {
   Index second_rows_ = 0, second_width_ = 0, second_depth_ = 0;
   bool gathers_ = false;
   S *weights_ = nullptr, *second_weights_ = nullptr, *h_ = nullptr, *x_rows_ = nullptr;
-  C *bias_x_ = nullptr, *bias_h_ = nullptr, *c_ = nullptr, *second_ = nullptr;
+  C *bias_x_ = nullptr, *bias_h_ = nullptr, *c_ = nullptr, *second_operand_ = nullptr;
   C *one_step_ = nullptr, *x_gates_ = nullptr, *products_ = nullptr;
   Index x_first_[2] = {};
   std::size_t used_ = 0;

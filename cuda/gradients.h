@@ -152,8 +152,8 @@ struct ColumnSums {
 
 // `G`: the type in which the gates' gradients are kept.
 template <class Cell, class S, class G>
-class Gradients : Shape<Cell, S> {
-  using K = Shape<Cell, S>;
+class Gradients : DeviceCell<Cell, S> {
+  using K = DeviceCell<Cell, S>;
   using typename K::C;
   static constexpr bool half = sizeof(S) != sizeof(C);
 
@@ -190,7 +190,7 @@ class Gradients : Shape<Cell, S> {
     hidden_gates_ = arena.take<S>(block_ * rows_);
     inputs_ = arena.take<S>(gathers_input_ ? block_ * I : 0);
     hidden_ = arena.take<S>(block_ * O);
-    second_ = arena.take<S>(more ? block_ * H : 0);
+    kept_ = arena.take<S>(more ? block_ * H : 0);
     projected_ = arena.take<S>(P ? block_ * P : 0);
     d_inputs_ = arena.take<C>(half && layer_.d_input ? block_ * I : 0);
     for (Index d = 0; half && d < D; ++d)
@@ -314,10 +314,9 @@ class Gradients : Shape<Cell, S> {
 
   MatrixRows kept_rows(Index d, Index n0, Index count, int plane) const {
     const Index width = (Cell::saved + (layer_.P ? 1 : 0)) * Hp_;
-    const C* from = static_cast<const C*>(layer_.gates) + d * layer_.gates_group + plane * Hp_;
-    launch_elements(stream(),
-                    GatherKept<S>{layer_.rows, from, width, layer_.H, n0, count, second_});
-    return {second_, layer_.H};
+    const C* from = static_cast<const C*>(layer_.saved) + d * layer_.saved_group + plane * Hp_;
+    launch_elements(stream(), GatherKept<S>{layer_.rows, from, width, layer_.H, n0, count, kept_});
+    return {kept_, layer_.H};
   }
 
   MatrixRows projected_rows(Index d, Index n0, Index count) const {
@@ -370,7 +369,7 @@ class Gradients : Shape<Cell, S> {
   Index block_ = 0, input_stride_ = 0;
   bool gathers_input_ = false;
   S *input_gates_ = nullptr, *hidden_gates_ = nullptr, *inputs_ = nullptr, *hidden_ = nullptr;
-  S *second_ = nullptr, *projected_ = nullptr;
+  S *kept_ = nullptr, *projected_ = nullptr;
   C* d_inputs_ = nullptr;
   Sums sums_[2] = {};
 };

@@ -12,10 +12,10 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 struct Plan;
 struct Sizes;
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent
 
 namespace fastrnn::cuda {
 
@@ -32,9 +32,9 @@ struct Layer {
   Sequence cell;                           // [.., D·H], compute type; absent: not kept
   void* h_n = nullptr;                     // [D, B, O], storage
   void* c_n = nullptr;                     // [D, B, H], storage
-  void* gates = nullptr;                   // [D, pairs, planes·Hp], compute type; null: not kept
-  Index gates_group = 0;                   // elements between directions of `gates`
-  bool consume_gates = false;              // the gradients of the gates take their place
+  void* saved = nullptr;                   // [D, pairs, planes·Hp], compute type; null: not kept
+  Index saved_group = 0;                   // elements between directions of `saved`
+  bool consume_saved = false;              // the gradients of the gates take its place
 
   Sequence d_output;                   // storage; absent for a layer below the last
   Sequence d_hidden;                   // storage; absent: zeros
@@ -48,7 +48,7 @@ struct Layer {
   Parameters* d_parameters = nullptr;  // [D]
 
   void* scratch = nullptr;
-  const resident::Plan* plan = nullptr;  // the persistent kernel of the pass; null: step by step
+  const persistent::Plan* plan = nullptr;  // the persistent kernel of the pass; null: step by step
   Tools tools;
 };
 
@@ -59,7 +59,7 @@ struct LayerFunctions {
   void (*forward)(const Layer&);
   void (*backward)(const Layer&);
   // The sizes by which a persistent kernel is chosen for a pass: null, or why the layer has none.
-  const char* (*persistent_sizes)(const Layer&, Pass, resident::Sizes*);
+  const char* (*persistent_sizes)(const Layer&, Pass, persistent::Sizes*);
 };
 
 // By the cell's place in AllCells; one table for each storage type, each a unit of its own.

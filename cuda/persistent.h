@@ -22,7 +22,7 @@
 #include "persistent/forward.h"
 #include "persistent/plan.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
 // The kernels of this build, `count` of them.
 const Kernel* kernels(int* count);
@@ -39,4 +39,4 @@ void launch_backward(const Plan& plan, Backward<std::uint16_t> arrays, void* wor
                      void* stream);
 void launch_backward(const Plan& plan, Backward<float> arrays, void* workspace, void* stream);
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

@@ -3,7 +3,7 @@
     nvcc … -Xptxas=-v 2>&1 | python cuda/resources.py          # or: resources.py REPORT
 
 Prints one line for each kernel and architecture that the report names: registers, shared memory,
-stack and spills. A kernel whose name contains "resident" keeps weights in registers for the whole
+stack and spills. A kernel whose name contains "persistent" keeps weights in registers for the whole
 sequence; there a spill or a stack frame would be read again at every step, so it is an error: the
 exit code is then 1.
 """
@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-WEIGHT_RESIDENT = "resident"
+PERSISTENT = "persistent"
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Kernel:
 
     @property
     def weight_resident(self) -> bool:
-        return WEIGHT_RESIDENT in self.name
+        return PERSISTENT in self.name
 
     @property
     def forbidden(self) -> bool:

@@ -45,11 +45,11 @@ inline const LayerFunctions& functions_of_type(DType dtype, int cell) {
 }
 
 // Chooses a persistent kernel, or says why there is none.
-using Planner = resident::Plan (*)(const resident::Sizes&);
+using Planner = persistent::Plan (*)(const persistent::Sizes&);
 
 class Stack {
  public:
-  Stack(const Problem& p, Pass pass, Planner planner = resident::plan_persistent)
+  Stack(const Problem& p, Pass pass, Planner planner = persistent::plan_persistent)
       : p_(p),
         pass_(pass),
         planes_(cell_traits(p.options).saved_planes),
@@ -77,7 +77,7 @@ class Stack {
 
   std::size_t workspace_size() const { return bytes_; }
   // The persistent kernel of every layer, or why they go step by step.
-  const resident::Plan& plan() const { return plan_; }
+  const persistent::Plan& plan() const { return plan_; }
 
   void forward() {
     write_rows();
@@ -99,9 +99,9 @@ class Stack {
   }
 
  private:
-  resident::Plan choose(Planner planner) const {
-    resident::Plan none;
-    resident::Sizes sizes;
+  persistent::Plan choose(Planner planner) const {
+    persistent::Plan none;
+    persistent::Sizes sizes;
     const char* why = "persistent kernels are not asked for";
     if (p_.persistent) why = functions_.persistent_sizes(describe(0), pass_, &sizes);
     if (!why) return planner(sizes);
@@ -158,8 +158,8 @@ class Stack {
     layer.cell = contiguous(shifted(p_.cell, l * rows_.pairs * D_ * p_.H * compute_), D_ * p_.H);
     layer.h_n = shifted(p_.h_n, g * p_.B * O_ * storage_);
     layer.c_n = shifted(p_.c_n, g * p_.B * p_.H * storage_);
-    layer.gates_group = rows_.pairs * planes_ * padded(p_.H);
-    layer.gates = shifted(p_.gates, g * layer.gates_group * compute_);
+    layer.saved_group = rows_.pairs * planes_ * padded(p_.H);
+    layer.saved = shifted(p_.saved, g * layer.saved_group * compute_);
     layer.tools = tools_;
     layer.plan = plan_.kernel ? &plan_ : nullptr;
     return layer;
@@ -177,7 +177,7 @@ class Stack {
     const Index g = l * D_;
     Layer layer = describe(l);
     // Their gradients are read some at a time, which the place of the gates must allow.
-    layer.consume_gates = p_.consume_gates && reinterpret_cast<std::uintptr_t>(p_.gates) % 32 == 0;
+    layer.consume_saved = p_.consume_saved && reinterpret_cast<std::uintptr_t>(p_.saved) % 32 == 0;
     if (l == L_ - 1)
       layer.d_output = p_.d_output;
     else
@@ -215,7 +215,7 @@ class Stack {
   const Index L_, D_, O_, storage_, compute_;
   Rows rows_;
   Tools tools_;
-  resident::Plan plan_;
+  persistent::Plan plan_;
   Index *offset_ = nullptr, *length_ = nullptr;
   void* between_[2] = {};
   void* scratch_ = nullptr;

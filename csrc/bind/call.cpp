@@ -113,7 +113,7 @@ class Call {
   void set_wanted(py::handle d_input, py::handle d_h0, py::handle d_c0, py::handle d_weights);
   void set_wanted_resets(py::handle d_reset_h, py::handle d_reset_c);
 
-  void consume_gates(bool consume) { problem_.consume_gates = consume; }
+  void consume_gates(bool consume) { problem_.consume_saved = consume; }
   // `workspace`: an array, or a function that gives one for a number of bytes. `stream`: a
   // cudaStream_t as an integer.
   void run(Pass pass, py::handle workspace, std::uintptr_t stream, bool allow_tf32,
@@ -437,8 +437,8 @@ void Call::set_results(py::handle hidden, py::handle cell, py::handle gates, boo
   if (gates.is_none()) return;
   const std::int64_t planes = traits_.saved_planes * padded(H);
   void* data =
-      result(gates, "gates", compute_, {L_ * D_, N_, planes}, written || problem_.consume_gates);
-  if (planes > 0) problem_.gates = data;
+      result(gates, "gates", compute_, {L_ * D_, N_, planes}, written || problem_.consume_saved);
+  if (planes > 0) problem_.saved = data;
   if (!all_layers) throw py::value_error("all_layers: expected True with gates, got False");
   if (no_cell) throw py::value_error("cell: expected an array with gates, got None");
 }

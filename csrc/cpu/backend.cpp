@@ -310,9 +310,9 @@ Layer describe(const Stack& s, std::int64_t l) {
   layer.h_n = shifted(p.h_n, g * p.B * s.O, s.storage);
   layer.c_n = shifted(p.c_n, g * p.B * p.H, s.storage);
   layer.cell = contiguous(s, shifted(p.cell, l * s.saved_pairs * D * p.H, s.compute), D * p.H);
-  layer.gates_group = s.saved_pairs * s.cell.planes * padded(p.H);
-  layer.gates = shifted(p.gates, g * layer.gates_group, s.compute);
-  layer.consume_gates = p.consume_gates;
+  layer.saved_group = s.saved_pairs * s.cell.planes * padded(p.H);
+  layer.saved = shifted(p.saved, g * layer.saved_group, s.compute);
+  layer.consume_saved = p.consume_saved;
   if (l == 0) {
     layer.input = normal(s, p.input);
   } else if (p.all_layers) {
@@ -340,7 +340,7 @@ struct Workspace {
   void* part_steps;
   void* packed;              // weights of a layer's direction
   void* again;               // forward's scratch
-  void* gates;               // of a part
+  void* saved;               // the saved values of a part
   void *hidden, *h_n, *c_n;  // what forward writes again: [B, O], [B, O], [B, H]
   void *carry_h, *carry_c;   // what goes from part to part
   void* d_input;             // of the first layer's first direction, compute type
@@ -408,8 +408,8 @@ std::size_t layer_scratch(const Stack& s) {
       part.T = part_length(s);
       part.pairs = part.T * p.B;
       layer.steps = &part;
-      layer.consume_gates = true;
-      layer.gates = &present;
+      layer.consume_saved = true;
+      layer.saved = &present;
     }
     const std::size_t bytes = s.pass == Pass::forward ? s.kernels.forward_scratch(layer)
                                                       : s.kernels.backward_scratch(layer);
@@ -418,7 +418,7 @@ std::size_t layer_scratch(const Stack& s) {
   return most;
 }
 
-void lay_out_parts(const Stack& s, Pieces& pieces, Workspace& w) {
+void lay_out_parts(const Stack& s, HostArena& arena, Workspace& w) {
   const Problem& p = s.p;
   static char present;  // stands for packed weights and for gates that are kept
   const std::int64_t steps = part_length(s), pairs = steps * p.B;
@@ -433,40 +433,40 @@ void lay_out_parts(const Stack& s, Pieces& pieces, Workspace& w) {
     part.pairs = pairs;
     layer.steps = &part;
     packed = std::max(packed, s.kernels.packed_size(layer));
-    layer.packed = layer.gates = &present;
+    layer.packed = layer.saved = &present;
     layer.general = beyond_the_cell(p, Pass::forward);
     again = std::max(again, s.kernels.forward_scratch(layer));
   }
-  w.part_steps = pieces.take(part_size(p, steps));
-  w.packed = pieces.take(packed);
-  w.again = pieces.take(again);
-  w.gates = pieces.take(elements(pairs * s.cell.planes * padded(p.H), s.compute));
-  w.hidden = pieces.take(elements(p.B * s.O, s.storage));
-  w.h_n = pieces.take(elements(p.B * s.O, s.storage));
-  w.c_n = pieces.take(elements(p.B * p.H, s.storage));
-  w.carry_h = pieces.take(elements(p.B * padded(s.O), s.compute));
-  w.carry_c = pieces.take(elements(p.B * padded(p.H), s.compute));
+  w.part_steps = arena.take(part_size(p, steps));
+  w.packed = arena.take(packed);
+  w.again = arena.take(again);
+  w.saved = arena.take(elements(pairs * s.cell.planes * padded(p.H), s.compute));
+  w.hidden = arena.take(elements(p.B * s.O, s.storage));
+  w.h_n = arena.take(elements(p.B * s.O, s.storage));
+  w.c_n = arena.take(elements(p.B * p.H, s.storage));
+  w.carry_h = arena.take(elements(p.B * padded(s.O), s.compute));
+  w.carry_c = arena.take(elements(p.B * padded(p.H), s.compute));
   if (p.options.directions > 1 && p.d_input)
-    w.d_input = pieces.take(elements(s.saved_pairs * p.I, s.compute));
+    w.d_input = arena.take(elements(s.saved_pairs * p.I, s.compute));
 }
 
 Workspace lay_out(const Stack& s, void* base) {
   const Problem& p = s.p;
-  Pieces pieces{static_cast<char*>(base)};
+  HostArena arena{static_cast<char*>(base)};
   Workspace w{};
-  w.steps = pieces.take(steps_size(p));
+  w.steps = arena.take(steps_size(p));
   w.barriers = static_cast<Barrier*>(
-      pieces.take(sizeof(Barrier) * static_cast<std::size_t>(1 + s.plan.threads)));
+      arena.take(sizeof(Barrier) * static_cast<std::size_t>(1 + s.plan.threads)));
   const std::int64_t width = p.options.directions * s.O;
   const bool forward = s.pass == Pass::forward;
   const std::int64_t many = p.options.layers - 1;  // layer borders
   if (!forward || !p.all_layers)
     for (std::int64_t i = 0; i < std::min<std::int64_t>(many, 2); ++i)
-      w.between[i] = pieces.take(static_cast<std::size_t>(s.saved_pairs * width) *
-                                 (forward ? s.storage : s.compute));
-  w.layer = pieces.take(layer_scratch(s));
-  if (s.in_parts()) lay_out_parts(s, pieces, w);
-  w.bytes = pieces.used;
+      w.between[i] = arena.take(static_cast<std::size_t>(s.saved_pairs * width) *
+                                (forward ? s.storage : s.compute));
+  w.layer = arena.take(layer_scratch(s));
+  if (s.in_parts()) lay_out_parts(s, arena, w);
+  w.bytes = arena.used;
   return w;
 }
 
@@ -609,9 +609,9 @@ class Parts {
       layer.h_before = state_at(all, layer.output, t, s_.storage);
       layer.c_before = state_at(all, layer.cell, t, s_.compute);
     }
-    layer.gates = w_.gates;
+    layer.saved = w_.saved;
     run_layer(forward_again(layer), s_.kernels.forward);
-    layer.consume_gates = true;
+    layer.consume_saved = true;
     layer.carry_h = w_.carry_h;
     layer.carry_c = w_.carry_c;
     layer.d_above = shifted(layer.d_above, first * layer.d_above_width, s_.compute);

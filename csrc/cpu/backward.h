@@ -30,9 +30,9 @@
 namespace fastrnn::FASTRNN_ISA {
 
 template <class Cell, class S>
-class Backward : protected Shape<Cell, S> {
+class Backward : protected Tiling<Cell, S> {
  protected:
-  using K = Shape<Cell, S>;
+  using K = Tiling<Cell, S>;
   using K::lanes, K::gates, K::first, K::wide;
   using typename K::C;
   using typename K::V;
@@ -56,7 +56,7 @@ class Backward : protected Shape<Cell, S> {
         Hp_(padded(layer.H)),
         Op_(padded(layer.O)),
         saved_width_(saved_width<Cell>(layer)),
-        width_(layer.consume_gates || layer.general ? saved_width_ : Cell::gradients * Hp_),
+        width_(layer.consume_saved || layer.general ? saved_width_ : Cell::gradients * Hp_),
         heads_(layer.maths.heads),
         head_units_(layer.H / heads_),
         head_outputs_(layer.O / heads_),
@@ -91,7 +91,7 @@ class Backward : protected Shape<Cell, S> {
       g.d_h_n = arena.take<C>(B * Op_);
       g.carried = Cell::carries || layer.general ? arena.take<C>(B * Op_) : nullptr;
       g.d_c = Cell::states > 1 ? arena.take<C>(B * Hp_) : nullptr;
-      g.d_gates = layer.consume_gates ? static_cast<C*>(layer.gates) + d * layer.gates_group
+      g.d_gates = layer.consume_saved ? static_cast<C*>(layer.saved) + d * layer.saved_group
                                       : arena.take<C>(N * width_);
       g.d_proj = layer.P ? arena.take<C>(N * Op_) : nullptr;
     }
@@ -298,7 +298,7 @@ class Backward : protected Shape<Cell, S> {
   C* gates_row(Index d, Index n) const { return group_[d].d_gates + n * width_; }
 
   const C* saved_row(const Position& p, Index i) const {
-    return static_cast<const C*>(layer_.gates) + p.d * layer_.gates_group +
+    return static_cast<const C*>(layer_.saved) + p.d * layer_.saved_group +
            (steps_.offset[p.t] + i) * saved_width_;
   }
 
@@ -1014,7 +1014,7 @@ class Backward : protected Shape<Cell, S> {
   }
 
   const C* saved_plane(Index d, Index n, int plane) const {
-    return static_cast<const C*>(layer_.gates) + d * layer_.gates_group + n * saved_width_ +
+    return static_cast<const C*>(layer_.saved) + d * layer_.saved_group + n * saved_width_ +
            plane * Hp_;
   }
 

@@ -131,7 +131,7 @@ FASTRNN_INLINE Index saved_width(const Layer& layer) {
 
 // The sizes that a cell and a storage type fix at compile time.
 template <class Cell_, class S_>
-struct Shape {
+struct Tiling {
   using Cell = Cell_;
   using S = S_;
   using C = typename ComputeOf<S>::type;
@@ -151,8 +151,8 @@ struct Shape {
 
 // The weights of a layer in the order in which forward reads them, and their packing.
 template <class Cell, class S>
-class Packing : Shape<Cell, S> {
-  using K = Shape<Cell, S>;
+class Packing : Tiling<Cell, S> {
+  using K = Tiling<Cell, S>;
   using K::lanes, K::gates, K::tiles, K::vectors, K::units, K::first, K::wide;
   using typename K::C, typename K::E;
 
@@ -283,9 +283,9 @@ class Packing : Shape<Cell, S> {
 };
 
 template <class Cell, class S>
-class Forward : protected Shape<Cell, S> {
+class Forward : protected Tiling<Cell, S> {
  protected:
-  using K = Shape<Cell, S>;
+  using K = Tiling<Cell, S>;
   using K::lanes, K::gates, K::tiles, K::vectors, K::rows, K::units, K::first, K::wide;
   using typename K::C, typename K::E;
   using typename K::V;
@@ -313,7 +313,7 @@ class Forward : protected Shape<Cell, S> {
       g.reset_h = arena.take<E>(Op_);
       g.reset_c = Cell::states > 1 ? arena.take<C>(Hp_) : nullptr;
       g.c = Cell::states > 1 ? arena.take<C>(B * Hp_) : nullptr;
-      const bool keeps = (layer.P || K::two_products) && !layer.gates;
+      const bool keeps = (layer.P || K::two_products) && !layer.saved;
       g.saved = keeps ? arena.take<C>(B * saved_width_) : nullptr;
     }
     const Index many = per_thread(layer.plan).total * layer.plan.threads;
@@ -556,8 +556,8 @@ class Forward : protected Shape<Cell, S> {
 
   // The pair's saved values, or null where nothing reads them.
   C* saved_row(const Position& p, Index i) const {
-    if (layer_.gates)
-      return static_cast<C*>(layer_.gates) + p.d * layer_.gates_group +
+    if (layer_.saved)
+      return static_cast<C*>(layer_.saved) + p.d * layer_.saved_group +
              (steps_.offset[p.t] + i) * saved_width_;
     return group_[p.d].saved ? group_[p.d].saved + i * saved_width_ : nullptr;
   }
@@ -645,7 +645,7 @@ class Forward : protected Shape<Cell, S> {
       Cell::forward(layer_.maths, x, a, previous, next, saved);
 #pragma GCC unroll 8
       for (int r = 0; r < M; ++r) {
-        if (layer_.gates) store_saved(saved_row(p, i[r]), unit, saved, r);
+        if (layer_.saved) store_saved(saved_row(p, i[r]), unit, saved, r);
         if constexpr (Cell::states > 1)
           finish_cell(p, i[r], unit, next[1].of[r], c_row(p.d, i[r]) + unit);
         if (layer_.P)

@@ -24,7 +24,7 @@ namespace fastrnn::FASTRNN_ISA {
 template <class Cell, class S>
 class GeneralBackward : Backward<Cell, S> {
   using Base = Backward<Cell, S>;
-  using K = Shape<Cell, S>;
+  using K = Tiling<Cell, S>;
   using Base::layer_, Base::steps_, Base::Hp_, Base::Op_, Base::group_, Base::zeros_;
   using Base::next_rows_, Base::rows, Base::block_units, Base::head_units_, Base::head_outputs_;
   using K::lanes, K::gates, K::first, K::wide;

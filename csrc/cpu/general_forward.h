@@ -22,7 +22,7 @@ namespace fastrnn::FASTRNN_ISA {
 template <class Cell, class S>
 class GeneralForward : Forward<Cell, S> {
   using Base = Forward<Cell, S>;
-  using K = Shape<Cell, S>;
+  using K = Tiling<Cell, S>;
   using Base::blocks_, Base::out_blocks_, Base::saved_width_, Base::h_rows_, Base::second_rows_;
   using Base::layer_, Base::steps_, Base::Hp_, Base::Op_, Base::group_, Base::packing_;
   using K::lanes, K::gates, K::tiles, K::vectors, K::rows, K::units, K::first, K::wide;
@@ -102,7 +102,7 @@ class GeneralForward : Forward<Cell, S> {
     Base::prepare(thread, threads);
     if (thread == 0)
       for (Index d = 0; d < layer_.directions; ++d) load_constants(d);
-    if (layer_.gates) clear_lanes(thread, threads);
+    if (layer_.saved) clear_lanes(thread, threads);
     if (!layer_.dropout_mask.data) return;
     const Range mine = split(steps_.B, thread, threads);
     for (Index d = 0; d < layer_.directions; ++d)
@@ -218,8 +218,8 @@ class GeneralForward : Forward<Cell, S> {
 
   // Where a pair's values are saved for backward; null where they are not.
   C* kept_row(Index d, Index t, Index i) const {
-    if (!layer_.gates) return nullptr;
-    return static_cast<C*>(layer_.gates) + d * layer_.gates_group +
+    if (!layer_.saved) return nullptr;
+    return static_cast<C*>(layer_.saved) + d * layer_.saved_group +
            (steps_.offset[t] + i) * saved_width_;
   }
   C* scalar(C* kept, NormScalar which) const {

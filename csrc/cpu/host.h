@@ -15,7 +15,7 @@ namespace fastrnn {
 int cell_index(const Options& options);
 
 // Takes memory piece by piece, 64-byte aligned; from nothing, it only counts.
-struct Pieces {
+struct HostArena {
   char* base;
   std::size_t used = 0;
   void* take(std::size_t bytes) {

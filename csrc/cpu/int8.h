@@ -229,8 +229,8 @@ inline void pack_int8(const Int8Matrix& m, Index b, const Weight& w, Index units
 }
 
 template <class Cell>
-class Int8Packing : Shape<Cell, float> {
-  using K = Shape<Cell, float>;
+class Int8Packing : Tiling<Cell, float> {
+  using K = Tiling<Cell, float>;
   using K::lanes, K::gates, K::tiles, K::vectors, K::units, K::first, K::wide;
 
  public:
@@ -356,8 +356,8 @@ FASTRNN_INLINE void add_int8_product(Vec<float> (&sums)[R][N], const Int8Rows& r
 }
 
 template <class Cell>
-class Int8Step : Shape<Cell, float> {
-  using K = Shape<Cell, float>;
+class Int8Step : Tiling<Cell, float> {
+  using K = Tiling<Cell, float>;
   using K::lanes, K::gates, K::tiles, K::vectors, K::rows, K::units, K::first, K::wide;
   using typename K::V;
 
@@ -565,7 +565,7 @@ struct Int8Table;
 template <class... Cells>
 struct Int8Table<CellList<Cells...>> {
   static constexpr Int8Kernels kernels[] = {
-      {Vec<float>::lanes, Dot::depth, Shape<Cells, float>::rows, Shape<Cells, float>::units,
+      {Vec<float>::lanes, Dot::depth, Tiling<Cells, float>::rows, Tiling<Cells, float>::units,
        int8_packed_size<Cells>, int8_scratch<Cells>, int8_pack<Cells>, int8_step<Cells>}...};
 };
 

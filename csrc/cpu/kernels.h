@@ -34,7 +34,7 @@ void run_pass(const Layer& layer, int thread, int threads) {
 
 template <class Cell, class S>
 struct KernelsOf {
-  using K = Shape<Cell, S>;
+  using K = Tiling<Cell, S>;
   static constexpr LayerKernels value = {K::lanes,
                                          Factor<typename K::E>::depth,
                                          K::rows,

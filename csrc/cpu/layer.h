@@ -41,9 +41,9 @@ struct Layer {
   Sequence cell;                           // [.., D·H], compute type; absent: not kept
   void* h_n = nullptr;                     // [D, B, O], storage
   void* c_n = nullptr;                     // [D, B, H], storage
-  void* gates = nullptr;                   // [D, pairs, planes·Hp], compute type; null: not kept
-  std::int64_t gates_group = 0;            // elements between directions of `gates`
-  bool consume_gates = false;              // the gradients of the gates take their place
+  void* saved = nullptr;                   // [D, pairs, planes·Hp], compute type; null: not kept
+  std::int64_t saved_group = 0;            // elements between directions of `saved`
+  bool consume_saved = false;              // the gradients of the gates take its place
 
   Sequence d_output;                   // storage; absent for a layer below the last
   Sequence d_hidden;                   // storage; absent: zeros

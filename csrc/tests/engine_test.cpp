@@ -27,12 +27,12 @@ struct Case {
   Options options;
   std::int64_t T = 5, B = 3, I = 3, H = 5;
   int threads = 1;
-  bool consume_gates = false;
+  bool consume_saved = false;
   std::vector<std::int64_t> lengths, batch_sizes;
   std::vector<unsigned char> reset, zoneout_h_mask, zoneout_c_mask;
   Values reset_h, reset_c, dropout_mask;  // empty: not given
 
-  Values input, h0, c0, hidden, output, h_n, c_n, cell, gates;
+  Values input, h0, c0, hidden, output, h_n, c_n, cell, saved;
   std::vector<Values> weights;
   Values d_output, d_h_n, d_c_n, d_input, d_h0, d_c0, d_reset_h, d_reset_c;
   std::vector<Values> d_weights;
@@ -178,10 +178,10 @@ Problem forward_problem(Case& c, std::vector<Parameters>& parameters, bool save)
   c.output.assign(size_of(c.pairs() * c.D() * c.O()), -7);
   p.output = c.output.data();
   if (save && !c.options.recompute) {
-    c.gates.assign(
+    c.saved.assign(
         size_of(c.L() * c.D() * c.pairs() * cell_traits(c.options).saved_planes * padded(c.H)),
         std::nan(""));
-    p.gates = c.gates.data();
+    p.saved = c.saved.data();
   }
   return p;
 }
@@ -216,8 +216,8 @@ Problem backward_problem(Case& c, std::vector<Parameters>& parameters,
   c.hidden = hidden, c.h_n = h_n, c.c_n = c_n, c.cell = cell;
   p.hidden = c.hidden.data(), p.h_n = c.h_n.data();
   if (c.has_c()) p.c_n = c.c_n.data(), p.cell = c.cell.data();
-  p.gates = c.options.recompute ? nullptr : c.gates.data();
-  p.consume_gates = c.consume_gates;
+  p.saved = c.options.recompute ? nullptr : c.saved.data();
+  p.consume_saved = c.consume_saved;
   p.d_output = {c.d_output.data(), c.B * c.D() * c.O(), c.D() * c.O(), 1};
   p.d_h_n = {c.d_h_n.data(), c.B * c.O(), c.O(), 1};
   if (c.has_c()) p.d_c_n = {c.d_c_n.data(), c.B * c.H, c.H, 1};
@@ -623,7 +623,7 @@ void check_consumed(Case c) {
   run_forward(c, true);
   run_backward(c);
   Case other = c;
-  other.consume_gates = true;
+  other.consume_saved = true;
   run_backward(other);
   same_results(c, other);
   for (std::size_t w = 0; w < c.d_weights.size(); ++w)

@@ -4,7 +4,7 @@
 
 #include "persistent.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 namespace {
 
 constexpr const char* kAbsent = "this build has no persistent kernels: FASTRNN_CUDA_PERSISTENT";
@@ -31,4 +31,4 @@ void launch_forward(const Plan&, Forward<float>, void*, void*) { refuse(); }
 void launch_backward(const Plan&, Backward<std::uint16_t>, void*, void*) { refuse(); }
 void launch_backward(const Plan&, Backward<float>, void*, void*) { refuse(); }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

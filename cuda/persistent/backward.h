@@ -27,7 +27,7 @@
 #include "cells/lstm.h"
 #include "persistent/exchange.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
 template <class S>  // of storage
 struct Backward {
@@ -205,7 +205,7 @@ FASTRNN_ON_MACHINE void backward(Machine& machine, const Backward<S>& p) {
   using Cell = typename C::Cell;
   static_assert(C::M == 1);
   const Position me = position_of<C>(machine, p.team);
-  const SharedLayout at = shared_layout(shape_of<C>(), p.team, Cell::states);
+  const SharedLayout at = shared_layout(runtime_config<C>(), p.team, Cell::states);
   unsigned char* const shared = machine.shared();
   const CarriedStates states{reinterpret_cast<float*>(shared + at.states), p.team.passes, C::items};
   const bool reverse = me.group >= p.reverse_from;
@@ -250,4 +250,4 @@ FASTRNN_ON_MACHINE void backward(Machine& machine, const Backward<S>& p) {
   if constexpr (C::via == Via::cluster) machine.cluster_sync();
 }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

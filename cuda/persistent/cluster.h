@@ -28,14 +28,14 @@
 
 #include "persistent/words.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
 struct alignas(8) Barrier {
   std::uint64_t opaque;
 };
 
 // The barrier's phase that message m completes, counted from 0.
-FASTRNN_RESIDENT unsigned phase_parity(int message) {
+FASTRNN_HOST_DEVICE unsigned phase_parity(int message) {
   return static_cast<unsigned>(message >> 1) & 1u;
 }
 
@@ -64,4 +64,4 @@ FASTRNN_ON_MACHINE void send_to_cluster(Machine& machine, int lane, int quarter,
     machine.send(block, to + row * stride + 4 * piece, words, barrier);
 }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

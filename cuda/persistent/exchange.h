@@ -5,7 +5,7 @@
 #include "persistent/product.h"
 #include "persistent/steps.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
 // What a message travels by: the ring, or two buffers and their barriers.
 struct Exchange {
@@ -16,8 +16,8 @@ struct Exchange {
 
 // Rows of the pass, by tile, whose h is not to be multiplied at step t: an episode starts there.
 template <class C>
-FASTRNN_RESIDENT void rows_dropped(const StepTable& steps, const Position& me, int t, bool reverse,
-                                   int pass, bool (&drop)[C::batch]) {
+FASTRNN_HOST_DEVICE void rows_dropped(const StepTable& steps, const Position& me, int t,
+                                      bool reverse, int pass, bool (&drop)[C::batch]) {
   FASTRNN_UNROLL
   for (int n = 0; n < C::batch; ++n) {
     const int row = (pass * C::batch + n) * kRows + group_of(me.lane);
@@ -89,4 +89,4 @@ FASTRNN_ON_MACHINE void sum_message(Machine& machine, const Team& team, const Po
                        sums);
 }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

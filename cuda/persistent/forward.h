@@ -25,7 +25,7 @@
 #include "cells/lstm.h"
 #include "persistent/exchange.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
 template <class S>  // of storage
 struct Forward {
@@ -160,7 +160,7 @@ template <class C, class Machine, class S>
 FASTRNN_ON_MACHINE void forward(Machine& machine, const Forward<S>& p) {
   using Cell = typename C::Cell;
   const Position me = position_of<C>(machine, p.team);
-  const SharedLayout at = shared_layout(shape_of<C>(), p.team, Cell::states);
+  const SharedLayout at = shared_layout(runtime_config<C>(), p.team, Cell::states);
   unsigned char* const shared = machine.shared();
   const CarriedStates states{reinterpret_cast<float*>(shared + at.states), p.team.passes, C::items};
   const bool reverse = me.group >= p.reverse_from;
@@ -205,4 +205,4 @@ FASTRNN_ON_MACHINE void forward(Machine& machine, const Forward<S>& p) {
   if constexpr (C::via == Via::cluster) machine.cluster_sync();
 }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

@@ -4,11 +4,11 @@
 #include "persistent.h"
 #include "persistent/machine.cuh"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
 template <class C>
 __global__ void __launch_bounds__(kThreads, 1)
-    resident_forward(const __grid_constant__ Forward<Storage<typename C::Operand>> p) {
+    persistent_forward(const __grid_constant__ Forward<Storage<typename C::Operand>> p) {
 #if defined(__CUDA_ARCH__)
   if constexpr (C::via != Via::cluster || __CUDA_ARCH__ >= 900) {
     extern __shared__ Words shared[];
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class C>
 __global__ void __launch_bounds__(kThreads, 1)
-    resident_backward(const __grid_constant__ Backward<Storage<typename C::Operand>> p) {
+    persistent_backward(const __grid_constant__ Backward<Storage<typename C::Operand>> p) {
 #if defined(__CUDA_ARCH__)
   if constexpr (C::via != Via::cluster || __CUDA_ARCH__ >= 900) {
     extern __shared__ Words shared[];
@@ -32,12 +32,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class C>
 Kernel forward_entry() {
-  return kernel_of<C>(Pass::forward, reinterpret_cast<const void*>(&resident_forward<C>));
+  return kernel_of<C>(Pass::forward, reinterpret_cast<const void*>(&persistent_forward<C>));
 }
 
 template <class C>
 Kernel backward_entry() {
-  return kernel_of<C>(Pass::backward, reinterpret_cast<const void*>(&resident_backward<C>));
+  return kernel_of<C>(Pass::backward, reinterpret_cast<const void*>(&persistent_backward<C>));
 }
 
 // A cell's kernels with one operand. How many chunks fit: product.h says what each takes of
@@ -125,4 +125,4 @@ struct Kernels<Elman, Operand> {
   }
 };
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

@@ -11,7 +11,7 @@
 #include "persistent.h"
 #include "status.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
 // Of *_*.cu, one for each cell and operand.
 #define FASTRNN_UNITS(f)                                                                          \
@@ -75,7 +75,7 @@ bool has_code(const Kernel& kernel) {
     cudaGetLastError();
     return false;
   }
-  return kernel.shape.via != Via::cluster || found.ptxVersion >= 90;
+  return kernel.config.via != Via::cluster || found.ptxVersion >= 90;
 }
 
 // All of the shared memory that a block may have, and clusters of 16 blocks.
@@ -83,7 +83,7 @@ void allow(const Kernel& kernel, const DeviceFacts& facts) {
   check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              facts.shared_bytes),
         "their shared memory");
-  if (kernel.shape.via == Via::cluster && facts.compute_major >= 9)
+  if (kernel.config.via == Via::cluster && facts.compute_major >= 9)
     check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
           "clusters of 16");
 }
@@ -103,7 +103,7 @@ void ask_clusters(DeviceFacts* facts) {
   int count = 0;
   const Kernel* const all = kernels(&count);
   for (int i = 0; i < count; ++i) {
-    if (all[i].shape.via != Via::cluster) continue;
+    if (all[i].config.via != Via::cluster) continue;
     if (!has_code(all[i])) return;
     allow(all[i], *facts);
     facts->clusters_of_16 = clusters_at_once(all[i], 16, facts->shared_bytes);
@@ -139,7 +139,7 @@ void check_runs(Plan* plan, const DeviceFacts& facts) {
   };
   if (!has_code(kernel)) return refuse("this build has no code for the device");
   allow(kernel, facts);
-  if (kernel.shape.via != Via::ring) return;
+  if (kernel.config.via != Via::ring) return;
   int each = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel.function, kThreads,
                                                       static_cast<std::size_t>(plan->shared_bytes)),
@@ -199,14 +199,14 @@ void launch(const Plan& plan, Arrays& arrays, void* workspace, void* stream) {
   if (plan.workspace_bytes)  // every word the sentinel
     check(cudaMemsetAsync(workspace, 0xff, plan.workspace_bytes, on), "the ring");
   const Kernel& kernel = *plan.kernel;
-  Launch launch(kernel.shape.via, plan.blocks, plan.team.blocks, plan.shared_bytes, on);
+  Launch launch(kernel.config.via, plan.blocks, plan.team.blocks, plan.shared_bytes, on);
   void* arguments[] = {&arrays};
   check(cudaLaunchKernelExC(&launch.config, kernel.function, arguments), plan.why.c_str());
 }
 
 // Before a pointer to arrays of one kind is read as another.
 void expect(const Plan& plan, Pass pass, bool half) {
-  if (!plan.kernel || plan.kernel->pass != pass || (plan.kernel->shape.per_word == 2) != half)
+  if (!plan.kernel || plan.kernel->pass != pass || (plan.kernel->config.per_word == 2) != half)
     throw std::invalid_argument("persistent kernels: the plan is not of these arrays");
 }
 
@@ -236,4 +236,4 @@ void launch_backward(const Plan& plan, Backward<float> arrays, void* workspace, 
   launch(plan, arrays, workspace, stream);
 }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

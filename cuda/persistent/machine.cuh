@@ -21,7 +21,7 @@
 
 #include "persistent/cluster.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
 struct CudaMachine {
   unsigned char* memory;
@@ -170,4 +170,4 @@ struct CudaMachine {
 #endif
 };
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

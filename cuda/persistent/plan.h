@@ -19,7 +19,7 @@
 #include "backend.h"
 #include "persistent/product.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
 // What an operand multiplies as: float32 in one TF32 product where the user allows it, else in
 // three.
@@ -30,7 +30,7 @@ struct Kernel {
   const char* cell;  // as in csrc/cells/list.h
   OperandKind operand;
   Pass pass;
-  Shape shape;
+  RuntimeConfig config;
   int gates, states;
   const void* function;
 };
@@ -47,7 +47,7 @@ inline constexpr OperandKind kind_of<Tf32> = OperandKind::tf32;
 template <class C>
 Kernel kernel_of(Pass pass, const void* function) {
   return {C::Cell::name,  kind_of<typename C::Operand>,
-          pass,           shape_of<C>(),
+          pass,           runtime_config<C>(),
           C::Cell::gates, C::Cell::states,
           function};
 }
@@ -96,7 +96,7 @@ struct Plan {
 inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 inline double step_clocks(const Kernel& k, const Team& team) {
-  const Shape& c = k.shape;
+  const RuntimeConfig& c = k.config;
   const int rows = divide_up(team.rows_per_team, kRows) * kRows,
             used = team.chunks * kChunk * c.per_word;
   const bool half = c.per_word == 2;
@@ -133,12 +133,12 @@ inline const char* name_of(OperandKind operand) {
 
 // Blocks of a team, or 0 with the reason in `why`.
 inline int blocks_of_team(const Kernel& k, const Sizes& s, const DeviceFacts& d, std::string* why) {
-  const int needed = divide_up(s.H, kUnits * k.shape.tiles);
-  if (k.shape.via == Via::block) {
+  const int needed = divide_up(s.H, kUnits * k.config.tiles);
+  if (k.config.via == Via::block) {
     if (needed > 1) *why = "more units than a block has";
     return needed > 1 ? 0 : 1;
   }
-  if (k.shape.via == Via::ring) {
+  if (k.config.via == Via::ring) {
     if (!d.cooperative)
       *why = "the device has no cooperative launches";
     else if (needed * s.groups > d.multiprocessors)
@@ -158,7 +158,7 @@ inline int blocks_of_team(const Kernel& k, const Sizes& s, const DeviceFacts& d,
 
 // Teams that run at once.
 inline int teams_at_once(const Kernel& k, int blocks, const DeviceFacts& d) {
-  if (k.shape.via == Via::cluster) {
+  if (k.config.via == Via::cluster) {
     if (blocks == 16) return d.clusters_of_16;
     return d.clusters_of_8 * (8 / blocks);
   }
@@ -174,11 +174,11 @@ inline Team team_of(const Kernel& k, const Sizes& s, int blocks, int rows) {
   team.teams_per_group = divide_up(s.B, rows);
   team.blocks = blocks;
   team.units = s.H;
-  team.row_words = fields * blocks * k.shape.tiles * k.shape.unit_words();
-  const int used = fields > 1 ? team.row_words : divide_up(s.H, k.shape.per_word);
+  team.row_words = fields * blocks * k.config.tiles * k.config.unit_words();
+  const int used = fields > 1 ? team.row_words : divide_up(s.H, k.config.per_word);
   team.chunks = divide_up(used, kChunk);  // of one field the padding at the end is left out
   team.stride = kChunk * (divide_up(team.row_words, kChunk) | 1);
-  team.passes = divide_up(divide_up(rows, kRows), k.shape.batch);
+  team.passes = divide_up(divide_up(rows, kRows), k.config.batch);
   return team;
 }
 
@@ -195,13 +195,14 @@ inline Plan plan_for(const Kernel& k, const Sizes& s, const DeviceFacts& d) {
   if (teams < 1) teams = 1;  // clusters and blocks queue; a ring has been seen to fit
   int rows = divide_up(divide_up(s.B, teams), kRows) * kRows;
   plan.team = team_of(k, s, blocks, rows);
-  if (plan.team.chunks > k.shape.chunks() * k.shape.slices()) {
+  if (plan.team.chunks > k.config.chunks() * k.config.slices()) {
     plan.why = "more weights than a block keeps";
     return plan;
   }
   // Where the rows of a team do not fit in shared memory, more teams with fewer rows queue.
-  while ((plan.shared_bytes = shared_layout(k.shape, plan.team, k.states).bytes) > d.shared_bytes) {
-    if (rows == kRows || k.shape.via == Via::ring) {
+  while ((plan.shared_bytes = shared_layout(k.config, plan.team, k.states).bytes) >
+         d.shared_bytes) {
+    if (rows == kRows || k.config.via == Via::ring) {
       plan.why = "more shared memory than a block has";
       return plan;
     }
@@ -209,7 +210,7 @@ inline Plan plan_for(const Kernel& k, const Sizes& s, const DeviceFacts& d) {
     plan.team = team_of(k, s, blocks, rows);
   }
   const int all = s.groups * plan.team.teams_per_group;
-  if (k.shape.via == Via::ring) {
+  if (k.config.via == Via::ring) {
     plan.team.period = 8;
     const std::int64_t most = std::int64_t(d.cache_bytes / 4);
     while (plan.team.period > 1 &&
@@ -223,7 +224,7 @@ inline Plan plan_for(const Kernel& k, const Sizes& s, const DeviceFacts& d) {
   const int waves =
       divide_up(all, teams_at_once(k, blocks, d) > 0 ? teams_at_once(k, blocks, d) : 1);
   plan.clocks = step_clocks(k, plan.team) * waves;
-  plan.why = std::string(name_of(k.shape.via)) + ", " + name_of(k.operand) + ", " +
+  plan.why = std::string(name_of(k.config.via)) + ", " + name_of(k.operand) + ", " +
              std::to_string(all) + " team" + (all == 1 ? "" : "s") + " of " +
              std::to_string(blocks) + " block" + (blocks == 1 ? "" : "s") + ", " +
              std::to_string(plan.team.rows_per_team) + " rows each";
@@ -248,4 +249,4 @@ inline Plan choose_kernel(const Sizes& s, const DeviceFacts& d, const Kernel* ke
   return best;
 }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

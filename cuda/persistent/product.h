@@ -36,7 +36,7 @@
 #include "persistent/ring.h"
 #include "persistent/words.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
 enum class Via { ring, cluster, block };
 
@@ -60,20 +60,20 @@ struct Config {
 };
 
 // A configuration as the launcher reads it.
-struct Shape {
+struct RuntimeConfig {
   Via via;
   int per_word, M, tiles, registers, shared, batch;
 
-  FASTRNN_RESIDENT int slices() const { return kWarps / tiles; }
-  FASTRNN_RESIDENT int chunks() const { return registers + shared; }  // of a warp, at most
-  FASTRNN_RESIDENT int unit_words() const { return kUnits / per_word; }
-  FASTRNN_RESIDENT int items() const {
+  FASTRNN_HOST_DEVICE int slices() const { return kWarps / tiles; }
+  FASTRNN_HOST_DEVICE int chunks() const { return registers + shared; }  // of a warp, at most
+  FASTRNN_HOST_DEVICE int unit_words() const { return kUnits / per_word; }
+  FASTRNN_HOST_DEVICE int items() const {
     return (batch * tiles * kFragment + kThreads - 1) / kThreads;
   }
 };
 
 template <class C>
-FASTRNN_RESIDENT Shape shape_of() {
+FASTRNN_HOST_DEVICE RuntimeConfig runtime_config() {
   return {C::via, C::Operand::per_word, C::M, C::tiles, C::registers, C::shared, C::batch};
 }
 
@@ -93,7 +93,7 @@ struct Team {
 };
 
 template <class C>
-FASTRNN_RESIDENT int words_per_field(const Team& team) {
+FASTRNN_HOST_DEVICE int words_per_field(const Team& team) {
   return team.blocks * C::tiles * C::unit_words;
 }
 
@@ -133,7 +133,7 @@ FASTRNN_ON_MACHINE Position made_anew(Machine& machine, const Position& me) {
 }
 
 template <class C>
-FASTRNN_RESIDENT Ring ring_of(const Team& team, const Position& me) {
+FASTRNN_HOST_DEVICE Ring ring_of(const Team& team, const Position& me) {
   Ring ring;
   ring.period = team.period;
   ring.message_words = static_cast<std::int64_t>(team.rows_per_team) * team.row_words;
@@ -152,7 +152,7 @@ struct Item {
 };
 
 template <class C>
-FASTRNN_RESIDENT Item item_of(int item, int pass, const Position& me) {
+FASTRNN_HOST_DEVICE Item item_of(int item, int pass, const Position& me) {
   Item x{};
   int row, unit;
   if constexpr (C::slices == 1) {  // what the thread's own sums are of
@@ -188,7 +188,8 @@ struct SharedLayout {
   int bytes = 0;
 };
 
-FASTRNN_RESIDENT SharedLayout shared_layout(const Shape& c, const Team& team, int states) {
+FASTRNN_HOST_DEVICE SharedLayout shared_layout(const RuntimeConfig& c, const Team& team,
+                                               int states) {
   SharedLayout at;
   at.sums = c.shared * c.M * 2 * kThreads * 16;
   at.states = at.sums + (c.slices() > 1 ? 2 * kWarps * c.batch * c.M * kLanes * 16 : 0);
@@ -208,14 +209,14 @@ struct Matrix {
   int units;
   bool aligned;
 
-  FASTRNN_RESIDENT float at(int gate, int unit, int k) const {
+  FASTRNN_HOST_DEVICE float at(int gate, int unit, int k) const {
     if (unit >= units || k >= units) return 0.0f;
     return Operand::load(data[(static_cast<std::int64_t>(gate) * units + unit) * units + k]);
   }
 };
 
 template <class Operand>
-FASTRNN_RESIDENT Words words_from(const float (&values)[4 * Operand::per_word]) {
+FASTRNN_HOST_DEVICE Words words_from(const float (&values)[4 * Operand::per_word]) {
   Words words;
   FASTRNN_UNROLL
   for (int i = 0; i < 4; ++i)
@@ -229,7 +230,7 @@ template <class Operand>
 struct ForwardWeights {
   Matrix<Operand> matrix;
 
-  FASTRNN_RESIDENT Words words(int m, int unit, int word) const {
+  FASTRNN_HOST_DEVICE Words words(int m, int unit, int word) const {
     constexpr int kValues = 4 * Operand::per_word;
     const int k = word * Operand::per_word;
     if (matrix.aligned && unit < matrix.units && k + kValues <= matrix.units) {
@@ -246,7 +247,7 @@ struct ForwardWeights {
     return words_from<Operand>(values);
   }
 
-  static FASTRNN_RESIDENT Words words_of_floats(const float (&values)[4]) {
+  static FASTRNN_HOST_DEVICE Words words_of_floats(const float (&values)[4]) {
     Words words;
     FASTRNN_UNROLL
     for (int i = 0; i < 4; ++i) words.v[i] = word_of<Operand>(values[i], 0.0f);
@@ -260,7 +261,7 @@ struct BackwardWeights {
   Matrix<Operand> matrix;
   int fields, words_per_field;
 
-  FASTRNN_RESIDENT Words words(int, int unit, int word) const {
+  FASTRNN_HOST_DEVICE Words words(int, int unit, int word) const {
     float values[4 * Operand::per_word];
     FASTRNN_UNROLL
     for (int i = 0; i < 4; ++i) {
@@ -282,7 +283,7 @@ struct Weights {
   const Words* more;  // this thread's: more[((chunk·M + m)·2 + product)·kThreads]
 
   template <int chunk>
-  FASTRNN_RESIDENT Words fragment(int m, int product) const {
+  FASTRNN_HOST_DEVICE Words fragment(int m, int product) const {
     if constexpr (chunk < C::registers)
       return kept[chunk][m][product];
     else
@@ -518,4 +519,4 @@ FASTRNN_ON_MACHINE void send(Machine& machine, const Team& team, const Position&
   }
 }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

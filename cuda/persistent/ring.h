@@ -44,7 +44,7 @@
 
 #include "persistent/words.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
 inline constexpr u32 kSentinel = 0xffffffffu;
 inline constexpr u32 kOtherNaN = 0x7fff7fffu;  // a NaN as one float, and as two halves
@@ -55,14 +55,14 @@ struct Ring {
   int period = 1;        // messages of an epoch, a power of two
   std::int64_t message_words = 0;
 
-  FASTRNN_RESIDENT u32* slot(int message) const {
+  FASTRNN_HOST_DEVICE u32* slot(int message) const {
     return words + (message & (kEpochs * period - 1)) * message_words;
   }
-  FASTRNN_RESIDENT bool opens_epoch(int message) const { return (message & (period - 1)) == 0; }
+  FASTRNN_HOST_DEVICE bool opens_epoch(int message) const { return (message & (period - 1)) == 0; }
 };
 
-FASTRNN_RESIDENT bool arrived(u32 word) { return word != kSentinel; }
-FASTRNN_RESIDENT bool arrived(const Words& w) {
+FASTRNN_HOST_DEVICE bool arrived(u32 word) { return word != kSentinel; }
+FASTRNN_HOST_DEVICE bool arrived(const Words& w) {
   return arrived(w.v[0]) && arrived(w.v[1]) && arrived(w.v[2]) && arrived(w.v[3]);
 }
 
@@ -79,4 +79,4 @@ FASTRNN_ON_MACHINE void publish(Memory& memory, const Ring& ring, int message, s
   memory.store(ring.slot(message + 2 * ring.period) + at, kSentinel);
 }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

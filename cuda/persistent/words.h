@@ -28,14 +28,14 @@
 #include "value.h"
 
 #if defined(__CUDACC__)
-#define FASTRNN_RESIDENT __host__ __device__ __forceinline__
+#define FASTRNN_HOST_DEVICE __host__ __device__ __forceinline__
 #define FASTRNN_ON_MACHINE __device__ __forceinline__
 #else
-#define FASTRNN_RESIDENT inline
+#define FASTRNN_HOST_DEVICE inline
 #define FASTRNN_ON_MACHINE inline
 #endif
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
 using u32 = std::uint32_t;
 
@@ -52,13 +52,13 @@ struct alignas(16) Sums {
   float v[4];
 };
 
-FASTRNN_RESIDENT u32 bits_of(float x) {
+FASTRNN_HOST_DEVICE u32 bits_of(float x) {
   u32 bits;
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
 }
 
-FASTRNN_RESIDENT float float_of(u32 bits) {
+FASTRNN_HOST_DEVICE float float_of(u32 bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
@@ -71,8 +71,8 @@ FASTRNN_RESIDENT float float_of(u32 bits) {
 struct BFloat16 {
   using Storage = std::uint16_t;
   static constexpr int per_word = 2;
-  static FASTRNN_RESIDENT float load(Storage s) { return float_of(static_cast<u32>(s) << 16); }
-  static FASTRNN_RESIDENT Storage store(float x) {
+  static FASTRNN_HOST_DEVICE float load(Storage s) { return float_of(static_cast<u32>(s) << 16); }
+  static FASTRNN_HOST_DEVICE Storage store(float x) {
 #if defined(__CUDA_ARCH__)
     Storage s;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(s) : "f"(x));
@@ -88,7 +88,7 @@ struct BFloat16 {
 struct Float16 {
   using Storage = std::uint16_t;
   static constexpr int per_word = 2;
-  static FASTRNN_RESIDENT float load(Storage s) {
+  static FASTRNN_HOST_DEVICE float load(Storage s) {
 #if defined(__CUDA_ARCH__)
     float x;
     asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(s));
@@ -100,7 +100,7 @@ struct Float16 {
     return float_of(sign | bits_of(scaled));
 #endif
   }
-  static FASTRNN_RESIDENT Storage store(float x) {
+  static FASTRNN_HOST_DEVICE Storage store(float x) {
 #if defined(__CUDA_ARCH__)
     Storage s;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(s) : "f"(x));
@@ -123,9 +123,9 @@ struct Float16 {
 struct Tf32 {
   using Storage = float;
   static constexpr int per_word = 1;
-  static FASTRNN_RESIDENT float load(Storage s) { return s; }
-  static FASTRNN_RESIDENT Storage store(float x) { return x; }
-  static FASTRNN_RESIDENT u32 word(float x) {
+  static FASTRNN_HOST_DEVICE float load(Storage s) { return s; }
+  static FASTRNN_HOST_DEVICE Storage store(float x) { return x; }
+  static FASTRNN_HOST_DEVICE u32 word(float x) {
     const bool finite = (bits_of(x) & 0x7f800000u) != 0x7f800000u;
     return finite ? (bits_of(x) + 0x1000u) & 0xffffe000u : bits_of(x);
   }
@@ -136,12 +136,12 @@ struct Tf32 {
 struct Float32 {
   using Storage = float;
   static constexpr int per_word = 1;
-  static FASTRNN_RESIDENT float load(Storage s) { return s; }
-  static FASTRNN_RESIDENT Storage store(float x) { return x; }
-  static FASTRNN_RESIDENT u32 word(float x) { return bits_of(x); }
-  static FASTRNN_RESIDENT u32 high(u32 w) { return (w + 0x1000u) & 0xffffe000u; }
+  static FASTRNN_HOST_DEVICE float load(Storage s) { return s; }
+  static FASTRNN_HOST_DEVICE Storage store(float x) { return x; }
+  static FASTRNN_HOST_DEVICE u32 word(float x) { return bits_of(x); }
+  static FASTRNN_HOST_DEVICE u32 high(u32 w) { return (w + 0x1000u) & 0xffffe000u; }
   // What `high` leaves; nothing of an infinity or NaN.
-  static FASTRNN_RESIDENT u32 low(u32 w, u32 high) {
+  static FASTRNN_HOST_DEVICE u32 low(u32 w, u32 high) {
     return (high & 0x7f800000u) == 0x7f800000u ? 0u : bits_of(float_of(w) - float_of(high));
   }
 };
@@ -151,13 +151,13 @@ using Storage = typename Operand::Storage;
 
 // The value as the caller's arrays keep it: what a step hands to the next.
 template <class Operand>
-FASTRNN_RESIDENT float rounded(float x) {
+FASTRNN_HOST_DEVICE float rounded(float x) {
   return Operand::load(Operand::store(x));
 }
 
 // A word of two neighbours, or of `first` alone where a word holds one.
 template <class Operand>
-FASTRNN_RESIDENT u32 word_of(float first, float second) {
+FASTRNN_HOST_DEVICE u32 word_of(float first, float second) {
   if constexpr (Operand::per_word == 2)
     return static_cast<u32>(Operand::store(first)) | static_cast<u32>(Operand::store(second)) << 16;
   else
@@ -166,31 +166,31 @@ FASTRNN_RESIDENT u32 word_of(float first, float second) {
 
 // ---- who holds what ---------------------------------------------------------------------------
 
-FASTRNN_RESIDENT int group_of(int lane) { return lane >> 2; }  // g
-FASTRNN_RESIDENT int member_of(int lane) { return lane & 3; }  // t
+FASTRNN_HOST_DEVICE int group_of(int lane) { return lane >> 2; }  // g
+FASTRNN_HOST_DEVICE int member_of(int lane) { return lane & 3; }  // t
 
 // A fragment's sums stand in shared memory as one Sums per lane, (c0, c2, c1, c3): unit 2g and 2g +
 // 1 of row 2t, then of row 2t + 1. The place of lane (g, t) is such that writing (8 lanes at a
 // time) and reading 16 units of two rows (32 words at a time) both touch each bank once.
-FASTRNN_RESIDENT int place_of_lane(int lane) {
+FASTRNN_HOST_DEVICE int place_of_lane(int lane) {
   const int g = group_of(lane), t = member_of(lane);
   return 8 * t + (g ^ (2 * t));
 }
 
 // Element `at` (0 … 127) of a fragment that stands so.
-FASTRNN_RESIDENT int row_at(int at) { return 2 * (at >> 5) + ((at >> 1) & 1); }
-FASTRNN_RESIDENT int unit_at(int at) {
+FASTRNN_HOST_DEVICE int row_at(int at) { return 2 * (at >> 5) + ((at >> 1) & 1); }
+FASTRNN_HOST_DEVICE int unit_at(int at) {
   const int g = ((at & 31) >> 2) ^ (2 * (at >> 5));
   return 2 * g + (at & 1);
 }
 
 // The sums of a lane in that order.
-FASTRNN_RESIDENT Sums in_order(const float (&c)[4]) { return {{c[0], c[2], c[1], c[3]}}; }
+FASTRNN_HOST_DEVICE Sums in_order(const float (&c)[4]) { return {{c[0], c[2], c[1], c[3]}}; }
 
 // What lane (g, t) holds of that order at j: unit and row within the tile.
-FASTRNN_RESIDENT int unit_of_sum(int lane, int j) { return 2 * group_of(lane) + (j & 1); }
-FASTRNN_RESIDENT int row_of_sum(int lane, int j) { return 2 * member_of(lane) + (j >> 1); }
+FASTRNN_HOST_DEVICE int unit_of_sum(int lane, int j) { return 2 * group_of(lane) + (j & 1); }
+FASTRNN_HOST_DEVICE int row_of_sum(int lane, int j) { return 2 * member_of(lane) + (j >> 1); }
 
 using Value = cuda::Value<float>;
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

@@ -149,7 +149,7 @@ struct Arrays {
   std::vector<std::vector<S>> weights;
   // Written:
   std::vector<S> hidden, h_n, c_n, d_input, d_h0, d_c0;
-  std::vector<C> cell, gates;
+  std::vector<C> cell, saved;
   std::vector<std::vector<S>> d_weights;
 };
 
@@ -287,7 +287,7 @@ Problem problem_of(const Case& c, Arrays<S>& a) {
   p.hidden = place(a.hidden), p.h_n = place(a.h_n);
   if (c.has_c()) p.c_n = place(a.c_n);
   if (c.has_c() && p.all_layers) p.cell = place(a.cell);
-  if (c.training) p.gates = place(a.gates);
+  if (c.training) p.saved = place(a.saved);
   return p;
 }
 
@@ -325,7 +325,7 @@ void run(const Backend& backend, const Case& c, Arrays<S>& a) {
   blank(a.c_n, c.has_c() ? groups * c.B * c.H : 0);
   const bool all = c.every_layer || c.training;
   blank(a.cell, c.has_c() && all ? c.L() * N * c.D() * c.H : 0);
-  blank(a.gates, c.training ? groups * N * cell_traits(c.options).saved_planes * padded(c.H) : 0);
+  blank(a.saved, c.training ? groups * N * cell_traits(c.options).saved_planes * padded(c.H) : 0);
   std::vector<Parameters> parameters = parameters_of(c, a.weights, c.turned), d_parameters;
   Problem p = problem_of(c, a);
   p.parameters = parameters.data();
@@ -341,7 +341,7 @@ void run(const Backend& backend, const Case& c, Arrays<S>& a) {
   a.d_weights = a.weights;
   for (auto& d : a.d_weights) blank(d, static_cast<std::int64_t>(d.size()));
   d_parameters = parameters_of(c, a.d_weights, false);
-  p.consume_gates = c.consume;
+  p.consume_saved = c.consume;
   const std::int64_t width = c.D() * c.O();
   if (c.d_output) p.d_output = {place(a.d_output), c.B * width, width, 1};
   if (c.d_states) {
@@ -410,7 +410,7 @@ void same_bits_of_all(const Case& c, const Arrays<S>& a, const Arrays<S>& b) {
   same_bits("c_n in another order", a.c_n, b.c_n);
   same_bits("cell in another order", a.cell, b.cell);
   // Where backward may use their place, it does so or not as their memory is aligned.
-  if (!c.consume) same_bits("gates in another order", a.gates, b.gates);
+  if (!c.consume) same_bits("saved values in another order", a.saved, b.saved);
   same_bits("d_input in another order", a.d_input, b.d_input);
   same_bits("d_h0 in another order", a.d_h0, b.d_h0);
   same_bits("d_c0 in another order", a.d_c0, b.d_c0);

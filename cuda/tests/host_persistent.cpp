@@ -6,7 +6,7 @@
 #include "../persistent/tests/host_launch.h"
 #include "persistent.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 namespace {
 
 long launches = 0;
@@ -67,7 +67,7 @@ const std::vector<Kernel>& list() {
 template <class S>
 const Launcher<S>& launcher(const Plan& plan, Pass pass) {
   if (!plan.kernel || plan.kernel->pass != pass ||
-      (plan.kernel->shape.per_word == 2) != (sizeof(S) == 2))
+      (plan.kernel->config.per_word == 2) != (sizeof(S) == 2))
     throw std::invalid_argument("the plan is not of these arrays");
   ++launches;
   return *static_cast<const Launcher<S>*>(plan.kernel->function);
@@ -100,4 +100,4 @@ void launch_backward(const Plan& plan, Backward<float> arrays, void* workspace, 
   launcher<float>(plan, Pass::backward).backward(plan, arrays, static_cast<u32*>(workspace));
 }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

@@ -2,9 +2,9 @@
 // (cuda/persistent/tests/host_machine.h), with kernels of small configurations.
 #pragma once
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
 // Since the program began.
 long persistent_launches();
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

@@ -80,7 +80,7 @@ template <class S>
 void check_persistent_type(const char* type, double tolerance, bool tf32, int cases) {
   Random random(static_cast<unsigned>(sizeof(S)) * 1000 + tf32 + (tolerance > 1e-2));
   long expected = 0, of_heads = 0;
-  const long before = resident::persistent_launches();
+  const long before = persistent::persistent_launches();
   for (int k = 0; k < cases; ++k) {
     Case c = random_case(random, true, false);
     c.persistent = true, c.tf32 = tf32;
@@ -94,7 +94,7 @@ void check_persistent_type(const char* type, double tolerance, bool tf32, int ca
   check::context() = type;
   ++checks;
   check::that("every layer that can has a persistent kernel",
-              resident::persistent_launches() - before == expected);
+              persistent::persistent_launches() - before == expected);
   check::that("some of them have heads", of_heads > 0 || cases < 10);
   std::printf("%s, persistent: %d cases, %ld launches, %d failures so far\n", type, cases, expected,
               check::failures());

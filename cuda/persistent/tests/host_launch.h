@@ -4,7 +4,7 @@
 #include "host_machine.h"
 #include "persistent/plan.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
 // Small enough for several teams of few blocks.
 inline DeviceFacts small_device() {
@@ -19,7 +19,7 @@ inline DeviceFacts small_device() {
 }
 
 inline std::size_t ring_words(const Plan& plan) {
-  if (plan.kernel->shape.via != Via::ring) return 0;
+  if (plan.kernel->config.via != Via::ring) return 0;
   const std::int64_t teams = plan.blocks / plan.team.blocks;
   return static_cast<std::size_t>(teams * kEpochs * plan.team.period * message_bytes(plan.team) /
                                   4);
@@ -33,8 +33,8 @@ void launch_on_host(const Plan& plan, Arrays arrays, u32* ring, unsigned delays,
   arrays.team.ring_words = ring;
   const int teams = plan.blocks / plan.team.blocks;
   run_on_host(plan.blocks, plan.team.blocks, plan.shared_bytes,
-              plan.kernel->shape.via == Via::ring ? teams : 1, delays,
+              plan.kernel->config.via == Via::ring ? teams : 1, delays,
               [&](HostMachine& machine) { body(machine, arrays); });
 }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

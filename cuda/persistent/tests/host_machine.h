@@ -30,7 +30,7 @@
 #include <sanitizer/tsan_interface.h>
 #endif
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
 inline constexpr long kPatience = 200'000'000;  // turns of a wait: then it is a deadlock
 
@@ -380,4 +380,4 @@ inline void run_on_host(int blocks, int blocks_of_team, int shared_bytes, int te
   }
 }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

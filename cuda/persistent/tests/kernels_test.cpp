@@ -12,7 +12,7 @@
 namespace {
 
 using namespace fastrnn;
-using namespace fastrnn::resident;
+using namespace fastrnn::persistent;
 
 long checks = 0;
 

@@ -15,7 +15,7 @@
 #include "persistent/backward.h"
 #include "persistent/forward.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
 // What the cells compute with here.
 struct Number {
@@ -392,4 +392,4 @@ long compare(const Trial<Cell, Operand>& p, const Expected& e, bool backward = t
   return checks;
 }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

@@ -26,7 +26,7 @@
 
 namespace {
 
-using namespace fastrnn::resident;
+using namespace fastrnn::persistent;
 
 long checks = 0;
 

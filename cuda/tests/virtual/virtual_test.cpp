@@ -94,18 +94,19 @@ void check_persistent_type(const char* type, double tolerance, bool tf32, int ca
 
 // ---- each persistent kernel ---------------------------------------------------------------------
 
-resident::DeviceFacts facts() {
-  resident::DeviceFacts d = resident::h200();
+persistent::DeviceFacts facts() {
+  persistent::DeviceFacts d = persistent::h200();
   d.cache_bytes = 1 << 16;  // short epochs of the ring
   return d;
 }
 
 // The kernel that a pass takes: the one under test, or any.
-resident::Plan plan_of(const resident::Sizes& sizes, const resident::Kernel& tested) {
+persistent::Plan plan_of(const persistent::Sizes& sizes, const persistent::Kernel& tested) {
   int count = 0;
-  const resident::Kernel* const all = resident::kernels(&count);
-  const resident::Plan plan = tested.pass == sizes.pass ? plan_for(tested, sizes, facts())
-                                                        : choose_kernel(sizes, facts(), all, count);
+  const persistent::Kernel* const all = persistent::kernels(&count);
+  const persistent::Plan plan = tested.pass == sizes.pass
+                                    ? plan_for(tested, sizes, facts())
+                                    : choose_kernel(sizes, facts(), all, count);
   if (!plan.kernel) return plan;
   cudaFuncSetAttribute(plan.kernel->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                        plan.shared_bytes);
@@ -114,12 +115,12 @@ resident::Plan plan_of(const resident::Sizes& sizes, const resident::Kernel& tes
 }
 
 template <class Cell, class Operand>
-void check_kernel(const resident::Kernel& tested, int T, int B, int H, unsigned seed) {
-  using namespace resident;
+void check_kernel(const persistent::Kernel& tested, int T, int B, int H, unsigned seed) {
+  using namespace persistent;
   Trial<Cell, Operand> p;
   p.T = T, p.B = B, p.H = H;
   p.groups = H < 100 ? 2 : 1, p.reverse_from = 1;
-  resident::choose_rows(p, seed % 2 == 0, seed % 3 != 1, seed);
+  persistent::choose_rows(p, seed % 2 == 0, seed % 3 != 1, seed);
   fill(p, seed);
   Sizes sizes{Cell::name, kind_of<Operand>, Pass::forward, T, B, H, p.groups};
   const Plan forth = plan_of(sizes, tested);
@@ -140,15 +141,15 @@ void check_kernel(const resident::Kernel& tested, int T, int B, int H, unsigned 
   virtual_device::synchronize();
   if (goes_back) launch_backward(back, backward_arrays(p, steps, in_place), aligned, nullptr);
   virtual_device::synchronize();
-  checks += resident::compare(p, Reference<Cell, Operand>(p).run(), goes_back);
+  checks += persistent::compare(p, Reference<Cell, Operand>(p).run(), goes_back);
 }
 
 // Where the weights fill the registers and go on in shared memory, or the largest that the
 // device has room for.
-int large_size(const resident::Kernel& k) {
+int large_size(const persistent::Kernel& k) {
   const int fields = k.pass == Pass::forward ? 1 : k.gates;
-  const int full = k.shape.slices() * (k.shape.registers + (k.shape.shared > 0)) *
-                   resident::kChunk * k.shape.per_word / fields;
+  const int full = k.config.slices() * (k.config.registers + (k.config.shared > 0)) *
+                   persistent::kChunk * k.config.per_word / fields;
   int H = full - 3;  // an odd size, in the last chunk
   while (H > 8 && !plan_for(k, {k.cell, k.operand, k.pass, 2, 3, H, 1}, facts()).kernel) H -= 8;
   return H;
@@ -157,10 +158,10 @@ int large_size(const resident::Kernel& k) {
 template <class Cell, class Operand>
 void check_kernels(const char* operand) {
   int count = 0, found = 0;
-  const resident::Kernel* const all = resident::kernels(&count);
+  const persistent::Kernel* const all = persistent::kernels(&count);
   for (int i = 0; i < count; ++i) {
-    const resident::Kernel& k = all[i];
-    if (std::strcmp(k.cell, Cell::name) || k.operand != resident::kind_of<Operand>) continue;
+    const persistent::Kernel& k = all[i];
+    if (std::strcmp(k.cell, Cell::name) || k.operand != persistent::kind_of<Operand>) continue;
     ++found;
     check_kernel<Cell, Operand>(k, 40, 11, 21, 6);
     check_kernel<Cell, Operand>(k, 2, 3, large_size(k), 5);
@@ -173,10 +174,10 @@ void check_kernels(const char* operand) {
 
 template <class Cell>
 void check_cell() {
-  check_kernels<Cell, resident::BFloat16>("bfloat16");
-  check_kernels<Cell, resident::Float16>("float16");
-  check_kernels<Cell, resident::Tf32>("TF32");
-  check_kernels<Cell, resident::Float32>("3xTF32");
+  check_kernels<Cell, persistent::BFloat16>("bfloat16");
+  check_kernels<Cell, persistent::Float16>("float16");
+  check_kernels<Cell, persistent::Tf32>("TF32");
+  check_kernels<Cell, persistent::Float32>("3xTF32");
 }
 
 // ---- the virtual device -------------------------------------------------------------------------
