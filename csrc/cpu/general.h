@@ -5,7 +5,7 @@
 #pragma once
 
 #include "../cells/options.h"
-#include "forward.h"
+#include "tiling.h"
 
 namespace fastrnn::FASTRNN_ISA {
 

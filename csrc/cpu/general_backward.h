@@ -24,18 +24,20 @@ namespace fastrnn::FASTRNN_ISA {
 template <class Cell, class S>
 class GeneralBackward : Backward<Cell, S> {
   using Base = Backward<Cell, S>;
-  using K = Tiling<Cell, S>;
+  using K = BackwardTiling<Cell, S>;
   using Base::layer_, Base::steps_, Base::Hp_, Base::Op_, Base::group_, Base::zeros_;
-  using Base::next_rows_, Base::rows, Base::block_units, Base::head_units_, Base::head_outputs_;
-  using K::lanes, K::gates, K::first, K::wide;
-  using typename Base::Columns, typename Base::Operand, typename Base::PairWalk;
-  using typename Base::Position;
+  using Base::next_rows_, Base::weights_, Base::gradients_;
+  using K::lanes, K::gates, K::first, K::wide, K::rows, K::block_units;
+  using typename Base::Columns, typename Base::Operand, typename Base::Position;
   using typename K::C, typename K::V;
   friend Base;
 
  public:
   GeneralBackward(const Layer& layer, void* base)
       : Base(layer, base),
+        heads_(layer.maths.heads),
+        head_units_(layer.H / heads_),
+        head_outputs_(layer.O / heads_),
         plane_count_(gates * Hp_),
         norm_at_((Cell::saved + (layer.P ? 1 : 0)) * Hp_),
         sums_width_(Base::row_sums_width(layer)),
@@ -50,8 +52,8 @@ class GeneralBackward : Backward<Cell, S> {
         of_x_[gate] = first_plane + gate;
         of_h_[gate] = first_plane + gates + gate;
       }
-      Base::input_planes_ = of_x_;
-      Base::hidden_planes_ = of_h_;
+      gradients_.input_planes = of_x_;
+      gradients_.hidden_planes = of_h_;
     }
     Arena arena(base);
     arena.take<char>(static_cast<Index>(Base::used()));
@@ -61,7 +63,7 @@ class GeneralBackward : Backward<Cell, S> {
       k.reset_h = arena.take<C>(Op_);
       k.reset_c = Cell::states > 1 ? arena.take<C>(Hp_) : nullptr;
       k.d_seen = arena.take<C>(B * Op_);
-      k.d_units = Base::second_blocks_ ? arena.take<C>(B * Hp_) : nullptr;
+      k.d_units = second_blocks() ? arena.take<C>(B * Hp_) : nullptr;
       k.d_reset_h = group_[d].d_reset_h;
       k.d_reset_c = group_[d].d_reset_c;
       k.sums = group_[d].row_sums;
@@ -96,6 +98,9 @@ class GeneralBackward : Backward<Cell, S> {
     C *gain_c, *bias_c;        // [Hp]
     C* peephole;               // [3·Hp]
   };
+
+  // Blocks of hidden units of the second product: through W_hr, or through W_hn.
+  Index second_blocks() const { return layer_.P ? Base::blocks_ : weights_.hn_blocks(); }
 
   // A thread's rows: of h's size one, of hidden units three.
   Index thread_scratch() const { return Op_ + 3 * Hp_; }
@@ -155,8 +160,8 @@ class GeneralBackward : Backward<Cell, S> {
   Index recur(Index d, const Share& share, Index end) {
     const Deal deal(steps_, share, rows);
     const Walk walk{steps_, Base::reverse(d)};
-    const Range outs = split(Base::out_blocks_, share.column, share.columns);
-    const Range seconds = split(Base::second_blocks_, share.column, share.columns);
+    const Range outs = split(weights_.out_blocks(), share.column, share.columns);
+    const Range seconds = split(second_blocks(), share.column, share.columns);
     for (Index s = end - 1; s >= 0; --s) {
       if (share.resting > 0 && share.team->gathers(share.resting)) return s + 1;
       const Position p{d, walk.step(s), deal, walk};
@@ -166,13 +171,13 @@ class GeneralBackward : Backward<Cell, S> {
       for (Index j = 0; j < n; ++j) {
         const Index i = deal.row(j);
         const bool last = walk.last(p.t, i);
-        next_rows_[j] = last ? nullptr : Base::gates_row(d, steps_.offset[next] + i);
+        next_rows_[j] = last ? nullptr : gradients_.row(d, steps_.offset[next] + i);
         any |= !last;
       }
       for (Index b = outs.begin; b < outs.end && any; ++b) hidden_product(d, deal, b, n);
       share.team->wait(share.columns);
       for (Index j = mine.begin; j < mine.end; ++j) hidden_row(p, deal.row(j));
-      if (Base::second_blocks_) second_step(p, share, seconds, n, mine);
+      if (second_blocks()) second_step(p, share, seconds, n, mine);
       if (share.team->wait(share.columns) && share.may_shrink && s > 0) return s;
     }
     initial_gradients(d, deal, share, outs);
@@ -181,8 +186,9 @@ class GeneralBackward : Backward<Cell, S> {
 
   // What comes from the step after through a block of W_hh, for the outputs of one head.
   void hidden_product(Index d, const Deal& deal, Index b, Index n) {
-    const Index head = b / Base::head_out_blocks_, unit = b % Base::head_out_blocks_ * block_units;
-    const Columns w = Base::hidden_weights(d, b);
+    const Index head = b / weights_.head_out_blocks(),
+                unit = b % weights_.head_out_blocks() * block_units;
+    const Columns w = weights_.weight_hh(d, b);
     in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
       constexpr int R = decltype(count)::value;
       V acc[R][wide];
@@ -190,9 +196,9 @@ class GeneralBackward : Backward<Cell, S> {
       for (int gate = 0; gate < first; ++gate) {
         const C* plane[R];
         for (int r = 0; r < R; ++r)
-          plane[r] = next_rows_[j + r]
-                         ? next_rows_[j + r] + Base::hidden_planes_[gate] * Hp_ + head * head_units_
-                         : zeros_;
+          plane[r] = next_rows_[j + r] ? next_rows_[j + r] + gradients_.hidden_planes[gate] * Hp_ +
+                                             head * head_units_
+                                       : zeros_;
         accumulate<R, wide>(acc, plane, head_units_, w.at(gate * head_units_), w.stride);
       }
       const Sums<R, wide, C> sums(acc);
@@ -236,11 +242,11 @@ class GeneralBackward : Backward<Cell, S> {
     const Operand dy = Base::output_gradient(p, i);
     const bool* keeps = zoneout_h_.row(steps_, p.d, p.t, i);
     C* carried = g.carried + i * Op_;
-    C* to = layer_.P ? g.d_proj + (steps_.offset[p.t] + i) * Op_ : outputs_;
+    C* to = layer_.P ? gradients_.d_proj[p.d] + (steps_.offset[p.t] + i) * Op_ : outputs_;
     for (Index u = 0; u < layer_.O; u += lanes) {
       V dh = last ? V::load(g.d_h_n + i * Op_ + u)
                   : from_after(to_state_before(k, carried, i, u), fresh, k.d_reset_h + i * Op_ + u);
-      dh = clip(dh + Base::operand_tile(dy, u, layer_.O));
+      dh = clip(dh + operand_tile(dy, u, layer_.O));
       V d_old(0);
       if (zoneout_h_.on()) zoneout_h_.divide(keeps, u, dh, d_old, dh);
       d_old.store(carried + u);
@@ -253,11 +259,11 @@ class GeneralBackward : Backward<Cell, S> {
   void second_step(const Position& p, const Share& share, const Range& blocks, Index n,
                    const Range& mine) {
     share.team->wait(share.columns);
-    const Index plane = layer_.P ? 0 : Base::hidden_planes_[first % gates] * Hp_;
+    const Index plane = layer_.P ? 0 : gradients_.hidden_planes[first % gates] * Hp_;
     for (Index j = 0; j < n; ++j) {
       const Index pair = steps_.offset[p.t] + p.deal.row(j);
       next_rows_[j] =
-          layer_.P ? group_[p.d].d_proj + pair * Op_ : Base::gates_row(p.d, pair) + plane;
+          layer_.P ? gradients_.d_proj[p.d] + pair * Op_ : gradients_.row(p.d, pair) + plane;
     }
     for (Index b = blocks.begin; b < blocks.end; ++b) second_product(p, b, n);
     share.team->wait(share.columns);
@@ -271,10 +277,10 @@ class GeneralBackward : Backward<Cell, S> {
   }
 
   void second_product(const Position& p, Index b, Index n) {
-    const Index heads = layer_.P ? 1 : Base::heads_, units_of_head = layer_.H / heads;
-    const Index blocks = Base::second_blocks_ / heads;
+    const Index heads = layer_.P ? 1 : heads_, units_of_head = layer_.H / heads;
+    const Index blocks = second_blocks() / heads;
     const Index head = b / blocks, unit = b % blocks * block_units;
-    const C* w = Base::second_weights(p.d, b);
+    const C* w = layer_.P ? weights_.weight_hr(p.d, b) : weights_.weight_hn(p.d, b);
     in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
       constexpr int R = decltype(count)::value;
       V acc[R][wide];
@@ -283,7 +289,7 @@ class GeneralBackward : Backward<Cell, S> {
       for (int r = 0; r < R; ++r) d[r] = next_rows_[j + r] + head * units_of_head;
       // The gates of a second product are planes, one after the other; W_hr has one.
       const Index planes = layer_.P ? 1 : gates - first;
-      const Index count_of_plane = Base::second_sums_ / (planes > 0 ? planes : 1);
+      const Index count_of_plane = layer_.P ? layer_.P : head_units_;
       for (Index plane = 0; plane < planes; ++plane) {
         accumulate<R, wide>(acc, d, count_of_plane, w + plane * count_of_plane * block_units);
         for (int r = 0; r < R; ++r) d[r] += Hp_;
@@ -305,13 +311,13 @@ class GeneralBackward : Backward<Cell, S> {
     return Base::previous_hidden(d, t, i);
   }
   FASTRNN_INLINE V seen(const Constants& k, const Operand& h, Index i, Index u) const {
-    const V all = Base::operand_tile(h, u, layer_.O);
+    const V all = operand_tile(h, u, layer_.O);
     return k.mask ? all * V::load(k.mask + i * Op_ + u) : all;
   }
 
   // d_units: [Hp] the gradient of the hidden units.
   void cell_row(const Position& p, Index i, const C* d_units) {
-    C* to = Base::gates_row(p.d, steps_.offset[p.t] + i);
+    C* to = gradients_.row(p.d, steps_.offset[p.t] + i);
     const C* saved = Base::saved_row(p, i);
     if constexpr (Cell::states > 1)
       state_row(p, i, d_units, saved, to);
@@ -351,7 +357,7 @@ class GeneralBackward : Backward<Cell, S> {
       V kept[Cell::saved], previous[1], d_previous[1], d_a[Cell::gradients];
       const V d_next[1] = {V::load(d_units + unit)};
       for (int s = 0; s < Cell::saved; ++s) kept[s] = V::load(saved + s * Hp_ + unit);
-      previous[0] = Cell::carries ? Base::operand_tile(h, unit, layer_.O) : V(0);
+      previous[0] = Cell::carries ? operand_tile(h, unit, layer_.O) : V(0);
       if constexpr (K::two_products) {
         Cell::backward_second(layer_.maths, kept, previous, d_next, d_previous, d_a);
         for (int gate = 1; gate < gates; ++gate)
@@ -367,7 +373,7 @@ class GeneralBackward : Backward<Cell, S> {
   // Reset-before GRU: what follows d(r∘h).
   FASTRNN_NOINLINE void operand_row(const Position& p, Index i) {
     const Constants& k = constants_[p.d];
-    C* to = Base::gates_row(p.d, steps_.offset[p.t] + i);
+    C* to = gradients_.row(p.d, steps_.offset[p.t] + i);
     const C* saved = Base::saved_row(p, i);
     if constexpr (K::two_products) {
       const Operand h = hidden_before(p.d, p.t, i);
@@ -498,7 +504,7 @@ class GeneralBackward : Backward<Cell, S> {
     const Index n = deal.count(steps_.T > 0 ? steps_.active[0] : 0);
     for (Index j = 0; j < n; ++j) {
       const Index i = deal.row(j);
-      next_rows_[j] = Base::gates_row(d, steps_.offset[Base::first_step(d, i)] + i);
+      next_rows_[j] = gradients_.row(d, steps_.offset[Base::first_step(d, i)] + i);
     }
     for (Index b = outs.begin; b < outs.end; ++b) hidden_product(d, deal, b, n);
     share.team->wait(share.columns);
@@ -551,20 +557,19 @@ class GeneralBackward : Backward<Cell, S> {
 
   // ---- the weights -----------------------------------------------------------------------------
 
-  Operand operand(Index d, int which, const PairWalk& pair, Index n) const {
-    if (which != Base::kHidden) return Base::operand(d, which, pair, n);
+  void parameter_gradients(Index d, int thread, int threads) {
     const Constants& k = constants_[d];
-    const Operand h = hidden_before(d, pair.t, pair.i);
-    if (!k.mask) return h;
-    for (Index u = 0; u < layer_.O; u += lanes) seen(k, h, pair.i, u).store(outputs_ + u);
-    return {nullptr, 1, outputs_};
-  }
-
-  void vector_gradients(Index d, const Parameters& to, int thread, int threads) {
-    Base::vector_gradients(d, to, thread, threads);
+    const auto hidden = [&](Index t, Index i) -> Operand {
+      const Operand h = hidden_before(d, t, i);
+      if (!k.mask) return h;
+      for (Index u = 0; u < layer_.O; u += lanes) seen(k, h, i, u).store(outputs_ + u);
+      return {nullptr, 1, outputs_};
+    };
+    Base::weight_gradients_.run(d, gradients_, hidden, thread, threads);
     if (!layer_.ends_sums) return;
+    const Parameters& to = layer_.d_parameters[d];
     const auto sum = [&](const Weight& weight, Index at, int runs) {
-      sum_rows(weight, constants_[d].sums + at, sums_width_, runs, layer_.H, thread, threads);
+      sum_rows(weight, k.sums + at, sums_width_, runs, layer_.H, thread, threads);
     };
     sum(to.norm_ih, 0, gates);
     sum(to.norm_hh, plane_count_, gates);
@@ -575,8 +580,9 @@ class GeneralBackward : Backward<Cell, S> {
     sum(to.weight_co, peephole_sums_ + 2 * Hp_, 1);
   }
 
-  const Index plane_count_;  // values of a row of planes: G·Hp
-  const Index norm_at_;      // of what layer norm saved, in a pair's values
+  const Index heads_, head_units_, head_outputs_;  // hidden units and outputs of one head
+  const Index plane_count_;                        // values of a row of planes: G·Hp
+  const Index norm_at_;                            // of what layer norm saved, in a pair's values
   // Of a row's sums: of gains of x and h, [gate] each, of a norm of c gain and bias, of peepholes.
   const Index sums_width_, norm_c_sums_, peephole_sums_;
   const C limit_;

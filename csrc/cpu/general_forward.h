@@ -15,6 +15,7 @@
 // Cost          forward's, and 8·G·H bytes written and read again per step and row.
 #pragma once
 
+#include "forward.h"
 #include "general.h"
 
 namespace fastrnn::FASTRNN_ISA {
@@ -24,7 +25,7 @@ class GeneralForward : Forward<Cell, S> {
   using Base = Forward<Cell, S>;
   using K = Tiling<Cell, S>;
   using Base::blocks_, Base::out_blocks_, Base::saved_width_, Base::h_rows_, Base::second_rows_;
-  using Base::layer_, Base::steps_, Base::Hp_, Base::Op_, Base::group_, Base::packing_;
+  using Base::layer_, Base::steps_, Base::Hp_, Base::Op_, Base::group_, Base::weights_;
   using K::lanes, K::gates, K::tiles, K::vectors, K::rows, K::units, K::first, K::wide;
   using typename Base::Block, typename Base::Group, typename Base::Position;
   using typename K::C, typename K::E, typename K::V;
@@ -173,8 +174,8 @@ class GeneralForward : Forward<Cell, S> {
   }
 
   void project_units(const Block& block, Index b, C* sums) {
-    const BlockOfWeights<E> weights = packing_.weight_ih(block.d, b);
-    const C* bias = group_[block.d].bias_x + b * vectors * lanes;
+    const BlockOfWeights<E> weights = weights_.weight_ih(block.d, b);
+    const C* bias = weights_.bias_x(block.d, b);
     in_blocks_of_rows<rows>(block.pairs, [&](auto count, Index m) {
       constexpr int R = decltype(count)::value;
       V acc[R][vectors];
@@ -230,7 +231,7 @@ class GeneralForward : Forward<Cell, S> {
 
   bool step(const Position& p, const Share& share, const Range&, Index n, Index m) {
     for (Index j = 0; j < n; ++j) find_state(p, j);
-    const Range products = split(packing_.hidden_blocks(), share.column, share.columns);
+    const Range products = split(weights_.hidden_blocks(), share.column, share.columns);
     for (Index b = products.begin; b < products.end; ++b) first_product(p, b, n);
     share.team->wait(share.columns);
     const Range mine = split(n, share.column, share.columns);
@@ -275,8 +276,8 @@ class GeneralForward : Forward<Cell, S> {
     Index head, unit, left;  // the unit in the head, and how many there are from it on
   };
   HeadBlock head_block(Index b) const {
-    const Index unit = b % packing_.head_blocks() * units;
-    return {b / packing_.head_blocks(), unit, head_units_ - unit};
+    const Index unit = b % weights_.head_blocks() * units;
+    return {b / weights_.head_blocks(), unit, head_units_ - unit};
   }
   C* sums_row(const Position& p, Index j) const {
     return constants_[p.d].sums + p.deal.row(j) * width_;
@@ -284,7 +285,7 @@ class GeneralForward : Forward<Cell, S> {
 
   void first_product(const Position& p, Index b, Index n) {
     constexpr int N = first * tiles;
-    const BlockOfWeights<E> weights = packing_.weight_hh(p.d, b);
+    const BlockOfWeights<E> weights = weights_.weight_hh(p.d, b);
     const HeadBlock at = head_block(b);
     in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
       constexpr int R = decltype(count)::value;
@@ -302,7 +303,7 @@ class GeneralForward : Forward<Cell, S> {
   // Reset-before GRU: the gates that read r∘h.
   void second_product(const Position& p, Index b, Index n) {
     constexpr int G = gates - first, N = G * tiles;
-    const BlockOfWeights<C> weights = packing_.second(p.d, b);
+    const BlockOfWeights<C> weights = weights_.weight_hn(p.d, b);
     const HeadBlock at = head_block(b);
     in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
       constexpr int R = decltype(count)::value;

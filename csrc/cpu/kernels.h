@@ -1,8 +1,10 @@
-// The table of one instruction set: every cell and storage type that it serves. Included last by
-// each isa_*.cpp.
+// The kernels of one instruction set: a table of every cell and storage type. Included last by each
+// isa_*.cpp.
 #pragma once
 
 #include "../cells/list.h"
+#include "backward.h"
+#include "forward.h"
 #include "general_backward.h"
 #include "general_forward.h"
 #include "roof.h"
@@ -14,14 +16,14 @@ std::size_t scratch_of(const Layer& layer) {
   return layer.general ? General(layer, nullptr).used() : Plain(layer, nullptr).used();
 }
 
-template <class Packing>
+template <class Weights>
 std::size_t packed_size(const Layer& layer) {
-  return Packing(layer, nullptr).used();
+  return Weights(layer, nullptr).used();
 }
 
-template <class Packing>
+template <class Weights>
 void pack(const Layer& layer, int thread, int threads) {
-  Packing(layer, layer.packed).run(thread, threads);
+  Weights(layer, layer.packed).pack(thread, threads);
 }
 
 template <class Plain, class General>
@@ -39,10 +41,10 @@ struct KernelsOf {
                                          Factor<typename K::E>::depth,
                                          K::rows,
                                          K::units,
-                                         packed_size<Packing<Cell, S>>,
+                                         packed_size<ForwardWeights<Cell, S>>,
                                          scratch_of<Forward<Cell, S>, GeneralForward<Cell, S>>,
                                          scratch_of<Backward<Cell, S>, GeneralBackward<Cell, S>>,
-                                         pack<Packing<Cell, S>>,
+                                         pack<ForwardWeights<Cell, S>>,
                                          run_pass<Forward<Cell, S>, GeneralForward<Cell, S>>,
                                          run_pass<Backward<Cell, S>, GeneralBackward<Cell, S>>};
 };
