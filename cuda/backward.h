@@ -1,29 +1,27 @@
 // One layer backward through time.
 //
-// Maths          csrc/cells/. The steps run in the reverse of forward's order. At each, the
-// gradient
-//                of h is what the output brings, plus what the step after brings through W_hhᵀ,
-//                plus what the cell carries past the product (a GRU's dh·z):
+// Maths          csrc/cells/. The steps run in the reverse of forward's order. At each step the
+//                gradient of h is the sum of the output's gradient, the contribution of step t+1
+//                through W_hhᵀ, and what the cell carries past the product (a GRU's dh·z):
 //                  dh_t = dy_t + Σ_gates da_{t+1}·W_hh + carried
-//                One launch: the product (product.h) and the cell's backward. Only the gates'
-//                gradients are written; those of weights and input are matrix products over all
+//                One launch: the product (product.h) and the cell's backward. It writes only the
+//                gates' gradients; the gradients of weights and input are matrix products over all
 //                pairs afterwards (gradients.h).
 // Two products   reset-before GRU: dn from dh, then d(r∘h) = dn·W_hn, then dr. Projection: dh of
-// size
-//                P first, then W_hrᵀ to the hidden units. Both are a second launch.
-// Layouts        d_gates   [D][pairs][width]: planes of Hp as the cell's input_gradient and
-//                          hidden_gradient say, zero beyond H and where a row does not run; in the
-//                          place of forward's saved values where the caller gives these up
+//                size P first, then W_hrᵀ to the hidden units. Both need a second launch.
+// Layouts        d_gates   [D][pairs][width]: planes of Hp in the order of the cell's
+//                          input_gradient and hidden_gradient, zero beyond H and where a row does
+//                          not run; overwrites forward's saved values if the caller allows it
 //                d_proj    [D][pairs][Op], dh of a projected state, zero likewise
 //                carried   [D][B][O], d_c [D][B][H], compute type
-//                weights   [D][O][(high − low)·Hp]: column u of W_hh, gate planes after each other;
-//                          second [D][H][(gates − first)·Hp or Op] likewise. Of several heads only
-//                          as long as one head's planes
-//                by_head   [2][D][B][head][gradient][Hp of a head], of several heads: d_gates of a
-//                          step once more, a head's side by side for the product. A step reads one
-//                          and writes the other
-// Ownership      element (d, i, u) of everything: the thread that finishes it.
-// Cost           as forward: a launch or two each step.
+//                weights   [D][O][(high − low)·Hp]: column u of W_hh, gate planes in sequence;
+//                          second [D][H][(gates − first)·Hp or Op] likewise. With several heads
+//                          only as long as one head's planes
+//                by_head   [2][D][B][head][gradient][Hp of a head], with several heads: a copy of
+//                          a step's d_gates, with each head's gradients contiguous for the
+//                          product. A step reads one and writes the other
+// Ownership      the thread that finishes element (d, i, u) owns it in all arrays.
+// Cost           as forward: one or two launches per step.
 #pragma once
 
 #include "forward.h"
@@ -31,7 +29,7 @@
 
 namespace fastrnn::cuda {
 
-// What the kernels of a step read and write.
+// The arrays that the kernels of a step read and write.
 template <class S>
 struct BackwardData {
   using C = typename ComputeOf<S>::type;
@@ -47,10 +45,10 @@ struct BackwardData {
   Index depth;
   const S* second_weights;
   Index second_depth;
-  Heads units, outs;           // of the H hidden units, of the O of h
-  C *by_head, *by_head_after;  // this step's, and of the step after; null: one head
+  Heads units, outs;           // of the H hidden units, of the O units of h
+  C *by_head, *by_head_after;  // of this step, and of step t+1; null: one head
   Index by_head_width;
-  S* narrow_gates;  // [D][B][depth]: this step's, for the library; null: not wanted
+  S* narrow_gates;  // [D][B][depth]: this step's, for the library; null: not needed
   Sequence output, cell;
   State h0, c0;
   Sequence d_output, d_hidden, d_cell;
@@ -66,7 +64,7 @@ struct BackwardData {
   FASTRNN_CELL C* gates_row(Index d, Index n) const {
     return d_gates + d * gates_group + n * width;
   }
-  // A gradient of this step, where by_head has it.
+  // The location of a gradient in by_head.
   FASTRNN_CELL C* headed(C* step, Index d, Index i, Index gradients, Index plane, Index u) const {
     return step + state(d, i, by_head_width,
                         (units.head(u) * gradients + plane) * units.place + u % units.own);
@@ -78,7 +76,7 @@ struct BackwardData {
     return saved + d * saved_group + n * saved_width;
   }
 
-  // dy of a pair: from the layer above or the caller, and from the caller's gradient of all h.
+  // dy of a pair: from the layer above or the caller, plus the caller's gradient of all h.
   FASTRNN_CELL C output_gradient(Index d, Index t, Index i, Index u) const {
     C dy = 0;
     const Index column = d * O + u;
@@ -90,8 +88,8 @@ struct BackwardData {
     return dy;
   }
 
-  // The whole gradient of h, of what the step after brings, summed, and of dy. In this order a
-  // sequence cut in two, whose d_h_n is the next piece's d_h0, rounds alike.
+  // The whole gradient of h: the contribution of step t+1, summed, plus dy. With this order a
+  // sequence that is split in two, where d_h_n is the second part's d_h0, rounds identically.
   FASTRNN_CELL C hidden_gradient(Index d, Index t, Index i, Index u, C product,
                                  bool carries) const {
     const Walk w = walk(d);
@@ -120,13 +118,13 @@ struct BackwardData {
   }
 };
 
-// The cell on one hidden unit, or its half that follows dh.
+// The cell's backward on one hidden unit, or the half of it that needs only dh.
 template <class Cell, class S>
 struct CellBackward : Shape<Cell, S> {
   using K = Shape<Cell, S>;
   using typename K::C, typename K::V;
 
-  // `dh`: all of it.
+  // `dh`: the whole gradient of h.
   static FASTRNN_CELL void run(const BackwardData<S>& a, Index d, Index t, Index i, Index u, C dh) {
     const Walk walk = a.walk(d);
     const Index n = a.rows.pair(t, i);
@@ -172,7 +170,7 @@ struct CellBackward : Shape<Cell, S> {
     if (a.by_head && u < a.H) *a.headed(a.by_head, d, i, Cell::gradients, plane, u) = value.v;
   }
 
-  // Zeros: beyond the last unit, and of a row that does not run.
+  // Writes zeros, beyond the last unit and for a row that does not run.
   static FASTRNN_CELL void clear(const BackwardData<S>& a, Index d, Index t, Index i, Index u) {
     if (a.rows.packed() && !a.rows.active(t, i)) return;
     FASTRNN_UNROLL
@@ -180,7 +178,7 @@ struct CellBackward : Shape<Cell, S> {
   }
 };
 
-// Of a step: what comes from the step after, and the cell.
+// One step: the contribution of step t+1, and the cell.
 template <class Cell, class S>
 struct BackwardStep : Shape<Cell, S> {
   static constexpr const char* name = "backward step";
@@ -227,7 +225,7 @@ struct BackwardStep : Shape<Cell, S> {
   }
 };
 
-// With projection: dh of the hidden units, and the cell.
+// With projection: computes dh of the hidden units, then the cell.
 template <class Cell, class S>
 struct BackwardProjection : Shape<Cell, S> {
   static constexpr const char* name = "backward step, projection";
@@ -258,7 +256,7 @@ struct BackwardProjection : Shape<Cell, S> {
   }
 };
 
-// Reset-before GRU: d(r∘h) = dn·W_hn, and what follows from it.
+// Reset-before GRU: d(r∘h) = dn·W_hn, then the gradients that depend on it.
 template <class Cell, class S>
 struct BackwardSecond : Shape<Cell, S> {
   static constexpr const char* name = "backward step, second product";
@@ -301,8 +299,8 @@ struct BackwardSecond : Shape<Cell, S> {
   }
 };
 
-// Of several heads: the gradients of each row's first step, where a step after the last would have
-// left them.
+// With several heads: copies the gradients of each row's first step to the location from which
+// InitialHidden reads.
 template <class Cell, class S>
 struct FirstGates {
   static constexpr const char* name = "gradients of the first steps by head";
@@ -319,7 +317,7 @@ struct FirstGates {
   }
 };
 
-// d_h0: one more product past each row's first step.
+// d_h0: one more product, after each row's first step.
 template <class Cell, class S>
 struct InitialHidden : Shape<Cell, S> {
   static constexpr const char* name = "gradients of the initial states";
@@ -349,7 +347,7 @@ struct InitialHidden : Shape<Cell, S> {
   }
   FASTRNN_CELL void finish(Index d, Index i, Index u, const C* sums) const {
     C dh = 0;
-    if (a.rows.length(i) == 0)  // the final state is the initial one
+    if (a.rows.length(i) == 0)  // the final state is the initial state
       dh = state_value<S>(a.d_h_n, d, i, u);
     else if (runs(d, i))
       dh = Cell::carries && !a.P ? sums[0] + a.carried[a.state(d, i, a.O, u)] : sums[0];
@@ -382,7 +380,7 @@ class Backward : Shape<Cell, S> {
   using typename K::C;
 
  public:
-  // Lays the scratch out from `base`; from nothing, only measures it.
+  // Lays out the scratch from `base`; if that is null, only computes its size.
   Backward(const Layer& layer, void* base) : layer_(layer), gradients_(layer) {
     Arena arena(base);
     const Index D = layer.directions, B = layer.rows.B, N = layer.rows.pairs, H = layer.H;
@@ -426,7 +424,7 @@ class Backward : Shape<Cell, S> {
 
  private:
   void* stream() const { return layer_.tools.stream; }
-  // Of packed data the rows of the step after are fewer or more: no product of one size.
+  // With packed data the number of rows varies from step to step, so no product has a fixed size.
   bool uses_library() const {
     return many_rows<S>(layer_) && !K::two_products && !layer_.batch_sizes;
   }
@@ -439,7 +437,7 @@ class Backward : Shape<Cell, S> {
     for (Index d = 0; d < layer_.directions; ++d) pack(d);
   }
 
-  // Columns of the weights: those of W_hh's gates in the order of their planes, then the second's.
+  // Packs the columns of W_hh's gates in the order of their planes, then those of `second`.
   void pack(Index d) {
     const Parameters& p = layer_.parameters[d];
     const fastrnn::Weight& w = p.weight_hh;
@@ -490,8 +488,8 @@ class Backward : Shape<Cell, S> {
     return a;
   }
 
-  // What the product of a step with many rows reads: the gates' gradients of the step after, which
-  // are compute type's where this is the storage type, else their narrow copy.
+  // The operand of the product of a step with many rows: the gates' gradients of step t+1, or
+  // their narrow copy if the compute type is not the storage type.
   const S* library_operand(Index d, Index s, Index& stride) const {
     stride = narrow_gates_ ? depth_ : width_;
     if (narrow_gates_) return narrow_gates_ + d * layer_.rows.B * depth_;

@@ -1,25 +1,25 @@
 // One layer whose recurrence is one launch of a persistent kernel (persistent.h).
 //
-// Forward     the projections of all steps, the biases below them, as matrix products; then the
-//             kernel. Backward: the kernel, then the gradients that need no recurrence
-//             (gradients.h). What the step kernels keep and give is kept and given alike, so that
-//             one way's backward follows the other's forward.
-// Rows        lengths are sorted on the device, so that the rows of a step are the first ones of
-//             that order; pairs that do not run are zeroed beside the kernel, which leaves them as
-//             they are. Resets are read where they lie, if they are contiguous.
-// Heads       are the groups of teams of a launch, in the place of the directions, each with its
-// own
-//             block of W_hh and its own units of every array; a direction is then a launch by
-//             itself.
+// Forward     the projections of all steps, added to the biases, as matrix products; then the
+//             kernel.
+// Backward    the kernel, then the gradients without a recurrence (gradients.h). It saves and
+//             returns the same values as the step kernels, so backward of either kind works after
+//             forward of the other.
+// Rows        lengths are sorted on the device, so that the active rows of a step are the first
+//             ones; separate launches zero the pairs that do not run, which the kernel does not
+//             write. Resets are read in place if they are contiguous.
+// Heads       are the groups of teams of a launch, instead of the directions, each with its own
+//             block of W_hh and its own units of every array; each direction is then a separate
+//             launch.
 // Layouts     x_gates   [D][pairs][gates·H], float
 //             weights   [D][head][gates·H/heads][H/heads], storage
-//             d_gates   [D][pairs][gradients·H], storage; or, of float32, in the place of forward's
-//                       saved values where the caller gives these up
-//             Sequences and states are the caller's by their strides. Those whose units are not
-//             neighbours are copied, and gradients of outputs that come from several places are
-//             added, before the launch.
-// Cost        beside the kernel: x_gates written, read and written by the product, read; the rest
-//             is of one step's size, or small beside the gates.
+//             d_gates   [D][pairs][gradients·H], storage; or, for float32, it overwrites forward's
+//                       saved values if the caller allows it
+//             Sequences and states are the caller's arrays with their strides. Before the launch,
+//             arrays with units that are not contiguous are copied, and gradients of outputs from
+//             several sources are added.
+// Cost        in addition to the kernel: x_gates is written, read and written by the product, and
+//             read; the rest has the size of one step, or is small compared with the gates.
 #pragma once
 
 #include <limits>
@@ -30,10 +30,10 @@
 
 namespace fastrnn::cuda {
 
-// The projections of a whole sequence may take so many bytes of the workspace.
+// The maximum size in bytes of the projections of a whole sequence in the workspace.
 inline constexpr Index kMostProjected = Index{4} << 30;
 
-// Storage as persistent kernels name it.
+// The storage type of the persistent kernels.
 template <class S>
 using Stored = std::conditional_t<std::is_same_v<S, float>, float, std::uint16_t>;
 
@@ -55,8 +55,8 @@ const char* persistent_sizes(const Layer& layer, Pass pass, resident::Sizes* siz
   if (std::is_same_v<S, double>) return "float64 has no persistent kernel";
   if (Shape<Cell, S>::two_products) return "reset_after=False has no persistent kernel";
   if (layer.P) return "proj_size has no persistent kernel";
-  if (T < 1 || B < 1 || H < 1) return "there is nothing to do";
-  if (T > most || B > most || H > most) return "T, B or H is beyond 31 bits";
+  if (T < 1 || B < 1 || H < 1) return "the problem is empty";
+  if (T > most || B > most || H > most) return "T, B or H exceeds 31 bits";
   if (pass == Pass::forward && D * layer.rows.pairs * Cell::gates * H > kMostProjected / 4)
     return "the projections of all steps take more than 4 GiB";
   const Index heads = layer.maths.heads;
@@ -70,14 +70,14 @@ const char* persistent_sizes(const Layer& layer, Pass pass, resident::Sizes* siz
   return nullptr;
 }
 
-// ---- what stands before and after a launch ------------------------------------------------------
+// ---- kernels before and after a launch ----------------------------------------------------------
 
-// Rows by falling length, of equal ones in their order, and how many have each step.
+// Sorts rows by decreasing length, stably, and counts the active rows of each step.
 struct SortRows {
   static constexpr const char* name = "rows by length";
   Rows rows;
   Index* active;  // [T]
-  Index* order;   // [B] or null: they are sorted
+  Index* order;   // [B]; null: the rows are sorted already
 
   FASTRNN_CELL Index count() const { return rows.T + (order ? rows.B : 0); }
   FASTRNN_CELL void element(Index n) const {
@@ -160,7 +160,7 @@ struct CopySequence {
   }
 };
 
-// Gradients of the output, from wherever they come.
+// The sum of the gradients of the output from all sources.
 template <class S>
 struct AddOutputGradients {
   static constexpr const char* name = "gradients of the output";
@@ -177,7 +177,7 @@ struct AddOutputGradients {
   }
 };
 
-// ---- a layer's arrays as the kernels read them --------------------------------------------------
+// ---- a layer's arrays for the kernels -----------------------------------------------------------
 
 class PersistentRows {
  public:
@@ -206,13 +206,13 @@ class PersistentRows {
     return steps;
   }
 
-  // Of [pairs][width] that the kernel has written.
+  // Zeroes the inactive pairs of an array [pairs][width] that the kernel writes.
   template <class T>
   void clear_padding(const Layer& layer, T* to, Index width) const {
     if (padded_) launch_elements(layer.tools.stream, ClearPadding<T>{layer.rows, to, width});
   }
 
-  // Units are neighbours; `group`: elements from one direction to the next.
+  // The units must be contiguous; `group`: elements from one direction to the next.
   template <class T>
   resident::SequenceOf<T> sequence(const Sequence& s, Index group) const {
     return {static_cast<T*>(s.data), group, packed_ ? s.row : s.step, s.row};
@@ -230,7 +230,7 @@ class PersistentRows {
   std::uint8_t* fresh_ = nullptr;
 };
 
-// A state that is read, its units neighbours.
+// A state that is read, copied if its units are not contiguous.
 template <class S>
 class PersistentState {
  public:
@@ -274,15 +274,15 @@ void pack_recurrent(const Layer& layer, S* to) {
   }
 }
 
-// Which groups of teams run backwards in time in the launch of direction d: the second direction;
-// or of several heads all of them or none.
+// The first group of teams that runs backwards in time in the launch of direction d: the second
+// direction; with several heads all groups or none.
 inline int reverse_from(const Layer& layer, Index d) {
   if (layer.maths.heads == 1) return 1;
   return d == 1 ? 0 : std::numeric_limits<int>::max();
 }
 
-// An array of all directions as the launch of direction d has it: whole, or of several heads the
-// direction's, cut into theirs.
+// An array of all directions for the launch of direction d: the whole array, or, with several
+// heads, the direction's part, divided into heads.
 template <class Array>
 Array groups_of(const Layer& layer, Index d, Array all) {
   if (layer.maths.heads == 1) return all;
@@ -341,7 +341,7 @@ class PersistentForward : Shape<Cell, S> {
  private:
   void* stream() const { return layer_.tools.stream; }
 
-  // With the biases below: the product is added to them.
+  // Adds the product to the biases.
   void project(Index d) const {
     const Parameters& p = layer_.parameters[d];
     C *const bias = bias_x_ + d * gates_, *const to = x_gates_ + d * pairs_ * gates_;
@@ -448,7 +448,7 @@ class PersistentBackward : Shape<Cell, S> {
     }
   }
 
-  // What output_gradient() reads.
+  // The arrays that output_gradient() reads.
   BackwardData<S> gradients_in() const {
     BackwardData<S> a{};
     a.rows = layer_.rows, a.D = layer_.directions, a.O = layer_.O;

@@ -1,8 +1,8 @@
-// A stack of layers on the device: lays out the workspace and runs layer by layer, in the order of
-// the stream. Asks by which persistent kernel it may go.
+// A stack of layers on the device: lays out the workspace, selects the persistent kernel, and runs
+// layer by layer, in stream order.
 //
-// Workspace   [offset, length of packed data] [what goes from layer to layer] [the library's]
-//             [a layer's scratch]. The last two are used by each layer in turn.
+// Workspace   [offset, length of packed data] [data between layers] [the library's scratch]
+//             [a layer's scratch]. The layers use the last two in turn.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,8 @@ int cell_index(CellList<Cells...>, const Options& o) {
   };
   (try_cell(Cells::name, Cells::accepts(o.maths) && (Cells::projects || o.proj_size == 0)), ...);
   if (found < 0)
-    throw std::invalid_argument("cell: '" + o.cell + "' is not a cell of this engine on CUDA");
+    throw std::invalid_argument("cell: the CUDA engine does not support '" + o.cell +
+                                "' with these options");
   return found;
 }
 
@@ -44,7 +45,7 @@ inline const LayerFunctions& functions_of_type(DType dtype, int cell) {
   return functions_f32(cell);
 }
 
-// Chooses a persistent kernel, or says why there is none.
+// Selects a persistent kernel, or gives the reason why there is none.
 using Planner = resident::Plan (*)(const resident::Sizes&);
 
 class Stack {
@@ -76,7 +77,7 @@ class Stack {
   }
 
   std::size_t workspace_size() const { return bytes_; }
-  // The persistent kernel of every layer, or why they go step by step.
+  // The persistent kernel of every layer, or the reason for step kernels.
   const resident::Plan& plan() const { return plan_; }
 
   void forward() {
@@ -102,15 +103,15 @@ class Stack {
   resident::Plan choose(Planner planner) const {
     resident::Plan none;
     resident::Sizes sizes;
-    const char* why = "persistent kernels are not asked for";
+    const char* why = "persistent kernels are not requested";
     if (p_.persistent) why = functions_.persistent_sizes(describe(0), pass_, &sizes);
     if (!why) return planner(sizes);
     none.why = why;
     return none;
   }
 
-  // A packed table lies in the workspace: whoever only measures gives it no address, so that its
-  // presence is said by batch_sizes.
+  // A packed table is in the workspace. When only the size is computed it has no address, so
+  // batch_sizes indicates its presence.
   void write_rows() {
     if (!p_.batch_sizes) return;
     rows_.offset = offset_, rows_.packed_length = length_;
@@ -176,7 +177,7 @@ class Stack {
   Layer describe_backward(Index l) const {
     const Index g = l * D_;
     Layer layer = describe(l);
-    // Their gradients are read some at a time, which the place of the gates must allow.
+    // The gates' gradients are read with vector accesses, so the gates must be aligned.
     layer.consume_gates = p_.consume_gates && reinterpret_cast<std::uintptr_t>(p_.gates) % 32 == 0;
     if (l == L_ - 1)
       layer.d_output = p_.d_output;
@@ -197,7 +198,7 @@ class Stack {
     return layer;
   }
 
-  // Stands for memory that will be given, where sizes alone are asked for.
+  // A placeholder for memory, when only sizes are computed.
   static void* unknown() {
     static char present;
     return &present;

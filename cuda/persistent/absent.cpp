@@ -1,5 +1,5 @@
-// In place of launch.cu where the persistent kernels are not compiled (FASTRNN_CUDA_PERSISTENT):
-// no case has one.
+// Replaces launch.cu in builds without the persistent kernels (FASTRNN_CUDA_PERSISTENT): no case
+// has a kernel.
 #include <stdexcept>
 
 #include "persistent.h"
@@ -7,7 +7,8 @@
 namespace fastrnn::resident {
 namespace {
 
-constexpr const char* kAbsent = "this build has no persistent kernels: FASTRNN_CUDA_PERSISTENT";
+constexpr const char* kAbsent =
+    "this build has no persistent kernels; build with FASTRNN_CUDA_PERSISTENT=ON";
 
 Plan no_plan() {
   Plan plan;

@@ -1,4 +1,4 @@
-// The kernels and their list: one unit of compilation for each cell and operand (*_*.cu).
+// The kernels and their list: one translation unit for each cell and operand (*_*.cu).
 #pragma once
 
 #include "persistent.h"
@@ -40,9 +40,9 @@ Kernel backward_entry() {
   return kernel_of<C>(Pass::backward, reinterpret_cast<const void*>(&resident_backward<C>));
 }
 
-// A cell's kernels with one operand. How many chunks fit: product.h says what each takes of
-// the registers; a 16-bit operand has 32 places of K in a chunk, float32 16, so that the same sizes
-// of H need twice the chunks; one block holds half the units then, backward.
+// A cell's kernels with one operand. The number of chunks is limited by the registers (product.h
+// has the formula). A chunk has 32 values of K for a 16-bit operand and 16 for float32, so the same
+// H needs twice as many chunks; therefore one block holds half the units in backward.
 template <class Cell, class Operand>
 struct Kernels;
 
@@ -51,7 +51,7 @@ using ForwardConfig = Config<Cell, Operand, via, Cell::gates, tiles, registers, 
 template <class Cell, class Operand, Via via, int tiles, int registers, int shared, int batch>
 using BackwardConfig = Config<Cell, Operand, via, 1, tiles, registers, shared, batch>;
 
-// Three products of a float32 take more registers on their way than one: a chunk less stays there.
+// The three products of float32 need more temporary registers than one product: one chunk less.
 template <class Operand>
 inline constexpr int kLess = std::is_same_v<Operand, Float32> ? 1 : 0;
 

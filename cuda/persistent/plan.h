@@ -1,15 +1,15 @@
-// Which kernel, how many teams, how large a message: plain arithmetic, so that it is tested on a
-// CPU.
+// The choice of the kernel, the number of teams and the size of a message, in plain arithmetic, so
+// that it can be tested on a CPU.
 //
-// The estimate of a step, in clocks, for a team's rows R (padded to 8) and a message of b bytes a
-// row:
-//   products   gates·16·tiles·K·R / rate, K = H forward and gates·H (gates: 1) backward; the rate
-//              in multiply-adds of a multiprocessor and clock: 16-bit 1280, TF32 640, three TF32
-//              213
+// The estimated time of a step, in clocks, for a team of R rows (padded to 8) and a message of b
+// bytes per row:
+//   products   gates·16·tiles·K·R / rate, with K = H forward and gates·H (gates: 1) backward; the
+//              rate in multiply-adds per multiprocessor and clock: 16-bit 1280, TF32 640, three
+//              TF32 213
 //   exchange   ring 600 + R·b / 34, cluster 240 + R·b / 16, block 60
-//   sums       their way through shared memory, 128 bytes a clock, there and back
+//   sums       written to and read from shared memory at 128 bytes per clock
 //   cell       200 for each item of a thread
-//   passes     each after the first waits for its words once more: 400 by the ring, 60 otherwise
+//   passes     each pass after the first waits for its words again: ring 400, otherwise 60
 #pragma once
 
 #include <cstddef>
@@ -21,8 +21,7 @@
 
 namespace fastrnn::resident {
 
-// What an operand multiplies as: float32 in one TF32 product where the user allows it, else in
-// three.
+// The type of the products: float32 uses one TF32 product if the user allows it, else three.
 enum class OperandKind { bfloat16, float16, tf32, float32 };
 
 // A compiled kernel.
@@ -59,18 +58,18 @@ struct Sizes {
   int T = 0, B = 0, H = 0, groups = 1;
 };
 
-// What the choice needs to know of a device.
+// The properties of a device that the choice depends on.
 struct DeviceFacts {
   int multiprocessors = 0;
-  int shared_bytes = 0;  // of a block, at most
+  int shared_bytes = 0;  // the maximum per block
   int compute_major = 0;
   bool cooperative = false;
-  int clusters_of_16 = 0, clusters_of_8 = 0;  // that run at once; zero: none
-  std::size_t cache_bytes = 0;                // of L2
+  int clusters_of_16 = 0, clusters_of_8 = 0;  // that run concurrently; zero: none
+  std::size_t cache_bytes = 0;                // the size of the L2
 };
 
-// An H200, as far as its data sheet goes. How many clusters it runs at once is assumed: no kernel
-// has been seen there.
+// An H200, according to its data sheet. The number of concurrent clusters is an assumption: no
+// kernel has run there.
 inline DeviceFacts h200() {
   DeviceFacts d;
   d.multiprocessors = 132;
@@ -88,9 +87,9 @@ struct Plan {
   Team team;
   int blocks = 0;  // of the launch
   int shared_bytes = 0;
-  std::size_t workspace_bytes = 0;  // 16-byte aligned; what it holds does not matter
-  double clocks = 0;                // of a step, by estimate (docs/kernels-cuda-persistent.md)
-  std::string why;                  // the kernel and its teams in words, or why there is none
+  std::size_t workspace_bytes = 0;  // 16-byte aligned; its content is ignored
+  double clocks = 0;                // estimate for a step (docs/kernels-cuda-persistent.md)
+  std::string why;                  // the kernel and its teams, or why there is none
 };
 
 inline int divide_up(int a, int b) { return (a + b - 1) / b; }
@@ -131,7 +130,7 @@ inline const char* name_of(OperandKind operand) {
   return "3xTF32";
 }
 
-// Blocks of a team, or 0 with the reason in `why`.
+// The blocks of a team, or 0 with the reason in `why`.
 inline int blocks_of_team(const Kernel& k, const Sizes& s, const DeviceFacts& d, std::string* why) {
   const int needed = divide_up(s.H, kUnits * k.shape.tiles);
   if (k.shape.via == Via::block) {
@@ -156,7 +155,7 @@ inline int blocks_of_team(const Kernel& k, const Sizes& s, const DeviceFacts& d,
   return why->empty() ? blocks : 0;
 }
 
-// Teams that run at once.
+// The number of teams that run concurrently.
 inline int teams_at_once(const Kernel& k, int blocks, const DeviceFacts& d) {
   if (k.shape.via == Via::cluster) {
     if (blocks == 16) return d.clusters_of_16;
@@ -165,7 +164,7 @@ inline int teams_at_once(const Kernel& k, int blocks, const DeviceFacts& d) {
   return d.multiprocessors / blocks;
 }
 
-// The team's sizes with so many rows.
+// The team's sizes for this number of rows.
 inline Team team_of(const Kernel& k, const Sizes& s, int blocks, int rows) {
   const int fields = k.pass == Pass::forward ? 1 : k.gates;
   Team team;
@@ -176,7 +175,7 @@ inline Team team_of(const Kernel& k, const Sizes& s, int blocks, int rows) {
   team.units = s.H;
   team.row_words = fields * blocks * k.shape.tiles * k.shape.unit_words();
   const int used = fields > 1 ? team.row_words : divide_up(s.H, k.shape.per_word);
-  team.chunks = divide_up(used, kChunk);  // of one field the padding at the end is left out
+  team.chunks = divide_up(used, kChunk);  // with one field, without the padding at the end
   team.stride = kChunk * (divide_up(team.row_words, kChunk) | 1);
   team.passes = divide_up(divide_up(rows, kRows), k.shape.batch);
   return team;
@@ -186,20 +185,20 @@ inline std::int64_t message_bytes(const Team& team) {
   return std::int64_t(team.rows_per_team) * team.row_words * 4;
 }
 
-// The kernel for the case, or a plan without one that says why not.
+// The plan with this kernel for the case, or a plan without a kernel and with the reason.
 inline Plan plan_for(const Kernel& k, const Sizes& s, const DeviceFacts& d) {
   Plan plan;
   const int blocks = blocks_of_team(k, s, d, &plan.why);
   if (!blocks) return plan;
   int teams = teams_at_once(k, blocks, d) / s.groups;
-  if (teams < 1) teams = 1;  // clusters and blocks queue; a ring has been seen to fit
+  if (teams < 1) teams = 1;  // clusters and blocks queue; a ring was checked to fit
   int rows = divide_up(divide_up(s.B, teams), kRows) * kRows;
   plan.team = team_of(k, s, blocks, rows);
   if (plan.team.chunks > k.shape.chunks() * k.shape.slices()) {
     plan.why = "more weights than a block keeps";
     return plan;
   }
-  // Where the rows of a team do not fit in shared memory, more teams with fewer rows queue.
+  // If the rows of a team do not fit in shared memory, use more teams with fewer rows, which queue.
   while ((plan.shared_bytes = shared_layout(k.shape, plan.team, k.states).bytes) > d.shared_bytes) {
     if (rows == kRows || k.shape.via == Via::ring) {
       plan.why = "more shared memory than a block has";
@@ -230,7 +229,7 @@ inline Plan plan_for(const Kernel& k, const Sizes& s, const DeviceFacts& d) {
   return plan;
 }
 
-// The fastest of the kernels that fit, by estimate.
+// The kernel with the least estimated time of those that fit.
 inline Plan choose_kernel(const Sizes& s, const DeviceFacts& d, const Kernel* kernels, int count) {
   Plan best;
   best.why = "no persistent kernel of this cell and type";

@@ -1,5 +1,5 @@
-// Which rows a step concerns, and where their values stand: csrc/steps.h as kernels read it, and
-// the arrays of one pass of a persistent kernel.
+// The active rows of a step and the addresses of their values: csrc/steps.h for kernels, and the
+// arrays of one pass of a persistent kernel.
 #pragma once
 
 #include "persistent/words.h"
@@ -19,11 +19,11 @@ struct StepTable {
     return t >= 0 && t < T && (!active || i < active[t]);
   }
   FASTRNN_RESIDENT std::int64_t row(int i) const { return order ? order[i] : i; }
-  // Its number, as the arrays of pairs have it: in the caller's order of rows.
+  // The index of a pair in the arrays of pairs, in the caller's order of rows.
   FASTRNN_RESIDENT std::int64_t pair(int t, int i) const {
     return (offset ? offset[t] : static_cast<std::int64_t>(t) * B) + row(i);
   }
-  // Nothing crosses from the step before into row i at step t.
+  // Whether an episode starts, so that no state of the previous step enters row i at step t.
   FASTRNN_RESIDENT bool starts_fresh(int t, int i, bool reverse) const {
     const int boundary = reverse ? t + 1 : t;
     return fresh && is_active(boundary, i) && fresh[pair(boundary, i)];

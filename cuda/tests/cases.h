@@ -1,6 +1,6 @@
-// Random stacks, and how they are run on a device of the engine: what the tests of the CUDA kernels
-// share, those of their source on the CPU (kernels_test.cpp) and those of their PTX on the virtual
-// device (virtual/virtual_test.cpp).
+// Random stacks and functions to run them on a device of the engine, shared by the tests of the
+// CUDA kernels' source on the CPU (kernels_test.cpp) and of their PTX on the virtual device
+// (virtual/virtual_test.cpp).
 #pragma once
 
 #include <algorithm>
@@ -37,7 +37,7 @@ struct Case {
   bool training = true, every_layer = true, consume = false;
   bool biases = true, states = true;         // given
   bool turned = false, batch_first = false;  // strides
-  bool persistent = false, tf32 = false;     // asked for and allowed
+  bool persistent = false, tf32 = false;     // requested; allowed
   bool d_output = true, d_states = true, d_finals = true, d_input = true, d_weights = true;
 
   std::int64_t D() const { return options.directions; }
@@ -92,11 +92,11 @@ inline void choose_rows(Case& c, Kind kind, Random& random) {
     for (std::int64_t b = 0; b < c.B; ++b) c.lengths.push_back(between(random, 0, c.T));
   if (kind == kReset || kind == kLengthsAndReset)
     for (std::int64_t n = 0; n < c.T * c.B; ++n) c.reset.push_back(chance(random, 0.3));
-  // Presence is said by the arrays, which an empty batch leaves empty.
+  // Non-empty arrays indicate presence, but for an empty batch they are empty too.
   if (c.B == 0) c.lengths.clear(), c.reset.clear();
 }
 
-// Some, which the sizes then are multiples of; now and then one for each unit.
+// A random number of heads, of which the sizes are multiples; occasionally one head per unit.
 inline void choose_heads(Case& c, Random& random) {
   std::int64_t& heads = c.options.maths.heads;
   heads = chance(random, 0.2) && !c.P() ? c.H : between(random, 2, 5);
@@ -189,7 +189,7 @@ Arrays<S> random_arrays(const Case& c, Random& random) {
   a.d_c_n = some<S>(random, groups * c.B * c.H, 1);
   for (const auto& [rows, columns] : shapes(c))
     a.weights.push_back(some<S>(random, rows * columns, 1 / std::sqrt(static_cast<double>(c.H))));
-  // What stands in the padding of the input must not reach anything.
+  // The padding of the input must not affect any result.
   for (std::int64_t b = 0; b < static_cast<std::int64_t>(c.lengths.size()); ++b)
     for (std::int64_t t = c.lengths[size_of(b)]; t < c.T; ++t)
       for (std::int64_t u = 0; u < c.I; ++u) {
@@ -199,7 +199,7 @@ Arrays<S> random_arrays(const Case& c, Random& random) {
   return a;
 }
 
-// ---- running it ---------------------------------------------------------------------------------
+// ---- running a case -----------------------------------------------------------------------------
 
 template <class S>
 Weight matrix(std::vector<S>& w, std::int64_t rows, std::int64_t columns, bool turned) {
@@ -259,7 +259,7 @@ inline DType dtype_of<F16>() {
   return DType::f16;
 }
 
-// A pointer that is not null even to nothing.
+// A pointer that is not null, even for an empty array.
 template <class T>
 void* place(std::vector<T>& values) {
   static T nothing[1];
@@ -291,7 +291,7 @@ Problem problem_of(const Case& c, Arrays<S>& a) {
   return p;
 }
 
-// The workspace starts as NaN, and ends with what nobody may write.
+// The workspace is filled with NaN and ends with a guard region that must not be written.
 struct Workspace {
   std::vector<unsigned char> memory;
   std::size_t bytes = 0;
@@ -299,7 +299,7 @@ struct Workspace {
 
   void* take(std::size_t size) {
     bytes = size;
-    memory = std::vector<unsigned char>(size + 128, 0xff);  // fresh: not as the last call left it
+    memory = std::vector<unsigned char>(size + 128, 0xff);  // new memory for each call
     const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
     at = reinterpret_cast<unsigned char*>((address + 63) / 64 * 64);
     return at;
@@ -311,7 +311,7 @@ struct Workspace {
   }
 };
 
-// A device that keeps no packed weights and runs no ensembles, as CUDA's does not.
+// A device without packed weights and ensembles, like CUDA.
 constexpr Backend backend_of(std::size_t (*workspace_size)(const Problem&, Pass),
                              void (*forward)(const Problem&), void (*backward)(const Problem&)) {
   return {workspace_size, nullptr, nullptr, forward, backward, nullptr, nullptr};
@@ -358,7 +358,7 @@ void run(const Backend& backend, const Case& c, Arrays<S>& a) {
   if (c.states) p.d_h0 = place(a.d_h0);
   if (c.states && c.has_c()) p.d_c0 = place(a.d_c0);
   if (c.d_weights) p.d_parameters = d_parameters.data();
-  p.workspace = nullptr;  // forward's is too small to be laid out for backward
+  p.workspace = nullptr;  // forward's workspace is too small for backward
   p.workspace = w.take(backend.workspace_size(p, Pass::backward));
   backend.backward(p);
   check::that("the end of backward's workspace", w.whole());
@@ -409,7 +409,7 @@ void same_bits_of_all(const Case& c, const Arrays<S>& a, const Arrays<S>& b) {
   same_bits("h_n in another order", a.h_n, b.h_n);
   same_bits("c_n in another order", a.c_n, b.c_n);
   same_bits("cell in another order", a.cell, b.cell);
-  // Where backward may use their place, it does so or not as their memory is aligned.
+  // If backward may overwrite the gates, it does so depending on their alignment.
   if (!c.consume) same_bits("gates in another order", a.gates, b.gates);
   same_bits("d_input in another order", a.d_input, b.d_input);
   same_bits("d_h0 in another order", a.d_h0, b.d_h0);

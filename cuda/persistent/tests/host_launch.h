@@ -1,4 +1,4 @@
-// A planned launch on the CPU (host_machine.h), and the device that plans are made for there.
+// A planned launch on the CPU (host_machine.h), and the device properties for its plans.
 #pragma once
 
 #include "host_machine.h"
@@ -6,7 +6,7 @@
 
 namespace fastrnn::resident {
 
-// Small enough for several teams of few blocks.
+// A small device, so that there are several teams with few blocks.
 inline DeviceFacts small_device() {
   DeviceFacts d;
   d.multiprocessors = 8;
@@ -25,7 +25,7 @@ inline std::size_t ring_words(const Plan& plan) {
                                   4);
 }
 
-// body(machine, arrays) on every thread of the plan's blocks. `ring`: ring_words() words.
+// Runs body(machine, arrays) on every thread of the plan's blocks. `ring`: ring_words() words.
 template <class Arrays, class Body>
 void launch_on_host(const Plan& plan, Arrays arrays, u32* ring, unsigned delays, Body body) {
   std::fill_n(ring, ring_words(plan), kSentinel);

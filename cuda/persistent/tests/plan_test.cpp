@@ -1,4 +1,4 @@
-// Which persistent kernel a case gets on a device like an H200, and why none where there is none.
+// The choice of the persistent kernel on a device like an H200, and the reasons if there is none.
 #include "persistent/plan.h"
 
 #include <cstdio>
@@ -14,7 +14,7 @@ using namespace fastrnn::resident;
 
 long checks = 0;
 
-// As kernels.cuh lists them for an LSTM with a 16-bit operand, forward.
+// The kernels of kernels.cuh for an LSTM with a 16-bit operand, forward.
 const Kernel kLstm[] = {
     {"LSTM", OperandKind::bfloat16, Pass::forward, {Via::block, 2, 4, 8, 4, 0, 1}, 4, 2, nullptr},
     {"LSTM", OperandKind::bfloat16, Pass::forward, {Via::cluster, 2, 4, 2, 4, 0, 1}, 4, 2, nullptr},
@@ -83,7 +83,7 @@ void refusals() {
   d.compute_major = 8;
   d.clusters_of_16 = d.clusters_of_8 = 0;
   expect("sm_80 has the ring", plan(16, 512, d).kernel->shape.via == Via::ring, plan(16, 512, d));
-  d.multiprocessors = 7;  // a slice of a shared device
+  d.multiprocessors = 7;  // a part of a shared device
   refused(plan(16, 1024, d), "more blocks than multiprocessors");
   const Sizes gru{"GRU", OperandKind::bfloat16, Pass::forward, 10, 4, 64, 1};
   refused(choose_kernel(gru, h200(), kLstm, 4), "no persistent kernel of this cell and type");

@@ -1,7 +1,7 @@
-// The CUDA backend as nvcc compiles it, host code and PTX, on the virtual device, against the CPU's
-// engine: random stacks in every storage type by the kernels of a step, and by the persistent ones;
-// the same bits in whatever order blocks, warps and messages come. And what the virtual
-// device itself must refuse.
+// The CUDA backend compiled by nvcc, host code and PTX, on the virtual device, compared with the
+// CPU engine: random stacks in every storage type, with step kernels and with persistent kernels,
+// and the same bits in every order of blocks, warps and messages. Also tests the errors that the
+// virtual device must report.
 #include <cuda_runtime_api.h>
 
 #include <cstdlib>
@@ -79,7 +79,7 @@ void check_persistent_type(const char* type, double tolerance, bool tf32, int ca
     Case c = random_case(random, true, false);
     c.persistent = true, c.tf32 = tf32;
     c.options.proj_size = 0, c.options.maths.reset_after = true;
-    // From sizes for one block to those for a cluster or a ring of several.
+    // Sizes for one block, for a cluster and for a ring of several blocks.
     if (c.options.maths.heads == 1) c.H = between(random, 1, 1 + 30 * (k % 4));
     if (c.B == 0) c.B = 1, choose_rows(c, kPadded, random);
     forward += has_persistent<S>(c, Pass::forward);
@@ -100,7 +100,7 @@ resident::DeviceFacts facts() {
   return d;
 }
 
-// The kernel that a pass takes: the one under test, or any.
+// The kernel of a pass: the one under test, or any.
 resident::Plan plan_of(const resident::Sizes& sizes, const resident::Kernel& tested) {
   int count = 0;
   const resident::Kernel* const all = resident::kernels(&count);
@@ -143,8 +143,8 @@ void check_kernel(const resident::Kernel& tested, int T, int B, int H, unsigned 
   checks += resident::compare(p, Reference<Cell, Operand>(p).run(), goes_back);
 }
 
-// Where the weights fill the registers and go on in shared memory, or the largest that the
-// device has room for.
+// A size at which the weights fill the registers and continue in shared memory, or the largest size
+// that fits the device.
 int large_size(const resident::Kernel& k) {
   const int fields = k.pass == Pass::forward ? 1 : k.gates;
   const int full = k.shape.slices() * (k.shape.registers + (k.shape.shared > 0)) *
@@ -181,7 +181,7 @@ void check_cell() {
 
 // ---- the virtual device -------------------------------------------------------------------------
 
-// Runs a kernel of one structure of 64 bytes as parameter, whose first word is the address of
+// Runs a kernel with one parameter, a structure of 64 bytes whose first word is the address of
 // `out`.
 std::string outcome(const std::string& code, std::uint32_t* out, int blocks = 1, int cluster = 1) {
   const std::string text =
@@ -251,7 +251,7 @@ void check_device() {
            "@%p2 bra $wait;\nst.global.u32 [%rd2], %r3;\nbra.uni $end;\n"
            "$ahead:\nst.relaxed.gpu.global.u32 [%rd2], %r1;\n$end:\n",
            1, [](int i) { return i & ~1; });
-  // Each block sends its threads' numbers, plus 1000 times its own, to the other one.
+  // Each block sends its threads' numbers plus 1000 times its own number to the other block.
   computes("messages in a cluster",
            "mov.u32 %r2, memory;\nadd.s32 %r3, %r2, 64;\nmov.u32 %r4, %ctaid.x;\n"
            "setp.ne.s32 %p1, %r1, 0;\n@%p1 bra $ready;\n"
@@ -273,8 +273,8 @@ void check_device() {
 
 }  // namespace
 
-// virtual_test device | kernels | steps [PERCENT] | persistent [PERCENT]: so many of the random
-// cases, all by default.
+// virtual_test device | kernels | steps [PERCENT] | persistent [PERCENT]: runs PERCENT of the
+// random cases, by default all.
 int main(int count, char** arguments) {
   const std::string what = count > 1 ? arguments[1] : "device";
   const int percent = count > 2 ? std::atoi(arguments[2]) : 100;
@@ -288,7 +288,7 @@ int main(int count, char** arguments) {
       check_cell<Gru>();
       check_cell<Elman>();
     } else if (what == "steps") {
-      // A library's products know no queue.
+      // The products of the library double run immediately, not in a queue.
       const char* const library = std::getenv("FASTRNN_CUBLASLT");
       device().at_once = library && std::strcmp(library, "none");
       check_type<double>("float64", 1e-12, 60 * percent / 100);
