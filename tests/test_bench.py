@@ -52,7 +52,7 @@ def test_every_case_runs_against_both_peers() -> None:
     expected |= {(c.cell, "inference", "onnxruntime") for c in TINY}
     assert found == expected
     reasons = {(e["provider"], e["pass"]): e["reason"] for e in results.not_run}
-    assert reasons == {("onnxruntime", "training"): "ONNX Runtime computes inference alone"}
+    assert reasons == {("onnxruntime", "training"): "ONNX Runtime supports only inference"}
 
 
 @pytest.mark.parametrize("cell", cases.CELLS)
@@ -193,15 +193,15 @@ def test_a_step_and_a_layer_have_peers_of_their_own(monkeypatch: pytest.MonkeyPa
     assert not {("MGU", "torch"), ("LSTM", "loop")} & peers
     reasons = {e["provider"]: e["reason"] for e in results.not_run if e["case"]}
     assert reasons["compile"] == "inference was not tried"
-    assert reasons["layer"] == "fastrnn has no layer of this cell"
+    assert reasons["layer"] == "fastrnn has no layer for this cell"
 
 
 @pytest.mark.parametrize(
     ("peer", "case", "reason"),
     [
-        ("torch", Case("MGU", 3, 2, 6, 8), "torch.nn has no layer of this cell"),
-        ("onnxruntime", Case("MGU", 3, 2, 6, 8), "ONNX Runtime has no operator of this cell"),
-        ("loop", TINY[0], "its cell is no torch module; expected a case of the suite cells"),
+        ("torch", Case("MGU", 3, 2, 6, 8), "torch.nn has no layer for this cell"),
+        ("onnxruntime", Case("MGU", 3, 2, 6, 8), "ONNX Runtime has no operator for this cell"),
+        ("loop", TINY[0], "only cases of the suite cells, whose cells are torch modules"),
     ],
 )
 def test_a_peer_of_the_other_kind_says_why_it_does_not_run(
@@ -239,7 +239,9 @@ def test_a_step_has_no_options() -> None:
     case = replace(step("MGU"), layers=2, lengths=True)
     results = runner.run(request(case, passes=("inference",), peers=("loop",)))
     (entry,) = results.not_run
-    assert entry["reason"] == "a cell that is a torch module is measured as MGU T3 B2 I6 H8"
+    assert entry["reason"] == (
+        "a cell that is a torch module is measured only as MGU T3 B2 I6 H8, without options"
+    )
 
 
 def test_a_case_lacking_its_package_is_listed_with_what_to_install(
@@ -506,7 +508,7 @@ def test_flashrnn_is_refused_on_the_cpu() -> None:
     from fastrnn.bench import flashrnn_provider
 
     case = TINY[0]
-    with pytest.raises(UnsupportedError, match="CUDA alone"):
+    with pytest.raises(UnsupportedError, match="only on CUDA"):
         flashrnn_provider._require_supported(case, make_data(case, "cpu"))
 
 
