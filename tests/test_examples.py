@@ -93,14 +93,14 @@ def test_distributed_trains_as_one_process_does(processes: int, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "options", "needs", "says"),
     [
-        ("cartpole", ("--updates", "1"), (), "times faster"),
-        ("cells", ("--epochs", "1"), ("statsmodels",), "Both train to the same losses"),
+        ("cartpole", ("--updates", "1"), (), "times as fast as the loop"),
+        ("cells", ("--epochs", "1"), ("statsmodels",), "Both reach the same losses"),
         ("characters", ("--updates", "3"), (), "held-out perplexity"),
-        ("dates", ("--updates", "2"), (), "dates right to the last digit"),
+        ("dates", ("--updates", "2"), (), "completely correct dates"),
         ("private", ("--updates", "2"), ("sklearn",), "epsilon"),
-        ("strips", ("--updates", "2"), ("sklearn",), "of strips of images not trained on"),
+        ("strips", ("--updates", "2"), ("sklearn",), "on strips of held-out images"),
         ("sunspots", ("--epochs", "1", "--networks", "1"), ("statsmodels",), "seasonal-naive"),
-        ("tagging", ("--epochs", "1"), (), "characters named right"),
+        ("tagging", ("--epochs", "1"), (), "correct characters"),
     ],
 )
 def test_an_example_runs(
