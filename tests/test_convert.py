@@ -607,7 +607,7 @@ REASONS = {
     Unchecked: r"Unchecked defines check_forward_args",
     OwnWeights: r"OwnWeights defines _flat_weights",
     OwnRun: r"OwnRun defines _run, which has another meaning in fastrnn",
-    OwnBase: r"derived from torch\.nn's base class",
+    OwnBase: r"derives directly from torch\.nn's base class",
     OwnReduce: r"OwnReduce defines __reduce__",
     Slotted: r"Slotted has __slots__",
     Registered: r"no class can be derived from it: .*'name'",
@@ -643,7 +643,9 @@ def test_one_warning_names_all_that_is_left() -> None:
     assert len(caught) == 1
     message = str(caught[0].message)
     assert "'b' (torch.nn.modules.rnn.GRU): its forward was replaced by one" in message
-    assert "'c' (torch.ao.nn.quantized.reference.modules.rnn.LSTMCell): it is derived" in message
+    assert (
+        "'c' (torch.ao.nn.quantized.reference.modules.rnn.LSTMCell): it derives directly" in message
+    )
     assert "'d' (torch.nn.modules.rnn.GRU): its attribute _own has another meaning" in message
     assert [type(module) for module in model.values()][:2] == [OwnForward, nn.GRU]
 

@@ -331,7 +331,7 @@ def test_checkpointed_layers_are_recorded_where_backward_runs_inside(reentrant: 
 
 
 def test_a_model_without_recurrent_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"model must hold a recurrent layer .* got Linear"):
+    with pytest.raises(ValueError, match=r"model must contain a recurrent layer .* got Linear"):
         fastrnn.gradient_flow(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got NoneType"):
         fastrnn.gradient_flow(None)  # type: ignore[arg-type]

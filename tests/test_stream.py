@@ -563,7 +563,7 @@ def test_int8_says_which_option_it_lacks() -> None:
         peephole: bool = False
 
     _stream._refuse_options(More("LSTM", grad_clip=1.0))
-    with pytest.raises(ValueError, match="dtype: int8 does not compute peephole=True"):
+    with pytest.raises(ValueError, match="dtype: int8 does not support peephole=True"):
         _stream._refuse_options(replace(More("LSTM"), peephole=True))
 
 
@@ -704,7 +704,11 @@ def test_under_vmap_a_step_is_refused() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: fastrnn.Stream(torch.nn.LSTM(2, 3)), TypeError, "fastrnn.convert makes one"),
+        (
+            lambda: fastrnn.Stream(torch.nn.LSTM(2, 3)),
+            TypeError,
+            "fastrnn.convert makes one from it",
+        ),
         (lambda: fastrnn.Stream(fastrnn.LSTMCell(2, 3)), TypeError, "layer must be"),
         (
             lambda: fastrnn.Stream(fastrnn.LSTM(2, 3, bidirectional=True)),
