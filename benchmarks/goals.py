@@ -260,7 +260,7 @@ def lengths(options: Options) -> list[Row]:
                     **columns(times),
                     "lengths / padded": times["lengths="] / padded,
                     "packed / padded": packed / padded,
-                    "torch packed / ours": times["torch packed"] / packed,
+                    "torch packed / fastrnn": times["torch packed"] / packed,
                 }
             )
     return rows
@@ -413,7 +413,7 @@ def bfloat16(options: Options) -> list[Row]:
                     "pass": pass_,
                     **columns(times),
                     "float32 / bfloat16": times["fastrnn float32"] / times["fastrnn bfloat16"],
-                    "torch / ours": times["torch bfloat16"] / times["fastrnn bfloat16"],
+                    "torch / fastrnn": times["torch bfloat16"] / times["fastrnn bfloat16"],
                 }
             )
     return rows
@@ -442,7 +442,7 @@ def _scaled(options: Options, case: Case, pass_: Pass) -> list[Row]:
         efficiency = {f"{n} efficiency": alone[n] / (count * t) for n, t in times.items()}
         ratio = times["torch"] / times["fastrnn"]
         row: Row = {"case": case.label(), "pass": pass_, "threads": count}
-        rows.append({**row, **columns(times), **efficiency, "torch / ours": ratio})
+        rows.append({**row, **columns(times), **efficiency, "torch / fastrnn": ratio})
     return rows
 
 

@@ -56,7 +56,7 @@ struct Config {
   static constexpr int items = (fragments * kFragment + kThreads - 1) / kThreads;  // of a thread
   static_assert(tiles * slices == kWarps && registers > 0 && batch > 0);
   static_assert(via != Via::ring || slices > 1, "the ring needs the barrier of each pass");
-  static_assert(via != Via::cluster || slices > 1, "a warp sends what it has read from the sums");
+  static_assert(via != Via::cluster || slices > 1, "a warp sends the sums that it has read");
 };
 
 // A configuration for the launcher.

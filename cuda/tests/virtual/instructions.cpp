@@ -414,7 +414,7 @@ unsigned char* memory(Warp& warp, std::uint64_t address, std::size_t bytes) {
   if constexpr (space == Space::parameter) {
     // Parameters are read-only: the launch's copy does not change.
     const std::vector<unsigned char>& parameters = warp.block->launch->parameters;
-    if (address + bytes > parameters.size()) refuse("behind the parameters");
+    if (address + bytes > parameters.size()) refuse("an address beyond the parameters");
     return const_cast<unsigned char*>(parameters.data()) + address;
   }
   if (address < 4096) refuse("a null pointer");
@@ -462,7 +462,8 @@ void shuffle(Warp& warp, const Instruction& in) {
       lanes(warp, in, first + 3);
   std::uint64_t found[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
-    if (lanes[lane] != kAllLanes || clamp[lane] != 31) refuse("a shuffle of a part of the warp");
+    if (lanes[lane] != kAllLanes || clamp[lane] != 31)
+      refuse("a shuffle by only a part of the warp");
     const std::uint32_t other =
         exclusive_or ? static_cast<std::uint32_t>(lane) ^ which[lane] : which[lane];
     found[lane] = from[static_cast<int>(other & 31u)];
@@ -560,7 +561,7 @@ void send(Warp& warp, const Instruction& in) {
   for_lanes(warp, [&](int lane) {
     Parcel parcel{to[lane], barrier[lane], {}};
     if (!(parcel.to >> 24) || !(parcel.barrier >> 24))
-      refuse("st.async: no address of the cluster");
+      refuse("st.async: an address outside the cluster");
     cluster_memory(*warp.block, parcel.to, 16);  // its size and alignment
     for (int k = 0; k < 4; ++k) parcel.words[k] = Operand<std::uint32_t>(warp, in, k + 1)[lane];
     warp.block->cluster->parcels.push_back(parcel);

@@ -86,7 +86,7 @@ bool take_turn(Warp& warp, int most) {
       continue;
     }
     if (together && warp.alive != kAllLanes)
-      refuse("a lane has ended before an instruction for all");
+      refuse("a lane has ended before an instruction for the whole warp");
     warp.active = lanes_that_execute(warp, in, group->lanes);
     if (together && warp.active && warp.active != group->lanes)
       refuse("an instruction for the whole warp under a predicate of some lanes");
@@ -204,10 +204,10 @@ class Together {
         moved |= deliver(*warp->block->cluster);
       }
       moved |= open_block_barriers();
-      if (!moved && left > 0) refuse("no thread can go on");
+      if (!moved && left > 0) refuse("no thread can continue");
     }
     for (Cluster& cluster : clusters_)
-      if (!cluster.parcels.empty()) refuse("a block has ended before what was sent to it arrived");
+      if (!cluster.parcels.empty()) refuse("a block has ended before the data sent to it arrived");
   }
 
  private:
@@ -245,7 +245,8 @@ class Together {
       const auto of = [&](std::uint32_t address) -> Block& {
         return *cluster.blocks[(address >> kRankShift) - 1];
       };
-      if (&of(parcel.to) != &of(parcel.barrier)) refuse("bytes for one block counted by another");
+      if (&of(parcel.to) != &of(parcel.barrier))
+        refuse("the barrier and the destination of st.async are in different blocks");
       Mbarrier(of(parcel.barrier), parcel.barrier & ((1u << kRankShift) - 1)).bytes_came(16);
     }
     parcels.erase(parcels.begin(), parcels.begin() + static_cast<std::ptrdiff_t>(count));
@@ -276,7 +277,7 @@ void* shared_memory(Block& block, std::uint64_t address, std::size_t bytes) {
 void* cluster_memory(Block& block, std::uint64_t address, std::size_t bytes) {
   const std::uint64_t rank = address >> kRankShift;
   if (rank == 0) return shared_memory(block, address, bytes);
-  if (rank > block.cluster->blocks.size()) refuse("an address of no block of the cluster");
+  if (rank > block.cluster->blocks.size()) refuse("an address outside the cluster");
   return shared_memory(*block.cluster->blocks[rank - 1], address & ((1u << kRankShift) - 1), bytes);
 }
 
@@ -286,7 +287,7 @@ Mbarrier::Mbarrier(Block& block, std::uint64_t address, bool initialised)
   if (!initialised)
     block.barriers.insert(key);
   else if (!block.barriers.count(key))
-    refuse("a barrier that nobody has initialised");
+    refuse("a barrier is not initialised");
 }
 
 void Mbarrier::initialise(int count) {
@@ -297,7 +298,7 @@ void Mbarrier::initialise(int count) {
 void Mbarrier::expect(std::int32_t bytes) {
   State state;
   std::memcpy(&state, word_, sizeof(state));
-  if (state.pending == 0) refuse("an arrival too many at a barrier");
+  if (state.pending == 0) refuse("too many arrivals at a barrier");
   state.bytes += bytes;
   --state.pending;
   std::memcpy(word_, &state, sizeof(state));

@@ -215,23 +215,23 @@ void check_device() {
     check::that((std::string(what) + ": " + got).c_str(), got.find(with) != std::string::npos);
   };
   refuses("a misaligned vector", "ld.global.v2.u32 {%r2, %r3}, [%rd1+4];\n", "misaligned");
-  refuses("shared memory behind its end", "mov.u32 %r2, 128;\nst.shared.u32 [%r2], %r1;\n",
+  refuses("shared memory out of bounds", "mov.u32 %r2, 128;\nst.shared.u32 [%r2], %r1;\n",
           "byte 128 of 128");
   refuses("a null pointer", "mov.u64 %rd3, 0;\nld.global.u32 %r2, [%rd3];\n", "null pointer");
   refuses("an unknown instruction", "popc.b32 %r2, %r1;\n", "'popc.b32' is unknown");
-  refuses("a shuffle of a part of the warp",
+  refuses("a shuffle by only a part of the warp",
           "setp.lt.s32 %p1, %r1, 5;\n@%p1 bra $there;\n"
           "shfl.sync.idx.b32 %r2|%p2, %r1, 0, 31, -1;\nbra.uni $end;\n"
           "$there:\nshfl.sync.idx.b32 %r2|%p2, %r1, 0, 31, -1;\n$end:\n",
           "wait for each other at different instructions");
-  refuses("a barrier that half of the block passes by",
+  refuses("a barrier that half of the block skips",
           "setp.lt.s32 %p1, %r1, 32;\n@%p1 bra $end;\nbar.sync 0;\n$end:\n",
           "has ended before a barrier");
   refuses("a barrier that is not initialised",
           "mov.u32 %r2, memory;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %p1, "
           "[%r2], 0;\n",
-          "nobody has initialised");
-  refuses("a wait for ever", "bar.sync 0;\n$again:\nbra.uni $again;\n", "does not end");
+          "is not initialised");
+  refuses("an endless wait", "bar.sync 0;\n$again:\nbra.uni $again;\n", "does not end");
 
   const auto computes = [&](const char* what, const std::string& code, int blocks, auto expected) {
     std::memset(out, 0xff, sizeof(out));
@@ -240,7 +240,7 @@ void check_device() {
     if (!check::that((std::string(what) + ": " + got).c_str(), got.empty())) return;
     for (int i = 0; i < 64; ++i, ++checks) check::close(what, out[i], expected(i), 0);
   };
-  computes("lanes that part and meet",
+  computes("lanes that diverge and reconverge",
            "setp.lt.s32 %p1, %r1, 7;\nmov.u32 %r2, 0;\n$more:\nadd.s32 %r2, %r2, 1;\n"
            "setp.le.s32 %p2, %r2, %r1;\n@%p2 bra $more;\n@!%p1 bra $end;\nadd.s32 %r2, %r2, 100;\n"
            "$end:\nshfl.sync.bfly.b32 %r3|%p3, %r2, 1, 31, -1;\nst.global.u32 [%rd2], %r3;\n",
