@@ -280,7 +280,10 @@ WRONG = {
     "explain half a case": (["info", "--explain", "GRU T5 H8"], "B, I is missing"),
     "explain a cell": (["info", "--explain", "MLP,1,2,3,4"], "CELL is one of LSTM, GRU, RNN"),
     "explain int8": (["info", "--explain", "GRU,1,2,3,4", "--dtype", "i8"], "'i8' is not known"),
-    "explain tf32": (["info", "--explain", "GRU,1,2,3,4", "--dtype", "tf32"], "of CUDA devices"),
+    "explain tf32": (
+        ["info", "--explain", "GRU,1,2,3,4", "--dtype", "tf32"],
+        "--dtype tf32 is only for CUDA devices; add --device cuda",
+    ),
     "device alone": (
         ["info", "--device", "cuda"],
         "--device describes a case: use it with --explain CASE",
