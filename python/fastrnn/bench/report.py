@@ -153,7 +153,8 @@ def means(records: Sequence[Record]) -> Table:
         roof = [r["roof_fraction"] for r in group.values()]
         shown = [_mean(values) for values in (*ratios.values(), best, roof)]
         rows.append([suite, pass_, str(len(group)), *shown])
-    columns = ["suite", "pass", "cases", *(f"{p} / fastrnn" for p in peers), "best / fastrnn", "roof"]
+    compared = [f"{peer} / fastrnn" for peer in (*peers, "best")]
+    columns = ["suite", "pass", "cases", *compared, "roof"]
     return Table(columns, rows, 2)
 
 
