@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 BUILD := build/python
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-CPP := $(shell find csrc cuda tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc cuda benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 INSTALLED := $(VENV)/.installed
 CTEST = $(BIN)/ctest --test-dir $(BUILD) --output-on-failure --parallel $(shell nproc 2>/dev/null || echo 2)
 
@@ -79,7 +79,7 @@ test-cuda: $(INSTALLED)  ## the CUDA kernels' tests on the CPU
 lint: $(INSTALLED) typecheck  ## ruff, clang-format and mypy; changes nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run --Werror $(CPP) $(wildcard tests/*/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 # What NumPy users get: the wheel, built in isolation, where torch was never installed. The Python
 # is PYTHON, for example `make test-numpy PYTHON=python3.14`.
@@ -112,7 +112,7 @@ typecheck: $(INSTALLED)  ## mypy --strict over the package
 format: $(INSTALLED)  ## write Python and C++ in the house's format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(CPP) $(wildcard tests/*/*.h)
+	$(BIN)/clang-format -i $(CPP)
 
 # $(call sanitized,DIRECTORY,SANITIZERS,TARGETS,TESTS): build C++ tests with sanitizers, and run TESTS.
 # Of the instruction sets the portable one and the one whose intrinsics every machine of the kind

@@ -22,7 +22,7 @@ from fastrnn._engine import cuda_route
 from fastrnn._options import Options
 from fastrnn.bench import cases
 from fastrnn.certify import plan, table, watch
-from replaced_module import module_of
+from replaced_module import virtual_module
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,7 +51,7 @@ FAULTS = {
 
 def command(faults: dict[str, str] | None = None) -> tuple[str, ...]:
     """What runs on the virtual device, in the child's place."""
-    module = module_of("virtual_device")
+    module = virtual_module()
     return sys.executable, str(CHILD), str(module), json.dumps(faults or {})
 
 

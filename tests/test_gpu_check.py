@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from replaced_module import module_of
+from replaced_module import virtual_module
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -180,7 +180,7 @@ def test_the_smallest_cases_reach_every_family_of_persistent_kernels() -> None:
         "print(sum(len(set().union(*(f for *_, f in g.reaching(c, o, None))))"
         " for c in g.CELLS for o in g.OPERANDS))"
     )
-    paths = [module_of("virtual_device"), ROOT / "tests", ROOT / "benchmarks"]
+    paths = [virtual_module(), ROOT / "tests", ROOT / "benchmarks"]
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True, check=False
     )
