@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import tracemalloc
 from typing import Any
 
@@ -638,11 +637,12 @@ def test_one_stream_in_two_threads_at_once_is_an_error_not_a_race() -> None:
     layer = fastrnn.LSTM(512, 1024)
     stream = fastrnn.Stream(layer, 16)
     x = uniform(16, 512)
-    stop = threading.Event()
+    start = threading.Barrier(2)
     errors: list[str] = []
     answers: list[int] = []
 
     def step() -> None:
+        start.wait()
         try:
             stream.step(x)
         except RuntimeError as error:
@@ -650,19 +650,14 @@ def test_one_stream_in_two_threads_at_once_is_an_error_not_a_race() -> None:
         else:
             answers.append(1)
 
-    def run() -> None:
-        while not stop.is_set():
-            step()
-
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    end = time.monotonic() + 60
-    while not (errors and answers) and time.monotonic() < end:
-        time.sleep(0.01)
-    stop.set()
-    for thread in threads:
-        thread.join()
+    for _ in range(1000):  # one thread may finish before the other begins; it rarely does
+        threads = [threading.Thread(target=step) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            break
     assert answers
     assert "use one stream for each thread" in errors[0]
 
