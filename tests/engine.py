@@ -93,7 +93,7 @@ def on_device(device: Any) -> tuple[Callable[[Any], Any], dict[str, Any]]:
     return lambda x: torch.as_tensor(x).to(device), work
 
 
-class Call:
+class EngineCall:
     """One problem in the engine's arrays. Results are filled with NaN before each pass, so that
     an element that the engine leaves out shows.
 
@@ -256,7 +256,7 @@ def run_engine(
     device: Any = None,
 ) -> Solution:
     """Forward and backward."""
-    call = Call(problem, dtype, threads=threads, arrange=arrange, device=device)
+    call = EngineCall(problem, dtype, threads=threads, arrange=arrange, device=device)
     call.forward()
     call.backward()
     return call.solution()

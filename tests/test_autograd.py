@@ -13,20 +13,21 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
+from cases import LAYOUTS, STACKS
 from fastrnn import _composed, _ops, _recurrent
 from fastrnn._engine import scalars
 from fastrnn._options import Options
 from fastrnn._recurrent import recurrent
-from stacks import STACKS, STEPS, Case, make
+from stacks import Arguments, make
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 every_stack = pytest.mark.parametrize("options", STACKS.values(), ids=STACKS.keys())
-every_step = pytest.mark.parametrize("steps", STEPS)
+every_step = pytest.mark.parametrize("steps", LAYOUTS)
 
 
-def outputs(case: Case, **extra: Any) -> tuple[Tensor, ...]:
+def outputs(case: Arguments, **extra: Any) -> tuple[Tensor, ...]:
     """Output, final states and all states, flat."""
     output, hx_n, states = recurrent(
         case.options,
@@ -49,7 +50,7 @@ def loss(values: tuple[Tensor, ...]) -> Tensor:
     return total
 
 
-def composed(case: Case, **extra: Any) -> tuple[Tensor, ...]:
+def composed(case: Arguments, **extra: Any) -> tuple[Tensor, ...]:
     """The same by plain torch operations."""
     with patch.object(_recurrent, "_route", lambda *_: _recurrent._composed_route):
         return outputs(case, **extra)
@@ -142,7 +143,7 @@ def test_frozen_arguments_get_no_gradient_and_no_work(options: Options) -> None:
     torch.testing.assert_close(trained.grad, whole, rtol=1e-10, atol=1e-12)
 
 
-def padded_leaves(case: Case) -> tuple[Tensor | None, ...]:
+def padded_leaves(case: Arguments) -> tuple[Tensor | None, ...]:
     """The leaves as the operators take them: every state always has a place."""
     return (case.input, *(*case.hx, None)[:2], *case.extras[:2], *case.weights)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 import fastrnn
+from cases import LAYOUTS, STACKS
 from fastrnn import (
     _by_torch,
     _by_torch_operators,
@@ -36,7 +37,7 @@ from fastrnn._options import Options
 from fastrnn._recurrent import recurrent
 from operators import opcheck
 from pairs import CELLS, LAYERS, outcome, pair, tensors
-from stacks import STACKS, STEPS, Case, as_function, make
+from stacks import Arguments, as_function, make
 
 # Their promises hold here too.
 from test_sequences import (  # noqa: F401
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 
 OURS = {k: options for k, options in STACKS.items() if options.in_torch_nn}
 every_stack = pytest.mark.parametrize("options", OURS.values(), ids=OURS.keys())
-every_step = pytest.mark.parametrize("steps", STEPS)
+every_step = pytest.mark.parametrize("steps", LAYOUTS)
 every_layer = pytest.mark.parametrize("layer", LAYERS)
 KINDS: tuple[dict[str, Any], ...] = (
     {},
@@ -87,7 +88,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
     assert made
 
 
-def run(case: Case, **more: Any) -> list[Tensor]:
+def run(case: Arguments, **more: Any) -> list[Tensor]:
     """Output, final states and all states."""
     output, hx_n, states = recurrent(
         case.options, case.input, case.hx, case.weights, **case.steps, extras=case.extras, **more
@@ -95,16 +96,16 @@ def run(case: Case, **more: Any) -> list[Tensor]:
     return [output, *hx_n, *(s for s in states or () if s is not None)]
 
 
-def by_the_engine(case: Case, **more: Any) -> list[Tensor]:
+def by_the_engine(case: Arguments, **more: Any) -> list[Tensor]:
     with patch.object(_recurrent, "_ENGINE_DEVICES", frozenset({"cpu"})):
         return run(case, **more)
 
 
-def gradients(case: Case, values: list[Tensor]) -> tuple[Tensor, ...]:
+def gradients(case: Arguments, values: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(sum(y.pow(2).sum() for y in values), case.leaves, allow_unused=True)
 
 
-def assert_as_the_engine(case: Case, **more: Any) -> None:
+def assert_as_the_engine(case: Arguments, **more: Any) -> None:
     actual, expected = run(case, **more), by_the_engine(case, **more)
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
     mine, theirs = gradients(case, actual), gradients(case, expected)
@@ -255,7 +256,7 @@ def test_what_a_reset_puts_in_place_of_the_state(options: Options, calls: list[A
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn) -> Arguments:
     """Any pattern of lengths and resets: at step 0, at every step, in rows of no steps."""
     options = draw(st.sampled_from(list(OURS.values())))
     steps, rows = draw(st.integers(1, 6)), draw(st.integers(1, 5))
@@ -276,7 +277,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 @settings(deadline=None, max_examples=150)
 @given(case=cases())
-def test_any_lengths_and_resets(case: Case) -> None:
+def test_any_lengths_and_resets(case: Arguments) -> None:
     with (
         patch.object(_recurrent, "_ENGINE_DEVICES", frozenset({"meta"})),
         patch.object(_composed, "forward", wraps=_composed.forward) as composed,
@@ -381,8 +382,8 @@ def test_gradcheck_and_gradgradcheck(options: Options, steps: str, calls: list[A
     def call(*leaves: Tensor) -> tuple[Tensor, ...]:
         return tuple(run(case.with_leaves(*leaves)))
 
-    assert torch.autograd.gradcheck(call, case.leaves)
-    assert torch.autograd.gradgradcheck(call, case.leaves)
+    assert torch.autograd.gradcheck(call, case.leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, case.leaves, fast_mode=True)
 
 
 def test_a_gradient_of_the_gradient_is_not_torchs(calls: list[Any]) -> None:
@@ -530,7 +531,9 @@ def test_a_program_holds_one_operator(layer: str, calls: list[Any]) -> None:
     torch.testing.assert_close(program.module()(longer), ours(longer))
 
 
-def operator_arguments(case: Case, states: bool, save: bool, by_torch: bool) -> tuple[Any, ...]:
+def operator_arguments(
+    case: Arguments, states: bool, save: bool, by_torch: bool
+) -> tuple[Any, ...]:
     h0, c0 = (*case.hx, None)[:2]
     steps = [case.steps.get(key) for key in ("batch_sizes", "lengths", "reset")]
     flags = (*scalars(case.options), states, save, by_torch)

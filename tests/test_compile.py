@@ -13,12 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cases import LAYOUTS, STACKS
 from fastrnn import _ops, _recurrent, functional
 from fastrnn._engine import scalars
 from fastrnn._options import Options
 from fastrnn._recurrent import recurrent
 from operators import opcheck
-from stacks import STACKS, STEPS, Case, make
+from stacks import Arguments, make
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 every_stack = pytest.mark.parametrize("options", STACKS.values(), ids=STACKS.keys())
-every_step = pytest.mark.parametrize("steps", STEPS)
+every_step = pytest.mark.parametrize("steps", LAYOUTS)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,7 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def runner(case: Case, **extra: Any) -> Callable[..., Any]:
+def runner(case: Arguments, **extra: Any) -> Callable[..., Any]:
     """The call as a function of the tensors, the step arrays last."""
     names = tuple(case.steps)
 
@@ -56,7 +57,7 @@ def runner(case: Case, **extra: Any) -> Callable[..., Any]:
     return run
 
 
-def tensors_of(case: Case) -> tuple[Tensor, ...]:
+def tensors_of(case: Arguments) -> tuple[Tensor, ...]:
     return (*case.leaves, *case.steps.values())
 
 
@@ -65,7 +66,7 @@ def flat(result: Any) -> list[Tensor]:
     return [output, *hx_n, *(s for s in states or () if s is not None)]
 
 
-def gradients(case: Case, values: list[Tensor]) -> tuple[Tensor, ...]:
+def gradients(case: Arguments, values: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(sum(y.pow(2).sum() for y in values), case.leaves)
 
 
@@ -164,7 +165,7 @@ def test_compiled_graph_does_not_grow_with_the_steps(cell: str) -> None:
 
 
 class _Model(torch.nn.Module):
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Arguments) -> None:
         super().__init__()
         self.options = case.options
         self.parameters_ = torch.nn.ParameterList(w.detach() for w in case.weights)
@@ -282,7 +283,7 @@ def test_compiled_autograd_takes_the_gradient_of_an_operator(operator: str, cell
 # ---- opcheck -------------------------------------------------------------------------------------
 
 
-def forward_arguments(case: Case, states: bool, save: bool) -> tuple[Any, ...]:
+def forward_arguments(case: Arguments, states: bool, save: bool) -> tuple[Any, ...]:
     h0, c0 = (*case.hx, None)[:2]
     steps = [case.steps.get(name) for name in ("batch_sizes", "lengths", "reset")]
     given = (case.input, h0, c0, case.weights, *steps, *case.extras)

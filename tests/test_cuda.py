@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 import fastrnn
-from engine import DTYPES, Call, assert_solutions_bitwise, check_against_reference, rounded
+from cases import LAYOUTS, STACKS
+from engine import DTYPES, EngineCall, assert_solutions_bitwise, check_against_reference, rounded
 from fastrnn import _C, _engine, _ops
 from fastrnn._engine import engine_options, scalars
 from fastrnn._options import Options
 from fastrnn._recurrent import recurrent
 from pairs import Outcome, outcome, pair
-from problems import LAYOUTS, random_problem
-from stacks import STACKS, STEPS, Case, as_function, make, moved, replayed
+from problems import random_problem
+from stacks import Arguments, as_function, make, moved, replayed
 from tolerances import assert_close
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 ALL_STACKS = {**STACKS, "gru-heads-2": Options("GRU", num_layers=2, heads=3)}
 every_stack = pytest.mark.parametrize("options", ALL_STACKS.values(), ids=ALL_STACKS.keys())
-every_step = pytest.mark.parametrize("steps", STEPS)
+every_step = pytest.mark.parametrize("steps", LAYOUTS)
 CELLS = (
     ("RNN", 0, True),
     ("LSTM", 0, True),
@@ -76,14 +77,14 @@ def gpu(cuda: torch.device, route: str, monkeypatch: pytest.MonkeyPatch) -> Iter
     torch.backends.cudnn.allow_tf32 = allowed
 
 
-def run(case: Case, **extra: Any) -> list[Tensor]:
+def run(case: Arguments, **extra: Any) -> list[Tensor]:
     output, hx_n, states = recurrent(
         case.options, case.input, case.hx, case.weights, **case.steps, **extra
     )
     return [output, *hx_n, *(s for s in states or () if s is not None)]
 
 
-def gradients(case: Case, values: list[Tensor], **extra: Any) -> tuple[Tensor, ...]:
+def gradients(case: Arguments, values: list[Tensor], **extra: Any) -> tuple[Tensor, ...]:
     return torch.autograd.grad(sum(y.pow(2).sum() for y in values), case.leaves, **extra)
 
 
@@ -231,7 +232,7 @@ def test_two_runs_give_the_same_bits(gpu: torch.device, dtype: str, rows: int, c
     problem = rounded(problem, dtype)
 
     def solve() -> Any:
-        call = Call(problem, dtype, device=gpu)
+        call = EngineCall(problem, dtype, device=gpu)
         call.forward()
         call.backward()
         return call.solution()
@@ -431,15 +432,15 @@ def test_a_setting_that_is_not_known_is_an_error(
         layer(x)
 
 
-def forward_on(gpu: torch.device, change: Callable[[Call], None], **work: Any) -> None:
-    call = Call(random_problem(Options("LSTM"), layout="lengths"), device=gpu)
+def forward_on(gpu: torch.device, change: Callable[[EngineCall], None], **work: Any) -> None:
+    call = EngineCall(random_problem(Options("LSTM"), layout="lengths"), device=gpu)
     change(call)
     call.work |= work
     call.forward()
 
 
 def test_arrays_on_several_devices_are_refused(gpu: torch.device) -> None:
-    def state_on_the_host(call: Call) -> None:
+    def state_on_the_host(call: EngineCall) -> None:
         call.read = (call.read[0], call.read[1].cpu(), *call.read[2:])
 
     with pytest.raises(

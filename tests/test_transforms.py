@@ -31,13 +31,13 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
+from cases import ALONE, EXTRAS, LAYOUTS, PAIRS, STACKS, Case
 from fastrnn import _C, _composed, _masks, _ops, functional
 from fastrnn._engine import Extras, scalars
 from fastrnn._options import Options
 from fastrnn._recurrent import recurrent
 from operators import opcheck
-from option_cases import ALONE, PAIRS, OptionCase
-from stacks import EXTRAS, STACKS, STEPS, Case, make
+from stacks import Arguments, make
 from tolerances import assert_close
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 
 SIZE = 3  # of a mapped axis
 every_stack = pytest.mark.parametrize("options", STACKS.values(), ids=STACKS.keys())
-every_step = pytest.mark.parametrize("steps", STEPS)
+every_step = pytest.mark.parametrize("steps", LAYOUTS)
 MAPPED = {
     "input": ("input",),
     "states": ("hx",),
@@ -62,12 +62,12 @@ every_option = pytest.mark.parametrize(
 )
 # Every option that has a derivative, in each cell.
 TOGETHER = [
-    OptionCase(
+    Case(
         Options(cell, layer_norm=True, heads=2, peephole=cell == "LSTM", zoneout_h=0.3),
         layout,
         EXTRAS if cell == "LSTM" else EXTRAS[:-1],
     )
-    for cell, layout in (("RNN", "packed"), ("LSTM", "reset"), ("GRU", "lengths and reset"))
+    for cell, layout in (("RNN", "packed"), ("LSTM", "reset"), ("GRU", "lengths-reset"))
 ]
 options_together = pytest.mark.parametrize("case", TOGETHER, ids=str)
 
@@ -75,7 +75,7 @@ options_together = pytest.mark.parametrize("case", TOGETHER, ids=str)
 # ---- A stack as a function of a dictionary of arguments ------------------------------------------
 
 
-def arguments_of(case: Case) -> dict[str, Any]:
+def arguments_of(case: Arguments) -> dict[str, Any]:
     extras = {name: x for name, x in case.extras._asdict().items() if x is not None}
     return {"input": case.input, "hx": case.hx, "weights": case.weights, **case.steps, **extras}
 
@@ -91,10 +91,10 @@ def several(options: Options, steps: str, size: int = SIZE, **how: Any) -> list[
     return found
 
 
-def several_with(case: OptionCase, size: int = SIZE, **how: Any) -> list[dict[str, Any]]:
+def several_with(case: Case, size: int = SIZE, **how: Any) -> list[dict[str, Any]]:
     """The same of a case with options; the masks and the states after a reset differ."""
     how = {"sizes": (4, 3, 2, 6), "extras": case.extras, **how}
-    return several(case.options, case.layout.replace(" and ", "-"), size, **how)
+    return several(case.options, case.layout, size, **how)
 
 
 def choose(several: Sequence[dict[str, Any]], mapped: str) -> tuple[list[dict[str, Any]], Any]:
@@ -242,7 +242,7 @@ def test_gradients_through_vmap_equal_those_of_a_loop(cell: str, mapped: str) ->
 
 @every_option
 @pytest.mark.parametrize("mapped", ["rows", "everything"])
-def test_vmap_of_options_equals_a_loop(case: OptionCase, mapped: str) -> None:
+def test_vmap_of_options_equals_a_loop(case: Case, mapped: str) -> None:
     each, dims = choose(several_with(case), mapped)
     given = stacked(each, dims)
     leaves = leaves_of(given)
@@ -295,7 +295,7 @@ def test_second_derivatives_through_vmap(options: Options, steps: str) -> None:
 
 
 @options_together
-def test_second_derivatives_through_vmap_of_options(case: OptionCase) -> None:
+def test_second_derivatives_through_vmap_of_options(case: Case) -> None:
     each, dims = choose(several_with(case, 2, sizes=(3, 3, 2, 4)), "everything")
     given = stacked(each, dims)
     names = ("input", "hx", "weights", *(n for n in ("reset_h", "reset_c") if n in given))
@@ -686,7 +686,7 @@ def test_batch_sizes_cannot_be_mapped(cell: str) -> None:
 # ---- Derivatives ---------------------------------------------------------------------------------
 
 
-def loss_of(case: Case) -> Callable[..., Tensor]:
+def loss_of(case: Arguments) -> Callable[..., Tensor]:
     """A scalar of the leaves."""
 
     def loss(*leaves: Tensor) -> Tensor:
@@ -868,7 +868,7 @@ def test_per_sample_gradients_of_every_member(cell: str) -> None:
 
 
 @every_option
-def test_per_sample_gradients_of_options(case: OptionCase) -> None:
+def test_per_sample_gradients_of_options(case: Case) -> None:
     each, dims = choose(several_with(case), "rows")
     given = stacked(each, dims)
     shared = [name for name in ("weights", "reset_h", "reset_c") if name in given]
@@ -887,7 +887,7 @@ def test_per_sample_gradients_of_options(case: OptionCase) -> None:
 
 
 @options_together
-def test_forward_mode_of_an_ensemble_with_options(case: OptionCase) -> None:
+def test_forward_mode_of_an_ensemble_with_options(case: Case) -> None:
     each, dims = choose(several_with(case), "everything")
     given = stacked(each, dims)
 
@@ -1193,7 +1193,7 @@ def test_a_compiled_ensemble_trains(cell: str) -> None:
 
 @pytest.mark.usefixtures("_fresh_compiler")
 @options_together
-def test_compiled_per_sample_gradients_of_options_equal_eager(case: OptionCase) -> None:
+def test_compiled_per_sample_gradients_of_options_equal_eager(case: Case) -> None:
     each, dims = choose(several_with(case), "everything")
     given = stacked(each, dims)
 
@@ -1243,7 +1243,7 @@ def opcheck_backward_members(options: Options, each: list[dict[str, Any]]) -> No
 
 @options_together
 @pytest.mark.parametrize("recompute", [False, True])
-def test_opcheck_members_with_options(case: OptionCase, recompute: bool) -> None:
+def test_opcheck_members_with_options(case: Case, recompute: bool) -> None:
     options = replace(case.options, recompute=recompute)
     arguments = members_arguments(several_with(case), requires_grad=True)
     opcheck(_ops.forward_members_op, (*arguments, *scalars(options), True, True, False))

@@ -18,9 +18,10 @@ from replaced_module import load
 load(sys.argv[1])
 
 import engine  # noqa: E402
+from cases import LAYOUTS  # noqa: E402
 from fastrnn import _C  # noqa: E402
 from fastrnn._options import Options  # noqa: E402
-from problems import LAYOUTS, random_problem  # noqa: E402
+from problems import random_problem  # noqa: E402
 from virtual_array import OnDevice, workspace  # noqa: E402
 
 persistent = sys.argv[2] == "persistent"

@@ -5,72 +5,20 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <numeric>
 #include <random>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "../../csrc/tests/case.h"
 #include "../../csrc/tests/check.h"
 #include "backend.h"
-#include "cells/list.h"
 #include "storage.h"
 
 namespace fastrnn::cases {
 
-inline long checks = 0;
-
-inline std::size_t size_of(std::int64_t n) { return static_cast<std::size_t>(n); }
-
-// ---- one case -----------------------------------------------------------------------------------
-
 enum Kind { kPadded, kLengths, kPacked, kReset, kLengthsAndReset, kKinds };
-
-struct Case {
-  Options options;
-  std::int64_t T = 1, B = 1, I = 1, H = 1;
-  std::vector<std::int64_t> lengths, batch_sizes;
-  std::vector<unsigned char> reset;
-  bool training = true, every_layer = true, consume = false;
-  bool biases = true, states = true;         // given
-  bool turned = false, batch_first = false;  // strides
-  bool persistent = false, tf32 = false;     // asked for and allowed
-  bool d_output = true, d_states = true, d_finals = true, d_input = true, d_weights = true;
-
-  std::int64_t D() const { return options.directions; }
-  std::int64_t L() const { return options.layers; }
-  std::int64_t P() const { return options.proj_size; }
-  std::int64_t O() const { return P() ? P() : H; }
-  std::int64_t heads() const { return options.maths.heads; }
-  std::int64_t G() const { return cell_traits(options).gates; }
-  std::int64_t kept_layers() const { return every_layer || training ? L() : 1; }
-  std::int64_t pairs() const {
-    if (batch_sizes.empty()) return T * B;
-    return std::accumulate(batch_sizes.begin(), batch_sizes.end(), std::int64_t{0});
-  }
-  bool has_c() const { return cell_traits(options).states > 1; }
-  bool packed() const { return !batch_sizes.empty(); }
-
-  std::string text() const {
-    const char* rows = packed()           ? "packed"
-                       : !lengths.empty() ? (reset.empty() ? "lengths" : "lengths and reset")
-                       : !reset.empty()   ? "reset"
-                                          : "padded";
-    char text[400];
-    std::snprintf(text, sizeof(text),
-                  "%s L%d D%d P%d T%d B%d I%d H%d K%d %s%s act %d gate %d%s%s%s%s%s%s%s",
-                  options.cell.c_str(), int(L()), int(D()), int(P()), int(T), int(B), int(I),
-                  int(H), int(heads()), rows, options.maths.reset_after ? "" : " reset-before",
-                  int(options.maths.activation), int(options.maths.gate_activation),
-                  training ? "" : " inference", consume ? " consume" : "", turned ? " turned" : "",
-                  batch_first ? " batch-first" : "", biases ? "" : " no-bias",
-                  states ? "" : " no-hx", persistent ? " persistent" : "");
-    return text;
-  }
-};
 
 using Random = std::mt19937;
 
@@ -165,8 +113,8 @@ std::vector<S> some(Random& random, std::int64_t count, double scale) {
 inline std::vector<std::pair<std::int64_t, std::int64_t>> shapes(const Case& c) {
   std::vector<std::pair<std::int64_t, std::int64_t>> all;
   const std::int64_t rows = c.G() * c.H;
-  for (std::int64_t g = 0; g < c.L() * c.D(); ++g) {
-    all.emplace_back(rows, g < c.D() ? c.I : c.D() * c.O());
+  for (std::int64_t g = 0; g < c.groups(); ++g) {
+    all.emplace_back(rows, c.inputs(g));
     all.emplace_back(rows, c.O() / c.heads());
     all.emplace_back(c.biases ? rows : 0, 1);
     all.emplace_back(c.biases ? rows : 0, 1);
@@ -178,7 +126,7 @@ inline std::vector<std::pair<std::int64_t, std::int64_t>> shapes(const Case& c) 
 template <class S>
 Arrays<S> random_arrays(const Case& c, Random& random) {
   Arrays<S> a;
-  const std::int64_t groups = c.L() * c.D(), N = c.pairs();
+  const std::int64_t groups = c.groups(), N = c.pairs();
   a.input = some<S>(random, N * c.I, 1);
   a.h0 = some<S>(random, groups * c.B * c.O(), 1);
   a.c0 = some<S>(random, groups * c.B * c.H, 1);
@@ -213,7 +161,7 @@ template <class S>
 std::vector<Parameters> parameters_of(const Case& c, std::vector<std::vector<S>>& w, bool turned) {
   const auto sizes = shapes(c);
   std::vector<Parameters> all;
-  for (std::int64_t g = 0; g < c.L() * c.D(); ++g) {
+  for (std::int64_t g = 0; g < c.groups(); ++g) {
     const auto weight = [&](std::int64_t k) {
       const auto& [rows, columns] = sizes[size_of(g * 5 + k)];
       return matrix(w[size_of(g * 5 + k)], rows, columns, turned && columns != 1);
@@ -291,26 +239,6 @@ Problem problem_of(const Case& c, Arrays<S>& a) {
   return p;
 }
 
-// The workspace starts as NaN, and ends with what nobody may write.
-struct Workspace {
-  std::vector<unsigned char> memory;
-  std::size_t bytes = 0;
-  unsigned char* at = nullptr;
-
-  void* take(std::size_t size) {
-    bytes = size;
-    memory = std::vector<unsigned char>(size + 128, 0xff);  // fresh: not as the last call left it
-    const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
-    at = reinterpret_cast<unsigned char*>((address + 63) / 64 * 64);
-    return at;
-  }
-  bool whole() const {
-    const unsigned char* end = memory.data() + memory.size();
-    return std::all_of<const unsigned char*>(at + bytes, end,
-                                             [](unsigned char x) { return x == 0xff; });
-  }
-};
-
 // A device that keeps no packed weights and runs no ensembles, as CUDA's does not.
 constexpr Backend backend_of(std::size_t (*workspace_size)(const Problem&, Pass),
                              void (*forward)(const Problem&), void (*backward)(const Problem&)) {
@@ -319,7 +247,7 @@ constexpr Backend backend_of(std::size_t (*workspace_size)(const Problem&, Pass)
 
 template <class S>
 void run(const Backend& backend, const Case& c, Arrays<S>& a) {
-  const std::int64_t groups = c.L() * c.D(), N = c.pairs();
+  const std::int64_t groups = c.groups(), N = c.pairs();
   blank(a.hidden, c.kept_layers() * N * c.D() * c.O());
   blank(a.h_n, groups * c.B * c.O());
   blank(a.c_n, c.has_c() ? groups * c.B * c.H : 0);
@@ -332,7 +260,7 @@ void run(const Backend& backend, const Case& c, Arrays<S>& a) {
   Workspace w;
   p.workspace = w.take(backend.workspace_size(p, Pass::forward));
   backend.forward(p);
-  check::that("the end of forward's workspace", w.whole());
+  check::that("the end of forward's workspace", w.is_whole());
   if (!c.training) return;
 
   blank(a.d_input, c.d_input ? N * c.I : 0);
@@ -361,7 +289,7 @@ void run(const Backend& backend, const Case& c, Arrays<S>& a) {
   p.workspace = nullptr;  // forward's is too small to be laid out for backward
   p.workspace = w.take(backend.workspace_size(p, Pass::backward));
   backend.backward(p);
-  check::that("the end of backward's workspace", w.whole());
+  check::that("the end of backward's workspace", w.is_whole());
 }
 
 // ---- the checks ---------------------------------------------------------------------------------
