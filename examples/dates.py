@@ -109,7 +109,7 @@ class Translator(nn.Module):
 def plot(text: str, date: str, attention: Tensor) -> Figure:
     figure = Figure(figsize=(0.16 * len(text) + 1.5, 2.6), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(attention, cmap="magma", aspect="auto")
+    axes.imshow(attention.numpy(), cmap="magma", aspect="auto")
     axes.set_xticks(range(len(text)), text, family="monospace")
     axes.set_yticks(range(len(date)), date, family="monospace")
     axes.set_title("where each written digit looks")

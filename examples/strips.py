@@ -98,7 +98,7 @@ def plot(images: Tensor, signs: Tensor, lengths: Tensor, found: Tensor) -> Figur
         for t, ax in enumerate(axes):
             ax.axis("off")
             if t < lengths[row]:
-                ax.imshow(images[t, row], cmap="gray_r")
+                ax.imshow(images[t, row].numpy(), cmap="gray_r")
                 sign = SIGNS[int(signs[t, row])] if t else ""
                 ax.set_title(f"{sign}   = {int(found[t, row])}", fontsize=11)
     figure.suptitle("signs, images, and the running total that the network names")

@@ -275,7 +275,7 @@ def part_of(given: dict[str, Any], dims: dict[str, Any], k: int) -> dict[str, An
 
 
 @every_stack
-@every_step
+@pytest.mark.parametrize("steps", ["padded", "lengths-reset", "packed"])
 def test_second_derivatives_through_vmap(options: Options, steps: str) -> None:
     each, dims = choose(several(options, steps, 2, sizes=(3, 3, 2, 2)), "everything")
     given = stacked(each, dims)
