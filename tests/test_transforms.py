@@ -1148,8 +1148,13 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(
+    ("cell", "transform"),
+    [("LSTM", transform) for transform in TRANSFORMS]
+    + [(cell, transform) for cell in ("RNN", "GRU") for transform in ("per-sample", "hessian")],
+)
 def test_compiled_transforms_equal_eager(cell: str, transform: str) -> None:
+    """Each of the cell with two states; of the others one in reverse, one in forward mode too."""
     options = Options(cell)  # type: ignore[arg-type]
     members = several(options, "padded", sizes=(2, 2, 2, 2))
     weights, x = members[0]["weights"], members[0]["input"]
