@@ -10,7 +10,7 @@ MAKEFLAGS += --no-builtin-rules
 PYTHON ?= python3
 TORCH_VERSION := 2.13.0
 BUILD_TOOLS := scikit-build-core pybind11 cmake ninja
-PYTEST_ARGS ?= -n auto
+PYTEST_ARGS ?= -n auto --durations=10
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -72,7 +72,7 @@ test-python: $(INSTALLED)  ## the Python tests alone
 test-cuda: $(INSTALLED)  ## the CUDA kernels' tests on the CPU
 	$(BIN)/cmake --build $(BUILD) --target cuda_tests
 	$(CTEST) --label-regex '^cuda$$'
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m virtual_device
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m virtual_device $$(grep -l virtual_device tests/test_*.py)
 	@test -e $(BUILD)/cuda/tests/virtual_test \
 	    || echo 'make test-cuda: there is no CUDA compiler here, so the tests of the PTX were left out'
 
