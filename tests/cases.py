@@ -32,7 +32,7 @@ STACKS = {
 
 
 class Case(NamedTuple):
-    """A stack, the layout of its data, and which arrays its options ask for besides."""
+    """A stack, the layout of its data, and which further arrays its options take."""
 
     options: Options
     layout: str = "lengths-reset"  # of LAYOUTS
@@ -50,8 +50,8 @@ class Case(NamedTuple):
 def all_pairs(parameters: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Combinations of one value of each parameter in which every two values meet at least once.
 
-    Greedy: each new combination begins with two values that have not met, and takes for every other
-    parameter the value that meets most of those it has not met.
+    Greedy: each new combination starts from two values that have not met, and takes for every other
+    parameter the value that adds the most new meetings.
     """
     names = list(parameters)
     apart = {

@@ -144,7 +144,7 @@ def random_problem(
     extras: Sequence[str] = (),
     seed: int = 0,
 ) -> Problem:
-    """A stack with data, in one of `cases.LAYOUTS`, and gradients for everything that it puts out.
+    """A stack with data, in one of `cases.LAYOUTS`, and gradients of all its outputs.
 
     `extras` are some of `cases.EXTRAS`.
     """

@@ -1,4 +1,4 @@
-"""For programs that run with another build of the engine's module in the place of `fastrnn._C`."""
+"""For programs that run with another build of the engine's module as `fastrnn._C`."""
 
 from __future__ import annotations
 

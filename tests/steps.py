@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def by_loop() -> Iterator[None]:
-    """Every step runs as a loop of torch operations meanwhile."""
+    """Inside, every step runs as a loop of torch operations."""
     routed = _scan.program.routed
     _scan.program.routed = lambda *_: None
     try:
@@ -28,7 +28,7 @@ def by_loop() -> Iterator[None]:
 
 @contextmanager
 def by_engine() -> Iterator[None]:
-    """A step that does not run on the engine is an error meanwhile."""
+    """Inside, a step that does not run on the engine is an error."""
     routed = _scan.program.routed
 
     def checked(*call: Any) -> Any:

@@ -187,7 +187,7 @@ def test_own_tensors_and_names_instead_of_positions() -> None:
     np.testing.assert_array_equal(ours["hidden"].numpy(), expected)
 
 
-def test_gradients_that_nobody_wants_are_left_out() -> None:
+def test_gradients_that_are_not_requested_are_left_out() -> None:
     given = backward_arguments()
     run_backward(given)
     expected = given["d_weights"][5].copy()
@@ -466,7 +466,7 @@ def test_a_tensor_of_torch_without_memory_is_named() -> None:
     refused(given, TypeError, "^h0: the array cannot be read")
 
 
-def test_the_build_tells_what_it_is() -> None:
+def test_build_information_is_complete() -> None:
     assert _C.isa() in _C.isas()
     assert "portable" in _C.isas()
     assert _C.max_threads() >= 1

@@ -1,7 +1,7 @@
-"""Torch's own call in the place of the engine, as on a GPU; here tensors of the CPU stand for its.
+"""The route through torch's own call, the default on a GPU, tested with tensors on the CPU.
 
-``torch._VF`` runs on a CPU too, so that what is around it can be known without a GPU: equality with
-torch.nn, lengths and resets as episodes, derivatives, graphs. What is cuDNN's alone has doubles.
+``torch._VF`` runs on a CPU too, so everything around it is testable without a GPU: equality with
+torch.nn, lengths and resets as episodes, derivatives, graphs. cuDNN itself is replaced by doubles.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def test_a_cell_gives_torch_nns_bits(cell: str) -> None:
 
 @every_layer
 @pytest.mark.parametrize("kind", KINDS[:2])
-def test_autocast_is_torchs_affair(layer: str, kind: dict[str, Any], calls: list[Any]) -> None:
+def test_autocast_follows_torch(layer: str, kind: dict[str, Any], calls: list[Any]) -> None:
     theirs, ours = pair(layer, SIZE, H, **kind)
     x = torch.randn(T, B, SIZE)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -358,13 +358,15 @@ def test_a_graph_that_is_captured_composes_lengths(layer: str) -> None:
 
 @pytest.mark.parametrize("layer", ["RNN", "GRU"])
 @pytest.mark.parametrize("steps", ["padded", "lengths-reset"])
-def test_h_of_every_layer_comes_layer_by_layer(layer: str, steps: str, calls: list[Any]) -> None:
+def test_returning_the_states_of_h_calls_torch_once_a_layer(
+    layer: str, steps: str, calls: list[Any]
+) -> None:
     case = make(Options(layer, 3, True), steps)  # type: ignore[arg-type]
     assert_as_the_engine(case, return_states=True)
     assert [arguments[0].num_layers for arguments in calls] == [1, 1, 1]
 
 
-def test_c_of_every_step_is_composed() -> None:
+def test_returning_the_states_of_c_takes_the_composed_route() -> None:
     case = make(Options("LSTM", 2), "lengths-reset")
     with patch.object(_by_torch, "call", side_effect=AssertionError):
         assert_as_the_engine(case, return_states=True)
@@ -744,7 +746,7 @@ def test_layers_lay_their_weights_when_made_and_moved() -> None:
 
 @pytest.mark.parametrize("steps", ["padded", "packed"])
 @every_layer
-def test_cudnns_backward_is_given_what_its_forward_left(
+def test_cudnns_backward_receives_the_reserve_of_its_forward(
     layer: str, steps: str, cudnn: Cudnn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a graph: the reserve goes from operator to operator, and backward gets a copy to write."""
@@ -787,7 +789,9 @@ def test_torchs_graph_keeps_the_reserve_where_it_is_looked_for() -> None:
     assert hasattr(torch._C._functions.CudnnRnnBackward0, "_saved_result3")
 
 
-def test_cudnn_is_not_asked_for_more_steps_than_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_sequences_are_cut_to_the_steps_that_cudnn_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen = []
 
     def double(*_: Any) -> tuple[Tensor, Tensor]:

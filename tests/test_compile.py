@@ -214,7 +214,7 @@ class _Seen(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def test_whoever_listens_sees_the_operators(cell: str) -> None:
+def test_dispatch_modes_and_the_profiler_see_the_operators(cell: str) -> None:
     case = make(Options(cell))  # type: ignore[arg-type]
     run = runner(case)
     with _Seen() as seen:

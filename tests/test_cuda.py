@@ -457,8 +457,8 @@ def test_a_workspace_on_the_device_is_needed(gpu: torch.device) -> None:
         forward_on(gpu, lambda call: None, workspace=small)
 
 
-def test_lengths_that_nobody_checked_do_no_harm(gpu: torch.device, cell: str) -> None:
-    """On the device their values are not looked at; outside of 0…T they count as the nearest."""
+def test_lengths_out_of_range_are_clamped(gpu: torch.device, cell: str) -> None:
+    """Their values are not read on the host; outside 0…T the nearest bound counts."""
     layer = getattr(fastrnn, cell)(3, 4, device=gpu)
     x = torch.randn(5, 3, 3, device=gpu)
     wild = layer(x, lengths=torch.tensor([-7, 3, 99], device=gpu))[0]

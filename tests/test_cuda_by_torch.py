@@ -1,4 +1,4 @@
-"""The default route on a GPU: torch's own call. What `test_by_torch.py` knows by doubles, by cuDNN.
+"""The default route on a GPU, torch's own call, with the real cuDNN (test_by_torch.py has doubles).
 
 All of it needs a GPU and is skipped elsewhere with the reason.
 """

@@ -305,7 +305,7 @@ def test_nan_and_infinity_pass_through_as_in_the_reference(
 def test_gates_that_an_infinite_input_saturates_stay_finite(
     cell: Any, hidden_size: int, dtype: str
 ) -> None:
-    """Whatever stands in the padding of weights and states meets no infinity."""
+    """Padding of weights and states is never multiplied by an infinity."""
     problem = rounded(random_problem(Options(cell), hidden_size=hidden_size), dtype)
     problem.input[2, 1, 3] = np.inf
     with np.errstate(invalid="ignore"):

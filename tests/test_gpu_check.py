@@ -96,7 +96,7 @@ def test_without_a_gpu_it_says_so_and_runs_nothing(
     assert not out.exists()
 
 
-def test_a_command_that_hangs_ends_at_its_limit_with_all_it_started(
+def test_a_command_that_hangs_is_ended_at_its_limit_with_its_children(
     gpu_check: Any, tmp_path: Path
 ) -> None:
     log = tmp_path / "part.log"
@@ -115,7 +115,7 @@ def test_a_command_that_hangs_ends_at_its_limit_with_all_it_started(
     assert "ended after 2 s, its limit" in text
 
 
-def test_the_benchmark_takes_every_route_by_its_environment(
+def test_the_benchmark_takes_every_route_by_environment_variable(
     gpu_check: Any, options: Any, tmp_path: Path
 ) -> None:
     def suite(command: Any) -> str:

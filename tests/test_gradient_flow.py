@@ -93,7 +93,7 @@ def test_the_reverse_direction_is_the_forward_one_backwards() -> None:
         torch.testing.assert_close(got, forward[f"LSTM.{kind}"], rtol=1e-12, atol=1e-14)
 
 
-def test_a_stack_is_seen_as_one() -> None:
+def test_the_norm_of_a_stack_is_that_of_its_layers_together() -> None:
     """The norm over two layers is that of the two norms, each from a layer by itself."""
     stack = fastrnn.GRU(4, 4, num_layers=2, dtype=F64)
     parts = nn.Sequential(*(fastrnn.GRU(4, 4, dtype=F64) for _ in range(2)))

@@ -58,7 +58,7 @@ def test_the_whole_gradient_of_each_state_is_clamped() -> None:
     assert solution.d_hx[0].item() == pytest.approx(-1.0)  # that of the initial state is not
 
 
-def test_the_gradient_of_c_is_clamped_with_what_comes_through_h() -> None:
+def test_the_gradient_of_c_is_clamped_with_the_part_through_h() -> None:
     """All gates 1/2 and g = 0: c = c'/2, h = c/2; the gradient of c is 1/2 d_h + d_c."""
     options = Options("LSTM", bias=False, activation="identity", grad_clip=1.0)
     weights = [np.zeros((4, 1)), np.zeros((4, 1))]
@@ -221,7 +221,7 @@ def test_block_diagonal_and_back() -> None:
     assert np.count_nonzero(whole) == blocks.size
 
 
-def test_zoneout_that_keeps_all_stands_still_and_that_keeps_none_is_absent(cell: Any) -> None:
+def test_zoneout_of_every_unit_keeps_the_state_and_of_none_changes_nothing(cell: Any) -> None:
     case = Case(Options(cell), "padded", ("zoneout_h", "zoneout_c"))
     problem = full_problem(case)
     for keep in (True, False):
@@ -243,7 +243,7 @@ def test_zoneout_without_a_mask_is_the_expectation(cell: Any) -> None:
         assert_close(mixed, p * old + (1 - p) * new, "float64", "output")
 
 
-def test_recurrent_dropout_of_all_of_h_leaves_only_what_does_not_pass_the_weights() -> None:
+def test_recurrent_dropout_of_every_unit_equals_zero_recurrent_weights() -> None:
     problem = full_problem(Case(Options("RNN"), "padded", ("dropout",)))
     mask = np.zeros_like(problem.extras["dropout_mask"])
     got = replace(problem, extras={"dropout_mask": mask}).run()

@@ -514,7 +514,7 @@ def test_layouts_with_given_states(
 
 @pytest.mark.parametrize("layout", LAYOUTS[3:])
 @pytest.mark.parametrize("name", LAYERS)
-def test_packed_results_are_packed_alike(name: str, layout: str) -> None:
+def test_packed_input_gives_packed_output(name: str, layout: str) -> None:
     theirs, ours = pair(name, 3, 4)
     input = _input(layout, torch.float32)
     expected, actual = theirs(input)[0], ours(input)[0]

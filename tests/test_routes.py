@@ -135,7 +135,7 @@ def test_torch_has_no_c_of_every_step(cuda: Any, monkeypatch: pytest.MonkeyPatch
     assert route(cuda, Options("LSTM"), states=True) == "composed"
 
 
-def test_a_graph_holds_torchs_call_as_one_operator(
+def test_a_traced_graph_has_torchs_call_as_one_operator(
     cuda: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_by_torch, "cuda_route", lambda *_: CudaRoute(False, "a test"))

@@ -237,7 +237,7 @@ def test_a_pair_may_be_a_list(weights: Weights) -> None:
     torch.testing.assert_close((carry, ys), scan(step, init, xs), rtol=0, atol=0)
 
 
-def test_every_call_sees_the_weights_of_its_time(weights: Weights) -> None:
+def test_every_call_uses_the_current_weights(weights: Weights) -> None:
     init, xs, scale = leaf(B, H), leaf(T, B, SIZE), [1.0]
     elman = plain(weights)
 
@@ -482,7 +482,7 @@ def test_a_none_in_the_carry_stays_none() -> None:
         scan(lambda c, x: ((c[0], x), None), (torch.zeros(B), None), torch.zeros(T, B))
 
 
-def test_y_is_alike_at_every_step() -> None:
+def test_y_must_have_the_same_structure_at_every_step() -> None:
     def step(n: Tensor, x: Tensor) -> Any:
         return n + 1, {"y": x[: int(n) + 1]}
 

@@ -151,7 +151,7 @@ def test_reset_takes_indices_from_the_end_too() -> None:
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "int8"], ids=str)
-def test_a_state_put_back_goes_on_with_the_same_bits(cell: str, dtype: Any) -> None:
+def test_a_restored_state_continues_with_the_same_bits(cell: str, dtype: Any) -> None:
     layer = getattr(fastrnn, cell)(I, H, num_layers=2)
     kind = torch.float32 if dtype == "int8" else dtype
     x = uniform(T, B, I, dtype=kind)
@@ -195,7 +195,7 @@ def test_a_state_may_begin_where_a_layer_ended() -> None:
     assert torch.equal(steps(stream, x[4:]), expected)
 
 
-def test_a_learned_initial_state_is_where_a_reset_goes() -> None:
+def test_a_reset_restores_the_learned_initial_state() -> None:
     layer = fastrnn.LSTM(I, H, num_layers=2)
     layer.h_0 = torch.nn.Parameter(uniform(2, 1, H))
     layer.c_0 = torch.nn.Parameter(uniform(2, 1, H))
@@ -212,7 +212,7 @@ def test_a_learned_initial_state_is_where_a_reset_goes() -> None:
 # ---- arrays in and out --------------------------------------------------------------------------
 
 
-def test_what_comes_out_is_of_the_kind_that_went_in() -> None:
+def test_a_step_returns_the_kind_of_array_it_was_given() -> None:
     layer = fastrnn.GRU(I, H)
     x = uniform(B, I)
     expected = whole(layer, x[None])[0][0]
@@ -521,7 +521,7 @@ def test_int8_is_independent_of_the_rows_beside() -> None:
     assert torch.equal(together[:, 4:5], alone)
 
 
-def test_int8_reset_rows_start_anew() -> None:
+def test_int8_rows_restart_after_a_reset() -> None:
     layer = fastrnn.LSTM(I, H, num_layers=2)
     x = uniform(T, B, I)
     stream = fastrnn.Stream(layer, B, "int8")
@@ -601,7 +601,7 @@ def test_a_stream_of_weights_takes_the_options_of_the_functions() -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
-def test_a_copy_goes_on_by_itself(cell: str, dtype: Any) -> None:
+def test_a_copy_continues_independently(cell: str, dtype: Any) -> None:
     layer = getattr(fastrnn, cell)(I, H)
     x = uniform(T, B, I, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
     stream = fastrnn.Stream(layer, B, dtype)

@@ -155,7 +155,7 @@ def assert_near(got: Sequence[Tensor], expected: Sequence[Tensor], quantity: str
 
 @contextmanager
 def counted() -> Iterator[dict[str, int]]:
-    """How often the engine is entered meanwhile, and how often the composed route is taken."""
+    """Counts the calls of the engine inside, and those of the composed route."""
     names = ("forward", "backward", "forward_members", "backward_members", "infer")
     calls: dict[str, int] = {}
 
@@ -570,7 +570,7 @@ def test_per_sample_gradients_equal_a_loop(name: str) -> None:
     assert_near(list(got.values()), transposed(each), "d_weight")
 
 
-def test_members_begin_anew_with_their_own_learned_states(cell: str) -> None:
+def test_members_restart_from_their_own_learned_states(cell: str) -> None:
     options = {"bidirectional": True, "learn_initial_state": True}
     models = [drawn(getattr(fastrnn, cell)(2, 3, **options)) for _ in range(SIZE)]
     parameters, _ = stack_module_state(models)

@@ -1,6 +1,6 @@
 """Arrays of the virtual CUDA device of cuda/tests/virtual, whose memory is the host's.
 
-To be imported once the module that runs on it stands in for fastrnn._C.
+Import it after the module that runs on that device has replaced fastrnn._C.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ pointer_of.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 class OnDevice:
-    """A host array that says of itself that it is the device's."""
+    """A host array that is exported as the device's."""
 
     def __init__(self, host: Any) -> None:
         self.host = host

@@ -1,8 +1,8 @@
 """The child of `fastrnn certify` on a machine without a GPU, for test_certify.py.
 
-In the place of a CUDA device stands the virtual one of cuda/tests/virtual, whose kernels run on the
-CPU; in the place of torch's CUDA layers, those of its CPU. Times are invented: ours take half of
-torch's. Faults, given as JSON, put into the place of a kernel one that is wrong, hangs, dies:
+The virtual device of cuda/tests/virtual, whose kernels run on the CPU, replaces a CUDA device, and
+torch's CPU layers replace its CUDA layers. Times are invented: ours take half of torch's. Faults,
+given as JSON, replace a kernel by one that is wrong, hangs or dies:
 ``{"GRU training steps": FAULT, ...}``.
 
     python virtual_certify.py MODULE FAULTS DEVICE

@@ -1,8 +1,8 @@
-"""Runs `fastrnn._C` on arrays of a CUDA device that is virtual, against the reference.
+"""Runs `fastrnn._C` on arrays of a virtual CUDA device, against the reference.
 
-A program of its own, because the module that it is given stands in for `fastrnn._C`. In it the CUDA
-backend is the package's own, but CUDA's runtime is that of cuda/tests/virtual, which runs the
-kernels' PTX on the CPU. The device's memory is the host's.
+A separate program, because the module that it is given replaces `fastrnn._C`. That module has the
+package's own CUDA backend over the CUDA runtime of cuda/tests/virtual, which runs the kernels' PTX
+on the CPU. The device's memory is the host's.
 """
 
 from __future__ import annotations
