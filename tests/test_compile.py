@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-every_stack = pytest.mark.parametrize("options", STACKS.values(), ids=STACKS.keys())
 every_step = pytest.mark.parametrize("steps", LAYOUTS)
 
 
@@ -294,10 +293,12 @@ def forward_arguments(case: Arguments, states: bool, save: bool) -> tuple[Any, .
     return (*given, *scalars(case.options), states, save, False)
 
 
-@every_stack
-@pytest.mark.parametrize("steps", ["padded", "lengths-reset", "packed"])
-def test_opcheck_forward(options: Options, steps: str) -> None:
-    arguments = forward_arguments(make(options, steps), states=True, save=True)
+@pytest.mark.parametrize(
+    ("stack", "steps"), [*((stack, "packed") for stack in STACKS), ("lstm-projected", "padded")]
+)
+def test_opcheck_forward(stack: str, steps: str) -> None:
+    """Lengths and resets are in test_options.py, with every option and with none."""
+    arguments = forward_arguments(make(STACKS[stack], steps), states=True, save=True)
     opcheck(torch.ops.fastrnn.forward.default, arguments)
 
 
@@ -309,10 +310,17 @@ def test_opcheck_forward_without_gradient(cell: str, states: bool, dtype: torch.
     opcheck(torch.ops.fastrnn.forward.default, arguments)
 
 
-@every_stack
-@pytest.mark.parametrize("steps", ["padded", "lengths-reset", "packed"])
-@pytest.mark.parametrize("which", ["all", "some"])
-def test_opcheck_backward(options: Options, steps: str, which: str) -> None:
+@pytest.mark.parametrize(
+    ("stack", "steps", "which"),
+    [
+        *((stack, "packed", "some") for stack in STACKS),
+        ("lstm-projected", "padded", "some"),
+        ("lstm-projected", "packed", "all"),
+    ],
+)
+def test_opcheck_backward(stack: str, steps: str, which: str) -> None:
+    """All gradients, with lengths and resets, are in test_options.py."""
+    options = STACKS[stack]
     case = make(options, steps, requires_grad=False)
     arguments = forward_arguments(case, states=True, save=True)
     output, h_n, c_n, hidden, cell, gates = _ops.forward_op(*arguments)
