@@ -87,7 +87,8 @@ def test_compiled_equals_eager(stack: str, steps: str) -> None:
 def test_the_composed_route_compiles(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it does for tensors on devices without kernels."""
     monkeypatch.setattr(_recurrent, "_route", lambda *_: _recurrent._composed_route)
-    case = make(Options(cell, num_layers=2, bidirectional=True), "lengths-reset")  # type: ignore[arg-type]
+    options = Options(cell, bidirectional=True)  # type: ignore[arg-type]
+    case = make(options, "lengths-reset", sizes=(3, 3, 2, 3))  # every step is compiled
     run = runner(case, return_states=True)
     expected = flat(run(*tensors_of(case)))
     got = flat(torch.compile(run, fullgraph=True, backend="aot_eager")(*tensors_of(case)))

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 import fastrnn
 from fastrnn._any_cell import Recurrent
 from pairs import LAYERS, STACKS, backward, outcome, tensors
+from steps import loop as loop_of_steps
 
 T, B, SIZE, H = 6, 4, 3, 5
 F64 = torch.float64
@@ -294,11 +295,8 @@ def call(cell: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:
 
 def loop(cell: Any, input: Tensor, state: Any = None) -> tuple[Tensor, Any]:
     """The specification: output (T, B, H), and the final state without an axis of layers."""
-    outputs = []
-    for x in input:
-        output, state = call(cell, x, state)
-        outputs.append(output)
-    return torch.stack(outputs), state
+    state, output = loop_of_steps(lambda state, x: call(cell, x, state)[::-1], state, input)
+    return output, state
 
 
 def with_layer_axis(state: Any) -> Any:
