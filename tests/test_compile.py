@@ -260,10 +260,10 @@ def test_inductor() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # for that see operators.py
-@pytest.mark.parametrize("operator", ["forward", "backward"])
+@pytest.mark.parametrize(("operator", "cell"), [("forward", "GRU"), ("backward", "LSTM")])
 def test_compiled_autograd_takes_the_gradient_of_an_operator(operator: str, cell: str) -> None:
     """Compiled autograd traces what eager operators have recorded, ours among them."""
-    case = make(Options(cell, num_layers=2))  # type: ignore[arg-type]
+    case = make(Options(cell), sizes=(2, 3, 2, 3))  # type: ignore[arg-type]
     arguments = forward_arguments(case, states=True, save=True)
 
     def loss() -> Tensor:

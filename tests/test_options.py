@@ -26,6 +26,11 @@ every_case = pytest.mark.parametrize("case", [*ALONE, *PAIRS], ids=str)
 alone = pytest.mark.parametrize("case", ALONE, ids=str)
 
 
+PLAIN_RNN, PLAIN_GRU = (
+    Case(Options(cell, num_layers=2, bidirectional=True)) for cell in ("RNN", "GRU")
+)
+
+
 def given(case: Case, **changes: Any) -> Arguments:
     return make(case.options, case.layout, sizes=(4, 3, 2, 6), extras=case.extras, **changes)
 
@@ -418,8 +423,17 @@ def operator_arguments(case: Arguments, save: bool) -> tuple[Any, ...]:
     return (case.input, h0, c0, case.weights, *rest)
 
 
-@alone
+@pytest.mark.parametrize(
+    "case",
+    [
+        c
+        for c in ALONE
+        if c.options.cell == "LSTM" or not c.options.reset_after or c in (PLAIN_RNN, PLAIN_GRU)
+    ],
+    ids=str,
+)
 def test_opcheck(case: Case) -> None:
+    """The LSTM has all options but the GRU's own; test_compile.py has the stacks without any."""
     torchs = given(case)
     arguments = operator_arguments(torchs, save=True)
     opcheck(torch.ops.fastrnn.forward.default, arguments)
