@@ -24,10 +24,12 @@ from tolerances import assert_close
 
 every_case = pytest.mark.parametrize("case", [*ALONE, *PAIRS], ids=str)
 alone = pytest.mark.parametrize("case", ALONE, ids=str)
-
-
-PLAIN_RNN, PLAIN_GRU = (
-    Case(Options(cell, num_layers=2, bidirectional=True)) for cell in ("RNN", "GRU")
+# For what takes long: the LSTM has every option but the GRU's own; the other cells without any.
+PLAIN = [Case(Options(cell, num_layers=2, bidirectional=True)) for cell in ("RNN", "GRU")]
+each_option_once = pytest.mark.parametrize(
+    "case",
+    [c for c in ALONE if c.options.cell == "LSTM" or not c.options.reset_after or c in PLAIN],
+    ids=str,
 )
 
 
@@ -401,7 +403,7 @@ def test_functions_name_the_array_they_refuse() -> None:
 # ---- Compiled ------------------------------------------------------------------------------------
 
 
-@alone
+@each_option_once
 def test_compiled_equals_eager(case: Case) -> None:
     torch._dynamo.reset()
     torchs = given(case)
@@ -423,17 +425,9 @@ def operator_arguments(case: Arguments, save: bool) -> tuple[Any, ...]:
     return (case.input, h0, c0, case.weights, *rest)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        c
-        for c in ALONE
-        if c.options.cell == "LSTM" or not c.options.reset_after or c in (PLAIN_RNN, PLAIN_GRU)
-    ],
-    ids=str,
-)
+@each_option_once
 def test_opcheck(case: Case) -> None:
-    """The LSTM has all options but the GRU's own; test_compile.py has the stacks without any."""
+    """test_compile.py has stacks without options."""
     torchs = given(case)
     arguments = operator_arguments(torchs, save=True)
     opcheck(torch.ops.fastrnn.forward.default, arguments)
