@@ -37,7 +37,7 @@ void launch(Plan plan, const Arrays& arrays, const Run& how, Body body) {
 }
 
 template <class F, class B>
-bool run(KernelCall<typename F::Cell, typename F::Operand>& p, const Run& how) {
+bool run(Trial<typename F::Cell, typename F::Operand>& p, const Run& how) {
   const Plan forth = plan_of<F>(Pass::forward, p.T, p.B, p.H, p.groups);
   const Plan back = plan_of<B>(Pass::backward, p.T, p.B, p.H, p.groups);
   check::that(("a plan: " + forth.why + "; " + back.why).c_str(), forth.kernel && back.kernel);
@@ -66,7 +66,7 @@ template <class F, class B>
 void check_config(const char* name, const std::vector<Sizes3>& sizes) {
   unsigned seed = 1;
   for (const Sizes3& size : sizes) {
-    KernelCall<typename F::Cell, typename F::Operand> p;
+    Trial<typename F::Cell, typename F::Operand> p;
     p.T = size.T, p.B = size.B, p.H = size.H;
     p.groups = seed % 3 == 0 ? 2 : 1;
     p.reverse_from = seed % 2 == 0 ? p.groups - 1 : 1 << 30;

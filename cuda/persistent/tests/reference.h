@@ -41,7 +41,7 @@ inline Number copy_sign(Number x, Number s) { return Number(std::copysign(x.v, s
 
 // One problem: sizes, which rows are active, and every array that a pass reads or writes.
 template <class Cell, class Operand>
-struct KernelCall {
+struct Trial {
   using S = Storage<Operand>;
   int T = 1, B = 1, H = 1, groups = 1, reverse_from = 1 << 30;
   CellOptions options;
@@ -66,7 +66,7 @@ struct KernelCall {
 };
 
 template <class Cell, class Operand>
-void fill(KernelCall<Cell, Operand>& p, unsigned seed) {
+void fill(Trial<Cell, Operand>& p, unsigned seed) {
   std::mt19937 random(seed);
   std::uniform_real_distribution<float> uniform(-1.0f, 1.0f);
   const auto floats = [&](std::int64_t n, float scale) {
@@ -100,7 +100,7 @@ void fill(KernelCall<Cell, Operand>& p, unsigned seed) {
 // The arrays as the kernels take them. Sequences are [groups][N][H], N being packed where rows are
 // given, else T·B; `at` says where a vector stands (on the device: its copy).
 template <class Cell, class Operand, class At>
-Forward<Storage<Operand>> forward_arrays(const KernelCall<Cell, Operand>& p, const StepTable& steps,
+Forward<Storage<Operand>> forward_arrays(const Trial<Cell, Operand>& p, const StepTable& steps,
                                          bool training, At at) {
   using S = Storage<Operand>;
   const std::int64_t N = p.pairs(), H = p.H, B = p.B;
@@ -125,8 +125,8 @@ Forward<Storage<Operand>> forward_arrays(const KernelCall<Cell, Operand>& p, con
 }
 
 template <class Cell, class Operand, class At>
-Backward<Storage<Operand>> backward_arrays(const KernelCall<Cell, Operand>& p,
-                                           const StepTable& steps, At at) {
+Backward<Storage<Operand>> backward_arrays(const Trial<Cell, Operand>& p, const StepTable& steps,
+                                           At at) {
   using S = Storage<Operand>;
   const std::int64_t N = p.pairs(), H = p.H, B = p.B;
   const std::int64_t step = p.active.empty() ? B * H : H;
@@ -157,7 +157,7 @@ struct Expected {
 template <class Cell, class Operand>
 class Reference {
  public:
-  explicit Reference(const KernelCall<Cell, Operand>& p) : p_(p), N_(p.pairs()) {
+  explicit Reference(const Trial<Cell, Operand>& p) : p_(p), N_(p.pairs()) {
     steps_.T = p.T, steps_.B = p.B;
     if (!p.active.empty()) steps_.active = p.active.data(), steps_.offset = p.offset.data();
     if (!p.fresh.empty()) steps_.fresh = p.fresh.data();
@@ -295,7 +295,7 @@ class Reference {
               hidden[static_cast<std::size_t>(m * H + u)] * weight(g, m, u, k);
   }
 
-  const KernelCall<Cell, Operand>& p_;
+  const Trial<Cell, Operand>& p_;
   std::int64_t N_;
   StepTable steps_;
   Expected out_;
@@ -304,7 +304,7 @@ class Reference {
 
 // Random lengths (sorted, zeros allowed) and resets.
 template <class Cell, class Operand>
-void choose_rows(KernelCall<Cell, Operand>& p, bool lengths, bool resets, unsigned seed) {
+void choose_rows(Trial<Cell, Operand>& p, bool lengths, bool resets, unsigned seed) {
   std::mt19937 random(seed);
   if (lengths) {
     std::vector<int> length(static_cast<std::size_t>(p.B));
@@ -339,7 +339,7 @@ double difference(const std::vector<T>& got, const std::vector<double>& expected
 }
 
 template <class Cell, class Operand>
-StepTable table_of(const KernelCall<Cell, Operand>& p) {
+StepTable table_of(const Trial<Cell, Operand>& p) {
   StepTable steps;
   steps.T = p.T, steps.B = p.B;
   if (!p.active.empty())
@@ -348,7 +348,7 @@ StepTable table_of(const KernelCall<Cell, Operand>& p) {
   return steps;
 }
 
-// The kernels work on the call's own arrays.
+// Arrays of the kernels' that stand where the trial's do.
 inline constexpr auto in_place = [](const auto& v) { return v.data(); };
 
 // What a pass may miss by, over the largest value.
@@ -373,7 +373,7 @@ struct Precision<Float32> {
 
 // Fails where results are further from the expected ones than that; returns how many it compared.
 template <class Cell, class Operand>
-long compare(const KernelCall<Cell, Operand>& p, const Expected& e, bool backward = true) {
+long compare(const Trial<Cell, Operand>& p, const Expected& e, bool backward = true) {
   long checks = 0;
   const auto load = [](Storage<Operand> s) { return Operand::load(s); };
   const auto close = [&](const char* what, const auto& got, const auto& expected, double most) {

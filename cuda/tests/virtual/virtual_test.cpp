@@ -116,7 +116,7 @@ resident::Plan plan_of(const resident::Sizes& sizes, const resident::Kernel& tes
 template <class Cell, class Operand>
 void check_kernel(const resident::Kernel& tested, int T, int B, int H, unsigned seed) {
   using namespace resident;
-  KernelCall<Cell, Operand> p;
+  Trial<Cell, Operand> p;
   p.T = T, p.B = B, p.H = H;
   p.groups = H < 100 ? 2 : 1, p.reverse_from = 1;
   resident::choose_rows(p, seed % 2 == 0, seed % 3 != 1, seed);
