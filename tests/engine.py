@@ -79,7 +79,7 @@ def same(x: Any) -> Any:
 
 
 def on_device(device: Any) -> tuple[Callable[[Any], Any], dict[str, Any]]:
-    """Moves arrays to a CUDA device; and the extra arguments of a call there."""
+    """What brings arrays to a CUDA device, and what a call there is given besides."""
     import torch
 
     def workspace(size: int) -> Any:

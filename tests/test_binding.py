@@ -187,7 +187,7 @@ def test_own_tensors_and_names_instead_of_positions() -> None:
     np.testing.assert_array_equal(ours["hidden"].numpy(), expected)
 
 
-def test_gradients_that_are_not_requested_are_left_out() -> None:
+def test_gradients_that_nobody_wants_are_left_out() -> None:
     given = backward_arguments()
     run_backward(given)
     expected = given["d_weights"][5].copy()

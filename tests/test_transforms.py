@@ -155,7 +155,7 @@ def assert_near(got: Sequence[Tensor], expected: Sequence[Tensor], quantity: str
 
 @contextmanager
 def counted() -> Iterator[dict[str, int]]:
-    """Counts the calls of the engine inside, and those of the composed route."""
+    """How often the engine is entered meanwhile, and how often the composed route is taken."""
     names = ("forward", "backward", "forward_members", "backward_members", "infer")
     calls: dict[str, int] = {}
 
