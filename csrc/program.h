@@ -107,6 +107,8 @@ enum class Point : std::uint8_t {
   tanh,
   relu,
   softplus1,
+  bfloat16,
+  float16,
   add,
   sub,
   mul,
@@ -123,18 +125,20 @@ enum class Point : std::uint8_t {
   fma,
 };
 // Comparisons give 1 or 0. where(c, a, b): a where c is not 0. fma(a, b, c) = a·b + c.
-// softplus1(x) = log(1 + e^x). NaN comes through maximum, minimum and relu; its sign is 0.
+// softplus1(x) = log(1 + e^x). bfloat16 and float16 round to what the type can hold. NaN comes
+// through maximum, minimum and relu; its sign is 0.
 struct PointName {
   const char* name;
   int operands;
 };
 inline constexpr PointName kPointNames[] = {
-    {"copy", 1},  {"neg", 1}, {"abs", 1},     {"sign", 1}, {"reciprocal", 1}, {"sqrt", 1},
-    {"rsqrt", 1}, {"exp", 1}, {"expm1", 1},   {"log", 1},  {"log1p", 1},      {"sin", 1},
-    {"cos", 1},   {"erf", 1}, {"sigmoid", 1}, {"tanh", 1}, {"relu", 1},       {"softplus1", 1},
-    {"add", 2},   {"sub", 2}, {"mul", 2},     {"div", 2},  {"maximum", 2},    {"minimum", 2},
-    {"lt", 2},    {"le", 2},  {"gt", 2},      {"ge", 2},   {"eq", 2},         {"ne", 2},
-    {"where", 3}, {"fma", 3}};
+    {"copy", 1},    {"neg", 1},   {"abs", 1},       {"sign", 1},     {"reciprocal", 1},
+    {"sqrt", 1},    {"rsqrt", 1}, {"exp", 1},       {"expm1", 1},    {"log", 1},
+    {"log1p", 1},   {"sin", 1},   {"cos", 1},       {"erf", 1},      {"sigmoid", 1},
+    {"tanh", 1},    {"relu", 1},  {"softplus1", 1}, {"bfloat16", 1}, {"float16", 1},
+    {"add", 2},     {"sub", 2},   {"mul", 2},       {"div", 2},      {"maximum", 2},
+    {"minimum", 2}, {"lt", 2},    {"le", 2},        {"gt", 2},       {"ge", 2},
+    {"eq", 2},      {"ne", 2},    {"where", 3},     {"fma", 3}};
 inline constexpr int kPoints = sizeof(kPointNames) / sizeof(kPointNames[0]);
 
 struct PointOperand {

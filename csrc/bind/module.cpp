@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "call.h"
+#include "convert.h"
 #include "frozen.h"
 #include "infer.h"
 #include "info.h"
@@ -33,6 +34,7 @@ PYBIND11_MODULE(_C_of_main, module) {
   fastrnn::bind::register_stream(module);
   fastrnn::bind::register_stand_in(module);
   fastrnn::bind::register_program(module);
+  fastrnn::bind::register_convert(module);
   fastrnn::bind::register_info(module);
 }
 

@@ -62,6 +62,12 @@ class Tensor:
 def empty(shape: Sequence[int], dtype: str) -> Tensor:
     """Contiguous host memory, 64-byte aligned, contents undefined."""
 
+def convert(source: _Array, target: _Array) -> None:
+    """Write the elements of one array to another of the same shape, of any floating types.
+
+    Rounds to nearest, ties to even. Raises TypeError for other types, ValueError for other shapes.
+    """
+
 def from_dlpack(x: _Array) -> Tensor:
     """The memory of any array as a Tensor, without a copy.
 

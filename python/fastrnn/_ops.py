@@ -35,15 +35,25 @@ Their autograd, and what they do under the transforms of ``torch.func``, is in _
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import fields
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _C, _by_torch, _by_torch_operators, _checks, _composed, _flops
-from ._engine import Scalars, engine_options, saved_size
+from . import (
+    _C,
+    _by_program,
+    _by_torch,
+    _by_torch_operators,
+    _checks,
+    _composed,
+    _flops,
+    _program_torch,
+)
+from ._engine import Extras, Scalars, engine_options, saved_size
 from ._options import Options
 
 if TYPE_CHECKING:
@@ -94,7 +104,10 @@ class _Sizes(NamedTuple):
     hidden: tuple[int, ...] | None
     cell: tuple[int, ...] | None
     gates: tuple[int, ...] | None
-    padding: bool  # whether the engine leaves a part of `gates` unwritten, besides rows
+    padding: bool  # whether the engine leaves a part of `gates` unwritten
+
+
+_options = lru_cache(maxsize=256)(Options)
 
 
 def _sizes(
@@ -102,6 +115,7 @@ def _sizes(
     input: Tensor,
     rows: int,
     weights: Sequence[Tensor],
+    steps: Sequence[Any],
     options: Sequence[Any],
     states: bool,
     save: bool,
@@ -113,8 +127,19 @@ def _sizes(
     every, two = states or save, engine.states == 2
     entries = input.shape[:-1]  # (T, B), or packed (N,)
     groups = layers * directions
+    batch_sizes, lengths, reset, *given = steps
+    by_program = not input.is_cuda and _by_program.takes(_options(*options), Extras(*given))
     gates = None
-    if save and not options[-1]:
+    if save and not options[-1] and by_program:
+        count = entries[0] * rows if batch_sizes is None else batch_sizes.shape[0] * rows
+        ragged = batch_sizes is not None or lengths is not None
+        dtype = str(input.dtype).removeprefix("torch.")
+        width = _by_program.kept_width(
+            _options(*options), input.shape[-1], hidden, dtype, Extras(*given), ragged,
+            reset is not None,
+        )  # fmt: skip
+        gates = (groups, count, width)
+    elif save and not options[-1]:
         count = entries[0] if len(entries) == 1 else entries[0] * entries[1]
         gates = (groups, count, saved_size(engine, hidden))
     return _Sizes(
@@ -124,7 +149,7 @@ def _sizes(
         hidden=(layers, *entries, directions * out) if every else None,
         cell=(layers, *entries, directions * hidden) if two and every else None,
         gates=gates,
-        padding=hidden % 16 != 0 or options[9],  # of layer norm a plane holds a few values
+        padding=not by_program and (hidden % 16 != 0 or lengths is not None),
     )
 
 
@@ -170,7 +195,8 @@ def _run_forward(
     extras, options, (states, save) = rest[:5], rest[5:-2], rest[-2:]
     engine = engine_options(*options)
     rows = input.shape[1] if batch_sizes is None else _checks.packed_rows(batch_sizes, input)
-    sizes = _sizes(engine, input, rows, weights, options, states, save)
+    steps = (batch_sizes, lengths, reset, *extras)
+    sizes = _sizes(engine, input, rows, weights, steps, options, states, save)
     compute = _compute_dtype(input.dtype)
     output = input.new_empty(sizes.output)
     h_n = input.new_empty(sizes.h_n)
@@ -184,10 +210,13 @@ def _run_forward(
     if sizes.gates is not None:
         # The engine leaves the padding of vectors and the rows that do not run as they are, but
         # an operator must give the same outputs every time.
-        incomplete = sizes.padding or lengths is not None
-        allocate = input.new_zeros if incomplete else input.new_empty
+        allocate = input.new_zeros if sizes.padding else input.new_empty
         gates = allocate(sizes.gates, dtype=compute)
     given = (input, h0, c0, weights, batch_sizes, lengths, reset, *extras)
+    if not input.is_cuda and _by_program.takes(_options(*options), extras):
+        outputs = _by_program.Outputs(output, h_n, c_n, hidden, cell, gates)
+        _program_torch.forward(_options(*options), given, outputs)
+        return output, h_n, c_n, hidden, cell, gates
     device = _device(given, options, save)
     _C.forward(
         engine,
@@ -258,7 +287,8 @@ def _forward_fake(
         rows = h0.shape[1]
     else:  # a value of batch_sizes, not known here
         rows = torch.library.get_ctx().new_dynamic_size()
-    sizes = _sizes(engine_options(*options), input, rows, weights, options, states, save)
+    steps = (batch_sizes, lengths, reset, *rest[:5])
+    sizes = _sizes(engine_options(*options), input, rows, weights, steps, options, states, save)
     if by_torch:
         hidden = sizes.hidden if states or not save else (1, *sizes.output)
         sizes = sizes._replace(hidden=hidden, cell=None, gates=None)
@@ -322,6 +352,21 @@ def _run_backward(
     engine = engine_options(*options)
     extras = (reset_h, reset_c, dropout_mask, zoneout_h_mask, zoneout_c_mask)
     given = (input, h0, c0, weights, batch_sizes, lengths, reset, *extras)
+    if not input.is_cuda and _by_program.takes(_options(*options), extras):
+        _program_torch.backward(
+            _options(*options),
+            given,
+            _by_program.Outputs(
+                None,
+                None,
+                hidden=hidden,
+                cell=cell if engine.states == 2 else None,
+                gates=None if gates is None or gates.dim() == 1 else gates,
+            ),
+            _by_program.Cotangents(d_output, d_hidden, d_cell, d_h_n, d_c_n),
+            _by_program.Gradients(d_input, d_h0, d_c0, d_reset_h, d_reset_c, d_weights),
+        )
+        return gradients
     device = _device(given, options, True)
     _C.backward(
         engine,
@@ -402,10 +447,11 @@ def _forward_members_cpu(
     members, one = input.shape[0], input.select(0, 0)
     rows = one.shape[1] if batch_sizes is None else _checks.packed_rows(batch_sizes, one)
     first = [w.select(0, 0) for w in weights]
-    sizes = _sizes(engine, one, rows, first, options, states, save)
+    steps = (batch_sizes, lengths, reset, *extras)
+    sizes = _sizes(engine, one, rows, first, steps, options, states, save)
     outputs = _new_outputs(input, sizes, (members,))
     output, h_n, c_n, hidden, cell, gates = outputs
-    if gates is not None and (sizes.padding or lengths is not None):
+    if gates is not None and sizes.padding:
         gates.zero_()  # for the reason in _run_forward
     _C.forward_members(
         engine,
@@ -709,8 +755,22 @@ def _backward_of_each(*arguments: Any) -> list[Tensor]:
     return list(_of_each(_backward_kernel, *arguments))
 
 
-def _unless_by_torch(engine: Callable[..., Any], each: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *arguments: each(*arguments) if arguments[-1] else engine(*arguments[:-1])
+def _where_the_engine_runs_them(
+    engine: Callable[..., Any], each: Callable[..., Any], first: int
+) -> Callable[..., Any]:
+    """An ensemble by one call of the engine, or, by torch and of programs, member by member.
+
+    ``first``: the place of the first option.
+    """
+
+    def run(*arguments: Any) -> Any:
+        options = _options(*arguments[first : first + len(fields(Options))])
+        extras = Extras(*arguments[7:12])
+        if arguments[-1] or _by_program.takes(options, extras):
+            return each(*arguments)
+        return engine(*arguments[:-1])
+
+    return run
 
 
 # ---- Registration --------------------------------------------------------------------------------
@@ -721,13 +781,13 @@ _kernels: tuple[tuple[str, Any, Any, Any], ...] = (  # on the CPU, elsewhere, of
     ("backward", _backward_kernel, _backward_kernel, _backward_fake),
     (
         "forward_members",
-        _unless_by_torch(_forward_members_cpu, _forward_of_each),
+        _where_the_engine_runs_them(_forward_members_cpu, _forward_of_each, 12),
         _forward_of_each,
         _forward_members_fake,
     ),
     (
         "backward_members",
-        _unless_by_torch(_backward_members_cpu, _backward_of_each),
+        _where_the_engine_runs_them(_backward_members_cpu, _backward_of_each, 20),
         _backward_of_each,
         _backward_fake,
     ),

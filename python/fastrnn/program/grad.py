@@ -20,9 +20,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .ir import COMPARISONS, Arg, Graph, Node, Product, Reduce
+
+if TYPE_CHECKING:
+    from collections.abc import Container
 
 
 class Outer(NamedTuple):
@@ -72,13 +75,14 @@ class Backward:
     active_ys: set[int] = field(default_factory=set)
 
 
-def backward(forward: Graph, needs: Needs) -> Backward:
-    return _Gradients(forward, needs).run()
+def backward(forward: Graph, needs: Needs, ys: Container[int] | None = None) -> Backward:
+    """``ys``: the outputs that have a gradient; None: all."""
+    return _Gradients(forward, needs, forward.ys if ys is None else ys).run()
 
 
 class _Gradients:
-    def __init__(self, forward: Graph, needs: Needs) -> None:
-        self.forward, self.needs = forward, needs
+    def __init__(self, forward: Graph, needs: Needs, ys: Container[int]) -> None:
+        self.forward, self.needs, self.ys = forward, needs, ys
         self.graph = Graph()
         self.result = Backward(self.graph)
         self.parts: dict[
@@ -202,6 +206,8 @@ class _Gradients:
                 result.widths.append(width)
                 self.give(arg, width, carry)
         for i, arg in forward.ys.items():
+            if i not in self.ys:
+                continue
             width = forward.widths[i]
             self.give(arg, width, Arg(graph.add("x", (), width, i)))
         result.active_nexts = {k for k, a in forward.nexts.items() if a.value in self.active}
@@ -280,8 +286,10 @@ class _Gradients:
         a = args[0]
         b = args[1] if len(args) > 1 else a
         match node.op:
-            case "copy":
+            case "copy" | "bfloat16" | "float16":
                 give(0, g)
+            case "clip":
+                give(0, op("minimum", op("maximum", g, op("neg", b)), b))
             case "neg":
                 give(0, op("neg", g))
             case "abs":

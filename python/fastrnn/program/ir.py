@@ -20,8 +20,10 @@ Operations::
     collect     out[i] = sum of the elements of x that list i of a `Table` names
     cat         parts one after the other
     stop        a copy that no gradient passes
+    clip        a copy of x whose gradient is held between ± its second operand
 
-Comparisons give 1 or 0. grad.py differentiates a program, plan.py prepares it for the engine. Which
+Comparisons give 1 or 0. bfloat16 and float16 round to what that type can hold, and pass the
+gradient on as it is. grad.py differentiates a program, plan.py prepares it for the engine. Which
 files of this folder import torch, README.md says.
 """
 
@@ -35,12 +37,13 @@ from typing import NamedTuple
 POINTWISE = {
     **dict.fromkeys(
         "copy neg abs sign reciprocal sqrt rsqrt exp expm1 log log1p sin cos erf sigmoid tanh relu "
-        "softplus1".split(),
+        "softplus1 bfloat16 float16".split(),
         1,
     ),
     **dict.fromkeys("add sub mul div maximum minimum lt le gt ge eq ne".split(), 2),
     **dict.fromkeys(["where", "fma"], 3),
 }
+COPIES = frozenset(["stop", "clip"])  # of their first operand
 COMPARISONS = frozenset("lt le gt ge eq ne".split())
 INPUTS = frozenset("x carry fixed shared const".split())
 # What costs about as much as a dozen additions.

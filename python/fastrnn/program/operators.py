@@ -70,11 +70,11 @@ class _Operands:
 
     def kept(self, reverse: bool) -> list[tuple[str, int]]:
         """What forward keeps, in the order of the operator's results."""
-        plan = self.program.ready(self.needs, reverse).passes.forward
+        plan = self.program.forward(self.needs, reverse).plan
         return [what for what in plan.sequences if what[0] in ("saved", "state")]
 
     def width(self, what: tuple[str, int], reverse: bool) -> int:
-        both = self.program.ready(self.needs, reverse).passes
+        both = self.program.passes(self.needs, reverse)
         return both.saved[what[1]] if what[0] == "saved" else self.program.widths[what[1]]
 
 
@@ -83,7 +83,7 @@ def _forward(
     reverse: bool, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     call = _Operands(text, states, xs, fixed, shared, needs)
-    out = call.program.forward(call.inputs, call.steps, call.rows, reverse, call.needs)
+    out = call.program.run_forward(call.inputs, call.steps, call.rows, reverse, call.needs)
     kept = [out.kept[what] for what in call.kept(reverse)] if call.needs else []
     return [*out.finals, *out.ys, *kept]
 
@@ -111,7 +111,7 @@ def _backward(
     call = _Operands(text, states, xs, fixed, shared, needs)
     assert call.needs is not None
     names = call.kept(reverse)
-    found = call.program.backward(
+    found = call.program.run_backward(
         call.inputs, ys, dict(zip(names, kept, strict=True)), d_finals, d_ys, call.steps,
         call.rows, reverse, call.needs,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .grad import Backward, Needs, Outer, backward
-from .ir import COSTLY, INPUTS, POINTWISE, Arg, Graph, Node
+from .ir import COPIES, COSTLY, INPUTS, POINTWISE, Arg, Graph, Node
 from .plan import Code, Home, Output, lower
 
 # Cheap operations that are rather done again than kept, and what a costly one counts for.
@@ -43,6 +43,7 @@ class Passes:
     # Final states and outputs that have a gradient.
     active_nexts: set[int] = field(default_factory=set)
     active_ys: set[int] = field(default_factory=set)
+    found: _Backward | None = None
 
 
 class _Inputs:
@@ -80,7 +81,23 @@ def passes(graph: Graph, widths: dict[int, int], needs: Needs | None, reverse: b
         made.active_nexts = found.made.active_nexts
         made.active_ys = found.made.active_ys
         made.backward = _lower_backward(graph, found, reverse)
+        made.found = found
     return made
+
+
+def part_of_backward(
+    graph: Graph, whole: Passes, needs: Needs, ys: frozenset[int], reverse: bool
+) -> Pass:
+    """The backward pass for fewer gradients than those that forward kept values for.
+
+    Arguments:
+        whole: what `passes` made of the program.
+        needs: the wanted gradients.
+        ys: the outputs that have a gradient; of the others it is zero.
+    """
+    assert whole.found is not None
+    found = _Backward(graph, backward(graph, needs, ys), whole.found)
+    return _lower_backward(graph, found, reverse)
 
 
 def _forward(graph: Graph, widths: dict[int, int], backward: _Backward | None) -> Pass:
@@ -126,7 +143,7 @@ def _bind(node: Node, i: int, inputs: _Inputs) -> None:
 class _Backward:
     """What backward's program reads of forward's values: kept, or computed again."""
 
-    def __init__(self, forward: Graph, made: Backward) -> None:
+    def __init__(self, forward: Graph, made: Backward, whole: _Backward | None = None) -> None:
         self.forward, self.made = forward, made
         self.graph = made.graph
         self.roots = [a.value for a in (*self.graph.nexts.values(), *self.graph.ys.values())]
@@ -138,7 +155,10 @@ class _Backward:
         self.again: dict[int, int] = {}  # forward's value: backward's node that makes it
         self.kept: list[tuple[int, int, int]] = []  # value, and the part of it
         self.states: dict[int, tuple[str, int]] = {}
-        self._decide()
+        if whole is None:
+            self._decide()
+        else:
+            self._decide_as(whole)
 
     def sources(self) -> list[int]:
         return [v for v, _, _ in self.kept]
@@ -173,7 +193,7 @@ class _Backward:
         if node.op == "cat":
             assert isinstance(node.info, tuple)
             return node.info[position]  # type: ignore[no-any-return]
-        if node.op in POINTWISE or node.op == "stop":
+        if node.op in POINTWISE or node.op in COPIES:
             return node.width
         return self.graph.nodes[node.args[0].value].width - node.args[0].offset
 
@@ -194,6 +214,16 @@ class _Backward:
                 self.kept.append((value, low, high))
                 if (low, high) == (0, node.width):
                     there.add(value)
+
+    def _decide_as(self, whole: _Backward) -> None:
+        """What a backward pass for more gradients has kept is there, the rest is made again."""
+        self.kept, self.states = whole.kept, whole.states
+        kept = {value for value, _, _ in self.kept}
+        nodes = self.forward.nodes
+        self.there |= {v for v, low, high in self.kept if (low, high) == (0, nodes[v].width)}
+        for value in sorted(self.read):
+            if nodes[value].op not in INPUTS and value not in kept:
+                self._make_again(value)
 
     def _keep_state(self, k: int) -> None:
         forward = self.forward
@@ -221,7 +251,7 @@ class _Backward:
             node = nodes[i]
             if node.op in ("x", "fixed", "shared", "const"):
                 continue
-            if node.op not in POINTWISE and node.op not in ("stop", "cat"):
+            if node.op not in POINTWISE and node.op not in COPIES and node.op != "cat":
                 return float("inf")
             cost += _COSTLY_AGAIN if node.op in COSTLY else 1
             if cost > _MOST_AGAIN:

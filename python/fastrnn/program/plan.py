@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .grad import Columns, Outer
-from .ir import POINTWISE, Arg, Graph, Node, Product, Reduce
+from .ir import COPIES, POINTWISE, Arg, Graph, Node, Product, Reduce
 
 BEFORE, STEP, AFTER = range(3)
 _MOST_REGISTERS = 28  # of 32, for what a run must hold besides
@@ -372,14 +372,17 @@ class _Lowering:
     def _leaves_run(self, i: int) -> bool:
         """Whether anything but a pointwise operation over the same columns may read a value."""
         node, phase = self.nodes[i], self._phase_of(i)
-        if node.op not in POINTWISE and node.op != "stop":
+        if not self._pointwise(i):
             return True
         if AFTER + 1 in self._read_phases(i):
             return True
         for user in self.users[i]:
             other = self.nodes[user]
-            pointwise = other.op in POINTWISE or other.op == "stop"
-            if not pointwise or self._phase_of(user) != phase or other.width != node.width:
+            if (
+                not self._pointwise(user)
+                or self._phase_of(user) != phase
+                or other.width != node.width
+            ):
                 return True
             for arg in self.operands(user):
                 if arg.value == i and (arg.offset or (arg.scalar and node.width > 1)):
@@ -411,7 +414,7 @@ class _Lowering:
         return begin <= self.place[copy][1] < begin + max(width, 1)
 
     def _pointwise(self, i: int) -> bool:
-        return self.nodes[i].op in POINTWISE or self.nodes[i].op == "stop"
+        return self.nodes[i].op in POINTWISE or self.nodes[i].op in COPIES
 
     def _emit_others(
         self, phase: int, todo: list[int], waits: dict[int, set[int]], done: set[int]
@@ -535,8 +538,10 @@ class _Lowering:
                     operands.append(self._operand(a))
             ended = {a.value for a in self.operands(i) if last.get(a.value) == at}
             free += [register.pop(value) for value in sorted(ended)]
+            code = node.op
+            if code in COPIES:
+                code, operands = "copy", operands[:1]
             operands += [None] * (3 - len(operands))
-            code = "copy" if node.op == "stop" else node.op
             if i in last:
                 if not free:
                     return None

@@ -1,0 +1,77 @@
+"""Programs of options on torch tensors: what the operators of _ops.py run for such calls."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ._by_program import Call, Cotangents, Given, Gradients, Outputs
+from ._engine import Extras
+
+if TYPE_CHECKING:
+    from ._options import Options
+
+
+class _TorchArrays:
+    """`Arrays` of torch."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.threads = torch.get_num_threads()
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype)
+
+    def wide(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype)
+        return x.contiguous() if x.stride(-1) != 1 else x
+
+    def dense(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype).contiguous()
+
+    def numbers(self, mask: Tensor) -> Tensor:
+        return mask.to(self.dtype, memory_format=torch.contiguous_format)
+
+    def store(self, values: Tensor, target: Tensor) -> None:
+        target.copy_(values)
+
+    def is_wide(self, target: Tensor) -> bool:
+        return target.dtype == self.dtype and target.is_contiguous()
+
+    def valid(self, counts: Tensor, steps: int, rows: int, packed: bool) -> Tensor:
+        if packed:
+            return torch.arange(rows) < counts[:, None]
+        return torch.arange(steps)[:, None] < counts
+
+    def positions(self, valid: Tensor) -> Tensor:
+        return valid.flatten().nonzero().squeeze(1)
+
+    def fresh(self, reset: Tensor, valid: Tensor | None, reverse: bool) -> Tensor:
+        if valid is not None:
+            reset = reset & valid
+        return torch.cat([reset[1:], torch.zeros_like(reset[:1])]) if reverse else reset
+
+
+def _call(options: Options, arguments: tuple[Any, ...]) -> Call:
+    """Of what an operator takes: input, h0, c0, weights, the rows of steps, the extras."""
+    input: Tensor = arguments[0]
+    given = Given(*arguments[:7], Extras(*arguments[7:12]))
+    return Call(_TorchArrays(input.dtype), options, str(input.dtype).removeprefix("torch."), given)
+
+
+@torch.no_grad()
+def forward(options: Options, arguments: tuple[Any, ...], outputs: Outputs) -> None:
+    _call(options, arguments).forward(outputs)
+
+
+@torch.no_grad()
+def backward(
+    options: Options,
+    arguments: tuple[Any, ...],
+    saved: Outputs,
+    cotangents: Cotangents,
+    gradients: Gradients,
+) -> None:
+    _call(options, arguments).backward(saved, cotangents, gradients)
