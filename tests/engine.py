@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fastrnn import _C
-from fastrnn._engine import CUDA_SWITCH
+from fastrnn import _C, _by_program
+from fastrnn._engine import CUDA_SWITCH, NO_EXTRAS, Extras
+from fastrnn._program_numpy import NumPyArrays
 from fastrnn.reference import Options, States
 from problems import Gradients, Problem, Solution
 from tolerances import assert_close
@@ -72,6 +73,15 @@ def rounded(problem: Problem, dtype: str) -> Problem:
 def engine_options(options: Options) -> _C.Options:
     names = [field.name for field in fields(options) if field.name != "bias"]
     return _C.Options(**{name: getattr(options, name) for name in names})
+
+
+def tensor_or_none(x: Any) -> Any:
+    """A NumPy array as torch's; what is none stays."""
+    if not isinstance(x, np.ndarray):
+        return x
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(x))
 
 
 def same(x: Any) -> Any:
@@ -143,6 +153,23 @@ class Call:
             self.reset,
         )
         self.extras = self._extras(arrange)
+        own = Extras(*self.extras) if self.extras else NO_EXTRAS
+        self.program = None
+        if device is None and _by_program.takes(problem.options, own):
+            self.program = self._program(own)
+
+    def _program(self, extras: Extras) -> _by_program.Call:
+        arrays: Any = NumPyArrays(self.dtype)
+        if self.dtype == "bfloat16":
+            from fastrnn._program_torch import TorchArrays
+
+            arrays = TorchArrays(self.read[0].dtype)
+            batch_sizes, lengths, reset = map(tensor_or_none, self.read[4:])
+            extras = Extras(*map(tensor_or_none, extras))
+            self.read = (*self.read[:4], batch_sizes, lengths, reset)
+        arrays.threads = self.threads
+        given = _by_program.Given(*self.read, extras)
+        return _by_program.Call(arrays, self.problem.options, self.dtype, given)
 
     def _extras(self, arrange: Callable[[Any], Any]) -> tuple[Any, ...] | None:
         """`extras` of the engine: states after a reset and masks; None where there are none."""
@@ -170,6 +197,9 @@ class Call:
         compute, layers = compute_dtype(self.dtype), self.L if all_layers else 1
         pairs, padded = int(np.prod(self.where)), -(-self.H // 16) * 16
         shape = (self.L * self.D, pairs, self.options.saved_planes * padded)
+        if self.program is not None:
+            pairs = self.problem.steps * self.problem.batch
+            shape = (self.L * self.D, pairs, self.program.kept_width)
         self.hidden = self.blank(layers, *self.where, self.D * self.O)
         self.h_n, self.c_n = self.states_blank()
         self.cell = None
@@ -178,6 +208,12 @@ class Call:
         keeps = save and not self.problem.options.recompute
         self.gates = self.blank(*shape, dtype=compute) if keeps else None
         self.written = (self.hidden, self.h_n, self.c_n, self.cell, self.gates)
+        if self.program is not None:
+            every = self.hidden if all_layers else None
+            output = self.hidden[-1] if all_layers else self.hidden[0]
+            outputs = (output, self.h_n, self.c_n, every, self.cell, self.gates)
+            self.program.forward(_by_program.Outputs(*outputs))
+            return
         _C.forward(
             self.options,
             *self.read,
@@ -209,6 +245,24 @@ class Call:
             for name, given in zip(("d_reset_h", "d_reset_c"), self.extras or (), strict=False)
         ]
         d_reset_h, d_reset_c = (*self.d_reset, None, None)[:2]
+        if self.program is not None:
+            states = self.compute(d.states.c) if d.states else None
+            self.program.backward(
+                _by_program.Outputs(
+                    None, None, hidden=self.hidden, cell=self.cell, gates=self.gates
+                ),
+                _by_program.Cotangents(
+                    self.storage(d.output),
+                    self.storage(d.states.h) if d.states else None,
+                    states,
+                    self.storage(d_h_n),
+                    self.storage(d_c_n),
+                ),
+                _by_program.Gradients(
+                    self.d_input, self.d_h0, self.d_c0, d_reset_h, d_reset_c, self.d_weights
+                ),
+            )
+            return
         _C.backward(
             self.options,
             *self.read,

@@ -74,6 +74,9 @@ FASTRNN_INLINE V point(V a, V b, V c) {
   if constexpr (Code == Point::ne) return truth<T>((Bits)(a.v != b.v));
   if constexpr (Code == Point::where) return select((Bits)(a.v != V(0).v), b, c);
   if constexpr (Code == Point::fma) return fma(a, b, c);
+  if constexpr (Code == Point::normalize) return (a - b) * c;
+  if constexpr (Code == Point::tanh_grad) return a * (V(1) - b * b);
+  if constexpr (Code == Point::sigmoid_grad) return a * (V(1) - b) * b;
 }
 
 template <class C, Point Code>

@@ -379,6 +379,12 @@ class Walk {
       }
       case Instruction::Kind::reduce: {
         const Reduce& r = instruction.reduce;
+        if (r.of_row()) {
+          const Range whole = share(1, together);
+          if (whole.begin == whole.end) return;
+          return run_norm(r, chunk, places[r.out.value], places[r.in.value],
+                          r.second.value >= 0 ? places[r.second.value] : Place<C>{});
+        }
         return run_reduce(r, chunk, places[r.out.value], places[r.in.value], share(r.G, together));
       }
       case Instruction::Kind::collect: {

@@ -21,7 +21,9 @@ from ._arguments import (
     is_torch,
     weight_names,
 )
+from ._by_program import Call, Cotangents, Given, Gradients, Outputs, takes
 from ._engine import Extras, States, engine_options, saved_size, scalars
+from ._program_numpy import NumPyArrays, writable
 
 if TYPE_CHECKING:
     from ._options import Options
@@ -40,7 +42,7 @@ class Saved(NamedTuple):
     gates: _C.Tensor | None  # None with `recompute`
 
 
-class Outputs(NamedTuple):
+class Results(NamedTuple):
     output: _C.Tensor
     hx_n: tuple[_C.Tensor, ...]
     states: States | None
@@ -59,7 +61,7 @@ def forward(
     batch_first: bool,
     return_states: bool,
     return_saved: bool,
-) -> Outputs:
+) -> Results:
     given = _taken(options, arguments(options, input, hx, weights, lengths, reset, extras))
     if given.input.device.startswith("cuda"):
         raise ValueError(
@@ -74,6 +76,7 @@ def forward(
     out = options.proj_size or H
     dtype = given.input.dtype
     compute = "float64" if dtype == "float64" else "float32"
+    program = _program(options, given)
     every, two = return_states or return_saved, engine.states == 2
 
     output = _C.empty((T, B, D * out), dtype)
@@ -83,30 +86,33 @@ def forward(
     cell = _C.empty((L, T, B, D * H), compute) if two and every else None
     gates = None
     if return_saved and not options.recompute:
-        gates = _C.empty((L * D, T * B, saved_size(engine, H)), compute)
-    h0, c0 = _pair(given.hx)
-    _C.forward(
-        engine,
-        given.input,
-        h0,
-        c0,
-        given.weights,
-        None,
-        given.lengths,
-        given.reset,
-        output if hidden is None else hidden,
-        h_n,
-        c_n,
-        cell,
-        gates,
-        all_layers=every,
-        extras=given.extras,
-        output=None if hidden is None else output,
-    )
+        width = saved_size(engine, H) if program is None else program.kept_width
+        gates = _C.empty((L * D, T * B, width), compute)
+    if program is not None:
+        program.forward(Outputs(*map(writable, (output, h_n, c_n, hidden, cell, gates))))
+    else:
+        h0, c0 = _pair(given.hx)
+        _C.forward(
+            engine,
+            given.input,
+            h0,
+            c0,
+            given.weights,
+            None,
+            given.lengths,
+            given.reset,
+            output if hidden is None else hidden,
+            h_n,
+            c_n,
+            cell,
+            gates,
+            all_layers=every,
+            output=None if hidden is None else output,
+        )
     saved = None
     if return_saved and hidden is not None:
         saved = Saved(options, batch_first, given, hidden, h_n, c_n, cell, gates)
-    return Outputs(
+    return Results(
         output.transpose(0, 1) if batch_first else output,
         (h_n,) if c_n is None else (h_n, c_n),
         States(hidden, cell) if return_states else None,
@@ -134,33 +140,58 @@ def backward(
     d_hx = tuple(_C.empty(state.shape, dtype) for state in given.hx or ())
     d_weights = [_C.empty(weight.shape, dtype) for weight in given.weights]
     d_reset = tuple(None if x is None else _C.empty(x.shape, dtype) for x in given.extras[:2])
-    _C.backward(
-        engine_options(*scalars(options)),
-        given.input,
-        *_pair(given.hx),
-        given.weights,
-        None,
-        given.lengths,
-        given.reset,
-        hidden,
-        cell,
-        gates,
+    cotangents = Cotangents(
         d_output,
         _gradient("d_states.h", d_h, hidden),
         _gradient("d_states.c", d_c, cell),
         _gradient("d_h_n", d_h_n, h_n),
         _gradient("d_c_n", d_c_n, c_n),
-        d_input,
-        *_pair(d_hx),
-        d_weights,
-        extras=given.extras,
-        d_reset_h=d_reset[0],
-        d_reset_c=d_reset[1],
     )
+    program = _program(options, given)
+    if program is not None:
+        states = map(writable, (*_pair(d_hx), *d_reset))
+        program.backward(
+            Outputs(None, None, hidden=hidden, cell=cell, gates=writable(gates)),
+            cotangents,
+            Gradients(writable(d_input), *states, list(map(writable, d_weights))),
+        )
+    else:
+        _C.backward(
+            engine_options(*scalars(options)),
+            given.input,
+            *_pair(given.hx),
+            given.weights,
+            None,
+            given.lengths,
+            given.reset,
+            hidden,
+            cell,
+            gates,
+            *cotangents,
+            d_input,
+            *_pair(d_hx),
+            d_weights,
+        )
     if batch_first:
         d_input = d_input.transpose(0, 1)
     has_reset = any(d is not None for d in d_reset)
     return d_input, d_hx or None, d_weights, d_reset if has_reset else None
+
+
+def _program(options: Options, given: Arguments) -> Call | None:
+    """The call as one of programs; None: the engine's cells compute it."""
+    if not takes(options, given.extras):
+        return None
+    dtype = str(given.input.dtype)
+    arguments = Given(
+        given.input,
+        *_pair(given.hx),
+        given.weights,
+        lengths=given.lengths,
+        reset=given.reset,
+        extras=given.extras,
+    )
+    return Call(NumPyArrays(dtype), options, dtype, arguments)
 
 
 def _taken(options: Options, given: Arguments) -> Arguments:

@@ -218,6 +218,15 @@ class Call:
         self.dropout = None if dropout is None else wide(dropout)
         self.keep = [None if k is None else self._padded(arrays.numbers(k)) for k in keep]
 
+    @property
+    def kept_width(self) -> int:
+        """How many values ``gates`` holds for each layer, direction, step and row."""
+        given = self.given
+        return kept_width(
+            self.options, self.input.shape[-1], self.hidden_size, self.dtype, given.extras,
+            self.valid is not None, given.reset is not None,
+        )  # fmt: skip
+
     # ---- packed rows -----------------------------------------------------------------------------
 
     def _padded(self, x: Any) -> Any:

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
+def writable(x: Any) -> Any:
+    """A ``fastrnn.Tensor`` of a dtype that programs compute as NumPy's; else itself."""
+    return x.numpy() if x is not None and x.dtype in ("float32", "float64") else x
+
+
 class NumPyArrays:
     """`Arrays` of NumPy; those that come in and those to be written may be ``fastrnn.Tensor``."""
 

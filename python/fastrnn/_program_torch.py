@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ._options import Options
 
 
-class _TorchArrays:
+class TorchArrays:
     """`Arrays` of torch."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -58,7 +58,7 @@ def _call(options: Options, arguments: tuple[Any, ...]) -> Call:
     """Of what an operator takes: input, h0, c0, weights, the rows of steps, the extras."""
     input: Tensor = arguments[0]
     given = Given(*arguments[:7], Extras(*arguments[7:12]))
-    return Call(_TorchArrays(input.dtype), options, str(input.dtype).removeprefix("torch."), given)
+    return Call(TorchArrays(input.dtype), options, str(input.dtype).removeprefix("torch."), given)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .._step import Masks, Parameters, project, step
 from .grad import Needs
-from .ir import Arg, Graph, Product, Reduce
+from .ir import Arg, Graph, Product, Reduce, contracted
 from .prepared import Prepared
 
 if TYPE_CHECKING:
@@ -82,8 +82,9 @@ class LayerProgram(NamedTuple):
 def layer_program(spec: Spec) -> LayerProgram:
     builder = _Builder(spec)
     builder.build()
+    graph = contracted(builder.graph)
     compute = "float64" if spec.dtype == "float64" else "float32"
-    prepared = Prepared(builder.graph, dict(enumerate(spec.sizes)), compute)
+    prepared = Prepared(graph, dict(enumerate(spec.sizes)), compute)
     names = (tuple(builder.names[kind]) for kind in ("x", "fixed", "shared"))
     return LayerProgram(prepared, *names)
 
@@ -216,13 +217,10 @@ class _SymbolOperations:
         return self._points(name, a)
 
     def normalized(self, a: Symbol) -> Symbol:
-        centred = a - self._mean(a)
-        variance = self._mean(centred * centred)
-        return centred * self._points("rsqrt", self._points("add", variance, 1e-5))
-
-    def _mean(self, a: Symbol) -> Symbol:
-        total = self.graph.reduce(a.arg, Reduce("sum", 1, a.width, a.width, 1))
-        return self._points("div", Symbol(self.graph, [(total, 1)]), float(a.width))
+        whole, width = a.arg, a.width
+        moments = self.graph.add("reduce", (whole,), 2, Reduce("moments", 1, width, width, 1))
+        mean, scale = (Symbol(self.graph, [(Arg(moments, k), 1)]) for k in (0, 1))
+        return self._points("normalize", Symbol(self.graph, [(whole, width)]), mean, scale)
 
     def split(self, a: Symbol, parts: int) -> list[Symbol]:
         size = a.width // parts

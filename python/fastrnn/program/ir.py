@@ -16,7 +16,8 @@ Operations::
 
     a pointwise code of `POINTWISE`
     product     (x,) by a part of a shared tensor: `Product`
-    reduce      sum or max over segments: `Reduce`
+    reduce      sum or max over segments, moments or means of a row: `Reduce`
+    normalize   (x - mean)·scale; the gradient takes mean and scale for those of the whole of x
     collect     out[i] = sum of the elements of x that list i of a `Table` names
     cat         parts one after the other
     stop        a copy that no gradient passes
@@ -30,6 +31,7 @@ files of this folder import torch, README.md says.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -40,8 +42,10 @@ POINTWISE = {
         "softplus1 bfloat16 float16".split(),
         1,
     ),
-    **dict.fromkeys("add sub mul div maximum minimum lt le gt ge eq ne".split(), 2),
-    **dict.fromkeys(["where", "fma"], 3),
+    **dict.fromkeys(
+        "add sub mul div maximum minimum lt le gt ge eq ne tanh_grad sigmoid_grad".split(), 2
+    ),
+    **dict.fromkeys(["where", "fma", "normalize"], 3),
 }
 COPIES = frozenset(["stop", "clip"])  # of their first operand
 COMPARISONS = frozenset("lt le gt ge eq ne".split())
@@ -73,9 +77,13 @@ class Product(NamedTuple):
 
 
 class Reduce(NamedTuple):
-    """out[g] = Σ_j x[g·segment + j·element], j < length, or the maximum."""
+    """out[g] = Σ_j x[g·segment + j·element], j < length, or the maximum.
 
-    kind: str  # "sum" or "max"
+    Of a row of ``length`` elements side by side, ``"moments"`` (x,): the mean and
+    1 / √(variance + 1e-5), which pass no gradient; ``"means"`` (x, y): those of x and of x·y.
+    """
+
+    kind: str  # "sum", "max", "moments" or "means"
     groups: int
     segment: int
     length: int
@@ -214,6 +222,45 @@ class Graph:
         lines += [f"next {k} = {_arg_text(a)}" for k, a in self.nexts.items()]
         lines += [f"y {i}[{self.widths[i]}] = {_arg_text(a)}" for i, a in self.ys.items()]
         return "\n".join(lines) + "\n"
+
+
+def contracted(graph: Graph) -> Graph:
+    """The program with fma for a product that only one sum reads.
+
+    Before anything is kept for backward, so that a result has the same bits whether it is or not.
+    """
+    uses: Counter[int] = Counter(a.value for node in graph.nodes for a in node.args)
+    uses.update(a.value for a in (*graph.nexts.values(), *graph.ys.values()))
+    joined: dict[int, tuple[Arg, Arg, Arg]] = {}
+    for i, node in enumerate(graph.nodes):
+        if node.op != "add":
+            continue
+        for product, other in (node.args, node.args[::-1]):
+            factors = graph.nodes[product.value]
+            whole = graph.full(product, node.width) or node.width == 1
+            if factors.op == "mul" and uses[product.value] == 1 and whole:
+                joined[i] = (*factors.args, other)
+                break
+    out = Graph(widths=graph.widths)
+    place: dict[int, int] = {}
+
+    def moved(a: Arg) -> Arg:
+        return a._replace(value=place[a.value])
+
+    gone = {
+        next(a.value for a in graph.nodes[i].args if a != args[2]) for i, args in joined.items()
+    }
+    for i, node in enumerate(graph.nodes):
+        if i in gone:
+            continue
+        op, args = ("fma", joined[i]) if i in joined else (node.op, node.args)
+        info = node.info
+        if isinstance(info, Product):
+            info = info._replace(weight=place[info.weight])
+        place[i] = out.add(op, tuple(map(moved, args)), node.width, info)
+    out.nexts = {k: moved(a) for k, a in graph.nexts.items()}
+    out.ys = {i: moved(a) for i, a in graph.ys.items()}
+    return out
 
 
 def _arg_text(a: Arg) -> str:

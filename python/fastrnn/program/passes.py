@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .grad import Backward, Needs, Outer, backward
-from .ir import COPIES, COSTLY, INPUTS, POINTWISE, Arg, Graph, Node
+from .ir import COPIES, COSTLY, INPUTS, POINTWISE, Arg, Graph, Node, Reduce
 from .plan import Code, Home, Output, lower
 
 # Cheap operations that are rather done again than kept, and what a costly one counts for.
@@ -195,6 +195,8 @@ class _Backward:
             return node.info[position]  # type: ignore[no-any-return]
         if node.op in POINTWISE or node.op in COPIES:
             return node.width
+        if isinstance(node.info, Reduce) and position > 0:
+            return node.info.length
         return self.graph.nodes[node.args[0].value].width - node.args[0].offset
 
     def _decide(self) -> None:

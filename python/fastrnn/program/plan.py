@@ -309,7 +309,7 @@ class _Lowering:
         arg = output.arg._replace(value=i)
         whole = not arg.scalar and arg.offset == 0 and self.nodes[i].width == output.width
         state = output.home.home == "next"
-        fits = not self._read(i) and self._phase_of(i) == STEP if state else True
+        fits = self._phase_of(i) == STEP if state else True
         if whole and not self.is_input(i) and i not in self.place and fits:
             self.place[i] = (value, 0)
             return
@@ -450,20 +450,15 @@ class _Lowering:
                  info.in_group, info.w_group, info.w_k, info.w_n, info.K, info.N, init, init_offset)
             )  # fmt: skip
         elif isinstance(info, Reduce):
+            second: tuple[int, ...] = ()
+            if info.kind == "means":
+                other = self.operands(i)[1]
+                place, begin = self.place[other.value]
+                second = (place, begin + other.offset)
             out.append(
-                (
-                    "reduce",
-                    info.kind,
-                    value,
-                    offset,
-                    source,
-                    start,
-                    info.groups,
-                    info.segment,
-                    info.length,
-                    info.element,
-                )
-            )
+                ("reduce", info.kind, value, offset, source, start, info.groups, info.segment,
+                 info.length, info.element, *second)
+            )  # fmt: skip
         else:
             out.append(("collect", value, offset, source, start, node.width, self._table(info)))
 
@@ -537,21 +532,18 @@ class _Lowering:
                 else:
                     operands.append(self._operand(a))
             ended = {a.value for a in self.operands(i) if last.get(a.value) == at}
-            free += [register.pop(value) for value in sorted(ended)]
+            free += [register.pop(value) for value in sorted(ended & register.keys())]
             code = node.op
             if code in COPIES:
                 code, operands = "copy", operands[:1]
             operands += [None] * (3 - len(operands))
-            if i in last:
-                if not free:
-                    return None
-                register[i] = free.pop()
-                target = (self._register(register[i]), 0, False)
-                operations.append((code, target, *operands))
-                if i in self.place:
-                    operations.append(("copy", (*self.place[i], False), target, None, None))
-            else:
+            if i in self.place:  # also for those that read it in this run
                 operations.append((code, (*self.place[i], False), *operands))
+                continue
+            if not free:
+                return None
+            register[i] = free.pop()
+            operations.append((code, (self._register(register[i]), 0, False), *operands))
         return operations
 
     def _placed_later(self, run: list[int], inside: set[int]) -> list[tuple[Any, ...]] | None:
