@@ -155,15 +155,18 @@ class Call:
         self.extras = self._extras(arrange)
         own = Extras(*self.extras) if self.extras else NO_EXTRAS
         self.program = None
-        if device is None and _by_program.takes(problem.options, own):
+        if device is None and _by_program.takes_backward(problem.options, own):
             self.program = self._program(own)
+        self.forward_too = device is None and _by_program.takes(problem.options, own)
 
     def _program(self, extras: Extras) -> _by_program.Call:
         arrays: Any = NumPyArrays(self.dtype)
+        self.of_program = same
         if self.dtype == "bfloat16":
             from fastrnn._program_torch import TorchArrays
 
             arrays = TorchArrays(self.read[0].dtype)
+            self.of_program = tensor_or_none
             batch_sizes, lengths, reset = map(tensor_or_none, self.read[4:])
             extras = Extras(*map(tensor_or_none, extras))
             self.read = (*self.read[:4], batch_sizes, lengths, reset)
@@ -197,7 +200,7 @@ class Call:
         compute, layers = compute_dtype(self.dtype), self.L if all_layers else 1
         pairs, padded = int(np.prod(self.where)), -(-self.H // 16) * 16
         shape = (self.L * self.D, pairs, self.options.saved_planes * padded)
-        if self.program is not None:
+        if self.program is not None and self.forward_too:
             pairs = self.problem.steps * self.problem.batch
             shape = (self.L * self.D, pairs, self.program.kept_width)
         self.hidden = self.blank(layers, *self.where, self.D * self.O)
@@ -205,14 +208,17 @@ class Call:
         self.cell = None
         if self.options.states == 2 and all_layers:
             self.cell = self.blank(self.L, *self.where, self.D * self.H, dtype=compute)
-        keeps = save and not self.problem.options.recompute
+        again = self.problem.options.recompute or (
+            self.program is not None and not self.forward_too
+        )
+        keeps = save and not again
         self.gates = self.blank(*shape, dtype=compute) if keeps else None
         self.written = (self.hidden, self.h_n, self.c_n, self.cell, self.gates)
-        if self.program is not None:
+        if self.program is not None and self.forward_too:
             every = self.hidden if all_layers else None
             output = self.hidden[-1] if all_layers else self.hidden[0]
             outputs = (output, self.h_n, self.c_n, every, self.cell, self.gates)
-            self.program.forward(_by_program.Outputs(*outputs))
+            self.program.forward(_by_program.Outputs(*map(self.of_program, outputs)))
             return
         _C.forward(
             self.options,
@@ -246,18 +252,17 @@ class Call:
         ]
         d_reset_h, d_reset_c = (*self.d_reset, None, None)[:2]
         if self.program is not None:
-            states = self.compute(d.states.c) if d.states else None
+            saved = (None, None, None, self.hidden, self.cell, self.gates)
+            cotangents = (
+                self.storage(d.output),
+                self.storage(d.states.h) if d.states else None,
+                self.compute(d.states.c) if d.states else None,
+                self.storage(d_h_n),
+                self.storage(d_c_n),
+            )
             self.program.backward(
-                _by_program.Outputs(
-                    None, None, hidden=self.hidden, cell=self.cell, gates=self.gates
-                ),
-                _by_program.Cotangents(
-                    self.storage(d.output),
-                    self.storage(d.states.h) if d.states else None,
-                    states,
-                    self.storage(d_h_n),
-                    self.storage(d_c_n),
-                ),
+                _by_program.Outputs(*map(self.of_program, saved)),
+                _by_program.Cotangents(*map(self.of_program, cotangents)),
                 _by_program.Gradients(
                     self.d_input, self.d_h0, self.d_c0, d_reset_h, d_reset_c, self.d_weights
                 ),

@@ -42,13 +42,13 @@ void convert_from(const From* from, To* to, const Array& source, const Array& ta
 
 // body(a null pointer to the element type)
 template <class Body>
-void with_type(const Array& a, Body body) {
-  if (same(a.dtype(), data_type(DType::f32))) return body(static_cast<float*>(nullptr));
-  if (same(a.dtype(), data_type(DType::f64))) return body(static_cast<double*>(nullptr));
-  if (same(a.dtype(), data_type(DType::bf16))) return body(static_cast<Bf16*>(nullptr));
-  if (same(a.dtype(), data_type(DType::f16))) return body(static_cast<F16*>(nullptr));
+void with_type(dlpack::DataType type, Body body) {
+  if (same(type, data_type(DType::f32))) return body(static_cast<float*>(nullptr));
+  if (same(type, data_type(DType::f64))) return body(static_cast<double*>(nullptr));
+  if (same(type, data_type(DType::bf16))) return body(static_cast<Bf16*>(nullptr));
+  if (same(type, data_type(DType::f16))) return body(static_cast<F16*>(nullptr));
   throw py::type_error("convert: expected float32, float64, bfloat16 or float16, got " +
-                       type_name(a.dtype()));
+                       type_name(type));
 }
 
 void convert(py::handle from, py::handle to) {
@@ -61,8 +61,8 @@ void convert(py::handle from, py::handle to) {
       target.complain(std::to_string(source.shape(axis)) + " elements along axis " +
                           std::to_string(axis) + ", as in source",
                       std::to_string(target.shape(axis)));
-  with_type(source, [&](auto* s) {
-    with_type(target, [&](auto* t) {
+  with_type(source.dtype(), [&](auto* s) {
+    with_type(target.dtype(), [&](auto* t) {
       using From = std::remove_pointer_t<decltype(s)>;
       using To = std::remove_pointer_t<decltype(t)>;
       const WithoutGil without_gil;
@@ -77,6 +77,18 @@ void convert(py::handle from, py::handle to) {
 }
 
 }  // namespace
+
+void convert_rows(const void* from, dlpack::DataType from_type, Index row, Index unit, void* to,
+                  dlpack::DataType to_type, Index rows, Index units) {
+  with_type(from_type, [&](auto* s) {
+    with_type(to_type, [&](auto* t) {
+      auto* first = static_cast<const std::remove_pointer_t<decltype(s)>*>(from);
+      auto* result = static_cast<decltype(t)>(to);
+      for (Index b = 0; b < rows; ++b, first += row)
+        for (Index u = 0; u < units; ++u) write(wide_of(first[u * unit]), result++);
+    });
+  });
+}
 
 void register_convert(py::module_& module) {
   module.def("convert", convert, py::arg("source"), py::arg("target"));

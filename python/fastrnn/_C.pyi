@@ -337,8 +337,12 @@ class Stream:
         int8: bool,
         threads: Callable[[], int] | None,
         view: Callable[[Tensor, Any], Any],
+        programs: Sequence[tuple[Program, Sequence[_Array]]] | None,
     ) -> None:
         """Packs the weights, whose dtype must be `dtype`; with `int8`, float32.
+
+        `programs` of a layer with options beyond the cells: of each layer its program and its
+        shared arrays, which take the place of the weights.
 
         `threads` gives how many a step may use, None: as many as OpenMP says. `view(output, x)`
         gives what steps return for arrays of the type of x.
@@ -350,7 +354,11 @@ class Stream:
         Raises TypeError or ValueError, naming x, for what does not fit; RuntimeError while another
         thread is in the middle of a step, as all methods here do.
         """
-    def pack(self, weights: Sequence[_Array]) -> None:
+    def pack(
+        self,
+        weights: Sequence[_Array],
+        programs: Sequence[tuple[Program, Sequence[_Array]]] | None,
+    ) -> None:
         """Takes weights of the same shapes and dtype anew."""
     def reset(self, mask: _Array | None) -> None:
         """The rows where the bools (B,) are true, or all, to the initial state."""

@@ -21,11 +21,13 @@ from ._arguments import (
     is_torch,
     weight_names,
 )
-from ._by_program import Call, Cotangents, Given, Gradients, Outputs, takes
+from ._by_program import Call, Cotangents, Given, Gradients, Outputs, takes, takes_backward
 from ._engine import Extras, States, engine_options, saved_size, scalars
 from ._program_numpy import NumPyArrays, writable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ._options import Options
 
 
@@ -76,7 +78,7 @@ def forward(
     out = options.proj_size or H
     dtype = given.input.dtype
     compute = "float64" if dtype == "float64" else "float32"
-    program = _program(options, given)
+    program = _program(options, given, takes)
     every, two = return_states or return_saved, engine.states == 2
 
     output = _C.empty((T, B, D * out), dtype)
@@ -85,7 +87,8 @@ def forward(
     c_n = _C.empty((L * D, B, H), dtype) if two else None
     cell = _C.empty((L, T, B, D * H), compute) if two and every else None
     gates = None
-    if return_saved and not options.recompute:
+    made_again = program is None and takes_backward(options, given.extras)
+    if return_saved and not (options.recompute or made_again):
         width = saved_size(engine, H) if program is None else program.kept_width
         gates = _C.empty((L * D, T * B, width), compute)
     if program is not None:
@@ -107,6 +110,7 @@ def forward(
             cell,
             gates,
             all_layers=every,
+            extras=given.extras,
             output=None if hidden is None else output,
         )
     saved = None
@@ -147,7 +151,7 @@ def backward(
         _gradient("d_h_n", d_h_n, h_n),
         _gradient("d_c_n", d_c_n, c_n),
     )
-    program = _program(options, given)
+    program = _program(options, given, takes_backward)
     if program is not None:
         states = map(writable, (*_pair(d_hx), *d_reset))
         program.backward(
@@ -178,8 +182,10 @@ def backward(
     return d_input, d_hx or None, d_weights, d_reset if has_reset else None
 
 
-def _program(options: Options, given: Arguments) -> Call | None:
-    """The call as one of programs; None: the engine's cells compute it."""
+def _program(
+    options: Options, given: Arguments, takes: Callable[[Options, Extras], bool]
+) -> Call | None:
+    """The call as one of programs; None: the engine's cells compute the pass."""
     if not takes(options, given.extras):
         return None
     dtype = str(given.input.dtype)

@@ -1,8 +1,9 @@
 """A stack with options on the CPU: layer after layer, direction after direction, each a program.
 
 The engine's fused cells compute what torch.nn has, with any activation. Whatever else options ask
-for is a program (program/build.py): `takes` says which calls. Both passes read and write arrays of
-torch or of NumPy alike, through `Arrays`; outputs and what backward reads of them are those of
+for is a program (program/build.py): `takes` and `takes_backward` say which calls. Both passes read
+and write arrays of torch or of NumPy alike, through `Arrays`; outputs and what backward reads of
+them are those of
 ``fastrnn::forward`` (_ops.py), where ``gates`` holds, for each layer and direction and each pair of
 step and row, what the program's forward pass keeps.
 
@@ -16,6 +17,8 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from . import _C
+from ._arguments import Arguments, Description, check, weight_names
 from ._engine import NO_EXTRAS, Extras
 from .program.build import LayerProgram, Spec, layer_program
 
@@ -28,8 +31,24 @@ _ALIGNED = 16  # elements: where each kept value begins
 
 
 def takes(options: Options, extras: Extras) -> bool:
-    """Whether a call on the CPU is one of programs."""
-    return options.beyond_the_cell or options.heads > 1 or any(x is not None for x in extras)
+    """Whether the forward pass of a call on the CPU is one of programs."""
+    return (
+        options.peephole
+        or options.layer_norm
+        or options.heads > 1
+        or options.zoneout_h > 0
+        or options.zoneout_c > 0
+        or any(x is not None for x in extras[2:])
+    )
+
+
+def takes_backward(options: Options, extras: Extras) -> bool:
+    """Whether the backward pass of a call on the CPU is one of programs.
+
+    A limit of gradients, or a learned state after resets, changes no bit of what the fused cells
+    put out. They keep nothing for such a backward pass, which makes it again.
+    """
+    return takes(options, extras) or options.grad_clip > 0 or any(x is not None for x in extras[:2])
 
 
 class Given(NamedTuple):
@@ -510,3 +529,54 @@ def _sum(a: Any, b: Any) -> Any:
     if a is None or b is None:
         return b if a is None else a
     return a + b
+
+
+# ---- one step of a stack at a time ---------------------------------------------------------------
+
+
+def step_programs(
+    options: Options, weights: Sequence[Any]
+) -> list[tuple[_C.Program, list[_C.Tensor]]] | None:
+    """What a stream runs in the place of the cells: of each layer a program, and copies of weights.
+
+    Arguments:
+        options: a stack in one direction.
+        weights: the flat list, of any kind of arrays, all of one dtype.
+
+    Returns:
+        None where the engine's cells take the stack.
+
+    Raises:
+        TypeError, ValueError: the weights do not fit, as `check` of _arguments.py says.
+    """
+    if not takes(options, NO_EXTRAS):
+        return None
+    dtype = str(weights[0].dtype).removeprefix("torch.")
+    first = tuple(weights[0].shape)
+    if len(first) != 2:
+        raise ValueError(f"{weight_names(options)[0]} must have shape (G·H, I), got {first}")
+    example = Description((1, 1, first[1]), dtype, "cpu")
+
+    def describe(name: str, x: Any) -> Description:
+        if name == "input":
+            return example
+        return Description(tuple(x.shape), str(x.dtype).removeprefix("torch."), "cpu")
+
+    check(options, Arguments(None, None, tuple(weights), None, None), describe, batch_first=False)
+    kinds, hidden_size = options.weight_kinds, first[0] // options.gates
+    found = []
+    for layer in range(options.num_layers):
+        width = first[1] if layer == 0 else options.proj_size or hidden_size
+        program = layer_program(
+            _spec(options, width, hidden_size, dtype, NO_EXTRAS, False, False, cell=False)
+        )
+        plan, engine = program.prepared.forward(None, False)
+        assert plan.sequences == [("x", 0), ("y", 0)]
+        own = dict(zip(kinds, weights[layer * len(kinds) :], strict=False))
+        copies = []
+        for j in plan.shared:
+            weight = own[program.shared[j]]
+            copies.append(_C.empty(tuple(weight.shape), program.prepared.dtype))
+            _C.convert(weight, copies[-1])
+        found.append((engine, copies))
+    return found

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import _C
-from ._engine import engine_options, scalars
+from ._by_program import takes
+from ._engine import NO_EXTRAS, engine_options, scalars
+from ._program_torch import FrozenWeights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,13 +26,14 @@ _ATTRIBUTE = "_prepared"
 class Prepared:
     """What a module keeps for the engine from call to call: no part of its state, never copied."""
 
-    __slots__ = ("engine", "frozen", "names", "options")
+    __slots__ = ("by_program", "engine", "frozen", "names", "options")
 
     def __init__(self, options: Options, names: tuple[str, ...]) -> None:
         self.options = options
         self.names = names
         self.engine = engine_options(*scalars(options))
-        self.frozen: _C.Frozen | None = None  # by fastrnn.freeze
+        self.by_program = takes(options, NO_EXTRAS)
+        self.frozen: _C.Frozen | FrozenWeights | None = None  # by fastrnn.freeze
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prepared:
         return Prepared(self.options, self.names)
@@ -58,13 +61,15 @@ def run(
     if torch.compiler.is_compiling():
         return None
     own = prepared(module)
+    if own.by_program:
+        return None
     found: tuple[Tensor, ...] | None = _C.infer(
         own.engine, own.frozen, module._parameters, own.names, input, hx, batch_first, cell
     )
     return found
 
 
-def frozen(module: Any) -> _C.Frozen | None:
+def frozen(module: Any) -> _C.Frozen | FrozenWeights | None:
     """The weights as they were packed when the module was frozen; None where it was not."""
     if torch.compiler.is_compiling():
         return None
@@ -75,6 +80,9 @@ def frozen(module: Any) -> _C.Frozen | None:
 def freeze(module: Any, weights: tuple[Tensor, ...]) -> None:
     """Pack a module's weights, in the order of the flat list, for the calls to come."""
     own = prepared(module)
+    if own.by_program:
+        own.frozen = FrozenWeights(weights)
+        return
     example = weights[0].new_empty((1, 1, module.input_size))
     with torch.no_grad():
         own.frozen = _C.Frozen(own.engine, example, weights)

@@ -129,8 +129,13 @@ def _sizes(
     groups = layers * directions
     batch_sizes, lengths, reset, *given = steps
     by_program = not input.is_cuda and _by_program.takes(_options(*options), Extras(*given))
+    made_again = options[-1] or (
+        not by_program
+        and not input.is_cuda
+        and _by_program.takes_backward(_options(*options), Extras(*given))
+    )
     gates = None
-    if save and not options[-1] and by_program:
+    if save and not made_again and by_program:
         count = entries[0] * rows if batch_sizes is None else batch_sizes.shape[0] * rows
         ragged = batch_sizes is not None or lengths is not None
         dtype = str(input.dtype).removeprefix("torch.")
@@ -139,7 +144,7 @@ def _sizes(
             reset is not None,
         )  # fmt: skip
         gates = (groups, count, width)
-    elif save and not options[-1]:
+    elif save and not made_again:
         count = entries[0] if len(entries) == 1 else entries[0] * entries[1]
         gates = (groups, count, saved_size(engine, hidden))
     return _Sizes(
@@ -189,7 +194,7 @@ def _run_forward(
     lengths: Tensor | None,
     reset: Tensor | None,
     *rest: Any,
-    frozen: _C.Frozen | None = None,
+    frozen: Any = None,
 ) -> ForwardOutputs:
     """Allocate the outputs and call the engine; None for what is not wanted."""
     extras, options, (states, save) = rest[:5], rest[5:-2], rest[-2:]
@@ -213,9 +218,9 @@ def _run_forward(
         allocate = input.new_zeros if sizes.padding else input.new_empty
         gates = allocate(sizes.gates, dtype=compute)
     given = (input, h0, c0, weights, batch_sizes, lengths, reset, *extras)
-    if not input.is_cuda and _by_program.takes(_options(*options), extras):
+    if not input.is_cuda and _by_program.takes(_options(*options), Extras(*extras)):
         outputs = _by_program.Outputs(output, h_n, c_n, hidden, cell, gates)
-        _program_torch.forward(_options(*options), given, outputs)
+        _program_torch.forward(_options(*options), given, outputs, frozen)
         return output, h_n, c_n, hidden, cell, gates
     device = _device(given, options, save)
     _C.forward(
@@ -352,7 +357,7 @@ def _run_backward(
     engine = engine_options(*options)
     extras = (reset_h, reset_c, dropout_mask, zoneout_h_mask, zoneout_c_mask)
     given = (input, h0, c0, weights, batch_sizes, lengths, reset, *extras)
-    if not input.is_cuda and _by_program.takes(_options(*options), extras):
+    if not input.is_cuda and _by_program.takes_backward(_options(*options), Extras(*extras)):
         _program_torch.backward(
             _options(*options),
             given,
@@ -766,7 +771,7 @@ def _where_the_engine_runs_them(
     def run(*arguments: Any) -> Any:
         options = _options(*arguments[first : first + len(fields(Options))])
         extras = Extras(*arguments[7:12])
-        if arguments[-1] or _by_program.takes(options, extras):
+        if arguments[-1] or _by_program.takes_backward(options, extras):
             return each(*arguments)
         return engine(*arguments[:-1])
 

@@ -11,6 +11,8 @@ from ._by_program import Call, Cotangents, Given, Gradients, Outputs
 from ._engine import Extras
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ._options import Options
 
 
@@ -61,8 +63,50 @@ def _call(options: Options, arguments: tuple[Any, ...]) -> Call:
     return Call(TorchArrays(input.dtype), options, str(input.dtype).removeprefix("torch."), given)
 
 
+class FrozenWeights:
+    """A layer's weights as they were when it was frozen (fastrnn.freeze).
+
+    Thaws at the first call for which a weight has another address, shape, stride, dtype or version
+    counter. A view of each weight is held, so that no other memory can come to lie at its address.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self._marks = [_mark(w) for w in weights]
+        self._held = [w.detach() for w in weights]
+        self._copies: list[Tensor] | None = [w.detach().clone() for w in weights]
+
+    @property
+    def packed(self) -> bool:
+        """Whether the weights have not changed since, as far as a call has seen."""
+        return self._copies is not None
+
+    def find(self, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The copies, or the weights themselves where these have changed."""
+        if self._copies is None:
+            return weights
+        if self._marks != [_mark(w) for w in weights]:
+            self.thaw()
+            return weights
+        return self._copies
+
+    def thaw(self) -> None:
+        self._copies, self._held = None, []
+
+
+def _mark(weight: Tensor) -> tuple[Any, ...]:
+    version = None if weight.is_inference() else weight._version
+    return weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, version
+
+
 @torch.no_grad()
-def forward(options: Options, arguments: tuple[Any, ...], outputs: Outputs) -> None:
+def forward(
+    options: Options,
+    arguments: tuple[Any, ...],
+    outputs: Outputs,
+    frozen: FrozenWeights | None = None,
+) -> None:
+    if frozen is not None:
+        arguments = (*arguments[:3], frozen.find(arguments[3]), *arguments[4:])
     _call(options, arguments).forward(outputs)
 
 

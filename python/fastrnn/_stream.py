@@ -14,6 +14,7 @@ import numpy as np
 
 from . import _C
 from ._arguments import REAL, check_number_of_weights, is_torch, weight_names
+from ._by_program import step_programs
 from ._engine import engine_options, scalars
 from ._options import Options, check_integers, make_options
 
@@ -153,14 +154,16 @@ class Stream:
         self.batch_size, self.dtype = batch_size, name
         self._source = source
         self._storage = "float32" if name == "int8" else name
+        weights = [_converted(weight, self._storage) for weight in weights]
         self._engine = _C.Stream(
             engine_options(*scalars(options)),
-            [_converted(weight, self._storage) for weight in weights],
+            weights,
             batch_size,
             self._storage,
             name == "int8",
             source.threads(),
             _view,
+            step_programs(options, weights),
         )
         self._take_initial_state()
         self.reset()
@@ -254,7 +257,8 @@ class Stream:
             TypeError, ValueError: a weight is None, of another shape than before, or not on the
                 CPU.
         """
-        self._engine.pack([_converted(weight, self._storage) for weight in self._source.weights()])
+        weights = [_converted(weight, self._storage) for weight in self._source.weights()]
+        self._engine.pack(weights, step_programs(self._source.options, weights))
         self._take_initial_state()
 
     def _take_initial_state(self) -> None:
