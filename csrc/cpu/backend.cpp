@@ -10,7 +10,6 @@
 #include <stdexcept>
 
 #include "../cells/list.h"
-#include "../cells/options.h"
 #include "../steps.h"
 #include "host.h"
 #include "int8_layer.h"
@@ -93,27 +92,14 @@ bool find_cell(CellList<Cells...>, const Options& o, CellEntry& found) {
   const auto try_cell = [&](const char* name, bool accepts, CellTraits traits) {
     ++index;
     if (o.cell != name || !accepts) return false;
-    const int planes =
-        traits.saved_planes + (o.proj_size ? 1 : 0) + norm_planes(o.maths, traits.gates);
+    const int planes = traits.saved_planes + (o.proj_size ? 1 : 0);
     traits.saved_planes = o.recompute ? 0 : planes;
     found = {index, traits, planes};
     return true;
   };
-  const bool of_c = o.maths.peephole || o.maths.zoneout_c > 0;
-  return (try_cell(Cells::name,
-                   Cells::accepts(o.maths) && (Cells::projects || o.proj_size == 0) &&
-                       (Cells::states > 1 || !of_c),
+  return (try_cell(Cells::name, Cells::accepts(o.maths) && (Cells::projects || o.proj_size == 0),
                    {Cells::gates, Cells::states, Cells::saved}) ||
           ...);
-}
-
-// Whether something adds to the cell: csrc/cpu/general_forward.h, general_backward.h.
-bool beyond_the_cell(const Problem& p, Pass pass) {
-  const bool step = p.options.maths.beyond_the_cell() || p.dropout_mask.data ||
-                    p.zoneout_h_mask.data || p.zoneout_c_mask.data;
-  if (pass == Pass::forward) return step;
-  return step || p.options.maths.grad_clip > 0 || p.reset_h.data || p.reset_c.data || p.d_reset_h ||
-         p.d_reset_c;
 }
 
 CellEntry cell_entry(const Options& o) {
@@ -195,7 +181,7 @@ double layer_time(const Stack& s, int rows, int columns) {
       product_time(s, std::ceil(static_cast<double>(s.pairs) / rows), of_input, every);
   const double cells = static_cast<double>(s.pairs) * H * kCell / threads;
   double step = product_time(s, mine, of_state, T > 1 ? of_state : every);
-  if (columns > 1) step += beyond_the_cell(p, s.pass) ? 2 * kBarrier : kBarrier;
+  if (columns > 1) step += kBarrier;
   return project + cells + T * step + (threads > 1 ? kRegion : 0);
 }
 
@@ -223,12 +209,6 @@ Plan make_plan(const Stack& s, bool crowded) {
 
 Sequence normal(const Stack& s, Sequence a) {
   if (s.p.batch_sizes) a.step = a.row;
-  return a;
-}
-
-Mask of_layer(const Stack& s, Mask a, std::int64_t group) {
-  if (s.p.batch_sizes) a.step = a.row;
-  if (a.data) a.data += group * a.group;
   return a;
 }
 
@@ -289,7 +269,6 @@ Layer describe(const Stack& s, std::int64_t l) {
   const Problem& p = s.p;
   const std::int64_t D = p.options.directions, g = l * D;
   Layer layer = describe_weights(s, l);
-  layer.general = beyond_the_cell(p, s.pass);
   layer.rows = p.B;
   layer.d_above_width = D * s.O;
   layer.plan = s.plan;
@@ -303,10 +282,6 @@ Layer describe(const Stack& s, std::int64_t l) {
   layer.reset_h.data = shifted(p.reset_h.data, g * p.reset_h.group, s.storage);
   layer.reset_c = p.reset_c;
   layer.reset_c.data = shifted(p.reset_c.data, g * p.reset_c.group, s.storage);
-  layer.dropout_mask = p.dropout_mask;
-  layer.dropout_mask.data = shifted(p.dropout_mask.data, g * p.dropout_mask.group, s.storage);
-  layer.zoneout_h_mask = of_layer(s, p.zoneout_h_mask, g);
-  layer.zoneout_c_mask = of_layer(s, p.zoneout_c_mask, g);
   layer.h_n = shifted(p.h_n, g * p.B * s.O, s.storage);
   layer.c_n = shifted(p.c_n, g * p.B * p.H, s.storage);
   layer.cell = contiguous(s, shifted(p.cell, l * s.saved_pairs * D * p.H, s.compute), D * p.H);
@@ -372,11 +347,9 @@ Layer one_direction(const Stack& s, Layer layer, std::int64_t d) {
   };
   layer.directions = 1;
   layer.reverse = d == 1;
-  for (State* state : {&layer.h0, &layer.c0, &layer.reset_h, &layer.reset_c, &layer.dropout_mask,
-                       &layer.d_h_n, &layer.d_c_n})
+  for (State* state :
+       {&layer.h0, &layer.c0, &layer.reset_h, &layer.reset_c, &layer.d_h_n, &layer.d_c_n})
     shift(*state, state->group, s.storage);
-  for (Mask* mask : {&layer.zoneout_h_mask, &layer.zoneout_c_mask})
-    if (mask->data) mask->data += d * mask->group;
   if (layer.parameters) layer.parameters += d;
   if (layer.d_parameters) layer.d_parameters += d;
   shift(layer.output, O, s.storage);
@@ -387,8 +360,6 @@ Layer one_direction(const Stack& s, Layer layer, std::int64_t d) {
   layer.d_above = shifted(layer.d_above, d * O, s.compute);
   layer.d_h0 = shifted(layer.d_h0, d * B * O, s.storage);
   layer.d_c0 = shifted(layer.d_c0, d * B * H, s.storage);
-  layer.d_reset_h = shifted(layer.d_reset_h, d * O, s.storage);
-  layer.d_reset_c = shifted(layer.d_reset_c, d * H, s.storage);
   return layer;
 }
 
@@ -434,7 +405,6 @@ void lay_out_parts(const Stack& s, Pieces& pieces, Workspace& w) {
     layer.steps = &part;
     packed = std::max(packed, s.kernels.packed_size(layer));
     layer.packed = layer.gates = &present;
-    layer.general = beyond_the_cell(p, Pass::forward);
     again = std::max(again, s.kernels.forward_scratch(layer));
   }
   w.part_steps = pieces.take(part_size(p, steps));
@@ -623,7 +593,6 @@ class Parts {
   // Of its results only the gates are new.
   Layer forward_again(Layer layer) const {
     layer.scratch = w_.again;
-    layer.general = beyond_the_cell(s_.p, Pass::forward);
     layer.output = {w_.hidden, 0, s_.O, 1};
     layer.cell = {};
     layer.h_n = w_.h_n;
@@ -672,8 +641,6 @@ void backward(const Problem& p) {
       layer.d_input = contiguous(s, p.d_input, p.I);
     layer.d_h0 = shifted(p.d_h0, g * p.B * s.O, s.storage);
     layer.d_c0 = shifted(p.d_c0, g * p.B * p.H, s.storage);
-    layer.d_reset_h = shifted(p.d_reset_h, g * s.O, s.storage);
-    layer.d_reset_c = shifted(p.d_reset_c, g * p.H, s.storage);
     layer.d_parameters = p.d_parameters ? p.d_parameters + g : nullptr;
     if (s.in_parts())
       Parts(s, w).run(layer);

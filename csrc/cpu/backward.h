@@ -43,20 +43,13 @@ class Backward : protected Shape<Cell, S> {
   static_assert(Cell::gradients <= Cell::saved, "the gradients take the place of what was saved");
 
  public:
-  // Values that general_backward.h adds up row by row: gradients of gains, of what an LSTM's norm
-  // of c adds and of its peepholes.
-  static Index row_sums_width(const Layer& layer) {
-    const Index norm = layer.maths.layer_norm ? 2 * gates + (Cell::states > 1 ? 2 : 0) : 0;
-    return (norm + (layer.maths.peephole ? 3 : 0)) * padded(layer.H);
-  }
-
   Backward(const Layer& layer, void* base)
       : layer_(layer),
         steps_(*layer.steps),
         Hp_(padded(layer.H)),
         Op_(padded(layer.O)),
         saved_width_(saved_width<Cell>(layer)),
-        width_(layer.consume_gates || layer.general ? saved_width_ : Cell::gradients * Hp_),
+        width_(layer.consume_gates ? saved_width_ : Cell::gradients * Hp_),
         heads_(layer.maths.heads),
         head_units_(layer.H / heads_),
         head_outputs_(layer.O / heads_),
@@ -74,11 +67,6 @@ class Backward : protected Shape<Cell, S> {
     const Index products = gates * H * (layer.I + head_outputs_) + layer.P * H;
     sums_ = sizeof(S) != sizeof(C) ? arena.take<C>(products) : nullptr;
     vector_sums_ = layer.part ? arena.take<C>(Cell::gradients * Hp_) : nullptr;
-    for (Index d = 0; d < D && layer.general; ++d) {
-      group_[d].d_reset_h = arena.take<C>(layer.rows * Op_);
-      group_[d].d_reset_c = Cell::states > 1 ? arena.take<C>(layer.rows * Hp_) : nullptr;
-      group_[d].row_sums = arena.take<C>(layer.rows * row_sums_width(layer));
-    }
     zeros_ = arena.take<C>(Hp_ > Op_ ? Hp_ : Op_);
     d_out_ = reads_output_gradient() ? nullptr : arena.take<C>(N * D * layer.O);
     for (Index d = 0; d < D; ++d) {
@@ -89,7 +77,7 @@ class Backward : protected Shape<Cell, S> {
       g.initial = arena.take<C>(B * Op_);
       g.initial_c = Cell::states > 1 ? arena.take<C>(B * Hp_) : nullptr;
       g.d_h_n = arena.take<C>(B * Op_);
-      g.carried = Cell::carries || layer.general ? arena.take<C>(B * Op_) : nullptr;
+      g.carried = Cell::carries ? arena.take<C>(B * Op_) : nullptr;
       g.d_c = Cell::states > 1 ? arena.take<C>(B * Hp_) : nullptr;
       g.d_gates = layer.consume_gates ? static_cast<C*>(layer.gates) + d * layer.gates_group
                                       : arena.take<C>(N * width_);
@@ -110,36 +98,31 @@ class Backward : protected Shape<Cell, S> {
 
   std::size_t used() const { return used_; }
 
-  void run(int thread, int threads) { run_as(*this, thread, threads); }
-
- protected:
-  // Self: what runs through the steps and knows the operands, this or what builds on it.
-  template <class Self>
-  FASTRNN_INLINE void run_as(Self& self, int thread, int threads) {
+  void run(int thread, int threads) {
     const FlushSubnormals guard;
     const Plan& plan = threads == layer_.plan.threads ? layer_.plan : layer_.single;
     Barrier& everybody = layer_.barriers[0];
-    self.take_thread(thread);
-    self.prepare(thread, threads);
+    take_thread(thread);
+    prepare(thread, threads);
     everybody.wait(threads, Barrier::Wait::start);
     run_directions(
         layer_, plan, thread,
         [&](Index d, const Share& share, Index done) {
-          return steps_.T - self.recur(d, share, steps_.T - done);
+          return steps_.T - recur(d, share, steps_.T - done);
         },
         [](const Plan&, int) {});
     everybody.wait(threads, Barrier::Wait::part);
     if (wants_input()) input_gradient(thread, threads);
     if (layer_.d_parameters)
-      for (Index d = 0; d < layer_.directions; ++d) parameter_gradients(self, d, thread, threads);
+      for (Index d = 0; d < layer_.directions; ++d) parameter_gradients(d, thread, threads);
   }
 
+ private:
   struct Group {
     C *weight_hh, *second, *weight_ih;
     C *initial, *initial_c;  // h0 and c0
     C *d_h_n, *carried, *d_c;
     C *d_gates, *d_proj;
-    C *d_reset_h, *d_reset_c, *row_sums;  // general_backward.h's
   };
 
   // A row of values: in storage with its stride, or in compute type; neither: zeros.
@@ -670,7 +653,7 @@ class Backward : protected Shape<Cell, S> {
         for (int gate = 0; gate < gates; ++gate) {
           const C* plane[R];
           for (int r = 0; r < R; ++r)
-            plane[r] = gates_row(d, mine.begin + m + r) + input_planes_[gate] * Hp_;
+            plane[r] = gates_row(d, mine.begin + m + r) + Cell::input_gradient[gate] * Hp_;
           accumulate<R, N>(acc, plane, layer_.H, weight[d].at(gate * layer_.H), weight[d].stride);
         }
       const Sums<R, N, C> sums(acc);
@@ -757,8 +740,7 @@ class Backward : protected Shape<Cell, S> {
     Index head, panel, gate, group;
   };
 
-  template <class Self>
-  void parameter_gradients(Self& self, Index d, int thread, int threads) {
+  void parameter_gradients(Index d, int thread, int threads) {
     const Parameters& to = layer_.d_parameters[d];
     Product products[kProducts];
     describe_products(d, products);
@@ -767,23 +749,22 @@ class Backward : protected Shape<Cell, S> {
     constexpr Index kFewPairs = 16;
     const bool whole = layer_.starts_sums && layer_.ends_sums;
     if (all > 0 && whole && steps_.pairs <= kFewPairs)
-      few_pairs_gradients(self, d, products, thread, threads);
+      few_pairs_gradients(d, products, thread, threads);
     else if (all > 0)
-      sums_of_pairs(self, d, products, split(all, thread, threads), thread, threads);
-    self.vector_gradients(d, to, thread, threads);
+      sums_of_pairs(d, products, split(all, thread, threads), thread, threads);
+    vector_gradients(d, to, thread, threads);
     if (d + 1 < layer_.directions) layer_.barriers[0].wait(threads, Barrier::Wait::part);
   }
 
-  template <class Self>
-  void sums_of_pairs(Self& self, Index d, const Product (&products)[kProducts], const Range& mine,
-                     int thread, int threads) {
+  void sums_of_pairs(Index d, const Product (&products)[kProducts], const Range& mine, int thread,
+                     int threads) {
     const auto pairs_from = [&](Index n0) { return least(kPairs, steps_.pairs - n0); };
     for (Index begin = 0; begin < steps_.pairs; begin += slots_ * kPairs) {
       const Index end = least(begin + slots_ * kPairs, steps_.pairs);
       if (begin > 0)
         layer_.barriers[0].wait(threads, Barrier::Wait::part);  // the slots are done with
       for (Index n0 = begin, slot = 0; n0 < end; n0 += kPairs, ++slot)
-        pack_pairs(self, d, products, slot, n0, pairs_from(n0), thread, threads);
+        pack_pairs(d, products, slot, n0, pairs_from(n0), thread, threads);
       layer_.barriers[0].wait(threads, Barrier::Wait::part);
       for (Index n0 = begin, slot = 0; n0 < end; n0 += kPairs, ++slot)
         each_block(products, mine, [&](const Product& p, const Spot& at) {
@@ -798,12 +779,10 @@ class Backward : protected Shape<Cell, S> {
 
   // Of so few pairs a gradient is far more to write than to compute: each of its rows is made and
   // written at once, from the pairs' values as they are.
-  template <class Self>
-  void few_pairs_gradients(Self& self, Index d, const Product (&products)[kProducts], int thread,
-                           int threads) {
+  void few_pairs_gradients(Index d, const Product (&products)[kProducts], int thread, int threads) {
     for (int which = 0; which < kProducts; ++which)
       if (products[which].to)
-        pack_panels(self, d, which, products[which], 0, 0, steps_.pairs, thread, threads);
+        pack_panels(d, which, products[which], 0, 0, steps_.pairs, thread, threads);
     layer_.barriers[0].wait(threads, Barrier::Wait::part);
     for (const Product& p : products) {
       const Range mine = split(p.to ? p.heads * p.gates * p.units : 0, thread, threads);
@@ -839,7 +818,7 @@ class Backward : protected Shape<Cell, S> {
       Product& p = products[which];
       p.d_rows = group_[d].d_gates;
       p.width = width_;
-      p.planes = which == kInput ? input_planes_ : hidden_planes_;
+      p.planes = which == kInput ? Cell::input_gradient : Cell::hidden_gradient;
       p.slots = shares_rows() ? p.planes : every_gate_;
     }
     Product &input = products[kInput], &hidden = products[kHidden], &second = products[kSecond];
@@ -879,7 +858,7 @@ class Backward : protected Shape<Cell, S> {
   }
 
   // Whether the products of W_ih and W_hh read the same planes of gradients, in the same groups.
-  bool shares_rows() const { return heads_ == 1 && !layer_.maths.layer_norm; }
+  bool shares_rows() const { return heads_ == 1; }
 
   // body(product, spot) for the blocks that lie in `mine`: panel after panel, so that a panel stays
   // in the cache.
@@ -921,13 +900,12 @@ class Backward : protected Shape<Cell, S> {
     return panels_ + slot * panels_slot_ + (p.panels_at + panel) * block_units * kPairs;
   }
 
-  template <class Self>
-  void pack_pairs(Self& self, Index d, const Product (&products)[kProducts], Index slot, Index n0,
-                  Index count, int thread, int threads) {
+  void pack_pairs(Index d, const Product (&products)[kProducts], Index slot, Index n0, Index count,
+                  int thread, int threads) {
     pack_rows(d, products, slot, n0, count, thread, threads);
     for (int which = 0; which < kProducts; ++which)
       if (products[which].to)
-        pack_panels(self, d, which, products[which], slot, n0, count, thread, threads);
+        pack_panels(d, which, products[which], slot, n0, count, thread, threads);
   }
 
   // The gates' gradients of `count` pairs, in groups of `rows` units, for each pair in a row.
@@ -973,15 +951,14 @@ class Backward : protected Shape<Cell, S> {
   }
 
   // The operand's columns of `count` pairs, in blocks of columns, for each pair in a row.
-  template <class Self>
-  void pack_panels(Self& self, Index d, int which, const Product& p, Index slot, Index n0,
-                   Index count, int thread, int threads) {
+  void pack_panels(Index d, int which, const Product& p, Index slot, Index n0, Index count,
+                   int thread, int threads) {
     const Range mine = split(p.panels(), thread, threads);
     if (mine.begin == mine.end) return;
     PairWalk pair(steps_, n0);
     const Index panels = p.panels_of_head(), first_head = mine.begin / panels;
     for (Index k = 0; k < count; ++k, pair.advance()) {
-      const Operand row = self.operand(d, which, pair, n0 + k);
+      const Operand row = operand(d, which, pair, n0 + k);
       Index head = first_head, in_head = mine.begin - first_head * panels;
       for (Index b = mine.begin; b < mine.end; ++b) {
         C* to = panel(p, slot, b) + k * block_units;
@@ -1136,8 +1113,6 @@ class Backward : protected Shape<Cell, S> {
   const Index second_sums_;  // products of an output of the second matrix
   const Index in_blocks_;
   // Planes of the gradients that are multiplied: for input and W_ih, for h and W_hh.
-  const int* input_planes_ = Cell::input_gradient;
-  const int* hidden_planes_ = Cell::hidden_gradient;
   int every_gate_[gates];
   Group group_[2] = {};
   C *zeros_ = nullptr, *d_out_ = nullptr;

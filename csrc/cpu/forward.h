@@ -19,7 +19,6 @@
 //               cache for each block of rows.
 #pragma once
 
-#include "../cells/options.h"
 #include "layer.h"
 #include "pack.h"
 
@@ -125,7 +124,7 @@ void load_state(T* to, const State& state, Index d, Index row, Index count) {
 // Values saved for a pair.
 template <class Cell>
 FASTRNN_INLINE Index saved_width(const Layer& layer) {
-  const int planes = Cell::saved + (layer.P ? 1 : 0) + norm_planes(layer.maths, Cell::gates);
+  const int planes = Cell::saved + (layer.P ? 1 : 0);
   return planes * padded(layer.H);
 }
 
@@ -324,22 +323,18 @@ class Forward : protected Shape<Cell, S> {
 
   std::size_t used() const { return used_; }
 
-  void run(int thread, int threads) { run_as(*this, thread, threads); }
-
- protected:
-  // Self: what projects a block of steps and computes a step, this or what builds on it.
-  template <class Self>
-  FASTRNN_INLINE void run_as(Self& self, int thread, int threads) {
+  void run(int thread, int threads) {
     const FlushSubnormals guard;
     const Plan& plan = threads == layer_.plan.threads ? layer_.plan : layer_.single;
-    self.prepare(thread, threads);
+    prepare(thread, threads);
     layer_.barriers[0].wait(threads, Barrier::Wait::start);
     run_directions(
         layer_, plan, thread,
-        [&](Index d, const Share& share, Index done) { return recur(self, d, share, done); },
-        [&](const Plan& entered, int place) { self.take_thread(entered, place); });
+        [&](Index d, const Share& share, Index done) { return recur(d, share, done); },
+        [&](const Plan& entered, int place) { take_thread(entered, place); });
   }
 
+ private:
   struct Group : Packing<Cell, S>::Group {
     E* initial;  // [B][Op] h0
     E* h;
@@ -455,8 +450,7 @@ class Forward : protected Shape<Cell, S> {
 
   // The steps from s on. Gives where it stopped: after the last, or where the team is to become one
   // thread or a team again.
-  template <class Self>
-  Index recur(Self& self, Index d, const Share& share, Index s) {
+  Index recur(Index d, const Share& share, Index s) {
     const Deal deal(steps_, share, rows);
     const Walk walk{steps_, reverse(d)};
     const Range blocks = split(blocks_, share.column, share.columns);
@@ -468,10 +462,10 @@ class Forward : protected Shape<Cell, S> {
         if (end > s && pairs + n > cap_) break;
         for (Index j = 0; j < n; ++j, ++pairs) x_rows_[pairs] = input_row(t, deal.row(j), pairs);
       }
-      self.project(Block{d, Range{s, end}, pairs, deal}, share, blocks);
+      project(Block{d, Range{s, end}, pairs, deal}, share, blocks);
       for (Index m = 0; s < end; ++s) {
         const Index t = walk.step(s), n = deal.count(steps_.active[t]);
-        const bool crowded = self.step(Position{d, t, deal, reverse(d)}, share, blocks, n, m);
+        const bool crowded = step(Position{d, t, deal, reverse(d)}, share, blocks, n, m);
         m += n;
         if (crowded && share.may_shrink) return s + 1;
       }

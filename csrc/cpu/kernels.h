@@ -3,15 +3,15 @@
 #pragma once
 
 #include "../cells/list.h"
-#include "general_backward.h"
-#include "general_forward.h"
+#include "backward.h"
+#include "forward.h"
 #include "roof.h"
 
 namespace fastrnn::FASTRNN_ISA {
 
-template <class Plain, class General>
+template <class Pass>
 std::size_t scratch_of(const Layer& layer) {
-  return layer.general ? General(layer, nullptr).used() : Plain(layer, nullptr).used();
+  return Pass(layer, nullptr).used();
 }
 
 template <class Packing>
@@ -24,12 +24,9 @@ void pack(const Layer& layer, int thread, int threads) {
   Packing(layer, layer.packed).run(thread, threads);
 }
 
-template <class Plain, class General>
+template <class Pass>
 void run_pass(const Layer& layer, int thread, int threads) {
-  if (layer.general)
-    General(layer, layer.scratch).run(thread, threads);
-  else
-    Plain(layer, layer.scratch).run(thread, threads);
+  Pass(layer, layer.scratch).run(thread, threads);
 }
 
 template <class Cell, class S>
@@ -40,11 +37,11 @@ struct KernelsOf {
                                          K::rows,
                                          K::units,
                                          packed_size<Packing<Cell, S>>,
-                                         scratch_of<Forward<Cell, S>, GeneralForward<Cell, S>>,
-                                         scratch_of<Backward<Cell, S>, GeneralBackward<Cell, S>>,
+                                         scratch_of<Forward<Cell, S>>,
+                                         scratch_of<Backward<Cell, S>>,
                                          pack<Packing<Cell, S>>,
-                                         run_pass<Forward<Cell, S>, GeneralForward<Cell, S>>,
-                                         run_pass<Backward<Cell, S>, GeneralBackward<Cell, S>>};
+                                         run_pass<Forward<Cell, S>>,
+                                         run_pass<Backward<Cell, S>>};
 };
 template <class Cell>
 struct KernelsOf<Cell, void> {

@@ -22,7 +22,6 @@ struct Plan {
 
 struct Layer {
   CellOptions maths;
-  bool general = false;  // something adds to the cell: general_forward.h, general_backward.h
   const Steps* steps = nullptr;
   std::int64_t directions = 1, I = 0, H = 0, P = 0, O = 0;
   bool reverse = false;         // the only direction runs backwards in time: a part of a layer
@@ -31,9 +30,7 @@ struct Layer {
 
   Sequence input;                          // [.., I], storage
   State h0, c0;                            // [D, B, O], [D, B, H], storage
-  State reset_h, reset_c;                  // [D, O], [D, H], storage
-  State dropout_mask;                      // [D, B, O], storage
-  Mask zoneout_h_mask, zoneout_c_mask;     // [D, ..]
+  State reset_h, reset_c;                  // [D, O], [D, H], storage; of forward
   bool wide_c0 = false;                    // c0 is of compute type
   const Parameters* parameters = nullptr;  // [D]
   Sequence output;                         // [.., D·O], storage
@@ -55,8 +52,6 @@ struct Layer {
   Sequence d_input;                    // storage: the first layer's instead of d_below
   void* d_h0 = nullptr;                // [D, B, O], storage
   void* d_c0 = nullptr;                // [D, B, H], storage
-  void* d_reset_h = nullptr;           // [D, O], storage
-  void* d_reset_c = nullptr;           // [D, H], storage
   Parameters* d_parameters = nullptr;  // [D]
 
   void* packed =

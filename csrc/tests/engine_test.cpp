@@ -29,12 +29,12 @@ struct Case {
   int threads = 1;
   bool consume_gates = false;
   std::vector<std::int64_t> lengths, batch_sizes;
-  std::vector<unsigned char> reset, zoneout_h_mask, zoneout_c_mask;
-  Values reset_h, reset_c, dropout_mask;  // empty: not given
+  std::vector<unsigned char> reset;
+  Values reset_h, reset_c;  // of forward; empty: not given
 
   Values input, h0, c0, hidden, output, h_n, c_n, cell, gates;
   std::vector<Values> weights;
-  Values d_output, d_h_n, d_c_n, d_input, d_h0, d_c0, d_reset_h, d_reset_c;
+  Values d_output, d_h_n, d_c_n, d_input, d_h0, d_c0;
   std::vector<Values> d_weights;
 
   std::int64_t D() const { return options.directions; }
@@ -51,21 +51,7 @@ struct Case {
 };
 
 // The parameters of a group in the order of `weights`; those that a case does without are empty.
-enum {
-  kIh,
-  kHh,
-  kBiasIh,
-  kBiasHh,
-  kHr,
-  kCi,
-  kCf,
-  kCo,
-  kNormIh,
-  kNormHh,
-  kNormC,
-  kNormCBias,
-  kEach
-};
+enum { kIh, kHh, kBiasIh, kBiasHh, kHr, kEach };
 
 void fill(Case& c, unsigned seed) {
   std::mt19937 random(seed);
@@ -82,14 +68,10 @@ void fill(Case& c, unsigned seed) {
   c.d_output = some(c.pairs() * c.D() * c.O());
   c.d_h_n = some(groups * c.B * c.O());
   c.d_c_n = some(groups * c.B * c.H);
-  const CellOptions& maths = c.options.maths;
-  const std::int64_t peephole = maths.peephole ? c.H : 0, norm = maths.layer_norm ? c.H : 0;
-  const std::int64_t norm_c = c.has_c() ? norm : 0;
   for (std::int64_t g = 0; g < groups; ++g) {
     const std::int64_t inputs = g < c.D() ? c.I : c.D() * c.O();
-    for (const std::int64_t n : {G * c.H * inputs, G * c.H * c.O() / maths.heads, G * c.H, G * c.H,
-                                 c.options.proj_size * c.H, peephole, peephole, peephole, G * norm,
-                                 G * norm, norm_c, norm_c})
+    for (const std::int64_t n :
+         {G * c.H * inputs, G * c.H * c.O(), G * c.H, G * c.H, c.options.proj_size * c.H})
       c.weights.push_back(some(n));
     // Sums of order one whatever the width: a chaotic recurrence would show rounding, not errors.
     for (const int which : {kHh, kHr})
@@ -104,23 +86,13 @@ Parameters parameters_of(std::vector<Values>& w, std::int64_t g, std::int64_t in
   const auto vector = [&](int which) {
     return at[which].empty() ? Weight{} : Weight{at[which].data(), 0, 1};
   };
-  const std::int64_t columns = c.O() / c.options.maths.heads;
-  const std::int64_t rows = cell_traits(c.options).gates * c.H / c.options.maths.heads;
   Parameters p;
   p.weight_ih = {at[kIh].data(), inputs, 1};
-  p.weight_hh = {at[kHh].data(), columns, 1, rows * columns};
+  p.weight_hh = {at[kHh].data(), c.O(), 1};
   p.bias_ih = vector(kBiasIh);
   p.bias_hh = vector(kBiasHh);
   if (!at[kHr].empty()) p.weight_hr = {at[kHr].data(), c.H, 1};
-  p.weight_ci = vector(kCi), p.weight_cf = vector(kCf), p.weight_co = vector(kCo);
-  p.norm_ih = vector(kNormIh), p.norm_hh = vector(kNormHh);
-  p.norm_c = vector(kNormC), p.norm_c_bias = vector(kNormCBias);
   return p;
-}
-
-Mask mask_of(const std::vector<unsigned char>& mask, const Case& c, std::int64_t units) {
-  if (mask.empty()) return {};
-  return {reinterpret_cast<const bool*>(mask.data()), c.pairs() * units, c.B * units, units, 1};
 }
 
 Problem problem_of(Case& c, std::vector<Parameters>& parameters) {
@@ -145,9 +117,6 @@ Problem problem_of(Case& c, std::vector<Parameters>& parameters) {
   p.parameters = parameters.data();
   if (!c.reset_h.empty()) p.reset_h = {c.reset_h.data(), c.O(), 0, 1};
   if (!c.reset_c.empty()) p.reset_c = {c.reset_c.data(), c.H, 0, 1};
-  if (!c.dropout_mask.empty()) p.dropout_mask = {c.dropout_mask.data(), c.B * c.O(), c.O(), 1};
-  p.zoneout_h_mask = mask_of(c.zoneout_h_mask, c, c.O());
-  p.zoneout_c_mask = mask_of(c.zoneout_c_mask, c, c.H);
   p.all_layers = true;
   const std::int64_t groups = c.L() * c.D();
   c.hidden.assign(size_of(c.L() * c.pairs() * c.D() * c.O()), -7);
@@ -227,10 +196,6 @@ Problem backward_problem(Case& c, std::vector<Parameters>& parameters,
   c.d_weights = c.weights;
   for (std::int64_t g = 0; g < c.L() * c.D(); ++g)
     d_parameters.push_back(parameters_of(c.d_weights, g, g < c.D() ? c.I : c.D() * c.O(), c));
-  c.d_reset_h.assign(c.reset_h.size(), -7);
-  c.d_reset_c.assign(c.reset_c.size(), -7);
-  if (!c.reset_h.empty()) p.d_reset_h = c.d_reset_h.data();
-  if (!c.reset_c.empty()) p.d_reset_c = c.d_reset_c.data();
   p.d_input = c.d_input.data();
   p.d_h0 = c.d_h0.data();
   if (c.has_c()) p.d_c0 = c.d_c0.data();
@@ -274,69 +239,37 @@ double product(const Values& w, std::int64_t row, const double* x, std::int64_t 
   return sum;
 }
 
-// (x − mean) / √(variance + 1e-5) over all of them.
-Values normalized(Values x) {
-  double mean = 0, variance = 0;
-  for (const double v : x) mean += v / static_cast<double>(x.size());
-  for (const double v : x) variance += (v - mean) * (v - mean) / static_cast<double>(x.size());
-  for (double& v : x) v = (v - mean) / std::sqrt(variance + 1e-5);
-  return x;
-}
-
 // One step of one row: h (O) and c (H) in place.
 class PlainStep {
  public:
-  PlainStep(const Case& c, std::int64_t group, std::int64_t row, std::int64_t place)
-      : c_(c),
-        maths_(c.options.maths),
-        w_(&c.weights[size_of(group * kEach)]),
-        group_(group),
-        row_(row),
-        place_(place) {}
+  PlainStep(const Case& c, std::int64_t group)
+      : c_(c), maths_(c.options.maths), w_(&c.weights[size_of(group * kEach)]) {}
 
   void run(const double* x, std::int64_t inputs, double* h, double* state_c) const {
     const std::int64_t H = c_.H, O = c_.O();
     const Values before(h, h + O), before_c(state_c, state_c + H);
-    Values seen(before);
-    for (std::int64_t o = 0; o < O && !c_.dropout_mask.empty(); ++o)
-      seen[size_of(o)] *= c_.dropout_mask[size_of((group_ * c_.B + row_) * O + o)];
     const Values in = input_side(x, inputs);
-    Values hidden = c_.options.cell == "RNN"    ? rnn(in, seen)
-                    : c_.options.cell == "LSTM" ? lstm(in, seen, before_c, state_c)
-                                                : gru(in, seen, before);
+    Values hidden = c_.options.cell == "RNN"    ? rnn(in, before)
+                    : c_.options.cell == "LSTM" ? lstm(in, before, before_c, state_c)
+                                                : gru(in, before);
     for (std::int64_t o = 0; o < O; ++o)
       h[o] = c_.options.proj_size ? product(w_[kHr], o, hidden.data(), H) : hidden[size_of(o)];
-    zoneout(c_.zoneout_h_mask, maths_.zoneout_h, before, h);
-    if (c_.has_c()) zoneout(c_.zoneout_c_mask, maths_.zoneout_c, before_c, state_c);
   }
 
  private:
-  Values affine(Values sums, int gain, int bias, std::int64_t first) const {
-    if (maths_.layer_norm) sums = normalized(sums);
-    for (std::size_t i = 0; i < sums.size(); ++i) {
-      const std::size_t r = size_of(first) + i;
-      if (maths_.layer_norm) sums[i] *= w_[gain][r];
-      sums[i] += w_[bias][r];
-    }
-    return sums;
-  }
   Values input_side(const double* x, std::int64_t inputs) const {
     Values sums;
     const std::int64_t rows = cell_traits(c_.options).gates * c_.H;
-    for (std::int64_t r = 0; r < rows; ++r) sums.push_back(product(w_[kIh], r, x, inputs));
-    return affine(sums, kNormIh, kBiasIh, 0);
+    for (std::int64_t r = 0; r < rows; ++r)
+      sums.push_back(product(w_[kIh], r, x, inputs) + w_[kBiasIh][size_of(r)]);
+    return sums;
   }
   // Gates first … last − 1.
   Values hidden_side(const Values& operand, std::int64_t first, std::int64_t last) const {
-    const std::int64_t G = cell_traits(c_.options).gates, heads = maths_.heads;
-    const std::int64_t units = c_.H / heads, outputs = c_.O() / heads;
     Values sums;
-    for (std::int64_t g = first; g < last; ++g)
-      for (std::int64_t u = 0; u < c_.H; ++u) {
-        const std::int64_t head = u / units, row = (head * G + g) * units + u % units;
-        sums.push_back(product(w_[kHh], row, &operand[size_of(head * outputs)], outputs));
-      }
-    return affine(sums, kNormHh, kBiasHh, first * c_.H);
+    for (std::int64_t r = first * c_.H; r < last * c_.H; ++r)
+      sums.push_back(product(w_[kHh], r, operand.data(), c_.O()) + w_[kBiasHh][size_of(r)]);
+    return sums;
   }
 
   Values rnn(const Values& in, const Values& seen) const {
@@ -348,24 +281,17 @@ class PlainStep {
     const std::size_t H = size_of(c_.H);
     Values a = hidden_side(seen, 0, 4), out(H), next(H);
     for (std::size_t i = 0; i < a.size(); ++i) a[i] += in[i];
-    for (std::size_t u = 0; u < H && maths_.peephole; ++u) {
-      a[u] += w_[kCi][u] * before[u];
-      a[H + u] += w_[kCf][u] * before[u];
-    }
     for (std::size_t u = 0; u < H; ++u)
       next[u] = sigmoid_of(a[H + u]) * before[u] + sigmoid_of(a[u]) * std::tanh(a[2 * H + u]);
-    Values shown = maths_.layer_norm ? normalized(next) : next;
     for (std::size_t u = 0; u < H; ++u) {
-      if (maths_.layer_norm) shown[u] = w_[kNormC][u] * shown[u] + w_[kNormCBias][u];
-      if (maths_.peephole) a[3 * H + u] += w_[kCo][u] * next[u];
-      out[u] = sigmoid_of(a[3 * H + u]) * std::tanh(shown[u]);
+      out[u] = sigmoid_of(a[3 * H + u]) * std::tanh(next[u]);
       c[u] = next[u];
     }
     return out;
   }
-  Values gru(const Values& in, const Values& seen, const Values& before) const {
+  Values gru(const Values& in, const Values& before) const {
     const std::size_t H = size_of(c_.H);
-    Values a = hidden_side(seen, 0, maths_.reset_after ? 3 : 2), operand(seen), out(H);
+    Values a = hidden_side(before, 0, maths_.reset_after ? 3 : 2), operand(before), out(H);
     for (std::size_t u = 0; u < H; ++u) operand[u] *= sigmoid_of(in[u] + a[u]);
     const Values n = maths_.reset_after ? Values() : hidden_side(operand, 2, 3);
     for (std::size_t u = 0; u < H; ++u) {
@@ -376,22 +302,9 @@ class PlainStep {
     return out;
   }
 
-  void zoneout(const std::vector<unsigned char>& mask, double share, const Values& before,
-               double* next) const {
-    const auto units = static_cast<std::int64_t>(before.size());
-    for (std::int64_t u = 0; u < units; ++u) {
-      const double old_value = before[size_of(u)];
-      if (mask.empty())
-        next[u] = share * old_value + (1 - share) * next[u];
-      else if (mask[size_of((group_ * c_.pairs() + place_) * units + u)])
-        next[u] = old_value;
-    }
-  }
-
   const Case& c_;
   const CellOptions& maths_;
   const Values* w_;
-  const std::int64_t group_, row_, place_;
 };
 
 std::int64_t length_of(const Case& c, std::int64_t b) {
@@ -435,7 +348,7 @@ Plain plain_forward(const Case& c) {
               state_c[u] = c.reset_c.empty() ? 0 : c.reset_c[size_of(g * c.H + u)];
           }
           const std::int64_t place = place_of(c, t, b);
-          PlainStep(c, g, b, place).run(&layer_input[size_of(place * inputs)], inputs, h, state_c);
+          PlainStep(c, g).run(&layer_input[size_of(place * inputs)], inputs, h, state_c);
           std::copy_n(h, c.O(), &out[size_of((place * c.D() + d) * c.O())]);
         }
       }
@@ -446,41 +359,10 @@ Plain plain_forward(const Case& c) {
   return r;
 }
 
-// ---- options that add to the cell ---------------------------------------------------------------
-
-enum Extra {
-  kPeephole = 1,
-  kLayerNorm = 2,
-  kHeads = 4,
-  kZoneout = 8,
-  kMasks = 16,
-  kDropout = 32,
-  kResetStates = 64,
-  kAllExtras = 127
-};
-
-// Fills a case with the options of `extras` on.
-void fill_with(Case& c, int extras, unsigned seed) {
+// States that a reset puts in place.
+void fill_reset_states(Case& c, unsigned seed) {
   std::mt19937 random(seed);
   std::uniform_real_distribution<double> uniform(-0.8, 0.8);
-  CellOptions& maths = c.options.maths;
-  maths.peephole = c.has_c() && (extras & kPeephole);
-  maths.layer_norm = extras & kLayerNorm;
-  maths.heads = extras & kHeads ? 2 : 1;
-  if (extras & kZoneout) maths.zoneout_h = 0.3;
-  if (extras & kZoneout && c.has_c()) maths.zoneout_c = 0.4;
-  fill(c, seed);
-  const auto bits = [&](std::int64_t units) {
-    std::vector<unsigned char> mask(size_of(c.groups() * c.pairs() * units));
-    for (unsigned char& bit : mask) bit = random() % 3 == 0;
-    return mask;
-  };
-  if (extras & kMasks) c.zoneout_h_mask = bits(c.O());
-  if (extras & kMasks && c.has_c()) c.zoneout_c_mask = bits(c.H);
-  if (extras & kDropout)
-    for (std::int64_t i = 0; i < c.groups() * c.B * c.O(); ++i)
-      c.dropout_mask.push_back(random() % 4 == 0 ? 0 : 1.25);
-  if (!(extras & kResetStates)) return;
   for (std::int64_t i = 0; i < c.groups() * c.O(); ++i) c.reset_h.push_back(uniform(random));
   for (std::int64_t i = 0; i < c.groups() * c.H && c.has_c(); ++i)
     c.reset_c.push_back(uniform(random));
@@ -518,8 +400,7 @@ double loss(const Case& c) {
   return sum;
 }
 
-// A few entries of `values` moved either way, against the engine's gradient. A norm of few values
-// that are nearly alike bends more than differences show.
+// A few entries of `values` moved either way, against the engine's gradient.
 void check_gradient(const char* what, Case& c, Values& values, const Values& gradient) {
   const std::size_t stride = values.size() / 7 + 1;
   for (std::size_t i = 0; i < values.size(); i += stride, ++checks) {
@@ -529,8 +410,7 @@ void check_gradient(const char* what, Case& c, Values& values, const Values& gra
     values[i] = at - h;
     const double below = loss(c);
     values[i] = at;
-    const double tolerance = c.options.maths.layer_norm ? 2e-7 : 2e-8;
-    check::close(what, gradient[i], (above - below) / (2 * h), tolerance);
+    check::close(what, gradient[i], (above - below) / (2 * h), 2e-8);
   }
 }
 
@@ -542,8 +422,6 @@ void check_backward(Case& c) {
   if (c.has_c()) check_gradient("d_c0", c, c.c0, c.d_c0);
   for (std::size_t w = 0; w < c.weights.size(); ++w)
     check_gradient("d_weight", c, c.weights[w], c.d_weights[w]);
-  check_gradient("d_reset_h", c, c.reset_h, c.d_reset_h);
-  check_gradient("d_reset_c", c, c.reset_c, c.d_reset_c);
 }
 
 void same(const char* what, const Values& a, const Values& b) {
@@ -567,8 +445,6 @@ void same_everywhere(const char* where, const Case& c, const Case& other) {
   same_results(c, other);
   for (std::size_t w = 0; w < c.d_weights.size(); ++w)
     same("d_weight", c.d_weights[w], other.d_weights[w]);
-  same("d_reset_h", c.d_reset_h, other.d_reset_h);
-  same("d_reset_c", c.d_reset_c, other.d_reset_c);
   check::context() = context;
 }
 
@@ -611,10 +487,9 @@ void check_ensemble(std::vector<Case> apart) {
   }
 }
 
-// Members with the options of `extras` on.
-std::vector<Case> members_like(const Case& like, int extras, unsigned seed) {
+std::vector<Case> members_like(const Case& like, unsigned seed) {
   std::vector<Case> members(5, like);
-  for (Case& c : members) fill_with(c, extras, ++seed);
+  for (Case& c : members) fill(c, ++seed);
   return members;
 }
 
@@ -644,8 +519,6 @@ void check_recompute(Case c) {
   same_results(c, other);
   for (std::size_t w = 0; w < c.d_weights.size(); ++w)
     all_close("d_weight", other.d_weights[w], c.d_weights[w], 1e-12);
-  all_close("d_reset_h", other.d_reset_h, c.d_reset_h, 1e-12);
-  all_close("d_reset_c", other.d_reset_c, c.d_reset_c, 1e-12);
   check::context() = context;
 }
 
@@ -667,15 +540,9 @@ std::vector<Options> all_options() {
 
 void name_case(const Case& c, const char* rows) {
   const Options& o = c.options;
-  check::context() =
-      o.cell + " layers " + std::to_string(o.layers) + " directions " +
-      std::to_string(o.directions) + " proj_size " + std::to_string(o.proj_size) +
-      (o.maths.reset_after ? " " : " reset before ") + rows +
-      (o.maths.peephole ? " peephole" : "") + (o.maths.layer_norm ? " layer_norm" : "") +
-      " heads " + std::to_string(o.maths.heads) + " zoneout " + std::to_string(o.maths.zoneout_h) +
-      " " + std::to_string(o.maths.zoneout_c) + (c.zoneout_h_mask.empty() ? "" : " masked") +
-      (c.dropout_mask.empty() ? "" : " dropout") + (c.reset_h.empty() ? "" : " reset_h") +
-      (c.reset_c.empty() ? "" : " reset_c");
+  check::context() = o.cell + " layers " + std::to_string(o.layers) + " directions " +
+                     std::to_string(o.directions) + " proj_size " + std::to_string(o.proj_size) +
+                     (o.maths.reset_after ? " " : " reset before ") + rows;
 }
 
 void rows(Case& c, int kind) {
@@ -699,13 +566,15 @@ void check_plain() {
       c.options = options;
       rows(c, kind);
       name_case(c, kRows[kind]);
-      check_ensemble(members_like(c, 0, seed));
+      check_ensemble(members_like(c, seed));
       fill(c, ++seed);
       check_forward(c);
       check_backward(c);
       check_consumed(c);
       check_recompute(c);
       check_packed(c);
+      fill_reset_states(c, seed);
+      check_forward(c);
     }
   for (Options options : all_options())  // few rows and steps: weights are read where they lie
     for (const std::int64_t H : {8, 20, 37})
@@ -719,16 +588,6 @@ void check_plain() {
           name_case(c, "few rows and steps");
           check_forward(c);
           check_packed(c);
-          for (const int heads : {2, 4}) {
-            if (H % heads != 0 || c.O() % heads != 0) continue;
-            Case split;
-            split.options = options;
-            split.options.maths.heads = heads;
-            split.T = T, split.B = B, split.I = 2 * H, split.H = H;
-            fill(split, ++seed);
-            check_forward(split);
-            check_packed(split);
-          }
         }
   for (const Options& options : all_options()) {
     Case wide;  // enough work for a team, few rows: units are split, with barriers
@@ -742,7 +601,7 @@ void check_plain() {
     check_threads(wide);
     Case like = wide;  // enough work to be shared out
     like.weights.clear();
-    check_ensemble(members_like(like, 0, seed));
+    check_ensemble(members_like(like, seed));
     Case tall;  // many rows of different lengths: rows are dealt
     tall.options = options;
     name_case(tall, "many rows");
@@ -754,86 +613,40 @@ void check_plain() {
   }
 }
 
-// Every option alone, then some together; ensembles of a few of these.
-void check_options() {
-  unsigned seed = 1000;
-  for (const Options& options : all_options())
-    for (int turn = 0; turn < 16; ++turn) {
-      std::mt19937 random(++seed);
-      const int extras = turn < 7    ? 1 << turn
-                         : turn == 7 ? int{kAllExtras}
-                                     : static_cast<int>(random() % (kAllExtras + 1));
-      const int kind = turn == 6 ? 3 : static_cast<int>(random() % 5);
-      Case c;
-      c.options = options;
-      c.H = 6;
-      rows(c, kind);
-      const Case like = c;
-      fill_with(c, extras, seed);
-      name_case(c, kRows[kind]);
-      if (turn % 4 == 3) check_ensemble(members_like(like, extras, seed));
-      check_forward(c);
-      check_backward(c);
-      check_consumed(c);
-      check_recompute(c);
-    }
-}
-
 // Enough steps for several parts, rows that end or begin anew anywhere in them.
 void check_parts() {
   unsigned seed = 2000;
   for (const Options& options : all_options())
-    for (const int extras : {0, int{kAllExtras}})
-      for (const bool packed : {false, true}) {
-        Case c;
-        c.options = options;
-        c.T = 70, c.B = 30, c.I = 4, c.H = 6;
-        std::mt19937 random(++seed);
-        for (std::int64_t b = 0; b < c.B && !packed; ++b)
-          c.lengths.push_back(b == 3 ? c.T : static_cast<std::int64_t>(random()) % (c.T + 1));
-        for (std::int64_t t = 0; t < c.T && packed; ++t) c.batch_sizes.push_back(c.B - t * 2 / 5);
-        for (std::int64_t i = 0; i < c.T * c.B && !packed; ++i)
-          c.reset.push_back(random() % 11 == 0);
-        fill_with(c, extras, seed);
-        c.options.maths.grad_clip = extras ? 0.05 : 0;
-        name_case(c, packed ? "parts of packed rows" : "parts");
-        check_recompute(c);
-        c.options.recompute = true;
-        check_threads(c);
-        if (options.layers > 1) check_ensemble({c, c, c});
-      }
-}
-
-// All the options on enough work for a team: rows are dealt, or units with barriers.
-void check_options_of_teams() {
-  unsigned seed = 3000;
-  for (Options options : all_options())
-    for (const bool many : {false, true}) {
+    for (const bool packed : {false, true}) {
       Case c;
-      if (options.proj_size) options.proj_size = 50;
       c.options = options;
-      c.T = 3, c.B = many ? 40 : 2, c.I = 20, c.H = many ? 70 : 300;
-      fill_with(c, kAllExtras, ++seed);
-      c.options.maths.grad_clip = 0.1;
-      name_case(c, many ? "many rows" : "few rows");
-      check_forward(c);
-      for (const int threads : {2, 3}) check_threads(c, threads);
+      c.T = 70, c.B = 30, c.I = 4, c.H = 6;
+      std::mt19937 random(++seed);
+      for (std::int64_t b = 0; b < c.B && !packed; ++b)
+        c.lengths.push_back(b == 3 ? c.T : static_cast<std::int64_t>(random()) % (c.T + 1));
+      for (std::int64_t t = 0; t < c.T && packed; ++t) c.batch_sizes.push_back(c.B - t * 2 / 5);
+      for (std::int64_t i = 0; i < c.T * c.B && !packed; ++i) c.reset.push_back(random() % 11 == 0);
+      fill(c, seed);
+      name_case(c, packed ? "parts of packed rows" : "parts");
+      check_recompute(c);
+      c.options.recompute = true;
+      check_threads(c);
+      if (options.layers > 1) check_ensemble({c, c, c});
     }
 }
 
 // Enough steps for a team to part and meet again several times.
 void check_recesses() {
   unsigned seed = 4000;
-  for (Options options : all_options())
-    for (const int extras : {0, int{kAllExtras}}) {
-      Case c;
-      if (options.proj_size) options.proj_size = 50;
-      c.options = options;
-      c.T = 150, c.B = 2, c.I = 20, c.H = 300;
-      fill_with(c, extras, ++seed);
-      name_case(c, "recesses");
-      for (const int threads : {2, 3}) check_threads(c, threads);
-    }
+  for (Options options : all_options()) {
+    Case c;
+    if (options.proj_size) options.proj_size = 50;
+    c.options = options;
+    c.T = 150, c.B = 2, c.I = 20, c.H = 300;
+    fill(c, ++seed);
+    name_case(c, "recesses");
+    for (const int threads : {2, 3}) check_threads(c, threads);
+  }
 }
 
 }  // namespace
@@ -850,9 +663,7 @@ int main(int count, char** arguments) {
     check_recesses();
   } else {
     check_plain();
-    check_options();
     check_parts();
-    check_options_of_teams();
   }
   return check::result("engine_test", checks);
 }
