@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +11,8 @@ import numpy.typing as npt
 import pytest
 
 from fastrnn import _C, _by_program
-from fastrnn._engine import CUDA_SWITCH, NO_EXTRAS, Extras
+from fastrnn._engine import CUDA_SWITCH, NO_EXTRAS, Extras, scalars
+from fastrnn._engine import engine_options as fastrnn_options
 from fastrnn._program_numpy import NumPyArrays
 from fastrnn.reference import Options, States
 from problems import Gradients, Problem, Solution
@@ -71,8 +72,8 @@ def rounded(problem: Problem, dtype: str) -> Problem:
 
 
 def engine_options(options: Options) -> _C.Options:
-    names = [field.name for field in fields(options) if field.name != "bias"]
-    return _C.Options(**{name: getattr(options, name) for name in names})
+    """What the engine's cells know of them."""
+    return fastrnn_options(*scalars(options))
 
 
 def tensor_or_none(x: Any) -> Any:
@@ -226,7 +227,7 @@ class Call:
             *self.written,
             all_layers=all_layers,
             threads=self.threads,
-            extras=self.extras,
+            reset_hx=self.extras and self.extras[:2],
             **self.work,
         )
 
@@ -285,9 +286,6 @@ class Call:
             self.d_weights,
             consume_gates=consume_gates,
             threads=self.threads,
-            extras=self.extras,
-            d_reset_h=d_reset_h,
-            d_reset_c=d_reset_c,
             **self.work,
         )
 

@@ -418,8 +418,7 @@ def test_options_tell_what_they_are() -> None:
     assert (options("RNN").gates, options("RNN").states) == (1, 1)
     assert repr(o) == (
         "Options(cell='GRU', num_layers=3, bidirectional=True, proj_size=0, activation='tanh', "
-        "gate_activation='sigmoid', reset_after=False, peephole=False, layer_norm=False, heads=1, "
-        "zoneout_h=0.0, zoneout_c=0.0, grad_clip=0.0, recompute=False)"
+        "gate_activation='sigmoid', reset_after=False, heads=1, recompute=False)"
     )
     with pytest.raises(AttributeError):
         o.cell = "LSTM"  # type: ignore[misc]
@@ -438,11 +437,6 @@ def test_options_tell_what_they_are() -> None:
         ),
         ({"heads": 0}, "^heads: expected 1 or more, got 0"),
         ({"heads": 2, "proj_size": 3}, "^heads: expected a divisor of proj_size, 3, got 2"),
-        ({"zoneout_h": 1.5}, "^zoneout_h: expected a number from 0 to 1, got 1.5"),
-        ({"zoneout_c": float("nan")}, "^zoneout_c: expected a number from 0 to 1, got nan"),
-        ({"grad_clip": -1.0}, "^grad_clip: expected 0 .none. or more, got -1"),
-        ({"cell": "GRU", "peephole": True}, "^peephole: the GRU cell has no c"),
-        ({"cell": "RNN", "zoneout_c": 0.1}, "^zoneout_c: the RNN cell has no c"),
     ],
 )
 def test_options_that_cannot_be(changes: dict[str, Any], message: str) -> None:
@@ -494,7 +488,6 @@ def test_every_array_is_let_go_after_the_call() -> None:
 # ---- ensembles ----------------------------------------------------------------------------------
 
 MEMBERS = 3
-RESETS = ("d_reset_h", "d_reset_c")
 
 
 def of_members(given: Arguments, shared: tuple[str, ...] = ()) -> Arguments:
@@ -549,59 +542,43 @@ def test_members_that_do_not_fit_are_refused_by_name() -> None:
     refused(r"hidden: expected an array to write to", hidden=read_only(given["hidden"]))
 
 
-def extras_of_members(cell: str, *data: int) -> tuple[npt.NDArray[Any] | None, ...]:
-    """Those of each member, all different but the dropout mask, which they share."""
-    draw, two = np.random.default_rng(7), cell == "LSTM"
-    dropout = draw.integers(0, 2, (L * D, B, H)).astype(np.float32) * 2
-    keep = draw.random((2, MEMBERS, L * D, *data, H)) < 0.4
-    anew = draw.standard_normal((2, MEMBERS, L * D, H)).astype(np.float32)
-    return (
-        anew[0],
-        anew[1] if two else None,
-        np.broadcast_to(dropout, (MEMBERS, *dropout.shape)),
-        keep[0],
-        keep[1] if two else None,
-    )
+def reset_states_of_members(cell: str) -> tuple[npt.NDArray[Any] | None, ...]:
+    """Those of each member."""
+    anew = np.random.default_rng(7).standard_normal((2, MEMBERS, L * D, H)).astype(np.float32)
+    return anew[0], anew[1] if cell == "LSTM" else None
 
 
 @pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_members_have_extras_of_their_own(cell: str, packed: bool) -> None:
-    extras = extras_of_members(cell, *((N,) if packed else (T, B)))
-    two = cell == "LSTM"
-    together = of_members(forward_arguments(cell, packed=packed))
-    _C.forward_members(options(cell), MEMBERS, *(together[name] for name in FORWARD), extras=extras)
-    plain = backward_arguments(cell, packed=packed)
-    given = of_members(plain) | {name: together[name] for name in ("hidden", "cell", "gates")}
-    d_resets = [np.zeros_like(x) for x in extras[:2] if x is not None]
-    _C.backward_members(
-        options(cell), MEMBERS, *(given[name] for name in BACKWARD), 0, extras, *d_resets
-    )
+def test_members_have_reset_states_of_their_own(cell: str) -> None:
+    anew = reset_states_of_members(cell)
+    given = forward_arguments(cell)
+    given["reset"] = np.ones((T, B), np.bool_)
+    together = of_members(given)
+    _C.forward_members(options(cell), MEMBERS, *(together[name] for name in FORWARD), reset_hx=anew)
     for k in range(MEMBERS):
-        own = tuple(x if x is None else x[k] for x in extras)
-        one = forward_arguments(cell, packed=packed)
-        run_forward(one, options(cell), extras=own)
+        one = forward_arguments(cell) | {"reset": given["reset"]}
+        run_forward(one, options(cell), reset_hx=tuple(x if x is None else x[k] for x in anew))
         for name in ("hidden", "h_n", "c_n"):
             assert one[name] is None or np.array_equal(together[name][k], one[name])
-        one = plain | {name: one[name] for name in ("hidden", "cell", "gates")}
-        d_own = {name: np.zeros_like(own[i]) for i, name in enumerate(RESETS[: 1 + two])}
-        run_backward(one, options(cell), extras=own, **d_own)
-        for name in ("d_input", "d_h0", "d_c0"):
-            assert one[name] is None or np.array_equal(given[name][k], one[name])
-        for d, expected in zip(given["d_weights"], one["d_weights"], strict=True):
-            assert np.array_equal(d[k], expected)
-        for d, expected in zip(d_resets, d_own.values(), strict=True):
-            assert np.array_equal(d[k], expected)
     assert not np.array_equal(together["hidden"][0], together["hidden"][1])
 
 
-def test_extras_of_members_that_do_not_fit_are_refused_by_name() -> None:
+def test_reset_states_of_members_that_do_not_fit_are_refused_by_name() -> None:
     given = of_members(forward_arguments())
-    fitting = extras_of_members("LSTM", T, B)
-    names = ("reset_h", "reset_c", "dropout_mask", "zoneout_h_mask", "zoneout_c_mask")
-    for index, name in enumerate(names):
-        extras = [x[:2] if k == index else x for k, x in enumerate(fitting) if x is not None]
+    fitting = reset_states_of_members("LSTM")
+    for index, name in enumerate(("reset_h", "reset_c")):
+        anew = [x[:2] if k == index else x for k, x in enumerate(fitting) if x is not None]
         with pytest.raises(ValueError, match=rf"^{name}: expected a leading axis of 3 members"):
             _C.forward_members(
-                options(), MEMBERS, *(given[name] for name in FORWARD), extras=extras
+                options(), MEMBERS, *(given[name] for name in FORWARD), reset_hx=anew
             )
+
+
+def test_heads_in_host_memory_are_left_to_programs() -> None:
+    given = forward_arguments()
+    given["weights"] = [
+        np.zeros((2, w.shape[0] // 2, w.shape[1] // 2), np.float32) if k % 4 == 1 else w
+        for k, w in enumerate(given["weights"])
+    ]
+    with pytest.raises(ValueError, match=r"^heads: expected 1 in host memory, .*, got 2"):
+        run_forward(given, options(heads=2))

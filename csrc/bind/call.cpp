@@ -101,7 +101,7 @@ class Call {
   void use_frozen(py::handle weights, Frozen& frozen);
   void set_rows(py::handle lengths, py::handle reset);
   void set_states(py::handle h0, py::handle c0);
-  void set_extras(py::handle extras);
+  void set_reset_states(py::handle reset_hx);
   void set_finals(py::handle h_n, py::handle c_n);
   void set_results(py::handle hidden, py::handle cell, py::handle gates, bool all_layers,
                    bool written);
@@ -111,7 +111,6 @@ class Call {
   void set_gradients(py::handle d_output, py::handle d_hidden, py::handle d_cell, py::handle d_h_n,
                      py::handle d_c_n);
   void set_wanted(py::handle d_input, py::handle d_h0, py::handle d_c0, py::handle d_weights);
-  void set_wanted_resets(py::handle d_reset_h, py::handle d_reset_c);
 
   void consume_gates(bool consume) { problem_.consume_gates = consume; }
   // `workspace`: an array, or a function that gives one for a number of bytes. `stream`: a
@@ -141,7 +140,6 @@ class Call {
   void* wanted(py::handle object, const char* name, Shape shape);
   State state(py::handle object, const char* name, std::int64_t units);
   State reset_state(py::handle object, const char* name, std::int64_t units);
-  Mask mask(py::handle object, const char* name, std::int64_t units);
   const Backend& backend() const;
   void expect_kernels_for_options() const;
   Parameters parameters(const List& list, const char* argument, std::int64_t group, bool written);
@@ -264,19 +262,6 @@ Parameters Call::parameters(const List& list, const char* argument, std::int64_t
     group_parameters.bias_hh = next("bias_hh", {rows});
   }
   if (problem_.options.proj_size > 0) group_parameters.weight_hr = next("weight_hr", {out, H});
-  if (maths.peephole) {
-    group_parameters.weight_ci = next("weight_ci", {H});
-    group_parameters.weight_cf = next("weight_cf", {H});
-    group_parameters.weight_co = next("weight_co", {H});
-  }
-  if (maths.layer_norm) {
-    group_parameters.norm_ih = next("norm_ih", {rows});
-    group_parameters.norm_hh = next("norm_hh", {rows});
-  }
-  if (maths.layer_norm && traits_.states > 1) {
-    group_parameters.norm_c = next("norm_c", {H});
-    group_parameters.norm_c_bias = next("norm_c_bias", {H});
-  }
   return group_parameters;
 }
 
@@ -284,8 +269,7 @@ void Call::set_weights(py::handle weights) {
   const List list(weights, "weights");
   const CellOptions& maths = problem_.options.maths;
   const std::int64_t groups = L_ * D_;
-  const std::int64_t least = 2 + (problem_.options.proj_size > 0 ? 1 : 0) +
-                             (maths.peephole ? 3 : 0) + (maths.layer_norm ? 2 * traits_.states : 0);
+  const std::int64_t least = 2 + (problem_.options.proj_size > 0 ? 1 : 0);
   per_group_ = list.size() / groups;
   has_biases_ = per_group_ == least + 2;
   if (list.size() % groups != 0 || (per_group_ != least && !has_biases_))
@@ -362,36 +346,15 @@ State Call::reset_state(py::handle object, const char* name, std::int64_t units)
   return {a.data(), a.stride(0), 0, a.stride(1)};
 }
 
-Mask Call::mask(py::handle object, const char* name, std::int64_t units) {
-  if (object.is_none()) return {};
-  const Array a = array(object, {name});
-  if (packed())
-    a.expect_shape({L_ * D_, N_, units});
-  else
-    a.expect_shape({L_ * D_, problem_.T, problem_.B, units});
-  a.expect_dtype({dlpack::kBool, 8, 1});
-  const Sequence rows = sequence_of(a, 1);
-  return {static_cast<const bool*>(a.data()), a.stride(0), rows.step, rows.row, rows.unit};
-}
-
-// In the order of _engine.py's Extras.
-void Call::set_extras(py::handle extras) {
-  if (extras.is_none()) return;
-  const List list(extras, "extras");
-  if (list.size() != 5)
-    throw py::value_error(
-        "extras: expected (reset_h, reset_c, dropout_mask, zoneout_h_mask, zoneout_c_mask), got " +
-        std::to_string(list.size()) + " values");
+void Call::set_reset_states(py::handle reset_hx) {
+  if (reset_hx.is_none()) return;
+  const List list(reset_hx, "reset_hx");
+  if (list.size() != 2)
+    throw py::value_error("reset_hx: expected (reset_h, reset_c), got " +
+                          std::to_string(list.size()) + " values");
   problem_.reset_h = reset_state(list[0], "reset_h", output_size());
-  problem_.dropout_mask = state(list[2], "dropout_mask", output_size());
-  problem_.zoneout_h_mask = mask(list[3], "zoneout_h_mask", output_size());
-  if (traits_.states < 2) {
-    expect_absent(list[1], "reset_c");
-    expect_absent(list[4], "zoneout_c_mask");
-  } else {
-    problem_.reset_c = reset_state(list[1], "reset_c", problem_.H);
-    problem_.zoneout_c_mask = mask(list[4], "zoneout_c_mask", problem_.H);
-  }
+  if (traits_.states < 2) return expect_absent(list[1], "reset_c");
+  problem_.reset_c = reset_state(list[1], "reset_c", problem_.H);
 }
 
 void* Call::result(py::handle object, const char* name, dlpack::DataType dtype, Shape shape,
@@ -512,25 +475,15 @@ void Call::set_wanted(py::handle d_input, py::handle d_h0, py::handle d_c0, py::
   problem_.d_parameters = d_parameters_.data();
 }
 
-void Call::set_wanted_resets(py::handle d_reset_h, py::handle d_reset_c) {
-  problem_.d_reset_h = wanted(d_reset_h, "d_reset_h", {L_ * D_, output_size()});
-  if (traits_.states < 2)
-    expect_absent(d_reset_c, "d_reset_c");
-  else
-    problem_.d_reset_c = wanted(d_reset_c, "d_reset_c", {L_ * D_, problem_.H});
-}
-
 void Call::expect_kernels_for_options() const {
   const Problem& p = problem_;
-  CellOptions maths = p.options.maths;
-  maths.heads = 1;  // these they know
-  const bool more = maths.beyond_the_cell() || maths.grad_clip > 0 || p.options.recompute ||
-                    p.reset_h.data || p.reset_c.data || p.dropout_mask.data ||
-                    p.zoneout_h_mask.data || p.zoneout_c_mask.data;
-  if (more && !host())
+  if (host() && p.options.maths.heads > 1)
+    throw py::value_error("heads: expected 1 in host memory, where programs run more, got " +
+                          std::to_string(p.options.maths.heads));
+  if (!host() && (p.options.recompute || p.reset_h.data || p.reset_c.data))
     throw py::value_error(
-        "options: expected none that the CUDA kernels do not know, got one of peephole, "
-        "layer_norm, zoneout, grad_clip, recompute, reset_hx, dropout_mask");
+        "options: expected none that the CUDA kernels do not know, got one of recompute, "
+        "reset_hx");
 }
 
 const Backend& Call::backend() const {
@@ -600,7 +553,7 @@ void Call::run_together(const std::vector<Call>& calls, Pass pass) {
 using Arg = py::handle;
 
 struct ForwardArguments {
-  Arg input, h0, c0, weights, batch_sizes, lengths, reset, extras;
+  Arg input, h0, c0, weights, batch_sizes, lengths, reset, reset_hx;
   Arg hidden, h_n, c_n, cell, gates;
   bool all_layers;
   Arg output;
@@ -611,16 +564,16 @@ void fill(Call& call, const ForwardArguments& a) {
   call.set_weights(a.weights);
   call.set_rows(a.lengths, a.reset);
   call.set_states(a.h0, a.c0);
-  call.set_extras(a.extras);
+  call.set_reset_states(a.reset_hx);
   call.set_finals(a.h_n, a.c_n);
   call.set_results(a.hidden, a.cell, a.gates, a.all_layers, true);
   call.set_output(a.output);
 }
 
 struct BackwardArguments {
-  Arg input, h0, c0, weights, batch_sizes, lengths, reset, extras, hidden, cell, gates;
+  Arg input, h0, c0, weights, batch_sizes, lengths, reset, hidden, cell, gates;
   Arg d_output, d_hidden, d_cell, d_h_n, d_c_n;
-  Arg d_input, d_h0, d_c0, d_weights, d_reset_h, d_reset_c;
+  Arg d_input, d_h0, d_c0, d_weights;
   bool consume_gates;
 };
 
@@ -629,12 +582,10 @@ void fill(Call& call, const BackwardArguments& a) {
   call.set_weights(a.weights);
   call.set_rows(a.lengths, a.reset);
   call.set_states(a.h0, a.c0);
-  call.set_extras(a.extras);
   call.consume_gates(a.consume_gates);
   call.set_results(a.hidden, a.cell, a.gates, true, false);
   call.set_gradients(a.d_output, a.d_hidden, a.d_cell, a.d_h_n, a.d_c_n);
   call.set_wanted(a.d_input, a.d_h0, a.d_c0, a.d_weights);
-  call.set_wanted_resets(a.d_reset_h, a.d_reset_c);
 }
 
 // Every member's call, then all of them in one run.
@@ -652,10 +603,10 @@ void run_members(const CheckedOptions& options, std::int64_t count, const Argume
 
 void forward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg weights, Arg batch_sizes,
              Arg lengths, Arg reset, Arg hidden, Arg h_n, Arg c_n, Arg cell, Arg gates,
-             bool all_layers, int threads, Arg workspace, Frozen* frozen, Arg extras,
+             bool all_layers, int threads, Arg workspace, Frozen* frozen, Arg reset_hx,
              std::uintptr_t stream, bool allow_tf32, bool persistent, Arg output) {
   Call call(options, threads);
-  fill(call, ForwardArguments{input, h0, c0, weights, batch_sizes, lengths, reset, extras, hidden,
+  fill(call, ForwardArguments{input, h0, c0, weights, batch_sizes, lengths, reset, reset_hx, hidden,
                               h_n, c_n, cell, gates, all_layers, output});
   if (frozen != nullptr) call.use_frozen(weights, *frozen);
   call.run(Pass::forward, workspace, stream, allow_tf32, persistent);
@@ -663,39 +614,35 @@ void forward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg weigh
 
 void forward_members(const CheckedOptions& options, std::int64_t members, Arg input, Arg h0, Arg c0,
                      Arg weights, Arg batch_sizes, Arg lengths, Arg reset, Arg hidden, Arg h_n,
-                     Arg c_n, Arg cell, Arg gates, bool all_layers, int threads, Arg extras,
+                     Arg c_n, Arg cell, Arg gates, bool all_layers, int threads, Arg reset_hx,
                      Arg output) {
   run_members(options, members,
-              ForwardArguments{input, h0, c0, weights, batch_sizes, lengths, reset, extras, hidden,
-                               h_n, c_n, cell, gates, all_layers, output},
+              ForwardArguments{input, h0, c0, weights, batch_sizes, lengths, reset, reset_hx,
+                               hidden, h_n, c_n, cell, gates, all_layers, output},
               Pass::forward, threads);
 }
 
 void backward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg weights,
               Arg batch_sizes, Arg lengths, Arg reset, Arg hidden, Arg cell, Arg gates,
               Arg d_output, Arg d_hidden, Arg d_cell, Arg d_h_n, Arg d_c_n, Arg d_input, Arg d_h0,
-              Arg d_c0, Arg d_weights, bool consume_gates, int threads, Arg workspace, Arg extras,
-              Arg d_reset_h, Arg d_reset_c, std::uintptr_t stream, bool allow_tf32,
-              bool persistent) {
+              Arg d_c0, Arg d_weights, bool consume_gates, int threads, Arg workspace,
+              std::uintptr_t stream, bool allow_tf32, bool persistent) {
   Call call(options, threads);
-  fill(call, BackwardArguments{input,    h0,        c0,        weights,   batch_sizes,  lengths,
-                               reset,    extras,    hidden,    cell,      gates,        d_output,
-                               d_hidden, d_cell,    d_h_n,     d_c_n,     d_input,      d_h0,
-                               d_c0,     d_weights, d_reset_h, d_reset_c, consume_gates});
+  fill(call, BackwardArguments{input,  h0,      c0,    weights,  batch_sizes, lengths,      reset,
+                               hidden, cell,    gates, d_output, d_hidden,    d_cell,       d_h_n,
+                               d_c_n,  d_input, d_h0,  d_c0,     d_weights,   consume_gates});
   call.run(Pass::backward, workspace, stream, allow_tf32, persistent);
 }
 
 void backward_members(const CheckedOptions& options, std::int64_t members, Arg input, Arg h0,
                       Arg c0, Arg weights, Arg batch_sizes, Arg lengths, Arg reset, Arg hidden,
                       Arg cell, Arg gates, Arg d_output, Arg d_hidden, Arg d_cell, Arg d_h_n,
-                      Arg d_c_n, Arg d_input, Arg d_h0, Arg d_c0, Arg d_weights, int threads,
-                      Arg extras, Arg d_reset_h, Arg d_reset_c) {
-  run_members(
-      options, members,
-      BackwardArguments{input,   h0,   c0,    weights,   batch_sizes, lengths,   reset, extras,
-                        hidden,  cell, gates, d_output,  d_hidden,    d_cell,    d_h_n, d_c_n,
-                        d_input, d_h0, d_c0,  d_weights, d_reset_h,   d_reset_c, false},
-      Pass::backward, threads);
+                      Arg d_c_n, Arg d_input, Arg d_h0, Arg d_c0, Arg d_weights, int threads) {
+  run_members(options, members,
+              BackwardArguments{input,  h0,      c0,    weights,  batch_sizes, lengths, reset,
+                                hidden, cell,    gates, d_output, d_hidden,    d_cell,  d_h_n,
+                                d_c_n,  d_input, d_h0,  d_c0,     d_weights,   false},
+              Pass::backward, threads);
 }
 
 }  // namespace
@@ -722,27 +669,24 @@ void register_call(py::module_& module) {
   module.def("forward", forward, arg("options"), arg("input"), arg("h0"), arg("c0"), arg("weights"),
              arg("batch_sizes"), arg("lengths"), arg("reset"), arg("hidden"), arg("h_n"),
              arg("c_n"), arg("cell"), arg("gates"), arg("all_layers"), arg("threads") = 0,
-             arg("workspace") = py::none(), arg("frozen") = py::none(), arg("extras") = py::none(),
-             arg("stream") = 0, arg("allow_tf32") = false, arg("persistent") = false,
-             arg("output") = py::none());
+             arg("workspace") = py::none(), arg("frozen") = py::none(),
+             arg("reset_hx") = py::none(), arg("stream") = 0, arg("allow_tf32") = false,
+             arg("persistent") = false, arg("output") = py::none());
   module.def("backward", backward, arg("options"), arg("input"), arg("h0"), arg("c0"),
              arg("weights"), arg("batch_sizes"), arg("lengths"), arg("reset"), arg("hidden"),
              arg("cell"), arg("gates"), arg("d_output"), arg("d_hidden"), arg("d_cell"),
              arg("d_h_n"), arg("d_c_n"), arg("d_input"), arg("d_h0"), arg("d_c0"), arg("d_weights"),
              arg("consume_gates") = false, arg("threads") = 0, arg("workspace") = py::none(),
-             arg("extras") = py::none(), arg("d_reset_h") = py::none(),
-             arg("d_reset_c") = py::none(), arg("stream") = 0, arg("allow_tf32") = false,
-             arg("persistent") = false);
+             arg("stream") = 0, arg("allow_tf32") = false, arg("persistent") = false);
   module.def("forward_members", forward_members, arg("options"), arg("members"), arg("input"),
              arg("h0"), arg("c0"), arg("weights"), arg("batch_sizes"), arg("lengths"), arg("reset"),
              arg("hidden"), arg("h_n"), arg("c_n"), arg("cell"), arg("gates"), arg("all_layers"),
-             arg("threads") = 0, arg("extras") = py::none(), arg("output") = py::none());
+             arg("threads") = 0, arg("reset_hx") = py::none(), arg("output") = py::none());
   module.def("backward_members", backward_members, arg("options"), arg("members"), arg("input"),
              arg("h0"), arg("c0"), arg("weights"), arg("batch_sizes"), arg("lengths"), arg("reset"),
              arg("hidden"), arg("cell"), arg("gates"), arg("d_output"), arg("d_hidden"),
              arg("d_cell"), arg("d_h_n"), arg("d_c_n"), arg("d_input"), arg("d_h0"), arg("d_c0"),
-             arg("d_weights"), arg("threads") = 0, arg("extras") = py::none(),
-             arg("d_reset_h") = py::none(), arg("d_reset_c") = py::none());
+             arg("d_weights"), arg("threads") = 0);
 }
 
 }  // namespace fastrnn::bind

@@ -153,8 +153,7 @@ class Inference {
     const std::int64_t P = problem_.options.proj_size, groups = L * D;
     const auto count = static_cast<std::int64_t>(names.size());
     const std::int64_t each = count / groups;
-    // A layer whose step is more than its cell goes the long way, which knows its other weights.
-    expect(!problem_.options.maths.beyond_the_cell());
+    expect(problem_.options.maths.heads == 1);
     expect(count % groups == 0 && (each == 2 + (P > 0) || each == 4 + (P > 0)));
     objects_.reserve(names.size());
     arrays_.reserve(names.size());

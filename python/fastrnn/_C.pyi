@@ -93,12 +93,7 @@ class Options:
         activation: str = "tanh",
         gate_activation: str = "sigmoid",
         reset_after: bool = True,
-        peephole: bool = False,
-        layer_norm: bool = False,
         heads: int = 1,
-        zoneout_h: float = 0.0,
-        zoneout_c: float = 0.0,
-        grad_clip: float = 0.0,
         recompute: bool = False,
     ) -> None: ...
     @property
@@ -116,17 +111,7 @@ class Options:
     @property
     def reset_after(self) -> bool: ...
     @property
-    def peephole(self) -> bool: ...
-    @property
-    def layer_norm(self) -> bool: ...
-    @property
     def heads(self) -> int: ...
-    @property
-    def zoneout_h(self) -> float: ...
-    @property
-    def zoneout_c(self) -> float: ...
-    @property
-    def grad_clip(self) -> float: ...
     @property
     def recompute(self) -> bool: ...
     @property
@@ -188,8 +173,8 @@ def infer(
     fit or is unusual, which the long way then takes or refuses.
     """
 
-# reset_h, reset_c, dropout_mask, zoneout_h_mask, zoneout_c_mask.
-_Extras = tuple[_Array | None, _Array | None, _Array | None, _Array | None, _Array | None]
+# reset_h, reset_c: (L·D, O), (L·D, H).
+_ResetStates = tuple[_Array | None, _Array | None]
 
 # Shapes stand in csrc/problem.h. Arguments by position are passed about 2 µs faster than by name.
 def forward(
@@ -210,7 +195,7 @@ def forward(
     threads: int = 0,
     workspace: _Array | Callable[[int], _Array] | None = None,
     frozen: Frozen | None = None,
-    extras: _Extras | None = None,
+    reset_hx: _ResetStates | None = None,
     stream: int = 0,
     allow_tf32: bool = False,
     persistent: bool = False,
@@ -250,9 +235,6 @@ def backward(
     consume_gates: bool = False,
     threads: int = 0,
     workspace: _Array | Callable[[int], _Array] | None = None,
-    extras: _Extras | None = None,
-    d_reset_h: _Array | None = None,
-    d_reset_c: _Array | None = None,
     stream: int = 0,
     allow_tf32: bool = False,
     persistent: bool = False,
@@ -284,7 +266,7 @@ def forward_members(
     gates: _Array | None,
     all_layers: bool,
     threads: int = 0,
-    extras: _Extras | None = None,
+    reset_hx: _ResetStates | None = None,
     output: _Array | None = None,
 ) -> None:
     """`forward` for each of the members, 1 or more, which the threads share out among them.
@@ -315,9 +297,6 @@ def backward_members(
     d_c0: _Array | None,
     d_weights: Sequence[_Array | None] | None,
     threads: int = 0,
-    extras: _Extras | None = None,
-    d_reset_h: _Array | None = None,
-    d_reset_c: _Array | None = None,
 ) -> None:
     """`backward` for each of the members.
 

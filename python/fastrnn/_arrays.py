@@ -110,7 +110,7 @@ def forward(
             cell,
             gates,
             all_layers=every,
-            extras=given.extras,
+            reset_hx=given.extras[:2],
             output=None if hidden is None else output,
         )
     saved = None
@@ -153,11 +153,12 @@ def backward(
     )
     program = _program(options, given, takes_backward)
     if program is not None:
-        states = map(writable, (*_pair(d_hx), *d_reset))
+        d_h0, d_c0, d_reset_h, d_reset_c = map(writable, (*_pair(d_hx), *d_reset))
+        d_all = list(map(writable, d_weights))
         program.backward(
             Outputs(None, None, hidden=hidden, cell=cell, gates=writable(gates)),
             cotangents,
-            Gradients(writable(d_input), *states, list(map(writable, d_weights))),
+            Gradients(writable(d_input), d_h0, d_c0, d_reset_h, d_reset_c, d_all),
         )
     else:
         _C.backward(

@@ -8,11 +8,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import _C, _certificate
+from ._options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-    from ._options import Options
 
 # The fields of Options, in order.
 Scalars = tuple[
@@ -86,39 +85,22 @@ def scalars(options: Options) -> Scalars:
 
 
 @lru_cache(maxsize=256)
-def engine_options(
-    cell: str,
-    num_layers: int,
-    bidirectional: bool,
-    bias: bool,
-    proj_size: int,
-    activation: str,
-    gate_activation: str,
-    reset_after: bool,
-    peephole: bool,
-    layer_norm: bool,
-    heads: int,
-    zoneout_h: float,
-    zoneout_c: float,
-    grad_clip: float,
-    recompute: bool,
-) -> _C.Options:
-    """The engine's own form of the same; whether there are biases it sees by the weights."""
+def engine_options(*fields: Any) -> _C.Options:
+    """What the engine's cells know of an `Options`, given as `scalars` of it.
+
+    Whether there are biases the engine sees by the weights.
+    """
+    options = Options(*fields)
     return _C.Options(
-        cell=cell,
-        num_layers=num_layers,
-        bidirectional=bidirectional,
-        proj_size=proj_size,
-        activation=activation,
-        gate_activation=gate_activation,
-        reset_after=reset_after,
-        peephole=peephole,
-        layer_norm=layer_norm,
-        heads=heads,
-        zoneout_h=zoneout_h,
-        zoneout_c=zoneout_c,
-        grad_clip=grad_clip,
-        recompute=recompute,
+        cell=options.cell,
+        num_layers=options.num_layers,
+        bidirectional=options.bidirectional,
+        proj_size=options.proj_size,
+        activation=options.activation,
+        gate_activation=options.gate_activation,
+        reset_after=options.reset_after,
+        heads=options.heads,
+        recompute=options.recompute,
     )
 
 

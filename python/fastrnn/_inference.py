@@ -63,8 +63,9 @@ def run(
     own = prepared(module)
     if own.by_program:
         return None
+    frozen: Any = own.frozen
     found: tuple[Tensor, ...] | None = _C.infer(
-        own.engine, own.frozen, module._parameters, own.names, input, hx, batch_first, cell
+        own.engine, frozen, module._parameters, own.names, input, hx, batch_first, cell
     )
     return found
 

@@ -241,7 +241,7 @@ def _run_forward(
         torch.get_num_threads(),
         device.workspace,
         frozen,
-        extras,
+        extras[:2],
         device.stream,
         device.allow_tf32,
         device.persistent,
@@ -397,9 +397,6 @@ def _run_backward(
         consume_gates,
         torch.get_num_threads(),
         device.workspace,
-        extras,
-        d_reset_h,
-        d_reset_c,
         device.stream,
         device.allow_tf32,
         device.persistent,
@@ -475,7 +472,7 @@ def _forward_members_cpu(
         gates,
         states or save,
         torch.get_num_threads(),
-        extras,
+        extras[:2],
         None if hidden is None else output,
     )
     return _whole(outputs, input)
@@ -531,7 +528,7 @@ def _backward_members_cpu(
     *options, needs = rest
     engine = engine_options(*options)
     gradients = _new_gradients(input, (h0, c0, reset_h, reset_c, *weights), needs)
-    d_input, d_h0, d_c0, d_reset_h, d_reset_c, *d_weights = gradients
+    d_input, d_h0, d_c0, _, _, *d_weights = gradients
     _C.backward_members(
         engine,
         input.shape[0],
@@ -555,9 +552,6 @@ def _backward_members_cpu(
         d_c0,
         d_weights if any(needs[5:]) else None,
         torch.get_num_threads(),
-        (reset_h, reset_c, dropout_mask, zoneout_h_mask, zoneout_c_mask),
-        d_reset_h,
-        d_reset_c,
     )
     return [input.new_empty(0) if d is None else d for d in gradients]
 
