@@ -77,6 +77,46 @@ def test_steps_give_the_bits_of_the_sequence(
         assert torch.equal(mine.to(dtype), theirs)
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "norm": {"layer_norm": True},
+    "heads": {"heads": 4},
+    "zoneout": {"zoneout": 0.2},
+    "everything": {"layer_norm": True, "heads": 2, "zoneout": 0.1, "grad_clip": 0.5},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_steps_with_options_give_the_bits_of_the_sequence(
+    cell: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    own = {"peephole": True, **options} if cell == "LSTM" else options
+    layer = getattr(fastrnn, cell)(I, H, num_layers=2, dtype=dtype, **own).eval()
+    for rows in (1, B):
+        x = uniform(T, rows, I, dtype=dtype)
+        output, *finals = whole(layer, x)
+        stream = fastrnn.Stream(layer, rows)
+        assert torch.equal(steps(stream, x), output)
+        h, *c = states(stream)
+        assert torch.equal(h, finals[0])
+        for mine, theirs in zip(c, finals[1:], strict=True):
+            assert torch.equal(mine.to(dtype), theirs)
+
+
+def test_refresh_takes_the_weights_of_programs_anew() -> None:
+    layer = fastrnn.LSTM(I, H, layer_norm=True, peephole=True).eval()
+    stream = fastrnn.Stream(layer)
+    x = uniform(T, 1, I)
+    before = steps(stream, x)
+    with torch.no_grad():
+        layer.weight_ih_l0.mul_(0.5)
+    stream.reset()
+    assert torch.equal(steps(stream, x), before)
+    stream.refresh()
+    stream.reset()
+    assert torch.equal(steps(stream, x), whole(layer, x)[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_another_dtype_gives_the_bits_of_the_layer_in_it(cell: str, dtype: torch.dtype) -> None:
     layer = getattr(fastrnn, cell)(I, H, num_layers=2)

@@ -2,10 +2,9 @@
 
 The engine's fused cells compute what torch.nn has, with any activation. Whatever else options ask
 for is a program (program/build.py): `takes` and `takes_backward` say which calls. Both passes read
-and write arrays of torch or of NumPy alike, through `Arrays`; outputs and what backward reads of
-them are those of
-``fastrnn::forward`` (_ops.py), where ``gates`` holds, for each layer and direction and each pair of
-step and row, what the program's forward pass keeps.
+and write arrays of torch or of NumPy alike, through `Arrays`. Outputs, and what backward reads of
+them, are those of ``fastrnn::forward`` (_ops.py); there ``gates`` holds, for each layer and
+direction and each pair of step and row, what the program's forward pass keeps.
 
 Programs compute float32 and float64. Half types are widened on the way in, and h is rounded to them
 at every step. Packed rows run as padded ones whose lengths are known.
@@ -109,6 +108,9 @@ class Arrays(Protocol):
 
     def dense(self, x: Any) -> Any:
         """``x`` in the compute dtype, contiguous."""
+
+    def columns(self, x: Any, columns: slice) -> Any:
+        """The view of some elements of the last axis."""
 
     def numbers(self, mask: Any) -> Any:
         """1 for true and 0 for false, in the compute dtype."""
@@ -218,7 +220,7 @@ class Call:
             counts = given.batch_sizes if self.packed else given.lengths
             valid = arrays.valid(counts, self.steps, self.rows, self.packed)
         self.at = arrays.positions(valid) if self.packed else None
-        self.valid = None if valid is None else arrays.numbers(valid)[..., None]
+        self.valid: Any = None if valid is None else arrays.numbers(valid)[..., None]
         self.fresh = [
             None
             if given.reset is None
@@ -234,7 +236,7 @@ class Call:
         self.output_size = options.proj_size or self.hidden_size
         anew, (dropout, *keep) = given.extras[:2], given.extras[2:]
         self.learned = [None if x is None else arrays.dense(x) for x in anew]
-        self.dropout = None if dropout is None else wide(dropout)
+        self.dropout: Any = None if dropout is None else wide(dropout)
         self.keep = [None if k is None else self._padded(arrays.numbers(k)) for k in keep]
 
     @property
@@ -338,8 +340,8 @@ class Call:
         ys: Sequence[Any], kept: Any, others: dict[tuple[str, int], Any],
     ) -> list[Any]:  # fmt: skip
         """The arrays of a pass in its order."""
-        rows = None if kept is None else kept.reshape(self.steps, self.rows, -1)
-        places = _layout(spec).places
+        rows: Any = None if kept is None else kept.reshape(self.steps, self.rows, -1)
+        places, columns = _layout(spec).places, self.arrays.columns
 
         def of(what: tuple[str, int]) -> Any:
             kind, i = what
@@ -347,7 +349,7 @@ class Call:
                 return xs[i]
             if kind == "y":
                 return ys[i]
-            return others[what] if what in others else rows[..., places[what]]
+            return others[what] if what in others else columns(rows, places[what])
 
         return [of(what) for what in wanted]
 
@@ -356,7 +358,7 @@ class Call:
         if whole is None or self.options.directions == 1:
             return whole
         direction = group % 2
-        return whole[..., direction * size : (direction + 1) * size]
+        return self.arrays.columns(whole, slice(direction * size, (direction + 1) * size))
 
     # ---- forward ---------------------------------------------------------------------------------
 
@@ -411,6 +413,8 @@ class Call:
         """``saved``: hidden, cell and gates of forward; without gates they are made again."""
         L, D = self.options.num_layers, self.options.directions
         every = (saved.hidden, saved.cell, d.hidden, d.cell, d.output)
+        hidden: Any
+        d_above: Any
         hidden, cell, d_hidden, d_cell, d_above = (
             None if x is None else self._padded(self.arrays.wide(x)) for x in every
         )
@@ -420,7 +424,9 @@ class Call:
             d_y = _sum(d_above, None if d_hidden is None else d_hidden[layer])
             x = hidden[layer - 1] if layer else self.input
             wants_x = layer > 0 or out.input is not None
-            d_x = rooms.input if layer == 0 else self.arrays.empty(*x.shape) if wants_x else None
+            d_x: Any = (
+                rooms.input if layer == 0 else self.arrays.empty(*x.shape) if wants_x else None
+            )
             for group in range(layer * D, (layer + 1) * D):
                 second = d_x if group % D == 0 or d_x is None else self.arrays.empty(*x.shape)
                 self._backward_group(
@@ -453,7 +459,14 @@ class Call:
             return self.arrays.empty(*target.shape)
 
         input = None if out.input is None else self._room(out.input, *self.input.shape)
-        return Gradients(input, *map(room, out[1:5]), [room(w) for w in out.weights])
+        return out._replace(
+            input=input,
+            h0=room(out.h0),
+            c0=room(out.c0),
+            reset_h=room(out.reset_h),
+            reset_c=room(out.reset_c),
+            weights=[room(w) for w in out.weights],
+        )
 
     def _parts(self, group: int, h: Any, c: Any) -> tuple[Any, Any]:
         """A direction's parts of h and c of a layer, (T, B, D·units)."""

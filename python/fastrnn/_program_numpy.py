@@ -39,6 +39,9 @@ class NumPyArrays:
     def dense(self, x: Any) -> npt.NDArray[Any]:
         return np.ascontiguousarray(self.wide(x))
 
+    def columns(self, x: npt.NDArray[Any], columns: slice) -> npt.NDArray[Any]:
+        return x[..., columns]
+
     def numbers(self, mask: Any) -> npt.NDArray[Any]:
         return np.asarray(mask).astype(self.dtype)
 

@@ -27,11 +27,17 @@ class TorchArrays:
         return torch.empty(shape, dtype=self.dtype)
 
     def wide(self, x: Tensor) -> Tensor:
-        x = x.to(self.dtype)
-        return x.contiguous() if x.stride(-1) != 1 else x
+        if x.dtype is not self.dtype:
+            x = x.to(self.dtype)
+        return x if x.stride(-1) == 1 else x.contiguous()
 
     def dense(self, x: Tensor) -> Tensor:
-        return x.to(self.dtype).contiguous()
+        if x.dtype is not self.dtype:
+            x = x.to(self.dtype)
+        return x.contiguous()
+
+    def columns(self, x: Tensor, columns: slice) -> Tensor:
+        return x.narrow(-1, columns.start, columns.stop - columns.start)
 
     def numbers(self, mask: Tensor) -> Tensor:
         return mask.to(self.dtype, memory_format=torch.contiguous_format)
@@ -58,8 +64,8 @@ class TorchArrays:
 
 def _call(options: Options, arguments: tuple[Any, ...]) -> Call:
     """Of what an operator takes: input, h0, c0, weights, the rows of steps, the extras."""
-    input: Tensor = arguments[0]
-    given = Given(*arguments[:7], Extras(*arguments[7:12]))
+    input, h0, c0, weights, batch_sizes, lengths, reset, *extras = arguments[:12]
+    given = Given(input, h0, c0, weights, batch_sizes, lengths, reset, Extras(*extras))
     return Call(TorchArrays(input.dtype), options, str(input.dtype).removeprefix("torch."), given)
 
 

@@ -16,7 +16,7 @@ from .ir import Arg, Graph, Product, Reduce, contracted
 from .prepared import Prepared
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from .._options import Options
 
@@ -57,6 +57,7 @@ class LayerProgram(NamedTuple):
     xs: tuple[str, ...]  # "x"; "valid", "fresh" (T, B, 1), "keep_h", "keep_c": 1 for true
     fixed: tuple[str, ...]  # "dropout"
     shared: tuple[str, ...]  # the weights' names, "reset_h", "reset_c"
+    everything: Needs  # all gradients that a call may want: what forward keeps serves each of them
 
     @property
     def graph(self) -> Graph:
@@ -64,18 +65,8 @@ class LayerProgram(NamedTuple):
 
     def needs(self, wanted: frozenset[str]) -> Needs:
         """By names: of `shared`, "x", "h0" and "c0"."""
-        carries = ("h0", "c0")[: len(self.graph.nexts)]
-        return Needs(
-            *(
-                tuple(name in wanted for name in names)
-                for names in (carries, self.xs, self.fixed, self.shared)
-            )
-        )
-
-    @property
-    def everything(self) -> Needs:
-        """All gradients that a call may want: what forward keeps serves each of them."""
-        return self.needs(frozenset(("x", "h0", "c0", *self.shared)))
+        names = (("h0", "c0")[: len(self.graph.nexts)], self.xs, self.fixed, self.shared)
+        return _needs(names, wanted)
 
 
 @lru_cache(maxsize=256)
@@ -85,8 +76,15 @@ def layer_program(spec: Spec) -> LayerProgram:
     graph = contracted(builder.graph)
     compute = "float64" if spec.dtype == "float64" else "float32"
     prepared = Prepared(graph, dict(enumerate(spec.sizes)), compute)
-    names = (tuple(builder.names[kind]) for kind in ("x", "fixed", "shared"))
-    return LayerProgram(prepared, *names)
+    xs, fixed, shared = (tuple(builder.names[kind]) for kind in ("x", "fixed", "shared"))
+    carries = ("h0", "c0")[: len(spec.sizes)]
+    everything = _needs((carries, xs, fixed, shared), frozenset(("x", "h0", "c0", *shared)))
+    return LayerProgram(prepared, xs, fixed, shared, everything)
+
+
+def _needs(names: Iterable[tuple[str, ...]], wanted: frozenset[str]) -> Needs:
+    """Of carries, xs, fixed and shared inputs those whose names are wanted."""
+    return Needs(*(tuple(name in wanted for name in group) for group in names))
 
 
 # ---- symbols -------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def contracted(graph: Graph) -> Graph:
     """
     uses: Counter[int] = Counter(a.value for node in graph.nodes for a in node.args)
     uses.update(a.value for a in (*graph.nexts.values(), *graph.ys.values()))
-    joined: dict[int, tuple[Arg, Arg, Arg]] = {}
+    joined: dict[int, tuple[int, tuple[Arg, ...]]] = {}  # of a sum: the product, fma's operands
     for i, node in enumerate(graph.nodes):
         if node.op != "add":
             continue
@@ -239,7 +239,7 @@ def contracted(graph: Graph) -> Graph:
             factors = graph.nodes[product.value]
             whole = graph.full(product, node.width) or node.width == 1
             if factors.op == "mul" and uses[product.value] == 1 and whole:
-                joined[i] = (*factors.args, other)
+                joined[i] = (product.value, (*factors.args, other))
                 break
     out = Graph(widths=graph.widths)
     place: dict[int, int] = {}
@@ -247,13 +247,11 @@ def contracted(graph: Graph) -> Graph:
     def moved(a: Arg) -> Arg:
         return a._replace(value=place[a.value])
 
-    gone = {
-        next(a.value for a in graph.nodes[i].args if a != args[2]) for i, args in joined.items()
-    }
+    gone = {product for product, _ in joined.values()}
     for i, node in enumerate(graph.nodes):
         if i in gone:
             continue
-        op, args = ("fma", joined[i]) if i in joined else (node.op, node.args)
+        op, args = ("fma", joined[i][1]) if i in joined else (node.op, node.args)
         info = node.info
         if isinstance(info, Product):
             info = info._replace(weight=place[info.weight])
