@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
-from fastrnn import _C, _composed, _masks, _ops, functional
+from fastrnn import _C, _by_program, _composed, _masks, _ops, _program_torch, functional
 from fastrnn._engine import Extras, scalars
 from fastrnn._options import Options
 from fastrnn._recurrent import recurrent
@@ -155,7 +155,8 @@ def assert_near(got: Sequence[Tensor], expected: Sequence[Tensor], quantity: str
 
 @contextmanager
 def counted() -> Iterator[dict[str, int]]:
-    """How often the engine is entered meanwhile, and how often the composed route is taken."""
+    """How often the engine's cells or its programs are entered meanwhile, and how often the
+    composed route is taken."""
     names = ("forward", "backward", "forward_members", "backward_members", "infer")
     calls: dict[str, int] = {}
 
@@ -171,6 +172,11 @@ def counted() -> Iterator[dict[str, int]]:
     with (
         patch.multiple(_C, **{name: count(name, getattr(_C, name)) for name in names}),
         patch.object(_composed, "forward", count("composed", _composed.forward)),
+        patch.multiple(
+            _program_torch,
+            forward=count("program", _program_torch.forward),
+            backward=count("program_backward", _program_torch.backward),
+        ),
     ):
         yield calls
 
@@ -251,12 +257,27 @@ def test_vmap_of_options_equals_a_loop(case: OptionCase, mapped: str) -> None:
     with counted() as calls:
         got = vmap(partial(run, case.options), in_dims=(dims,))(given)
         found = torch.autograd.grad(weighted(got), leaves)
-    kind = "_members" if mapped == "everything" else ""
-    assert calls == {f"forward{kind}": 1, f"backward{kind}": 1}
+    assert calls == calls_of_options(case, mapped == "everything")
     part = partial(part_of, given, dims)
     loop = transposed([run(case.options, part(k)) for k in range(SIZE)])
     assert_equal(got, loop)
     assert_near(found, torch.autograd.grad(weighted(loop), leaves), "d_weight")
+
+
+def calls_of_options(case: OptionCase, members: bool) -> dict[str, int]:
+    """The engine runs its cells once for an ensemble, a program once for each member."""
+    given = Extras(*(None if name not in case.extras else name for name in GIVEN_EXTRAS))
+    kind, times = ("_members", SIZE) if members else ("", 1)
+    forward = _by_program.takes(case.options, given)
+    backward = _by_program.takes_backward(case.options, given)
+    return {
+        **({"program": times} if forward else {f"forward{kind}": 1}),
+        **({"program_backward": times} if backward else {f"backward{kind}": 1}),
+    }
+
+
+# Where each of problems.EXTRAS stands in `Extras`; h stands for both states after a reset.
+GIVEN_EXTRAS = ("reset_hx", "", "dropout", "zoneout_h", "zoneout_c")
 
 
 def leaves_of(given: dict[str, Any]) -> list[Tensor]:

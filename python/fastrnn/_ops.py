@@ -755,7 +755,10 @@ def _backward_of_each(*arguments: Any) -> list[Tensor]:
 
 
 def _where_the_engine_runs_them(
-    engine: Callable[..., Any], each: Callable[..., Any], first: int
+    engine: Callable[..., Any],
+    each: Callable[..., Any],
+    by_program: Callable[[Options, Extras], bool],
+    first: int,
 ) -> Callable[..., Any]:
     """An ensemble by one call of the engine, or, by torch and of programs, member by member.
 
@@ -765,7 +768,7 @@ def _where_the_engine_runs_them(
     def run(*arguments: Any) -> Any:
         options = _options(*arguments[first : first + len(fields(Options))])
         extras = Extras(*arguments[7:12])
-        if arguments[-1] or _by_program.takes_backward(options, extras):
+        if arguments[-1] or by_program(options, extras):
             return each(*arguments)
         return engine(*arguments[:-1])
 
@@ -780,13 +783,15 @@ _kernels: tuple[tuple[str, Any, Any, Any], ...] = (  # on the CPU, elsewhere, of
     ("backward", _backward_kernel, _backward_kernel, _backward_fake),
     (
         "forward_members",
-        _where_the_engine_runs_them(_forward_members_cpu, _forward_of_each, 12),
+        _where_the_engine_runs_them(_forward_members_cpu, _forward_of_each, _by_program.takes, 12),
         _forward_of_each,
         _forward_members_fake,
     ),
     (
         "backward_members",
-        _where_the_engine_runs_them(_backward_members_cpu, _backward_of_each, 20),
+        _where_the_engine_runs_them(
+            _backward_members_cpu, _backward_of_each, _by_program.takes_backward, 20
+        ),
         _backward_of_each,
         _backward_fake,
     ),
