@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
 from fastrnn import _C, _by_program, _composed, _masks, _ops, _program_torch, functional
-from fastrnn._engine import Extras, scalars
+from fastrnn._engine import NO_EXTRAS, Extras, scalars
 from fastrnn._options import Options
 from fastrnn._recurrent import recurrent
 from operators import opcheck
@@ -265,19 +265,24 @@ def test_vmap_of_options_equals_a_loop(case: OptionCase, mapped: str) -> None:
 
 
 def calls_of_options(case: OptionCase, members: bool) -> dict[str, int]:
-    """The engine runs its cells once for an ensemble, a program once for each member."""
-    given = Extras(*(None if name not in case.extras else name for name in GIVEN_EXTRAS))
+    """Those of a case forward and backward."""
+    # h stands for both states after a reset.
+    names = ("reset_hx", "", "dropout", "zoneout_h", "zoneout_c")
+    given = Extras(*(name if name in case.extras else None for name in names))
+    return calls_of(case.options, given, members=members)
+
+
+def calls_of(
+    options: Options, extras: Extras = NO_EXTRAS, *, members: bool = True, backward: bool = True
+) -> dict[str, int]:
+    """How the engine is entered: for its cells once, for an ensemble of programs by each member."""
     kind, times = ("_members", SIZE) if members else ("", 1)
-    forward = _by_program.takes(case.options, given)
-    backward = _by_program.takes_backward(case.options, given)
-    return {
-        **({"program": times} if forward else {f"forward{kind}": 1}),
-        **({"program_backward": times} if backward else {f"backward{kind}": 1}),
-    }
-
-
-# Where each of problems.EXTRAS stands in `Extras`; h stands for both states after a reset.
-GIVEN_EXTRAS = ("reset_hx", "", "dropout", "zoneout_h", "zoneout_c")
+    by_program = _by_program.takes(options, extras)
+    calls = {"program": times} if by_program else {f"forward{kind}": 1}
+    if backward:
+        by_program = _by_program.takes_backward(options, extras)
+        calls |= {"program_backward": times} if by_program else {f"backward{kind}": 1}
+    return calls
 
 
 def leaves_of(given: dict[str, Any]) -> list[Tensor]:
@@ -471,7 +476,9 @@ def test_is_grads_batched(cell: str, return_states: bool, own: dict[str, Any]) -
     loop = [torch.autograd.grad(output, case.leaves, d, retain_graph=True) for d in many]
     with counted() as calls:
         got = torch.autograd.grad(output, case.leaves, many, is_grads_batched=True)
-    assert calls["backward_members"] == 1
+    of_members = calls_of(case.options)
+    for name in {"backward_members", "program_backward"} & of_members.keys():
+        assert calls[name] == of_members[name]
     assert_near(got, transposed(loop), "d_weight")
 
     def function(x: Tensor) -> Tensor:
@@ -552,7 +559,7 @@ def test_an_ensemble_of_modules_equals_a_loop(name: str, shared_input: bool) -> 
     xs = [x] * SIZE if shared_input else list(x)
     with counted() as calls:
         got = vmap(one, in_dims=in_dims)(parameters, buffers, x)
-    assert calls == {"forward_members": 1}
+    assert calls == calls_of(models[0]._options, backward=False)
     assert_equal(got, transposed([flat(m(x)) for m, x in zip(models, xs, strict=True)]))
 
 
@@ -568,7 +575,7 @@ def test_an_ensemble_trains_as_each_model_by_itself(name: str) -> None:
     with counted() as calls:
         losses = vmap(loss, in_dims=(0, 0, None))(parameters, buffers, x)
         losses.sum().backward()
-    assert calls == {"forward_members": 1, "backward_members": 1}
+    assert calls == calls_of(models[0]._options)
     each = [torch.autograd.grad(weighted(flat(m(x))), tuple(m.parameters())) for m in models]
     got = [parameters[n].grad for n, _ in models[0].named_parameters()]
     assert_near(got, transposed(each), "d_weight")
@@ -585,7 +592,7 @@ def test_per_sample_gradients_equal_a_loop(name: str) -> None:
 
     with counted() as calls:
         got = vmap(grad(loss), in_dims=(None, 0))(parameters, many)
-    assert calls == {"forward_members": 1, "backward_members": 1}
+    assert calls == calls_of(model._options)
     own = tuple(model.parameters())
     each = [torch.autograd.grad(weighted(flat(model(x))), own) for x in many]
     assert_near(list(got.values()), transposed(each), "d_weight")
@@ -603,7 +610,7 @@ def test_members_begin_anew_with_their_own_learned_states(cell: str) -> None:
     with counted() as calls:
         got = vmap(one)(parameters, x, reset)
         got.sum().backward()
-    assert calls == {"forward_members": 1, "backward_members": 1}
+    assert calls == calls_of(models[0]._options, Extras(reset_h="given"))
     losses = [weighted(flat(m(x, reset=r))) for m, x, r in zip(models, x, reset, strict=True)]
     assert_near([got], [torch.stack(losses)], "output")
     each = [
@@ -901,7 +908,7 @@ def test_per_sample_gradients_of_options(case: OptionCase) -> None:
     rest = {name: dims[name] for name in given}
     with counted() as calls:
         got = vmap(grad(loss), in_dims=(None, rest))(leaves, given)
-    assert calls == {"forward_members": 1, "backward_members": 1}
+    assert calls == calls_of_options(case, members=True)
     own = [x.requires_grad_() for x in flat(leaves.values())]
     loop = [torch.autograd.grad(loss(leaves, part_of(given, rest, k)), own) for k in range(SIZE)]
     assert_near(flat(got.values()), transposed(loop), "d_weight")

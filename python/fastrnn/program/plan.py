@@ -529,6 +529,8 @@ class _Lowering:
             for a in self.operands(i):
                 if a.value in register:
                     operands.append((self._register(register[a.value]), 0, False))
+                elif a.value in inside:
+                    operands.append((*self.place[a.value], False))
                 else:
                     operands.append(self._operand(a))
             ended = {a.value for a in self.operands(i) if last.get(a.value) == at}
@@ -537,14 +539,23 @@ class _Lowering:
             if code in COPIES:
                 code, operands = "copy", operands[:1]
             operands += [None] * (3 - len(operands))
-            if i in self.place:  # also for those that read it in this run
+            if i in self.place and (i not in last or self._has_place_alone(i)):
                 operations.append((code, (*self.place[i], False), *operands))
                 continue
             if not free:
                 return None
             register[i] = free.pop()
-            operations.append((code, (self._register(register[i]), 0, False), *operands))
+            target = (self._register(register[i]), 0, False)
+            operations.append((code, target, *operands))
+            if i in self.place:
+                operations.append(("copy", (*self.place[i], False), target, None, None))
         return operations
+
+    def _has_place_alone(self, i: int) -> bool:
+        """Whether a value fills its place, so that a run may write and read it there."""
+        value, offset = self.place[i]
+        width: int = self.code.values[value][2]
+        return offset == 0 and width == self.nodes[i].width
 
     def _placed_later(self, run: list[int], inside: set[int]) -> list[tuple[Any, ...]] | None:
         for i in run:
