@@ -184,7 +184,7 @@ class _Layout(NamedTuple):
 @lru_cache(maxsize=256)
 def _layout(spec: Spec) -> _Layout:
     program = layer_program(spec)
-    passes = program.prepared.passes(program.everything, False)
+    passes = program.prepared.passes(program.everything)
     widths = {
         (kind, i): passes.saved[i] if kind == "saved" else program.prepared.widths[i]
         for kind, i in passes.forward.sequences
@@ -317,9 +317,7 @@ class Call:
         """
         program = layer_program(spec)
         reverse = self._reverse(group)
-        plan, engine = program.prepared.forward(
-            None if kept is None else program.everything, reverse
-        )
+        plan, engine = program.prepared.forward(None if kept is None else program.everything)
         given = self._arrays_of(program, group, x)
         sequences = self._sequences(spec, plan.sequences, given.xs, ys, kept, {})
         engine.run(
@@ -583,7 +581,7 @@ def step_programs(
         program = layer_program(
             _spec(options, width, hidden_size, dtype, NO_EXTRAS, False, False, cell=False)
         )
-        plan, engine = program.prepared.forward(None, False)
+        plan, engine = program.prepared.forward(None)
         assert plan.sequences == [("x", 0), ("y", 0)]
         own = dict(zip(kinds, weights[layer * len(kinds) :], strict=False))
         copies = []

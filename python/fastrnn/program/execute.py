@@ -56,8 +56,8 @@ class Executable(Prepared):
     def run_forward(
         self, inputs: Inputs, steps: int, rows: int, reverse: bool, needs: Needs | None
     ) -> Outputs:
-        plan, program = self.forward(needs, reverse)
-        graph, kept_widths = self.graph, self.passes(needs, reverse).saved
+        plan, program = self.forward(needs)
+        graph, kept_widths = self.graph, self.passes(needs).saved
         empty = torch.empty
         dtype = self.torch_dtype
         ys = [empty(steps, rows, graph.widths[i], dtype=dtype) for i in graph.ys]
@@ -121,7 +121,7 @@ class Executable(Prepared):
                 sequences.append(d_xs[i])
             else:
                 sequences.append(kept[what])
-        begins = dict(zip(self.forward(needs, reverse).plan.carries, d_finals, strict=True))
+        begins = dict(zip(self.forward(needs).plan.carries, d_finals, strict=True))
         inits = [begins[k] for k in plan.carries] + [None] * len(plan.fixed_sums)
         finals = [empty(rows, width, dtype=dtype) for width in plan.widths]
         sums = [empty(inputs.shared[j].numel(), dtype=dtype) for j in plan.targets]  # as they lie
@@ -152,13 +152,11 @@ class Executable(Prepared):
 
     def read_back(self, needs: Needs, reverse: bool) -> list[tuple[str, int]]:
         """What `run_backward` reads: ("x", i), ("y", i), ("saved", j), ("state", k)."""
-        plan = self.passes(needs, reverse).backward
-        assert plan is not None
-        return plan.sequences
+        return self.backward(needs, reverse).plan.sequences
 
-    def active(self, needs: Needs, reverse: bool) -> tuple[list[bool], list[bool]]:
+    def active(self, needs: Needs) -> tuple[list[bool], list[bool]]:
         """Which finals and ys have a gradient."""
-        both = self.passes(needs, reverse)
+        both = self.passes(needs)
         return (
             [k in both.active_nexts for k in both.forward.carries],
             [i in both.active_ys for i in self.graph.ys],

@@ -36,8 +36,9 @@ class Pass:
 
 @dataclass
 class Passes:
+    """The forward pass, and what it keeps; `backward_pass` makes the other from it."""
+
     forward: Pass
-    backward: Pass | None = None
     saved: list[int] = field(default_factory=list)  # widths of what forward keeps
     states: dict[int, tuple[str, int]] = field(default_factory=dict)  # where state k is kept
     # Final states and outputs that have a gradient.
@@ -71,7 +72,7 @@ class _Inputs:
         return Home(home, items.index(index), width)
 
 
-def passes(graph: Graph, widths: dict[int, int], needs: Needs | None, reverse: bool) -> Passes:
+def passes(graph: Graph, widths: dict[int, int], needs: Needs | None) -> Passes:
     """``widths`` of the states; without ``needs`` nothing is kept."""
     found = _Backward(graph, backward(graph, needs)) if needs is not None else None
     made = Passes(_forward(graph, widths, found))
@@ -80,23 +81,28 @@ def passes(graph: Graph, widths: dict[int, int], needs: Needs | None, reverse: b
         made.states = found.states
         made.active_nexts = found.made.active_nexts
         made.active_ys = found.made.active_ys
-        made.backward = _lower_backward(graph, found, reverse)
         made.found = found
     return made
 
 
-def part_of_backward(
-    graph: Graph, whole: Passes, needs: Needs, ys: frozenset[int], reverse: bool
+def backward_pass(
+    graph: Graph,
+    whole: Passes,
+    reverse: bool,
+    part: tuple[Needs, frozenset[int]] | None = None,
 ) -> Pass:
-    """The backward pass for fewer gradients than those that forward kept values for.
+    """The backward pass for what forward keeps.
 
     Arguments:
         whole: what `passes` made of the program.
-        needs: the wanted gradients.
-        ys: the outputs that have a gradient; of the others it is zero.
+        reverse: whether forward walks from the last step.
+        part: the wanted gradients, fewer than those that forward kept values for, and the outputs
+            that have a gradient; of the others it is zero. None: all.
     """
-    assert whole.found is not None
-    found = _Backward(graph, backward(graph, needs, ys), whole.found)
+    found = whole.found
+    assert found is not None
+    if part is not None:
+        found = _Backward(graph, backward(graph, *part), found)
     return _lower_backward(graph, found, reverse)
 
 

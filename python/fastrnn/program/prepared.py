@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from .. import _C
-from .passes import Pass, Passes, part_of_backward, passes
+from .passes import Pass, Passes, backward_pass, passes
 
 if TYPE_CHECKING:
     from .grad import Needs
@@ -30,22 +30,20 @@ class Prepared:
 
     def __init__(self, graph: Graph, widths: dict[int, int], dtype: str) -> None:
         self.graph, self.widths, self.dtype = graph, widths, dtype
-        self._passes: dict[tuple[Needs | None, bool], Passes] = {}
-        self._forward: dict[tuple[Needs | None, bool], Ready] = {}
+        self._passes: dict[Needs | None, Passes] = {}
+        self._forward: dict[Needs | None, Ready] = {}
         self._backward: dict[tuple[Needs, bool, Needs, frozenset[int]], Ready] = {}
 
-    def passes(self, needs: Needs | None, reverse: bool) -> Passes:
-        found = self._passes.get((needs, reverse))
+    def passes(self, needs: Needs | None) -> Passes:
+        found = self._passes.get(needs)
         if found is None:
-            found = passes(self.graph, self.widths, needs, reverse)
-            self._passes[needs, reverse] = found
+            found = self._passes[needs] = passes(self.graph, self.widths, needs)
         return found
 
-    def forward(self, needs: Needs | None, reverse: bool) -> Ready:
-        found = self._forward.get((needs, reverse))
+    def forward(self, needs: Needs | None) -> Ready:
+        found = self._forward.get(needs)
         if found is None:
-            found = self._ready(self.passes(needs, reverse).forward)
-            self._forward[needs, reverse] = found
+            found = self._forward[needs] = self._ready(self.passes(needs).forward)
         return found
 
     def backward(
@@ -66,12 +64,8 @@ class Prepared:
         key = (needs, reverse, wanted, ys)
         found = self._backward.get(key)
         if found is None:
-            whole = self.passes(needs, reverse)
-            assert whole.backward is not None
-            if wanted == needs and ys == frozenset(self.graph.ys):
-                found = self._ready(whole.backward)
-            else:
-                found = self._ready(part_of_backward(self.graph, whole, wanted, ys, reverse))
+            part = None if (wanted, ys) == (needs, frozenset(self.graph.ys)) else (wanted, ys)
+            found = self._ready(backward_pass(self.graph, self.passes(needs), reverse, part))
             self._backward[key] = found
         return found
 

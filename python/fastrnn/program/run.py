@@ -368,7 +368,7 @@ class _Recorded(torch.autograd.Function):
         saved_ys = [y for y, wanted in zip(out.ys, ctx.ys, strict=True) if wanted]
         ctx.save_for_backward(*leaves, *saved_ys, *(out.kept[what] for what in ctx.names))
         results = [*out.finals, *out.ys]
-        states, ys = call.program.active(needs, call.reverse)
+        states, ys = call.program.active(needs)
         ctx.mark_non_differentiable(
             *(r for r, active in zip(results, [*states, *ys], strict=True) if not active)
         )
