@@ -579,15 +579,19 @@ def step_programs(
     for layer in range(options.num_layers):
         width = first[1] if layer == 0 else options.proj_size or hidden_size
         program = layer_program(
-            _spec(options, width, hidden_size, dtype, NO_EXTRAS, False, False, cell=False)
-        )
+            _spec(
+                options, width, hidden_size, dtype, NO_EXTRAS, False, False, cell=False
+            )._replace(turned=True)
+        )  # fmt: skip
         plan, engine = program.prepared.forward(None)
         assert plan.sequences == [("x", 0), ("y", 0)]
         own = dict(zip(kinds, weights[layer * len(kinds) :], strict=False))
         copies = []
         for j in plan.shared:
-            weight = own[program.shared[j]]
-            copies.append(_C.empty(tuple(weight.shape), program.prepared.dtype))
+            weight = _C.from_dlpack(own[program.shared[j]])
+            if weight.ndim > 1:
+                weight = weight.transpose(weight.ndim - 2, weight.ndim - 1)
+            copies.append(_C.empty(weight.shape, program.prepared.dtype))
             _C.convert(weight, copies[-1])
         found.append((engine, copies))
     return found

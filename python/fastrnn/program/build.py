@@ -34,6 +34,7 @@ class Spec(NamedTuple):
     dropout: bool  # whether there is a mask on h
     keep: tuple[bool, bool]  # whether there is a zoneout mask of h, of c
     cell: bool  # whether c of every step is wanted
+    turned: bool = False  # whether matrices lie in memory column by column, as few rows read best
 
     @property
     def output_size(self) -> int:
@@ -135,11 +136,13 @@ class Symbol:
 
 
 class Matrix(NamedTuple):
-    """A weight: (rows, columns), or (heads, rows, columns) with ``head`` elements between heads."""
+    """A weight, (rows, columns) or (heads, rows, columns), and its strides."""
 
     value: int
     offset: int
     shape: tuple[int, ...]
+    row: int
+    column: int
     head: int = 0
 
 
@@ -186,7 +189,10 @@ class _SymbolOperations:
     def linear(self, x: Symbol, weight: Matrix) -> Symbol:
         rows, columns = weight.shape
         return self._product(
-            x, Product(weight.value, weight.offset, 1, columns, 0, 1, columns, columns, rows)
+            x,
+            Product(
+                weight.value, weight.offset, 1, columns, 0, weight.column, weight.row, columns, rows
+            ),
         )
 
     def by_head(self, x: Symbol, weight: Matrix, gates: int) -> Symbol:
@@ -196,8 +202,8 @@ class _SymbolOperations:
             self._product(
                 x,
                 Product(
-                    weight.value, weight.offset + gate * units * columns, heads, columns,
-                    weight.head, 1, columns, columns, units,
+                    weight.value, weight.offset + gate * units * weight.row, heads, columns,
+                    weight.head, weight.column, weight.row, columns, units,
                 ),
             )
             for gate in range(gates)
@@ -231,7 +237,7 @@ class _SymbolOperations:
         *heads, rows, columns = weight.shape
         size = rows // of
         return weight._replace(
-            offset=weight.offset + first * size * columns,
+            offset=weight.offset + first * size * weight.row,
             shape=(*heads, (last - first) * size, columns),
         )
 
@@ -304,8 +310,10 @@ class _Builder:
             if len(shape) == 1:
                 found[name] = symbol
             else:
-                head = shape[1] * shape[2] if len(shape) == 3 else 0
-                found[name] = Matrix(symbol.parts[0][0].value, 0, shape, head)
+                rows, columns = shape[-2:]
+                row, column = (1, rows) if spec.turned else (columns, 1)
+                value = symbol.parts[0][0].value
+                found[name] = Matrix(value, 0, shape, row, column, rows * columns)
         return Parameters(**found)
 
     def _started(self, fresh: Symbol, state: list[Symbol]) -> list[Symbol]:
