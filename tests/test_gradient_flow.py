@@ -250,7 +250,7 @@ def test_an_exception_leaves_everything_as_it_was(
         if where == "before":
             fail()
         if where == "inside":
-            monkeypatch.setattr(_composed, "_cell", fail)
+            monkeypatch.setattr(_composed, "step", fail)
         layer(input)
         fail()
 
