@@ -10,14 +10,14 @@ MAKEFLAGS += --no-builtin-rules
 PYTHON ?= python3
 TORCH_VERSION := 2.13.0
 BUILD_TOOLS := scikit-build-core pybind11 cmake ninja
-PYTEST_ARGS ?= -n auto
+PYTEST_ARGS ?= -n auto --durations=10
 
 VENV := .venv
 BIN := $(VENV)/bin
 BUILD := build/python
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-CPP := $(shell find csrc cuda tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc cuda benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 INSTALLED := $(VENV)/.installed
 CTEST = $(BIN)/ctest --test-dir $(BUILD) --output-on-failure --parallel $(shell nproc 2>/dev/null || echo 2)
 
@@ -72,14 +72,14 @@ test-python: $(INSTALLED)  ## the Python tests alone
 test-cuda: $(INSTALLED)  ## the CUDA kernels' tests on the CPU
 	$(BIN)/cmake --build $(BUILD) --target cuda_tests
 	$(CTEST) --label-regex '^cuda$$'
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m virtual_device
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m virtual_device $$(grep -l virtual_device tests/test_*.py)
 	@test -e $(BUILD)/cuda/tests/virtual_test \
 	    || echo 'make test-cuda: there is no CUDA compiler here, so the tests of the PTX were left out'
 
 lint: $(INSTALLED) typecheck  ## ruff, clang-format and mypy; changes nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run --Werror $(CPP) $(wildcard tests/*/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 # What NumPy users get: the wheel, built in isolation, where torch was never installed. The Python
 # is PYTHON, for example `make test-numpy PYTHON=python3.14`.
@@ -112,7 +112,7 @@ typecheck: $(INSTALLED)  ## mypy --strict over the package
 format: $(INSTALLED)  ## write Python and C++ in the house's format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(CPP) $(wildcard tests/*/*.h)
+	$(BIN)/clang-format -i $(CPP)
 
 # $(call sanitized,DIRECTORY,SANITIZERS,TARGETS,TESTS): build C++ tests with sanitizers, and run TESTS.
 # Of the instruction sets the portable one and the one whose intrinsics every machine of the kind

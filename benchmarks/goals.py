@@ -1,20 +1,21 @@
-"""What the suites of `fastrnn bench` do not measure, side by side with torch, interleaved with it.
+"""Measure what the suites of `fastrnn bench` do not measure, interleaved with torch.
 
-    python benchmarks/goals.py                      every part, a table for each
+    python benchmarks/goals.py                      every part, one table each
     python benchmarks/goals.py memory step          these parts
     python benchmarks/goals.py scaling --threads 8 --json scaling.json
 
-- memory      what a training step needs above what is live before it, and inference beyond its
-              outputs, for 100 steps and for 1000: a process for each figure
-- contention  a case while other processes keep cores busy, against the same case without them
-- lengths     rows of uniform lengths through `lengths=` and as a PackedSequence, against the padded
-              whole and torch's packed layers
-- step        one step for one row, in microseconds: a layer, frozen and as a stream, against torch
-              and ONNX Runtime; a cell against torch's
-- stream      a step of a stream in each dtype, for one row, against the layer and ONNX Runtime
-- recompute   training that keeps no gates against training that does: memory and time
-- bfloat16    bfloat16 against our float32 and torch's bfloat16
-- scaling     one thread, two, four … up to --threads
+- memory      additional memory of a training step, and of inference without its outputs, for 100
+              and 1000 steps: one process for each figure
+- contention  a case while other processes keep cores busy, compared with the same case without them
+- lengths     rows with uniformly distributed lengths, with `lengths=` and as a PackedSequence,
+              compared with the padded batch and torch's packed layers
+- step        one step with one row, in microseconds: a layer, frozen and as a stream, compared with
+              torch and ONNX Runtime; a cell compared with torch's
+- stream      a step of a stream in each dtype, with one row, compared with the layer and ONNX
+              Runtime
+- recompute   memory and time of training with `recompute`, compared with training without it
+- bfloat16    bfloat16 compared with fastrnn's float32 and torch's bfloat16
+- scaling     1, 2, 4 … threads up to --threads
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ Row = dict[str, Any]  # a cell of the table by the name of its column
 LIBRARIES = ("fastrnn", "torch")
 RECOMPUTE = "fastrnn recompute"
 MEBIBYTE = 1 << 20
-# Blocks above this size go back to the system when they are freed: what is resident is live.
+# malloc returns freed blocks above this size to the system, so resident memory is live memory.
 PROBE_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(10**5))"
 
@@ -66,7 +67,7 @@ BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum
 @dataclass(frozen=True)
 class Options:
     threads: int
-    seconds: float  # for each case and pass, everyone together
+    seconds: float  # for each case and pass, all providers together
     competitors: int
     tiny: bool
 
@@ -75,7 +76,7 @@ class Options:
         return ("LSTM",) if self.tiny else ("LSTM", "GRU")
 
     def case(self, cell: str, T: int, B: int, H: int, **more: Any) -> Case:
-        """A case with as many inputs as hidden units; whatever it is, small where `tiny`."""
+        """A case with as many inputs as hidden units; reduced in size if `tiny`."""
         if self.tiny:
             T, B, H = min(T, 4), min(B, 3), 8
         return Case(cell, T=T, B=B, I=H, H=H, **more)
@@ -88,7 +89,7 @@ def time_in_turns(options: Options, prepared: dict[str, Prepared]) -> dict[str, 
 
 
 def prepare(case: Case, pass_: Pass, *names: str) -> dict[str, Prepared]:
-    """Those of the providers that are installed, whose results have been found to agree."""
+    """The installed providers, prepared, after a check that their results agree."""
     data = make_data(case, "cpu")
     providers = [provider for provider in map(_installed, names) if provider is not None]
     prepared = {provider.name: provider.prepare(case, data, pass_) for provider in providers}
@@ -141,7 +142,7 @@ def _mebibytes(needed: dict[str, float]) -> Row:
 def _needed(
     options: Options, case: Case, pass_: Pass, libraries: Sequence[str] = LIBRARIES
 ) -> dict[str, float]:
-    """Bytes by library, each in a process of its own."""
+    """Bytes by library, each in a separate process."""
     needed = {}
     for library in libraries:
         asked = {"library": library, "case": case.as_record(), "pass": pass_}
@@ -163,10 +164,10 @@ def _needed(
 
 
 def probe(library: str, case: Case, pass_: Pass) -> int:
-    """How far resident memory rises above where it is, in bytes; outputs of inference not counted.
+    """The rise of resident memory, in bytes, without the outputs of inference.
 
-    A small layer runs first, so that threads and libraries are there already; the scratch that the
-    engine keeps for its next call is then too small, and the new one counts.
+    A small layer runs first, so that threads and libraries exist already. The scratch that the
+    engine keeps from it is too small for the measured call, so the new scratch counts.
     """
     layer_of = getattr(torch.nn if library == "torch" else fastrnn, case.cell)
     if library == RECOMPUTE:
@@ -177,7 +178,7 @@ def probe(library: str, case: Case, pass_: Pass) -> int:
     x, d_output = torch.randn(case.T, case.B, case.I), torch.randn(case.T, case.B, case.H)
     gc.collect()
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark to the current value
     outputs = run(layer, x, d_output)
     return _status("VmHWM") - before - sum(t.numel() * t.element_size() for t in outputs)
 
@@ -195,7 +196,7 @@ def _infer(layer: torch.nn.Module, x: Tensor, d_output: Tensor) -> list[Tensor]:
 
 
 def _status(field: str) -> int:
-    """Bytes, from Linux's account of this process."""
+    """A field of /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == field:
@@ -207,7 +208,7 @@ def _status(field: str) -> int:
 
 
 def contention(options: Options) -> list[Row]:
-    """Milliseconds; busy / quiet is what the competitors cost."""
+    """Milliseconds; busy / quiet is the cost of the competitors."""
     rows = []
     for cell in options.cells:
         for case in (options.case(cell, 100, 32, 256), options.case(cell, 50, 64, 512)):
@@ -226,9 +227,9 @@ def contention(options: Options) -> list[Row]:
 
 @contextmanager
 def _competitors(count: int) -> Iterator[None]:
-    """Processes that only count; each ends by itself should this one be killed."""
+    """Busy processes; each exits on its own if this one is killed."""
     running = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
-    time.sleep(0.3)  # until they count
+    time.sleep(0.3)  # until they are busy
     try:
         yield
     finally:
@@ -241,11 +242,11 @@ def _competitors(count: int) -> Iterator[None]:
 
 
 def lengths(options: Options) -> list[Row]:
-    """Milliseconds; `steps` is the share of (step, row) pairs that hold data."""
+    """Milliseconds; `steps` is the share of (step, row) pairs with data."""
     rows = []
     for cell in options.cells:
         case = options.case(cell, 100, 64, 256)
-        # Uniform in 1…T, in equal strides, so that the share of steps does not hang on the draw.
+        # Evenly spaced in 1…T, so that the share of steps does not depend on a random draw.
         drawn = torch.linspace(1, case.T, case.B).round().long()
         drawn = drawn[torch.randperm(case.B, generator=torch.Generator().manual_seed(0))]
         for pass_ in PASSES:
@@ -259,7 +260,7 @@ def lengths(options: Options) -> list[Row]:
                     **columns(times),
                     "lengths / padded": times["lengths="] / padded,
                     "packed / padded": packed / padded,
-                    "torch packed / ours": times["torch packed"] / packed,
+                    "torch packed / fastrnn": times["torch packed"] / packed,
                 }
             )
     return rows
@@ -297,7 +298,7 @@ def _of_lengths(case: Case, pass_: Pass, drawn: Tensor) -> dict[str, Prepared]:
 
 
 def step(options: Options) -> list[Row]:
-    """Microseconds of inference; the last row has the geometric means of the ratios."""
+    """Microseconds of inference; the last row contains the geometric means of the ratios."""
     rows = []
     for cell in ("LSTM", "GRU", "RNN"):
         for H in (32,) if options.tiny else (32, 64, 128, 256, 384, 640, 1024):
@@ -366,7 +367,7 @@ def _stream(layer: Any, dtype: str) -> Prepared:
 
 
 def recompute(options: Options) -> list[Row]:
-    """Milliseconds of a training step, MiB that it needs."""
+    """Milliseconds and MiB of a training step."""
     rows = []
     for cell in options.cells:
         for steps in (512,) if options.tiny else (512, 4096):
@@ -412,7 +413,7 @@ def bfloat16(options: Options) -> list[Row]:
                     "pass": pass_,
                     **columns(times),
                     "float32 / bfloat16": times["fastrnn float32"] / times["fastrnn bfloat16"],
-                    "torch / ours": times["torch bfloat16"] / times["fastrnn bfloat16"],
+                    "torch / fastrnn": times["torch bfloat16"] / times["fastrnn bfloat16"],
                 }
             )
     return rows
@@ -422,7 +423,7 @@ def bfloat16(options: Options) -> list[Row]:
 
 
 def scaling(options: Options) -> list[Row]:
-    """Milliseconds; the efficiency is one thread's time over n times that of n threads."""
+    """Milliseconds; the efficiency is one thread's time divided by n times that of n threads."""
     rows = []
     for cell in options.cells:
         sizes = ((50, 64, 512), (50, 256, 1024), (100, 1, 1024))
@@ -441,12 +442,12 @@ def _scaled(options: Options, case: Case, pass_: Pass) -> list[Row]:
         efficiency = {f"{n} efficiency": alone[n] / (count * t) for n, t in times.items()}
         ratio = times["torch"] / times["fastrnn"]
         row: Row = {"case": case.label(), "pass": pass_, "threads": count}
-        rows.append({**row, **columns(times), **efficiency, "torch / ours": ratio})
+        rows.append({**row, **columns(times), **efficiency, "torch / fastrnn": ratio})
     return rows
 
 
 def _thread_counts(most: int) -> list[int]:
-    """1, 2, 4 … and the most."""
+    """1, 2, 4 … and `most`."""
     powers = [1 << k for k in range(most.bit_length()) if 1 << k < most]
     return [*powers, most]
 
@@ -476,7 +477,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text; a peer that has none in a row gets a dash."""
+    """The rows as text; a missing value is a dash."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     words = [name for name in names if isinstance(rows[0].get(name), str)]
     ordered = words + [name for name in names if name not in words]
@@ -496,8 +497,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=1.0, help="for each case and pass")
     parser.add_argument("--competitors", type=int, default=2, help="busy processes in contention")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to test that it runs")
     parser.add_argument("--probe", type=json.loads, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
     unknown = [name for name in parsed.parts if name not in PARTS]

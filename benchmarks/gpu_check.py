@@ -1,24 +1,24 @@
-"""Everything that needs a GPU, by one command, with time limits: `make gpu-check`.
+"""Run everything that needs a GPU in one command, with time limits: `make gpu-check`.
 
     python benchmarks/gpu_check.py --out build/gpu-check
     python benchmarks/gpu_check.py --out build/gpu-check --parts tests,bench --suites stacks
     python benchmarks/gpu_check.py --out build/gpu-check --dry-run
 
-- build      the package by pip, with CUDA and the watchdog, and the program of benchmarks/ladder
+- build      install the package with pip, with CUDA and the watchdog; build benchmarks/ladder
 - tests      the whole test suite, with the CUDA cases of every route
-- sanitizer  compute-sanitizer's memcheck and racecheck on a small case of every kernel of a step,
-             and of every family of persistent kernels (cell, operand, pass, way of exchange)
-- certify    `fastrnn certify --quick`, its certificate in OUT
-- ladder     what an exchange costs
-- bench      the suites against torch.nn (cuDNN), in float32, tf32, bfloat16, float16: by default,
-             by the persistent kernels, then by a launch for each step
+- sanitizer  compute-sanitizer's memcheck and racecheck on a small case of every step kernel and of
+             every family of persistent kernels (cell, operand, pass, way of exchange)
+- certify    `fastrnn certify --quick`, with its certificate in OUT
+- ladder     the cost of an exchange
+- bench      the suites compared with torch.nn (cuDNN), in float32, tf32, bfloat16, float16: with
+             the default route, with the persistent kernels, and with one launch per step
 
-Each part has a time limit of its own and none takes the others' results along: what a command
-printed is kept in OUT/<part>.log, its exit code and time in OUT/gpu-check.json, with the report of
-certify and every record of the benchmark; OUT/summary.md says it in words. The exit code is 0
-where every command's was and the default route was nowhere slower than torch.nn; 1 where a command
-failed, had no time left or lacked what it needs, which is then named; 77, with a message, where
-there is no GPU.
+Each part has its own time limit, and a failing part does not affect the results of the others. The
+output of the commands goes to OUT/<part>.log; exit codes, times, the report of certify and all
+records of the benchmark go to OUT/gpu-check.json; OUT/summary.md summarises them. The exit code is
+0 if every command succeeded and the default route was never slower than torch.nn; 1 if a command
+failed, had no time left or lacked a tool, which the summary names; 77, with a message, if there is
+no GPU.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ SUITES = (
 DTYPES = ("bfloat16", "float16", "tf32", "float32")
 INFERENCE_ALONE = ("deepbench-inference",)
 SWITCH = "FASTRNN_CUDA_KERNELS"
-ROUTES = {"default": "0", "persistent": "persistent", "steps": "1"}  # what the switch says for each
-FEWEST = 0.97  # of torch.nn's speed, by default, in every case: the same call, and noise
+ROUTES = {"default": "0", "persistent": "persistent", "steps": "1"}  # the value of SWITCH for each
+FEWEST = 0.97  # the least speed of the default route relative to torch.nn: the same call, noise
 
-# What the smallest cases are of. Among the sizes (rows, hidden_size), each family of persistent
-# kernels is chosen for one on an H200.
+# The smallest cases. On an H200, for each family of persistent kernels there is a pair of sizes
+# (rows, hidden_size) for which it is chosen.
 CELLS = ("LSTM", "GRU", "RNN")
 OPERANDS = {
     "bfloat16": ("bfloat16", False),
@@ -74,14 +74,14 @@ SIZES = (
 
 @dataclass(frozen=True)
 class Command:
-    """One command of a part: `share` is its share of the time that the part has left."""
+    """One command of a part: `share` is its share of the part's remaining time."""
 
     name: str
     arguments: tuple[str, ...]
     share: float = 1.0
     json: str = ""  # the file that it writes, in OUT
-    route: str = ""  # of `ROUTES`, which its environment then says
-    needs: str = ""  # a Python module
+    route: str = ""  # one of `ROUTES`, set in its environment
+    needs: str = ""  # a Python module that it needs
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Options:
     suites: tuple[str, ...] = SUITES
     dtypes: tuple[str, ...] = DTYPES
     minutes: float = 9.5
-    seconds: float = 0.06  # of a case and pass of the benchmark
+    seconds: float = 0.06  # for each case and pass of the benchmark
     python: str = sys.executable
     architecture: str = "90a"
     outcomes: list[Outcome] = field(default_factory=list)
@@ -111,7 +111,7 @@ class Options:
 
 
 def commands(part: str, options: Options) -> list[Command]:
-    """What a part runs."""
+    """The commands of a part."""
     return {
         "build": build,
         "tests": tests,
@@ -150,7 +150,7 @@ def tests(options: Options) -> list[Command]:
         pytest += ["-n", str(min(8, os.cpu_count() or 1))]
     by_torch, of_cuda = "tests/test_cuda_by_torch.py", "tests/test_cuda.py"
     others = ["tests", f"--ignore={by_torch}", f"--ignore={of_cuda}", "-m", "not virtual_device"]
-    # A file that needs a module which is not there is an error by itself, the others run.
+    # A file that needs a missing module is one error; the other files still run.
     others.append("--continue-on-collection-errors")
     return [
         Command("pytest, the default route", (*pytest, by_torch), 0.4, needs="pytest"),
@@ -163,8 +163,8 @@ def sanitizer(options: Options) -> list[Command]:
     smallest = (options.python, str(Path(__file__).resolve()), "--smallest-cases")
     listed = []
     for tool, share in (("memcheck", 0.5), ("racecheck", 1.0)):
-        # Of our kernels alone. Not the errors of CUDA's own calls, by which libraries find out what
-        # a driver can.
+        # Only fastrnn's kernels. No API errors, because libraries probe the driver's features with
+        # calls that may fail.
         with_tool = (_of_toolkit("compute-sanitizer"), "--tool", tool, "--error-exitcode", "9")
         with_tool += ("--report-api-errors", "no", "--kernel-name", "kns=fastrnn")
         listed.append(Command(tool, (*with_tool, *smallest), share))
@@ -204,7 +204,7 @@ def _has(module: str, python: str) -> bool:
 
 
 def _of_toolkit(tool: str) -> str:
-    """On the PATH, or beside nvcc."""
+    """The path of a CUDA tool, from PATH or nvcc's folder."""
     nvcc = shutil.which("nvcc")
     beside = [str(Path(nvcc).resolve().parent)] if nvcc else []
     return shutil.which(tool, path=os.pathsep.join([os.environ.get("PATH", ""), *beside])) or tool
@@ -214,7 +214,7 @@ def _of_toolkit(tool: str) -> str:
 
 
 def run_command(command: Command, log: Path, limit: float) -> tuple[int | str, bool]:
-    """The exit code and whether the limit ended it; all that it started ends with it."""
+    """Run a command; return its exit code, and whether the time limit ended its process group."""
     with log.open("a", encoding="utf-8") as file:
         file.write(f"\n==== {command.name}: {' '.join(command.arguments)}\n")
         file.flush()
@@ -222,7 +222,7 @@ def run_command(command: Command, log: Path, limit: float) -> tuple[int | str, b
             file.write(f"{missing}\n")
             return missing, False
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        # No certificate of the user's is read or written, nor platformdirs needed.
+        # So that the user's certificates are neither read nor written; platformdirs is not needed.
         environment["FASTRNN_CERTIFICATES"] = str(log.parent / "certificates")
         if command.route:
             environment[SWITCH] = ROUTES[command.route]
@@ -244,7 +244,7 @@ def run_command(command: Command, log: Path, limit: float) -> tuple[int | str, b
 
 
 def _missing(command: Command) -> str:
-    """What the command needs and this machine lacks."""
+    """The missing program or module of the command; empty if nothing is missing."""
     program = command.arguments[0]
     if shutil.which(program) is None:
         return f"{program} is not on this machine"
@@ -254,7 +254,7 @@ def _missing(command: Command) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """First by an interrupt, so that a benchmark writes what it has; then by force."""
+    """Interrupt the process group first, so that a benchmark writes its records; then kill it."""
     for sign, patience in ((signal.SIGINT, 5.0), (signal.SIGKILL, 10.0)):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, sign)
@@ -327,7 +327,7 @@ def document(options: Options) -> dict[str, Any]:
 
 
 def _add_run(found: dict[str, Any], run: dict[str, Any], route: str) -> None:
-    """A suite's document by one route: one header, its peaks and completeness those of all."""
+    """Add one suite's document of one route; merge the headers' peaks and completeness."""
     if found["header"] is None:
         found["header"] = run["header"]
     else:
@@ -344,7 +344,7 @@ def summary(options: Options, found: dict[str, Any]) -> str:
     if found["records"]:
         lines += ["", "## Against torch.nn (cuDNN)", "", *ratios(found["records"])]
     if slow := slower_by_default(found["records"]):
-        lines += ["", f"## By default slower than {FEWEST} of torch.nn", "", *slow]
+        lines += ["", f"## Default route slower than {FEWEST} of torch.nn", "", *slow]
     for name, rows in found["ladder"].items():
         lines += ["", f"## Ladder: {name}", "", "```"]
         lines += [f"{r['what']}: {r.get('text') or _number(r)}" for r in rows]
@@ -360,7 +360,7 @@ def _number(row: dict[str, Any]) -> str:
 
 
 def ratios(records: Sequence[dict[str, Any]]) -> list[str]:
-    """By suite, route, precision and pass: cases, geometric mean, least, how many below 1."""
+    """For each suite, route, precision and pass: cases, geometric mean, minimum, number below 1."""
     groups: dict[tuple[str, str, str, str], list[float]] = {}
     for record in records:
         ratio = record["ratio_to_best_peer"]
@@ -384,7 +384,7 @@ def ratios(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def slower_by_default(records: Sequence[dict[str, Any]]) -> list[str]:
-    """The cases in which the default route loses against torch.nn's layer."""
+    """The cases in which the default route is slower than torch.nn's layer."""
     return [
         f"- {r['suite']}, {r['pass']}: {r['ratio_to_best_peer']:.3f} in {r['case']}"
         for r in records
@@ -406,7 +406,7 @@ def write(options: Options) -> dict[str, Any]:
 
 
 def device() -> str:
-    """Name, driver and memory, or nothing where there is no GPU."""
+    """Name, driver and memory of the GPU; empty if there is none."""
     if shutil.which("nvidia-smi") is None:
         return ""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
@@ -418,7 +418,7 @@ def device() -> str:
 
 
 def architecture() -> str:
-    """The first device's, as CMake names it: 90a for Hopper, whose own instructions it takes."""
+    """The first device's architecture by CMake's name: 90a for Hopper, for its own instructions."""
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
@@ -434,11 +434,11 @@ def architecture() -> str:
 def reaching(
     cell: str, operand: str, device: int | None
 ) -> Iterator[tuple[int, int, set[tuple[str, str]]]]:
-    """Of `SIZES` those that reach families of persistent kernels which none before reached.
+    """The entries of `SIZES` that reach families of persistent kernels not reached before.
 
     Yields:
-        Rows, hidden size, and the families, each a pass and a way of exchange. `device` None: as
-        on an H200.
+        Rows, hidden size, and the families, each a pass and a way of exchange. `device` None: for
+        an H200.
     """
     from fastrnn import _C
     from fastrnn._engine import engine_options, scalars
@@ -475,8 +475,8 @@ def run_smallest(cell: str, dtype: str, rows: int, hidden_size: int, **options: 
 
 
 def smallest_cases() -> int:
-    """A small case of every kernel of a step and of every family of persistent kernels, and which
-    families the sizes do not reach on this device.
+    """Run a small case of every step kernel and of every family of persistent kernels, and print
+    the families that the sizes do not reach on this device.
     """
     from fastrnn.bench.precision import precision
 
@@ -508,10 +508,10 @@ def smallest_cases() -> int:
 
 
 def chosen(text: str, known: Sequence[str], what: str) -> tuple[str, ...]:
-    """The names in a list with commas, in the order of `known`.
+    """The names in a comma-separated list, in the order of `known`.
 
     Raises:
-        ValueError: a name is not known.
+        ValueError: a name is not in `known`.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
@@ -552,13 +552,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{part}: {' '.join(command.arguments)}")
         return 0
     if not device():
-        print("gpu_check: no GPU on this machine (nvidia-smi names none): nothing was run")
+        print("gpu_check: no GPU on this machine (nvidia-smi reports none): nothing was run")
         return NO_DEVICE
     return check(options)
 
 
 def check(options: Options) -> int:
-    """Runs the parts in their order."""
+    """Run the parts in order."""
     options.out.mkdir(parents=True, exist_ok=True)
     options.architecture = architecture()
     end = time.monotonic() + 60.0 * options.minutes

@@ -1,10 +1,10 @@
-"""The site's pages of results: docs/benchmarks/, one page with two pictures for each kept run.
+"""Write the site's pages of results: docs/benchmarks/, one page with two plots for each run.
 
-    python benchmarks/pages.py           write them (make benchmark-docs)
-    python benchmarks/pages.py --check   say what they would change, exit with 1 where they would
+    python benchmarks/pages.py           write the pages (make benchmark-docs)
+    python benchmarks/pages.py --check   list the differences, exit with 1 if there are any
 
-Everything on a page comes from its file in benchmarks/results. Pictures are only looked for by
---check: their bytes change with the version of matplotlib.
+Everything on a page comes from its file in benchmarks/results. --check only tests that the plots
+exist, because their bytes change with the version of matplotlib.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def page(document: dict[str, Any], source: str) -> str:
 
 
 def expected() -> dict[Path, str]:
-    """Every page by its path."""
+    """The text of every page, by its path."""
     return {
         PAGES / f"{source.stem}.md": page(records.load(source), source.name)
         for source in sorted(RESULTS.glob("*.json"))
@@ -71,7 +71,7 @@ def write() -> None:
 
 
 def stale() -> list[str]:
-    """What `write` would change, a line each."""
+    """The changes that `write` would make, one line each."""
     pages = expected()
     drawn = {path for source in RESULTS.glob("*.json") for path in pictures(source)}
     there = {*PAGES.glob("*.md"), *PAGES.glob("*.svg")}
@@ -79,13 +79,13 @@ def stale() -> list[str]:
     lines += [f"{path}: is missing" for path in (drawn | set(pages)) - there]
     for path in there & set(pages):
         if path.read_text(encoding="utf-8") != pages[path]:
-            lines.append(f"{path}: is not what its results give")
+            lines.append(f"{path}: differs from its results")
     return sorted(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="The site's pages of benchmark results.")
-    parser.add_argument("--check", action="store_true", help="change nothing; 1 where they differ")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if they differ")
     if not parser.parse_args().check:
         write()
         return 0

@@ -1,4 +1,4 @@
-"""The quick suite under pytest-benchmark: `pytest benchmarks`, one row per case and provider."""
+"""The quick suite with pytest-benchmark: `pytest benchmarks`, one row per case and provider."""
 
 from __future__ import annotations
 

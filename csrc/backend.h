@@ -38,7 +38,7 @@ const Backend& cuda_backend();  // of builds with CUDA alone
 struct CellTraits {
   int gates;         // rows of the weights, in units of H
   int states;        // 1: h; 2: h and c
-  int saved_planes;  // of `Problem::gates`
+  int saved_planes;  // of `Problem::saved`
 };
 // Throws std::invalid_argument where no such cell exists.
 CellTraits cell_traits(const Options&);

@@ -42,16 +42,7 @@ struct CellOptions {
   Activation activation = Activation::tanh;
   GateActivation gate_activation = GateActivation::sigmoid;
   bool reset_after = true;  // GRU: reset gate after (true) or before (false) the matrix product
-  bool peephole = false;    // LSTM: the gates see c (Gers & Schmidhuber 2000)
-  bool layer_norm = false;  // both sides of the sums, and an LSTM's c, are normalised (Ba 2016)
-  std::int64_t heads = 1;   // blocks on the diagonal of W_hh, each of H/heads units
-  double zoneout_h = 0, zoneout_c = 0;  // how much of the old value stays (Krueger et al. 2017)
-  double grad_clip = 0;  // backward: the limit of the gradients of h and c at a step; 0: none
-
-  // Whether a step forward is more than the cell of csrc/cells/ on the sum of two products.
-  bool beyond_the_cell() const {
-    return peephole || layer_norm || heads > 1 || zoneout_h > 0 || zoneout_c > 0;
-  }
+  std::int64_t heads = 1;   // blocks on the diagonal of W_hh, each of H/heads units: on a GPU
 };
 
 // Everything about a stack that is not a size of the data.
@@ -86,14 +77,6 @@ struct Weight {
   std::int64_t head = 0;
 };
 
-// True or false for each pair of step and row and each unit, element (group, t, b, u) at
-// data[group·group + t·step + b·row + u·unit]. Packed: (group, n, u) at data[group·group + n·row +
-// u·unit].
-struct Mask {
-  const bool* data = nullptr;
-  std::int64_t group = 0, step = 0, row = 0, unit = 1;
-};
-
 // The parameters of one layer and direction.
 struct Parameters {
   Weight weight_ih;  // [G·H, I of the layer]
@@ -101,9 +84,6 @@ struct Parameters {
   Weight bias_ih;    // [G·H], absent: zero
   Weight bias_hh;    // [G·H], absent: zero
   Weight weight_hr;  // [P, H], absent without projection
-  Weight weight_ci, weight_cf, weight_co;  // [H], with peephole alone
-  Weight norm_ih, norm_hh;                 // [G·H], with layer_norm alone: scales
-  Weight norm_c, norm_c_bias;              // [H], with layer_norm of an LSTM alone
 };
 
 struct Problem {
@@ -113,7 +93,7 @@ struct Problem {
   int threads = 1;  // at most this many threads work on the call
   // The products' operands are int8 (csrc/cpu/int8.h), all arrays f32. Forward alone, of one step
   // of B rows in one direction, each sum of at most kMostInt8Products: `packed`, h0 and c0 given,
-  // the states contiguous; `hidden` of the last layer alone, no `cell`, no `gates`.
+  // the states contiguous; `hidden` of the last layer alone, no `cell`, no `saved`.
   bool int8 = false;
 
   // ---- on a GPU -----------------------------------------------------------------------------
@@ -137,10 +117,7 @@ struct Problem {
   Sequence input;          // [T, B, I] or packed [N, I]
   State h0, c0;            // [L·D, B, O], [L·D, B, H]; absent: zeros
   bool wide_c0 = false;    // forward: c0 is of compute type, as `cell` is
-  State reset_h, reset_c;  // [L·D, O], [L·D, H], `row` ignored; absent: zeros
-  State dropout_mask;      // [L·D, B, O] what W_hh sees of h; absent: all of it
-  // True keeps the old value. Absent: the share zoneout_h, zoneout_c of it.
-  Mask zoneout_h_mask, zoneout_c_mask;     // [L·D, T, B, O], [L·D, T, B, H]; packed [L·D, N, ·]
+  State reset_h, reset_c;  // forward: [L·D, O], [L·D, H], `row` ignored; absent: zeros
   const Parameters* parameters = nullptr;  // [L·D]
   // Forward: the parameters as Backend::pack left them; `parameters` are then not read and may be
   // null. Null: this call packs them for itself.
@@ -160,10 +137,10 @@ struct Problem {
   // the engine's own row order. Null: inference. When given, `all_layers` must be true and, for
   // cells with a c, `cell` given. planes: saved_planes() in backend.h. With Options::recompute it
   // is never given.
-  void* gates = nullptr;
+  void* saved = nullptr;
 
-  // Backward: `gates` is not needed afterwards, and the gates' gradients may take its place.
-  bool consume_gates = false;
+  // Backward: `saved` is not needed afterwards; the gradients of the gates may take its place.
+  bool consume_saved = false;
 
   // ---- backward: read. Absent: zeros --------------------------------------------------------
   Sequence d_output;          // [T, B, D·O] or [N, D·O]: gradient of the last layer's output
@@ -175,8 +152,6 @@ struct Problem {
   void* d_input = nullptr;             // [T, B, I] or [N, I]; padding is zero
   void* d_h0 = nullptr;                // [L·D, B, O]
   void* d_c0 = nullptr;                // [L·D, B, H]
-  void* d_reset_h = nullptr;           // [L·D, O]
-  void* d_reset_c = nullptr;           // [L·D, H]
   Parameters* d_parameters = nullptr;  // [L·D], each contiguous, absent where not wanted
 
   // ---- scratch ------------------------------------------------------------------------------

@@ -65,12 +65,19 @@ struct PointwiseRun {
   std::int64_t first = 0, count = 0;  // of Program::points
 };
 
-// out[o + g] = Σ, or the maximum, of in[i + g·segment + j·element] over j < n, g < G.
+// sum, maximum  out[o + g] = Σ, or the maximum, of in[i + g·segment + j·element] over j < n, g < G
+// Of one row of n elements side by side, which is all that these two take:
+// moments       out[o], out[o + 1] = the mean of in, and 1 / √(variance + kMomentsEpsilon)
+// means         out[o], out[o + 1] = the means of in, and of in·second
 struct Reduce {
-  bool maximum = false;
+  enum class Kind : std::uint8_t { sum, maximum, moments, means } kind = Kind::sum;
   RowAt out, in;
   std::int64_t G = 1, segment = 0, n = 0, element = 1;
+  RowAt second;
+
+  bool of_row() const { return kind == Kind::moments || kind == Kind::means; }
 };
+inline constexpr double kMomentsEpsilon = 1e-5;
 
 // out[o + i] = Σ of in[i + index] over the indices that the table lists for i < count.
 struct Collect {
@@ -107,6 +114,8 @@ enum class Point : std::uint8_t {
   tanh,
   relu,
   softplus1,
+  bfloat16,
+  float16,
   add,
   sub,
   mul,
@@ -119,22 +128,29 @@ enum class Point : std::uint8_t {
   ge,
   eq,
   ne,
+  tanh_grad,
+  sigmoid_grad,
   where,
   fma,
+  normalize,
 };
 // Comparisons give 1 or 0. where(c, a, b): a where c is not 0. fma(a, b, c) = a·b + c.
-// softplus1(x) = log(1 + e^x). NaN comes through maximum, minimum and relu; its sign is 0.
+// normalize(a, b, c) = (a − b)·c. tanh_grad(d, y) = d·(1 − y²), sigmoid_grad(d, y) = d·(1 − y)·y.
+// softplus1(x) = log(1 + e^x). bfloat16 and float16 round to what the type can hold. NaN comes
+// through maximum, minimum and relu; its sign is 0.
 struct PointName {
   const char* name;
   int operands;
 };
 inline constexpr PointName kPointNames[] = {
-    {"copy", 1},  {"neg", 1}, {"abs", 1},     {"sign", 1}, {"reciprocal", 1}, {"sqrt", 1},
-    {"rsqrt", 1}, {"exp", 1}, {"expm1", 1},   {"log", 1},  {"log1p", 1},      {"sin", 1},
-    {"cos", 1},   {"erf", 1}, {"sigmoid", 1}, {"tanh", 1}, {"relu", 1},       {"softplus1", 1},
-    {"add", 2},   {"sub", 2}, {"mul", 2},     {"div", 2},  {"maximum", 2},    {"minimum", 2},
-    {"lt", 2},    {"le", 2},  {"gt", 2},      {"ge", 2},   {"eq", 2},         {"ne", 2},
-    {"where", 3}, {"fma", 3}};
+    {"copy", 1},    {"neg", 1},      {"abs", 1},       {"sign", 1},         {"reciprocal", 1},
+    {"sqrt", 1},    {"rsqrt", 1},    {"exp", 1},       {"expm1", 1},        {"log", 1},
+    {"log1p", 1},   {"sin", 1},      {"cos", 1},       {"erf", 1},          {"sigmoid", 1},
+    {"tanh", 1},    {"relu", 1},     {"softplus1", 1}, {"bfloat16", 1},     {"float16", 1},
+    {"add", 2},     {"sub", 2},      {"mul", 2},       {"div", 2},          {"maximum", 2},
+    {"minimum", 2}, {"lt", 2},       {"le", 2},        {"gt", 2},           {"ge", 2},
+    {"eq", 2},      {"ne", 2},       {"tanh_grad", 2}, {"sigmoid_grad", 2}, {"where", 3},
+    {"fma", 3},     {"normalize", 3}};
 inline constexpr int kPoints = sizeof(kPointNames) / sizeof(kPointNames[0]);
 
 struct PointOperand {

@@ -1,8 +1,8 @@
 // CUDA's backend: check → guard → stream → dispatch → launch → check the launch.
 //
-// The caller owns all memory, workspace included; nothing is allocated here and nothing waits for
-// the device, so that a call can be captured into a graph. What is kept between calls is the
-// library's handle, one for each device, and what was asked of it for persistent kernels.
+// The caller owns all memory, including the workspace. This code allocates nothing and does not
+// synchronise with the device, so a call can be captured into a graph. It keeps between calls one
+// cuBLASLt handle per device, and the device properties that it read to choose persistent kernels.
 #include <cuda_runtime_api.h>
 
 #include <stdexcept>
@@ -21,12 +21,12 @@ using cuda::Stack;
 
 void check(cudaError_t status, const char* what) { cuda::require(status, "", what); }
 
-// The arrays' device is the thread's while this lives.
+// Makes the arrays' device current during its lifetime.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "the current CUDA device cannot be found out");
-    if (device != before_) check(cudaSetDevice(device), "the CUDA device cannot be chosen");
+    check(cudaGetDevice(&before_), "cannot determine the current CUDA device");
+    if (device != before_) check(cudaSetDevice(device), "cannot select the CUDA device");
     changed_ = device != before_;
   }
   ~DeviceGuard() {
@@ -50,7 +50,7 @@ std::string case_text(const Problem& p, Pass pass) {
          number("H", p.H) + number("layers", p.options.layers) + number("device", p.device);
 }
 
-// Calls f(stack) on the device of the arrays; errors name the case.
+// Calls f(stack) on the device of the arrays, and adds the case to the messages of errors.
 template <class F>
 auto on_device(const Problem& p, Pass pass, const F& f) {
   try {
@@ -88,11 +88,11 @@ CudaKernels cuda_kernels(const Problem& p, Pass pass) {
 }
 
 CudaKernels cuda_kernels_on_h200(const Problem& p, Pass pass) {
-  const Stack stack(p, pass, [](const resident::Sizes& sizes) {
+  const Stack stack(p, pass, [](const persistent::Sizes& sizes) {
     int count = 0;
-    const resident::Kernel* const all = resident::kernels(&count);
-    if (count == 0) return resident::plan_persistent(sizes);  // says why there are none
-    return resident::choose_kernel(sizes, resident::h200(), all, count);
+    const persistent::Kernel* const all = persistent::kernels(&count);
+    if (count == 0) return persistent::plan_persistent(sizes);  // says why there are none
+    return persistent::choose_kernel(sizes, persistent::h200(), all, count);
   });
   return {stack.plan().kernel != nullptr, stack.plan().why};
 }

@@ -1,24 +1,22 @@
 // One layer backward through time.
 //
-// Maths          csrc/cells/. The steps run in the reverse of forward's order. At each, the
-// gradient
-//                of h is what the output brings, plus what the step after brings through W_hhᵀ,
-//                plus what the cell carries past the product (a GRU's dh·z):
+// Maths          csrc/cells/. The steps run in the reverse of forward's order. At each step the
+//                gradient of h is the gradient of the output, plus the gradients of the next step's
+//                gates through W_hhᵀ, plus what the cell carries past the product (a GRU's dh·z):
 //                  dh_t = dy_t + Σ_gates da_{t+1}·W_hh + carried
-//                One launch: the product (product.h) and the cell's backward. Only the gates'
-//                gradients are written; those of weights and input are matrix products over all
+//                One launch: the product (product.h) and the cell's backward. It writes only the
+//                gates' gradients; the gradients of weights and input are matrix products over all
 //                pairs afterwards (gradients.h).
 // Two products   reset-before GRU: dn from dh, then d(r∘h) = dn·W_hn, then dr. Projection: dh of
-// size
-//                P first, then W_hrᵀ to the hidden units. Both are a second launch.
+//                size P first, then W_hrᵀ to the hidden units. Both are a second launch.
 // Layouts        d_gates   [D][pairs][width]: planes of Hp as the cell's input_gradient and
 //                          hidden_gradient say, zero beyond H and where a row does not run; in the
 //                          place of forward's saved values where the caller gives these up
 //                d_proj    [D][pairs][Op], dh of a projected state, zero likewise
 //                carried   [D][B][O], d_c [D][B][H], compute type
 //                weights   [D][O][(high − low)·Hp]: column u of W_hh, gate planes after each other;
-//                          second [D][H][(gates − first)·Hp or Op] likewise. Of several heads only
-//                          as long as one head's planes
+//                second_weights [D][H][(gates − first)·Hp or Op]: of W_hn or W_hr, likewise
+//                of several heads both are only as long as one head's planes
 //                by_head   [2][D][B][head][gradient][Hp of a head], of several heads: d_gates of a
 //                          step once more, a head's side by side for the product. A step reads one
 //                          and writes the other
@@ -31,7 +29,7 @@
 
 namespace fastrnn::cuda {
 
-// What the kernels of a step read and write.
+// The arrays that the kernels of a step read and write.
 template <class S>
 struct BackwardData {
   using C = typename ComputeOf<S>::type;
@@ -41,16 +39,16 @@ struct BackwardData {
   const C* saved;
   Index saved_group, saved_width;
   C* d_gates;
-  Index gates_group, width;
+  Index d_gates_group, width;
   const C* zeros;  // a row of d_gates or d_proj
   const S* weights;
   Index depth;
-  const S* second_weights;
+  const S* second_weights;  // W_hr or W_hn
   Index second_depth;
-  Heads units, outs;           // of the H hidden units, of the O of h
-  C *by_head, *by_head_after;  // this step's, and of the step after; null: one head
+  Heads units, outs;           // of the H hidden units, of the O units of h
+  C *by_head, *by_head_after;  // of this step, and of step t+1; null: one head
   Index by_head_width;
-  S* narrow_gates;  // [D][B][depth]: this step's, for the library; null: not wanted
+  S* narrow_gates;  // [D][B][depth]: this step's, for the library; null: not needed
   Sequence output, cell;
   State h0, c0;
   Sequence d_output, d_hidden, d_cell;
@@ -64,9 +62,9 @@ struct BackwardData {
     return (d * rows.B + i) * width_ + u;
   }
   FASTRNN_CELL C* gates_row(Index d, Index n) const {
-    return d_gates + d * gates_group + n * width;
+    return d_gates + d * d_gates_group + n * width;
   }
-  // A gradient of this step, where by_head has it.
+  // The location of a gradient in by_head.
   FASTRNN_CELL C* headed(C* step, Index d, Index i, Index gradients, Index plane, Index u) const {
     return step + state(d, i, by_head_width,
                         (units.head(u) * gradients + plane) * units.place + u % units.own);
@@ -78,7 +76,7 @@ struct BackwardData {
     return saved + d * saved_group + n * saved_width;
   }
 
-  // dy of a pair: from the layer above or the caller, and from the caller's gradient of all h.
+  // dy of a pair: from the layer above or the caller, plus the caller's gradient of all h.
   FASTRNN_CELL C output_gradient(Index d, Index t, Index i, Index u) const {
     C dy = 0;
     const Index column = d * O + u;
@@ -90,8 +88,8 @@ struct BackwardData {
     return dy;
   }
 
-  // The whole gradient of h, of what the step after brings, summed, and of dy. In this order a
-  // sequence cut in two, whose d_h_n is the next piece's d_h0, rounds alike.
+  // The whole gradient of h: the contribution of step t+1, summed, plus dy. With this order a
+  // sequence that is split in two, where d_h_n is the second part's d_h0, rounds identically.
   FASTRNN_CELL C hidden_gradient(Index d, Index t, Index i, Index u, C product,
                                  bool carries) const {
     const Walk w = walk(d);
@@ -120,13 +118,13 @@ struct BackwardData {
   }
 };
 
-// The cell on one hidden unit, or its half that follows dh.
+// The cell's backward on one hidden unit, or the half of it that needs only dh.
 template <class Cell, class S>
-struct CellBackward : Shape<Cell, S> {
-  using K = Shape<Cell, S>;
+struct CellBackward : DeviceCell<Cell, S> {
+  using K = DeviceCell<Cell, S>;
   using typename K::C, typename K::V;
 
-  // `dh`: all of it.
+  // `dh`: the whole gradient of h.
   static FASTRNN_CELL void run(const BackwardData<S>& a, Index d, Index t, Index i, Index u, C dh) {
     const Walk walk = a.walk(d);
     const Index n = a.rows.pair(t, i);
@@ -172,7 +170,7 @@ struct CellBackward : Shape<Cell, S> {
     if (a.by_head && u < a.H) *a.headed(a.by_head, d, i, Cell::gradients, plane, u) = value.v;
   }
 
-  // Zeros: beyond the last unit, and of a row that does not run.
+  // Writes zeros, beyond the last unit and for a row that does not run.
   static FASTRNN_CELL void clear(const BackwardData<S>& a, Index d, Index t, Index i, Index u) {
     if (a.rows.packed() && !a.rows.active(t, i)) return;
     FASTRNN_UNROLL
@@ -180,11 +178,11 @@ struct CellBackward : Shape<Cell, S> {
   }
 };
 
-// Of a step: what comes from the step after, and the cell.
+// One step: the contribution of step t+1, and the cell.
 template <class Cell, class S>
-struct BackwardStep : Shape<Cell, S> {
+struct BackwardStep : DeviceCell<Cell, S> {
   static constexpr const char* name = "backward step";
-  using K = Shape<Cell, S>;
+  using K = DeviceCell<Cell, S>;
   using typename K::C;
   using Weight = S;
   using Operand = C;
@@ -227,11 +225,11 @@ struct BackwardStep : Shape<Cell, S> {
   }
 };
 
-// With projection: dh of the hidden units, and the cell.
+// With projection: computes dh of the hidden units, then the cell.
 template <class Cell, class S>
-struct BackwardProjection : Shape<Cell, S> {
+struct BackwardProjection : DeviceCell<Cell, S> {
   static constexpr const char* name = "backward step, projection";
-  using K = Shape<Cell, S>;
+  using K = DeviceCell<Cell, S>;
   using typename K::C;
   using Weight = S;
   using Operand = C;
@@ -258,11 +256,11 @@ struct BackwardProjection : Shape<Cell, S> {
   }
 };
 
-// Reset-before GRU: d(r∘h) = dn·W_hn, and what follows from it.
+// Reset-before GRU: d(r∘h) = dn·W_hn, then the gradients that depend on it.
 template <class Cell, class S>
-struct BackwardSecond : Shape<Cell, S> {
+struct BackwardSecond : DeviceCell<Cell, S> {
   static constexpr const char* name = "backward step, second product";
-  using K = Shape<Cell, S>;
+  using K = DeviceCell<Cell, S>;
   using typename K::C, typename K::V;
   using Weight = S;
   using Operand = C;
@@ -301,8 +299,8 @@ struct BackwardSecond : Shape<Cell, S> {
   }
 };
 
-// Of several heads: the gradients of each row's first step, where a step after the last would have
-// left them.
+// With several heads: copies the gradients of each row's first step to the location from which
+// InitialHidden reads.
 template <class Cell, class S>
 struct FirstGates {
   static constexpr const char* name = "gradients of the first steps by head";
@@ -319,11 +317,11 @@ struct FirstGates {
   }
 };
 
-// d_h0: one more product past each row's first step.
+// d_h0: one more product, after each row's first step.
 template <class Cell, class S>
-struct InitialHidden : Shape<Cell, S> {
+struct InitialHidden : DeviceCell<Cell, S> {
   static constexpr const char* name = "gradients of the initial states";
-  using K = Shape<Cell, S>;
+  using K = DeviceCell<Cell, S>;
   using typename K::C;
   using Weight = S;
   using Operand = C;
@@ -349,7 +347,7 @@ struct InitialHidden : Shape<Cell, S> {
   }
   FASTRNN_CELL void finish(Index d, Index i, Index u, const C* sums) const {
     C dh = 0;
-    if (a.rows.length(i) == 0)  // the final state is the initial one
+    if (a.rows.length(i) == 0)  // the final state is the initial state
       dh = state_value<S>(a.d_h_n, d, i, u);
     else if (runs(d, i))
       dh = Cell::carries && !a.P ? sums[0] + a.carried[a.state(d, i, a.O, u)] : sums[0];
@@ -377,12 +375,12 @@ struct InitialCell {
 };
 
 template <class Cell, class S>
-class Backward : Shape<Cell, S> {
-  using K = Shape<Cell, S>;
+class Backward : DeviceCell<Cell, S> {
+  using K = DeviceCell<Cell, S>;
   using typename K::C;
 
  public:
-  // Lays the scratch out from `base`; from nothing, only measures it.
+  // Lays out the scratch from `base`; if that is null, only computes its size.
   Backward(const Layer& layer, void* base) : layer_(layer), gradients_(layer) {
     Arena arena(base);
     const Index D = layer.directions, B = layer.rows.B, N = layer.rows.pairs, H = layer.H;
@@ -391,11 +389,11 @@ class Backward : Shape<Cell, S> {
     units_ = heads_of(H, heads), outs_ = heads_of(O, heads);
     Hp_ = padded(H), Op_ = padded(O);
     saved_width_ = (Cell::saved + (layer.P ? 1 : 0)) * Hp_;
-    width_ = layer.consume_gates ? saved_width_ : Cell::gradients * Hp_;
+    width_ = layer.consume_saved ? saved_width_ : Cell::gradients * Hp_;
     depth_ = (K::high - K::low) * units_.place;
     second_depth_ = layer.P ? Op_ : (K::gates - K::first) * units_.place;
-    gates_group_ = layer.consume_gates ? layer.gates_group : N * width_;
-    d_gates_ = layer.consume_gates ? static_cast<C*>(layer.gates) : arena.take<C>(D * N * width_);
+    d_gates_group_ = layer.consume_saved ? layer.saved_group : N * width_;
+    d_gates_ = layer.consume_saved ? static_cast<C*>(layer.saved) : arena.take<C>(D * N * width_);
     zeros_size_ = greatest(greatest(depth_, second_depth_), Op_);
     zeros_ = arena.take<C>(zeros_size_);
     weights_ = arena.take<S>(D * O * depth_);
@@ -421,12 +419,12 @@ class Backward : Shape<Cell, S> {
     if (a.d_h0 && a.by_head) launch_elements(stream(), FirstGates<Cell, S>{a});
     if (a.d_h0) launch_product(stream(), InitialHidden<Cell, S>{{}, a});
     if (a.d_c0) launch_elements(stream(), InitialCell<S>{a});
-    gradients_.run({d_gates_, gates_group_, width_, Hp_, d_proj_});
+    gradients_.run({d_gates_, d_gates_group_, width_, Hp_, d_proj_});
   }
 
  private:
   void* stream() const { return layer_.tools.stream; }
-  // Of packed data the rows of the step after are fewer or more: no product of one size.
+  // With packed data the number of rows varies from step to step, so no product has a fixed size.
   bool uses_library() const {
     return many_rows<S>(layer_) && !K::two_products && !layer_.batch_sizes;
   }
@@ -439,7 +437,8 @@ class Backward : Shape<Cell, S> {
     for (Index d = 0; d < layer_.directions; ++d) pack(d);
   }
 
-  // Columns of the weights: those of W_hh's gates in the order of their planes, then the second's.
+  // Columns of the weights: those of W_hh's gates in the order of their planes, then
+  // those of the second product, W_hr or W_hn.
   void pack(Index d) {
     const Parameters& p = layer_.parameters[d];
     const fastrnn::Weight& w = p.weight_hh;
@@ -454,14 +453,14 @@ class Backward : Shape<Cell, S> {
       launch_elements(stream(), Fill<S>{to, O * depth_});
     for (int g = 0; g < K::first; ++g)
       pack_gate(g, outs_, to + (K::hidden_plane(g) - K::low) * units_.place, depth_);
-    S* second = second_weights_ + d * H * second_depth_;
+    S* second_weights = second_weights_ + d * H * second_depth_;
     if (layer_.P)
       launch_elements(stream(),
                       PackWeights<S>{static_cast<const S*>(p.weight_hr.data), p.weight_hr.unit,
-                                     p.weight_hr.row, H, O, Op_, second, second_depth_});
+                                     p.weight_hr.row, H, O, Op_, second_weights, second_depth_});
     else
       for (int g = K::first; g < K::gates; ++g)
-        pack_gate(g, units_, second + (g - K::first) * units_.place, second_depth_);
+        pack_gate(g, units_, second_weights + (g - K::first) * units_.place, second_depth_);
   }
 
   BackwardData<S> data(Index s) const {
@@ -470,9 +469,9 @@ class Backward : Shape<Cell, S> {
     a.s = s, a.D = layer_.directions, a.H = layer_.H, a.O = layer_.O, a.P = layer_.P;
     a.Hp = Hp_, a.Op = Op_;
     a.units = units_, a.outs = outs_;
-    a.saved = static_cast<const C*>(layer_.gates);
-    a.saved_group = layer_.gates_group, a.saved_width = saved_width_;
-    a.d_gates = d_gates_, a.gates_group = gates_group_, a.width = width_;
+    a.saved = static_cast<const C*>(layer_.saved);
+    a.saved_group = layer_.saved_group, a.saved_width = saved_width_;
+    a.d_gates = d_gates_, a.d_gates_group = d_gates_group_, a.width = width_;
     a.zeros = zeros_, a.narrow_gates = narrow_gates_;
     a.weights = weights_, a.depth = depth_;
     a.second_weights = second_weights_, a.second_depth = second_depth_;
@@ -490,13 +489,13 @@ class Backward : Shape<Cell, S> {
     return a;
   }
 
-  // What the product of a step with many rows reads: the gates' gradients of the step after, which
-  // are compute type's where this is the storage type, else their narrow copy.
+  // The operand of the product of a step with many rows: the gates' gradients of step t+1, or
+  // their narrow copy if the compute type is not the storage type.
   const S* library_operand(Index d, Index s, Index& stride) const {
     stride = narrow_gates_ ? depth_ : width_;
     if (narrow_gates_) return narrow_gates_ + d * layer_.rows.B * depth_;
     const Index t = Walk{layer_.rows, d == 1}.step(s);
-    return reinterpret_cast<const S*>(d_gates_ + d * gates_group_ + t * layer_.rows.B * width_ +
+    return reinterpret_cast<const S*>(d_gates_ + d * d_gates_group_ + t * layer_.rows.B * width_ +
                                       K::low * Hp_);
   }
 
@@ -535,7 +534,7 @@ class Backward : Shape<Cell, S> {
   Gradients<Cell, S, C> gradients_;
   Heads units_, outs_;
   Index Hp_ = 0, Op_ = 0, saved_width_ = 0, width_ = 0, depth_ = 0, second_depth_ = 0;
-  Index by_head_width_ = 0, gates_group_ = 0, zeros_size_ = 0;
+  Index by_head_width_ = 0, d_gates_group_ = 0, zeros_size_ = 0;
   C *d_gates_ = nullptr, *zeros_ = nullptr, *d_c_ = nullptr, *carried_ = nullptr;
   C *d_proj_ = nullptr, *products_ = nullptr, *by_head_ = nullptr;
   S *weights_ = nullptr, *second_weights_ = nullptr, *narrow_gates_ = nullptr;

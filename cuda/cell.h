@@ -1,4 +1,4 @@
-// What a cell (csrc/cells/) tells at compile time, in a form that device code can read: a static
+// The compile-time properties of a cell (csrc/cells/) in a form that device code can read: a static
 // array of a class has no address there.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace fastrnn::cuda {
 
-// Four bits for each gate.
+// Encodes small values with four bits for each gate.
 template <class T, int count>
 constexpr unsigned coded(const T (&values)[count]) {
   unsigned code = 0;
@@ -18,7 +18,7 @@ constexpr unsigned coded(const T (&values)[count]) {
 }
 
 template <class Cell_, class S_>
-struct Shape {
+struct DeviceCell {
   using Cell = Cell_;
   using S = S_;
   using C = typename ComputeOf<S>::type;
@@ -30,13 +30,13 @@ struct Shape {
   static constexpr unsigned hidden_code = coded(Cell::hidden_gradient);
   static constexpr unsigned separate_code = coded(Cell::separate);
 
-  // The plane of the gates' gradients that a gate reads, on the input's side and on the state's.
+  // The plane of the gates' gradients that a gate uses, for the input's and the state's gradient.
   static FASTRNN_CELL int input_plane(int gate) { return (input_code >> (4 * gate)) & 15; }
   static FASTRNN_CELL int hidden_plane(int gate) { return (hidden_code >> (4 * gate)) & 15; }
-  // Whether a gate's product with h is kept apart from its projection.
+  // Whether a gate's product with h is kept separate from its projection.
   static FASTRNN_CELL bool separate(int gate) { return (separate_code >> (4 * gate)) & 1; }
 
-  // The planes that the first product of a step reads on the way back: low … high − 1.
+  // The planes that the first product of a backward step reads: low … high − 1.
   static constexpr int low_plane() {
     int low = 15;
     for (int g = 0; g < first; ++g)
@@ -50,10 +50,10 @@ struct Shape {
     return high;
   }
   static constexpr int low = low_plane(), high = high_plane();
-  static_assert(Cell::gradients <= Cell::saved, "the gradients take the place of what was saved");
+  static_assert(Cell::gradients <= Cell::saved, "the gradients overwrite the saved values");
 };
 
-// An element of a state; zero where there is none.
+// An element of a state; zero if the state is absent.
 template <class S>
 FASTRNN_CELL typename ComputeOf<S>::type state_value(const State& a, Index d, Index i, Index u) {
   if (!a.data) return 0;

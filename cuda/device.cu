@@ -1,4 +1,5 @@
-// The CUDA build and the devices it finds. No context is created: attributes alone are read.
+// Information about the CUDA build and the devices. It reads only attributes and creates no
+// context.
 #include <cuda_runtime_api.h>
 
 #include "cuda_info.h"
@@ -24,7 +25,7 @@ CudaInfo cuda_info() {
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status != cudaSuccess) {
-    cudaGetLastError();  // read, so that a later call does not meet it
+    cudaGetLastError();  // clears the error, so that a later call does not return it
     info.error = cudaGetErrorString(status);
     return info;
   }

@@ -1,25 +1,27 @@
 // One layer forward.
 //
-// Maths          csrc/cells/. Some steps at a time: first their projection x·W_ihᵀ as one matrix
-//                product, then step by step h·W_hhᵀ on top of it and the cell, in one launch for
-//                both directions (product.h), or, of many rows, by the library and one launch for
-//                the cells.
+// Maths          csrc/cells/. For each block of steps: first the projection x·W_ihᵀ as one matrix
+//                product; then, step by step, h·W_hhᵀ is added and the cell applied, in one launch
+//                for both directions (product.h), or, with many rows, with a product of the
+//                library and one launch for the cells.
 // Two products   reset-before GRU: r and z first, then n from r∘h. Projection (proj_size):
-//                the hidden units first, then W_hr. Both are a second launch of the step.
+//                the hidden units first, then W_hr. Both need a second launch per step.
 // Layouts        x_gates   [D][pairs of the block of steps][gates·H], compute type
-//                h         [2][D][B][Op], storage: what enters a step, for every row: h before it,
-//                          or h0, or zeros. A step reads one and writes the other
+//                h         [2][D][B][Op], storage: the state that enters a step, for every row: h
+//                          of the previous step, h0, or zeros. A step reads one and writes the
+//                          other
 //                c         [D][B][H], the same for c, in place
-//                second    [D][B][Hp], compute type: what a second product reads
+//                second_operand [D][B][Hp], compute type: what a second product reads
 //                weights   [D][first·H][Op], [D][(gates − first)·H or P][Hp], storage (product.h)
-//                Of several heads Op and Hp of what W_hh reads are wider, each head's units by
-//                themselves (Heads), and the weights' rows only as long as one head's.
+//                With several heads Op and Hp of W_hh's operands are wider, because each head's
+//                units are stored separately (Heads), and the weights' rows are as long as one
+//                head's.
 //                saved     a row of planes·Hp for each pair: the cell's saved values, then, with
 //                          projection, the hidden units before it
-// Heads          blocks of the same launch, as the directions are: a unit reads its own head alone.
-// Ownership      element (d, i, u) of states, outputs and saved values: who finishes it.
-// Cost           a launch or two each step, some 2–4 µs where the product is small; W_hh from
-//                L2 for every tile of kTileRows rows.
+// Heads          blocks of the same launch, like the directions: a unit reads only its own head.
+// Ownership      the thread that finishes element (d, i, u) of states, outputs and saved values.
+// Cost           one or two launches per step, some 2–4 µs if the product is small; W_hh is read
+//                from L2 for every tile of kTileRows rows.
 #pragma once
 
 #include <memory>
@@ -32,40 +34,41 @@
 
 namespace fastrnn::cuda {
 
-// Steps are projected together as far as their gates fill this many bytes: they stay in the L2.
-#if !defined(FASTRNN_PROJECTION_BYTES)  // the tests want many small blocks
+// The bytes of gates in a block of steps that is projected at once, so that they stay in the L2.
+#if !defined(FASTRNN_PROJECTION_BYTES)  // the tests use many small blocks
 #define FASTRNN_PROJECTION_BYTES (Index{32} << 20)
 #endif
 inline constexpr Index kProjectionBytes = FASTRNN_PROJECTION_BYTES;
 
-// Rows from which a step's product is the library's: on tensor cores, and elsewhere. Estimates.
+// Whether the library computes a step's product: from 32 rows on with tensor cores, from 64 without
+// (estimates).
 template <class S>
 bool many_rows(const Layer& layer) {
   const bool tensor_cores = sizeof(S) == 2 || (sizeof(S) == 4 && layer.tools.allow_tf32);
   return layer.tools.library && layer.maths.heads == 1 && layer.rows.B >= (tensor_cores ? 32 : 64);
 }
 
-// What the kernels of a step read and write.
+// The arrays that the kernels of a step read and write.
 template <class S>
 struct ForwardData {
   using C = typename ComputeOf<S>::type;
   Rows rows;
   CellOptions maths;
   Index s, D, H, O, P, Hp, Op;
-  Heads units, outs;  // of the H hidden units, of the O of h
+  Heads units, outs;  // of the H hidden units, of the O units of h
   Index second_width;
   const S* weights;
-  const S* second_weights;
+  const S* second_weights;  // W_hr or W_hn
   const C* x_gates[2];
   Index x_first[2];          // the first pair of x_gates
   const C *bias_x, *bias_h;  // [D][gates·H]
   State h0, c0;
   const S* h;
   S* h_next;
-  C *c, *second;
+  C *c, *second_operand;
   C* saved;  // null: not kept, or of one step, where a second product needs them
   Index saved_group, saved_width;
-  bool one_step;  // of saved
+  bool one_step;  // saved holds one step
   Sequence output, cell;
   S *h_n, *c_n;
 
@@ -78,7 +81,7 @@ struct ForwardData {
     return saved ? saved + d * saved_group + rows.pair(t, i) * saved_width : nullptr;
   }
 
-  // What enters the next step, `now` being this step's result where the row is active.
+  // Writes the state that enters the next step; `now` is this step's result if the row is active.
   template <class T>
   FASTRNN_CELL void pass_on(Index d, Index i, T now, T initial, T* to) const {
     if (s + 1 == rows.T) return;
@@ -92,7 +95,7 @@ struct ForwardData {
     return static_cast<const S*>(h0.data)[d * h0.group + i * h0.row + u * h0.unit];
   }
 
-  // c of an active row to the array of all c, to c_n, to the next step; of others zeros.
+  // Writes c to the array of all c, to c_n and to the next step; zeros for inactive rows.
   FASTRNN_CELL void finish_cell(Index d, Index t, Index i, Index u, C value, bool active) const {
     if (cell.data && (active || !rows.packed()))
       rows.at<C>(cell, t, i)[d * H + u] = active ? value : C(0);
@@ -109,7 +112,7 @@ struct ForwardData {
   }
 };
 
-// The states that enter the first step; the final ones of rows without a step.
+// The states that enter the first step; the final states of rows without a step.
 template <class Cell, class S>
 struct InitialStates {
   static constexpr const char* name = "initial states";
@@ -138,11 +141,11 @@ struct InitialStates {
   }
 };
 
-// The product with h, and the cell or its first half.
+// The product with h, then the cell or its first half.
 template <class Cell, class S>
-struct ForwardStep : Shape<Cell, S> {
+struct ForwardStep : DeviceCell<Cell, S> {
   static constexpr const char* name = "forward step";
-  using K = Shape<Cell, S>;
+  using K = DeviceCell<Cell, S>;
   using typename K::C, typename K::V;
   using Weight = S;
   using Operand = S;
@@ -184,7 +187,7 @@ struct ForwardStep : Shape<Cell, S> {
     if constexpr (K::two_products) {
       Cell::forward_first(a.maths, sum, previous, saved);
       store_saved(keep, u, saved);
-      a.second[a.state(d, i, a.second_width, a.units.at(u))] = saved[Cell::operand].v;
+      a.second_operand[a.state(d, i, a.second_width, a.units.at(u))] = saved[Cell::operand].v;
     } else {
       V next[2];
       if constexpr (Cell::states > 1) previous[1] = V(a.c[a.state(d, i, a.H, u)]);
@@ -192,7 +195,7 @@ struct ForwardStep : Shape<Cell, S> {
       if (keep) store_saved(keep, u, saved);
       if constexpr (Cell::states > 1) a.finish_cell(d, t, i, u, next[1].v, true);
       if (!a.P) return a.finish_hidden(d, t, i, u, next[0].v, true);
-      a.second[a.state(d, i, a.second_width, u)] = next[0].v;
+      a.second_operand[a.state(d, i, a.second_width, u)] = next[0].v;
       if (keep) keep[Cell::saved * a.Hp + u] = next[0].v;
     }
   }
@@ -205,9 +208,9 @@ struct ForwardStep : Shape<Cell, S> {
 
 // Reset-before GRU: the gates that read r∘h.
 template <class Cell, class S>
-struct ForwardSecond : Shape<Cell, S> {
+struct ForwardSecond : DeviceCell<Cell, S> {
   static constexpr const char* name = "forward step, second product";
-  using K = Shape<Cell, S>;
+  using K = DeviceCell<Cell, S>;
   using typename K::C, typename K::V;
   using Weight = S;
   using Operand = C;
@@ -223,7 +226,7 @@ struct ForwardSecond : Shape<Cell, S> {
     return a.second_weights + ((d * planes + gate) * a.H + u) * a.units.place;
   }
   FASTRNN_CELL const C* operand(Index d, Index i, Index u) const {
-    return a.second + a.state(d, i, a.second_width, a.units.head(u) * a.units.place);
+    return a.second_operand + a.state(d, i, a.second_width, a.units.head(u) * a.units.place);
   }
 
   FASTRNN_CELL void finish(Index d, Index i, Index u, const C* sums) const {
@@ -265,7 +268,7 @@ struct ForwardProjection {
     return a.second_weights + (d * a.P + u) * a.Hp;
   }
   FASTRNN_CELL const C* operand(Index d, Index i, Index) const {
-    return a.second + a.state(d, i, a.second_width, 0);
+    return a.second_operand + a.state(d, i, a.second_width, 0);
   }
   FASTRNN_CELL void finish(Index d, Index i, Index u, const C* sums) const {
     const Index t = a.walk(d).step(a.s);
@@ -273,16 +276,16 @@ struct ForwardProjection {
   }
 };
 
-// The biases in compute type: the input's, with the state's where these are not kept apart.
+// The biases in compute type: the input's, plus the state's where the products are not separate.
 template <class Cell, class S>
-struct Biases : Shape<Cell, S> {
+struct Biases : DeviceCell<Cell, S> {
   static constexpr const char* name = "biases";
-  using K = Shape<Cell, S>;
+  using K = DeviceCell<Cell, S>;
   using typename K::C;
   Weight input, hidden;
   Index H;
   C *bias_x, *bias_h;
-  Index heads = 1;  // bias_h: all gates of a head, then those of the next
+  Index heads = 1;  // bias_h: all gates of one head, then those of the next
 
   FASTRNN_CELL Index count() const { return K::gates * H; }
   FASTRNN_CELL void element(Index n) const {
@@ -296,7 +299,7 @@ struct Biases : Shape<Cell, S> {
   }
 };
 
-// Rows of the input, one after the other; zero where no row runs, whatever stands there.
+// Rows of the input in sequence; zero where no row runs, independently of the input there.
 template <class S>
 struct GatherInput {
   static constexpr const char* name = "rows of the input";
@@ -314,7 +317,7 @@ struct GatherInput {
   }
 };
 
-// Whether pairs of a sequence lie in memory as the rows of a matrix; then their stride.
+// Whether the pairs of a sequence are the rows of a matrix in memory; sets their stride.
 inline bool uniform_rows(const Sequence& a, const Rows& rows, bool packed, Index width,
                          Index& stride) {
   stride = packed || rows.B > 1 ? a.row : a.step;
@@ -322,8 +325,9 @@ inline bool uniform_rows(const Sequence& a, const Rows& rows, bool packed, Index
   return regular && (a.unit == 1 || width == 1) && stride >= width;
 }
 
-// x·W_ihᵀ of `pairs` pairs of a direction from `first` on, to `gates` columns of `to` or added
-// there. The input is read where it lies, in rows of `stride`, or packed into `x_rows` before.
+// Computes x·W_ihᵀ for `pairs` pairs of a direction from `first` on, and writes it to `gates`
+// columns of `to`, or adds it. The input is read in place, in rows of `stride`, or first packed
+// into `x_rows`.
 template <class S>
 void project_pairs(const Layer& layer, Index d, Index first, Index pairs, Index gates, Index stride,
                    S* x_rows, typename ComputeOf<S>::type* to, bool add) {
@@ -339,12 +343,12 @@ void project_pairs(const Layer& layer, Index d, Index first, Index pairs, Index 
 }
 
 template <class Cell, class S>
-class Forward : Shape<Cell, S> {
-  using K = Shape<Cell, S>;
+class Forward : DeviceCell<Cell, S> {
+  using K = DeviceCell<Cell, S>;
   using typename K::C;
 
  public:
-  // Lays the scratch out from `base`; from nothing, only measures it.
+  // Lays out the scratch from `base`; if that is null, only computes its size.
   Forward(const Layer& layer, void* base) : layer_(layer) {
     Arena arena(base);
     const Index D = layer.directions, B = layer.rows.B, H = layer.H;
@@ -360,8 +364,8 @@ class Forward : Shape<Cell, S> {
     bias_h_ = arena.take<C>(D * K::gates * H);
     h_ = arena.take<S>(2 * D * B * Op_);
     c_ = arena.take<C>(Cell::states > 1 ? D * B * H : 0);
-    second_ = arena.take<C>(second_rows_ ? D * B * second_width_ : 0);
-    one_step_ = arena.take<C>(K::two_products && !layer.gates ? D * B * saved_width_ : 0);
+    second_operand_ = arena.take<C>(second_rows_ ? D * B * second_width_ : 0);
+    one_step_ = arena.take<C>(K::two_products && !layer.saved ? D * B * saved_width_ : 0);
     gathers_ = !uniform_rows(layer.input, layer.rows, packed(), layer.I, input_stride_);
     const Index gate_bytes = K::gates * H * static_cast<Index>(sizeof(C));
     const Index row_bytes = greatest(gate_bytes, gathers_ ? layer.I * sizeof(S) : 0);
@@ -378,7 +382,7 @@ class Forward : Shape<Cell, S> {
     prepare();
     const std::unique_ptr<LibraryProduct> library = library_product();
     const Index T = layer_.rows.T;
-    // Pairs before the next step; of the second direction, those up to it.
+    // The number of pairs before the next step; for the second direction, up to the next step.
     Index before[2] = {0, layer_.rows.pairs};
     for (Index s = 0; s < T;) {
       const Index end = least(s + steps_, T);
@@ -394,7 +398,7 @@ class Forward : Shape<Cell, S> {
   void prepare() {
     const Index D = layer_.directions, B = layer_.rows.B;
     launch_elements(stream(), Fill<S>{h_, 2 * D * B * Op_});
-    if (second_rows_) launch_elements(stream(), Fill<C>{second_, D * B * second_width_});
+    if (second_rows_) launch_elements(stream(), Fill<C>{second_operand_, D * B * second_width_});
     for (Index d = 0; d < D; ++d) pack(d);
     launch_elements(stream(), InitialStates<Cell, S>{data(0), h_});
   }
@@ -410,13 +414,13 @@ class Forward : Shape<Cell, S> {
                                      rows, outs_.own, depth, to, depth, units_, w.head, gate});
     };
     pack_gates(0, first, outs_.place, weights_ + d * first * outs_.place);
-    S* second = second_weights_ + d * second_rows_ * second_depth_;
+    S* second_weights = second_weights_ + d * second_rows_ * second_depth_;
     if (layer_.P)
       launch_elements(stream(), PackWeights<S>{static_cast<const S*>(p.weight_hr.data),
                                                p.weight_hr.row, p.weight_hr.unit, layer_.P, H,
-                                               second_depth_, second, second_depth_});
+                                               second_depth_, second_weights, second_depth_});
     else if (K::two_products)
-      pack_gates(K::first, second_rows_, second_depth_, second);
+      pack_gates(K::first, second_rows_, second_depth_, second_weights);
     const Index bias = d * K::gates * H;
     launch_elements(stream(),
                     Biases<Cell, S>{{}, p.bias_ih, p.bias_hh, H, bias_x_ + bias, bias_h_ + bias});
@@ -436,16 +440,16 @@ class Forward : Shape<Cell, S> {
     a.bias_x = bias_x_, a.bias_h = bias_h_;
     a.h0 = layer_.h0, a.c0 = layer_.c0;
     a.h = h_ + (s % 2) * D * B * Op_, a.h_next = h_ + ((s + 1) % 2) * D * B * Op_;
-    a.c = c_, a.second = second_;
-    a.one_step = K::two_products && !layer_.gates;
-    a.saved = a.one_step ? one_step_ : static_cast<C*>(layer_.gates);
-    a.saved_group = layer_.gates_group, a.saved_width = saved_width_;
+    a.c = c_, a.second_operand = second_operand_;
+    a.one_step = K::two_products && !layer_.saved;
+    a.saved = a.one_step ? one_step_ : static_cast<C*>(layer_.saved);
+    a.saved_group = layer_.saved_group, a.saved_width = saved_width_;
     a.output = layer_.output, a.cell = layer_.cell;
     a.h_n = static_cast<S*>(layer_.h_n), a.c_n = static_cast<S*>(layer_.c_n);
     return a;
   }
 
-  // The projection of the steps s … end − 1; `before` moves on past their pairs.
+  // Projects the steps s … end − 1, and advances `before` by their pairs.
   void project(Index d, Index s, Index end, Index& before) {
     const Index T = layer_.rows.T, B = layer_.rows.B, gates = K::gates * layer_.H;
     Index pairs = 0;
@@ -457,7 +461,7 @@ class Forward : Shape<Cell, S> {
                      x_gates_ + d * steps_ * B * gates, false);
   }
 
-  // Of many rows: the product of a step with h, prepared once.
+  // With many rows: the product of a step with h, prepared once.
   std::unique_ptr<LibraryProduct> library_product() const {
     if (!many_rows<S>(layer_)) return nullptr;
     auto product = std::make_unique<LibraryProduct>(layer_.tools, any(step_product()));
@@ -491,7 +495,7 @@ class Forward : Shape<Cell, S> {
   Index second_rows_ = 0, second_width_ = 0, second_depth_ = 0;
   bool gathers_ = false;
   S *weights_ = nullptr, *second_weights_ = nullptr, *h_ = nullptr, *x_rows_ = nullptr;
-  C *bias_x_ = nullptr, *bias_h_ = nullptr, *c_ = nullptr, *second_ = nullptr;
+  C *bias_x_ = nullptr, *bias_h_ = nullptr, *c_ = nullptr, *second_operand_ = nullptr;
   C *one_step_ = nullptr, *x_gates_ = nullptr, *products_ = nullptr;
   Index x_first_[2] = {};
   std::size_t used_ = 0;

@@ -1,5 +1,5 @@
-// The functions of every cell for one storage type. Included by one unit for each type, so that
-// they compile side by side.
+// The functions of every cell for one storage type. One translation unit for each type includes it,
+// so that they compile in parallel.
 #pragma once
 
 #include "backward.h"
@@ -9,7 +9,7 @@
 
 namespace fastrnn::cuda {
 
-// Stands for the passes of cells and types without persistent kernels.
+// A placeholder for the passes of cells and types without persistent kernels.
 struct NoPersistent {};
 
 template <class Steps, class Persistent>

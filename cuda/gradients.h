@@ -1,19 +1,19 @@
-// The gradients that need no recurrence: of the weights and of the input.
+// The gradients without a recurrence: of the weights and of the input.
 //
-// Maths       over all pairs n of step and row, da being the gates' gradients:
+// Maths       sums over all pairs n of step and row, where da are the gates' gradients:
 //               dW_ih = Σ_n da_n·x_nᵀ   dW_hh = Σ_n da_n·h_{n−1}ᵀ   dW_hr = Σ_n dh_n·hidden_nᵀ
 //               db = Σ_n da_n           dx_n = Σ_gates W_ihᵀ·da_n, of both directions
-//             as matrix products (matrix.h) over blocks of pairs, added block after block.
-// Operands    in storage type, as the library multiplies them: da of half types is rounded to it
-//             here, unless a persistent kernel has done so. Rows that already lie so in memory are
-//             read where they are; the others are packed for each block of pairs. A row that does
-//             not run has da = 0, and zeros stand for its x, h and hidden units, whatever its
-//             memory holds.
+//             as matrix products (matrix.h) over blocks of pairs, accumulated block by block.
+// Operands    in storage type, for the library: da of half types is rounded to it here, unless a
+//             persistent kernel has done so. Operands that are the rows of a matrix in memory are
+//             read in place; the others are packed for each block of pairs. A row that does not
+//             run has da = 0, and zeros replace its x, h and hidden units, independently of the
+//             content of its memory.
 // Layouts     packed  [pairs of the block][columns], storage
-//             sums    of half types: each gradient of a weight, compute type
-// Heads       dW_hh of each from its own da and h alone, all as one product of many batches.
-// Cost        G·H·(I + O) products a pair each for weights and input, on tensor cores where
-//             the library has them; packing reads and writes what it packs once.
+//             sums    for half types: each gradient of a weight, compute type
+// Heads       each head's dW_hh from its own da and h, all as one batched product.
+// Cost        G·H·(I + O) products per pair, for weights and for input each, on tensor cores if
+//             the library uses them; packing reads and writes its data once.
 #pragma once
 
 #include <type_traits>
@@ -22,11 +22,11 @@
 
 namespace fastrnn::cuda {
 
-// Pairs are packed together as far as they fill this many bytes.
+// The bytes of a block of packed pairs.
 inline constexpr Index kGradientBytes = 2 * kProjectionBytes;
 
-// Rows of gates·H: to[n − first][g·H + u] = plane (code >> 4·g) & 15 of the gates' gradients; of
-// several heads all gates of a head, then those of the next.
+// Rows of gates·H: to[n − first][g·H + u] = plane (code >> 4·g) & 15 of the gates' gradients; with
+// several heads all gates of one head, then those of the next.
 template <class S, class G>
 struct GatherGates {
   static constexpr const char* name = "rows of the gates' gradients";
@@ -44,7 +44,7 @@ struct GatherGates {
   }
 };
 
-// Rows of some columns of what each pair keeps; zeros where no row runs.
+// Rows of some columns of each pair's saved values; zeros where no row runs.
 template <class S>
 struct GatherKept {
   static constexpr const char* name = "rows of saved values";
@@ -63,7 +63,7 @@ struct GatherKept {
   }
 };
 
-// Rows of h before each pair's step.
+// Rows of h before the step of each pair.
 template <class S>
 struct GatherHidden {
   static constexpr const char* name = "rows of h before each step";
@@ -101,8 +101,8 @@ struct Narrow {
   FASTRNN_CELL void element(Index n) const { narrow(from[n], to + n); }
 };
 
-// Gradients of biases: sums over all pairs of the columns of the gates' gradients, in runs, each of
-// the block's warps those of every kWarps-th pair.
+// Gradients of biases: sums of the columns of the gates' gradients over all pairs, in runs; each
+// warp of the block sums every kWarps-th pair.
 template <class S, class G>
 struct ColumnSums {
   static constexpr const char* name = "gradients of biases";
@@ -150,15 +150,15 @@ struct ColumnSums {
   }
 };
 
-// `G`: the type in which the gates' gradients are kept.
+// `G`: the type in which the gates' gradients are stored.
 template <class Cell, class S, class G>
-class Gradients : Shape<Cell, S> {
-  using K = Shape<Cell, S>;
+class Gradients : DeviceCell<Cell, S> {
+  using K = DeviceCell<Cell, S>;
   using typename K::C;
   static constexpr bool half = sizeof(S) != sizeof(C);
 
  public:
-  // The gates' gradients, [D][pairs][width], gradient k of unit u at k·plane + u; and dh of a
+  // The gates' gradients, [D][pairs][width], with gradient k of unit u at k·plane + u; and dh of a
   // projected state.
   struct Data {
     const G* d_gates;
@@ -172,7 +172,7 @@ class Gradients : Shape<Cell, S> {
         Op_(padded(layer.O)),
         rows_(K::gates * layer.H),
         recurrent_(rows_ * layer.O / layer.maths.heads) {
-    // What stands in the padding of the caller's input may be anything.
+    // The padding of the caller's input may contain anything.
     const bool dirty = layer.rows.lengths && !layer.d_below;
     gathers_input_ = dirty || !uniform_rows(layer.input, layer.rows, layer.batch_sizes != nullptr,
                                             layer.I, input_stride_);
@@ -190,7 +190,7 @@ class Gradients : Shape<Cell, S> {
     hidden_gates_ = arena.take<S>(block_ * rows_);
     inputs_ = arena.take<S>(gathers_input_ ? block_ * I : 0);
     hidden_ = arena.take<S>(block_ * O);
-    second_ = arena.take<S>(more ? block_ * H : 0);
+    kept_ = arena.take<S>(more ? block_ * H : 0);
     projected_ = arena.take<S>(P ? block_ * P : 0);
     d_inputs_ = arena.take<C>(half && layer_.d_input ? block_ * I : 0);
     for (Index d = 0; half && d < D; ++d)
@@ -227,7 +227,7 @@ class Gradients : Shape<Cell, S> {
   const Parameters wanted(Index d) const {
     return layer_.d_parameters ? layer_.d_parameters[d] : Parameters{};
   }
-  // Where the sums of a weight's gradient grow: in the gradient, or beside it.
+  // Where a weight's gradient is accumulated: in the gradient itself, or in `beside`.
   C* sums(const fastrnn::Weight& to, C* beside) const {
     if (!to.data) return nullptr;
     if constexpr (half)
@@ -275,8 +275,8 @@ class Gradients : Shape<Cell, S> {
       return static_cast<C*>(layer_.d_input) + n0 * layer_.I;
   }
 
-  // sum[m][n] (+)= Σ over the pairs of left[m]·right[n]; of `heads` such, each with its own columns
-  // of left and right.
+  // sum[m][n] (+)= Σ over the pairs of left[m]·right[n]; `heads` of these products, each with its
+  // own columns of left and right.
   void add_weights(Index heads, Index m, Index n, Index pairs, const MatrixRows& left,
                    const MatrixRows& right, C* sum, bool add) const {
     const Index gates = rows_ / heads;
@@ -284,7 +284,7 @@ class Gradients : Shape<Cell, S> {
                                        right.stride, sum, n, add, heads, gates, n, gates * n});
   }
 
-  // Whether the gates' gradients lie in memory as the rows of a matrix.
+  // Whether the gates' gradients are the rows of a matrix in memory.
   bool reads_gates(unsigned code) const {
     bool regular = std::is_same_v<S, G> && layer_.H == data_.plane;
     for (int g = 0; g < K::gates; ++g)
@@ -314,10 +314,9 @@ class Gradients : Shape<Cell, S> {
 
   MatrixRows kept_rows(Index d, Index n0, Index count, int plane) const {
     const Index width = (Cell::saved + (layer_.P ? 1 : 0)) * Hp_;
-    const C* from = static_cast<const C*>(layer_.gates) + d * layer_.gates_group + plane * Hp_;
-    launch_elements(stream(),
-                    GatherKept<S>{layer_.rows, from, width, layer_.H, n0, count, second_});
-    return {second_, layer_.H};
+    const C* from = static_cast<const C*>(layer_.saved) + d * layer_.saved_group + plane * Hp_;
+    launch_elements(stream(), GatherKept<S>{layer_.rows, from, width, layer_.H, n0, count, kept_});
+    return {kept_, layer_.H};
   }
 
   MatrixRows projected_rows(Index d, Index n0, Index count) const {
@@ -349,7 +348,7 @@ class Gradients : Shape<Cell, S> {
     if (hidden) sum(K::hidden_code, hidden, nullptr);
   }
 
-  // Of no pairs every gradient of a weight is zero.
+  // Without pairs every gradient of a weight is zero.
   void clear() const {
     const auto one = [&](const fastrnn::Weight& w, Index size) {
       if (w.data) launch_elements(stream(), Fill<S>{static_cast<S*>(w.data), size});
@@ -366,11 +365,11 @@ class Gradients : Shape<Cell, S> {
 
   const Layer& layer_;
   Data data_{};
-  const Index Hp_, Op_, rows_, recurrent_;  // the last: elements of a weight_hh
+  const Index Hp_, Op_, rows_, recurrent_;  // recurrent_: elements of a weight_hh
   Index block_ = 0, input_stride_ = 0;
   bool gathers_input_ = false;
   S *input_gates_ = nullptr, *hidden_gates_ = nullptr, *inputs_ = nullptr, *hidden_ = nullptr;
-  S *second_ = nullptr, *projected_ = nullptr;
+  S *kept_ = nullptr, *projected_ = nullptr;
   C* d_inputs_ = nullptr;
   Sums sums_[2] = {};
 };

@@ -1,20 +1,20 @@
-// The form of every kernel: what one thread of one block does, between two barriers.
+// The form of every kernel: the work of one thread of one block between two barriers.
 //
 //   struct Kernel {
-//     static constexpr const char* name;       // in the error of a launch
+//     static constexpr const char* name;       // for the error of a launch
 //     struct Shared { … };                     // the block's shared memory, plain data
-//     struct Registers { … };                  // what a thread keeps from phase to phase
-//     static constexpr int phases;             // of a round; a barrier stands between any two
+//     struct Registers { … };                  // values that a thread keeps from phase to phase
+//     static constexpr int phases;             // of a round, with a barrier between them
 //     Index blocks() const;                    // of kThreads threads each; zero: nothing to do
 //     Index rounds() const;                    // the same for every thread of the grid
 //     template <int phase>
 //     void run(Index block, int thread, Index round, Shared&, Registers&) const;
 //   };
 //
-// Within a phase no thread reads what another one writes, within a launch no block what another one
-// writes. So the order in which threads and blocks run cannot matter, and the same source runs on a
-// CPU, one thread after the other, in any order: that is how the kernels are tested where there is
-// no GPU (cuda/tests/).
+// Within a phase no thread reads what another thread writes; within a launch no block reads what
+// another block writes. So the order of threads and blocks has no effect, and the same source runs
+// on a CPU, one thread after another, in any order. The kernels are tested in this way without a
+// GPU (cuda/tests/).
 #pragma once
 
 #include <cstdint>
@@ -40,14 +40,13 @@ FASTRNN_CELL Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 FASTRNN_CELL Index least(Index a, Index b) { return a < b ? a : b; }
 FASTRNN_CELL Index greatest(Index a, Index b) { return a > b ? a : b; }
 
-// Runs a kernel on a stream (a cudaStream_t). Throws std::runtime_error where it cannot be
-// launched.
+// Runs a kernel on a stream (a cudaStream_t). Throws std::runtime_error if the launch fails.
 template <class Kernel>
 void launch(void* stream, const Kernel& kernel);
 
 struct Nothing {};
 
-// The form of a kernel that does one thing for each of `count()` elements:
+// The form of a kernel that processes `count()` elements independently:
 //   Index count() const;  void element(Index n) const;
 template <class Body>
 struct Elementwise {
@@ -102,7 +101,7 @@ void launch(void* stream, const Kernel& kernel) {
   constexpr Index most = 0x7fffffff;
   if (blocks > most)
     throw std::runtime_error("CUDA kernel '" + std::string(Kernel::name) + "': a grid of " +
-                             std::to_string(blocks) + " blocks, more than a launch can have");
+                             std::to_string(blocks) + " blocks exceeds CUDA's limit of 2^31 - 1");
   run_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       kernel);
   if (const cudaError_t failed = cudaGetLastError(); failed != cudaSuccess)

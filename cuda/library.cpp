@@ -1,6 +1,6 @@
-// The prototypes, numbers and layouts of cuBLASLt below are those of its public interface
-// (https://docs.nvidia.com/cuda/cublas/, versions 12 and 13), written here so that neither its
-// headers nor its library are needed to build.
+// The prototypes, constants and layouts below are those of cuBLASLt's public interface
+// (https://docs.nvidia.com/cuda/cublas/, versions 12 and 13). They are repeated here so that the
+// build needs neither its headers nor its library.
 #include "library.h"
 
 #include <dlfcn.h>
@@ -84,7 +84,7 @@ bool find_functions(void* file, Library& l) {
          find(file, "cublasLtMatmul", l.matmul);
 }
 
-// The folder of packages that this module is installed in: …/site-packages/fastrnn/_C.so.
+// The site-packages folder in which this module is installed: …/site-packages/fastrnn/_C.so.
 std::string packages() {
   Dl_info here{};
   if (dladdr(reinterpret_cast<const void*>(&find_library), &here) == 0 || !here.dli_fname)
@@ -117,7 +117,7 @@ void* open_any(std::string& origin) {
       origin = path;
       return file;
     }
-  origin = "cuBLASLt is not found";
+  origin = "cuBLASLt was not found";
   return nullptr;
 }
 
@@ -140,7 +140,7 @@ Search& search() {
   return once;
 }
 
-// The library's handle on a device, which is the current one; made with its first product.
+// The library's handle for a device, which must be current; created with its first product.
 void* handle_of(int device) {
   static std::mutex mutex;
   if (device < 0 || device >= Library::kDevices) return nullptr;
@@ -172,17 +172,17 @@ int compute_of(const Tools& tools, DType dtype) {
 
 Index bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-// Of matrices whose rows lie `stride` bytes apart, themselves `batch` bytes: what every row is
-// aligned to.
+// The alignment of every row of matrices with `stride` bytes between rows and `batch` bytes between
+// matrices.
 std::uint32_t alignment(const void* data, Index stride, Index batch) {
   const std::uint64_t bits =
       reinterpret_cast<std::uintptr_t>(data) | static_cast<std::uint64_t>(stride | batch) | 256;
   return static_cast<std::uint32_t>(bits & (~bits + 1));
 }
 
-// A matrix x(row, k) as the library sees it, by columns: with k along memory its transpose.
+// A matrix x(row, k) in the library's column-major layout: its transpose, if k is contiguous.
 struct Operand {
-  bool transposed;  // k is not along memory
+  bool transposed;  // k is not contiguous
   std::uint64_t rows, columns;
   Index leading;
 };
@@ -210,8 +210,8 @@ const Library* find_library() {
 
 const char* library_origin() { return search().library.origin.c_str(); }
 
-// The library stores by columns, so to[m][n] by rows is its n × m result: its left operand is b,
-// its right one a.
+// The library is column-major, so the row-major to[m][n] is its n × m result: its left operand is
+// b, its right operand is a.
 LibraryProduct::LibraryProduct(const Tools& tools, const AnyMatrices& p)
     : tools_(tools), add_(p.add), doubles_(p.dtype == DType::f64) {
   if (!tools.library || p.m <= 0 || p.n <= 0 || p.k <= 0 || !handle_of(tools.device)) return;
@@ -227,7 +227,7 @@ bool LibraryProduct::describe(const AnyMatrices& p) {
   const int type = type_of(p.dtype), wide = doubles_ ? kFloat64 : kFloat32;
   if (l.description_create(&description_, compute_of(tools_, p.dtype), wide) != kSuccess)
     return false;
-  // Left: n × k. Stored k × n where k lies along memory, so it is turned then.
+  // Left: n × k. If k is contiguous it is stored as k × n, and therefore transposed.
   const std::int32_t turn_left = left.transposed ? kPlain : kTransposed;
   const std::int32_t turn_right = right.transposed ? kTransposed : kPlain;
   return l.description_set(description_, kTransposeA, &turn_left, sizeof(turn_left)) == kSuccess &&
@@ -242,7 +242,7 @@ bool LibraryProduct::describe(const AnyMatrices& p) {
          (p.batches == 1 || repeat(result_, p.batches, p.to_batch));
 }
 
-// The matrix and those that follow it.
+// Sets the batch count and stride of a layout.
 bool LibraryProduct::repeat(void* layout, Index batches, Index stride) const {
   const Library& l = *tools_.library;
   const auto count = static_cast<std::int32_t>(batches);

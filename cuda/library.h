@@ -1,12 +1,11 @@
-// Matrix products by cuBLASLt, found at run time: nothing is linked, and where it is not found the
-// engine multiplies by a kernel of its own (matrix.h).
+// Matrix products with cuBLASLt, which is found at run time: nothing is linked. Without it a kernel
+// of the engine computes the products (matrix.h).
 //
-// Looked for, the first that is there: the file that FASTRNN_CUBLASLT names ("none": no library);
-// the copy that the process has loaded, which is torch's; a wheel of NVIDIA's beside this package;
-// the system's.
+// The search order: the file that FASTRNN_CUBLASLT names ("none": no library); the copy that the
+// process has loaded, which is torch's; an NVIDIA wheel in the same site-packages; the system's.
 //
-// Repeatable: one algorithm is asked for at a time, the first of the library's own ordering for the
-// shape and alignment, and none that adds partial sums in an order left to chance.
+// Results are repeatable: the code requests one algorithm, the first of the library's ordering for
+// the shape and alignment, and excludes algorithms that add partial sums in a varying order.
 #pragma once
 
 #include <cstddef>
@@ -18,18 +17,18 @@ namespace fastrnn::cuda {
 
 struct Library;  // the functions of cuBLASLt
 
-// Null where there is none. The answer is sought once.
+// Null if there is none. The search runs once.
 const Library* find_library();
-// The file it came from, or why there is none.
+// The file from which the library was loaded, or the reason why there is none.
 const char* library_origin();
 
-// Scratch that the library may ask for, for each call of the engine.
-#if !defined(FASTRNN_LIBRARY_SCRATCH)  // the tests' library takes none, and they fill it each time
+// The scratch that the library may use, for each call of the engine.
+#if !defined(FASTRNN_LIBRARY_SCRATCH)  // smaller in tests, which fill it at each call
 #define FASTRNN_LIBRARY_SCRATCH (std::size_t{32} << 20)
 #endif
 inline constexpr std::size_t kLibraryScratch = FASTRNN_LIBRARY_SCRATCH;
 
-// What multiplies on behalf of one call.
+// The resources for the products of one call.
 struct Tools {
   void* stream = nullptr;
   int device = 0;
@@ -38,8 +37,8 @@ struct Tools {
   bool allow_tf32 = false;
 };
 
-// to[m][n] (+)= Σ_k a(m, k)·b(n, k): a and b in `dtype`, `to` in its compute type; `batches` of
-// them, the matrices so many elements apart.
+// to[m][n] (+)= Σ_k a(m, k)·b(n, k): a and b in `dtype`, `to` in its compute type; `batches`
+// products, with the given strides between the matrices.
 struct AnyMatrices {
   DType dtype;
   Index m, n, k;
@@ -53,18 +52,18 @@ struct AnyMatrices {
   Index batches, a_batch, b_batch, to_batch;
 };
 
-// One shape of product, prepared to be multiplied often. Lives on the host.
+// A product of one shape, prepared for repeated use. A host object.
 class LibraryProduct {
  public:
-  // Not usable() where there is no library, or where it does not take the strides.
+  // Not usable() if there is no library, or if it does not support the strides.
   LibraryProduct(const Tools& tools, const AnyMatrices& p);
   ~LibraryProduct();
   LibraryProduct(const LibraryProduct&) = delete;
   LibraryProduct& operator=(const LibraryProduct&) = delete;
 
   bool usable() const { return usable_; }
-  // The same sizes and strides, at other places that lie whole rows away from the first. Throws
-  // std::runtime_error where the library fails.
+  // The same sizes and strides at other addresses, which are whole rows away from the first. Throws
+  // std::runtime_error if the library fails.
   void run(const void* a, const void* b, void* to) const;
 
  private:

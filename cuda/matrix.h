@@ -1,9 +1,9 @@
 // Matrix products over many rows: to[m][n] (+)= Σ_k a(m, k)·b(n, k), accumulated in compute type.
 //
-// By the library (library.h) where there is one that takes the strides, else by the kernel below: a
-// block owns 64 × 64 results, a thread 4 × 4 of them in registers, and k runs in tiles of 16
-// through shared memory, in its order; a long sum is added in runs of 256. So a result's bits
-// depend on its own row and column alone. Several products of one shape are one launch.
+// The library (library.h) computes them if it supports the strides, else the kernel below: a block
+// owns 64 × 64 results, a thread 4 × 4 of them in registers, and k runs in tiles of 16 through
+// shared memory, in order; long sums are accumulated in runs of 256. So a result's bits depend only
+// on its own row and column. Several products of one shape are one launch.
 #pragma once
 
 #include <cmath>
@@ -24,8 +24,8 @@ struct Matrices {
   Index b_n, b_k;
   C* to;
   Index to_m;
-  bool add;                                                   // to what is there, else in its place
-  Index batches = 1, a_batch = 0, b_batch = 0, to_batch = 0;  // so many, with these strides
+  bool add;                                                   // add to the result, else overwrite
+  Index batches = 1, a_batch = 0, b_batch = 0, to_batch = 0;  // the number, and strides
 };
 
 template <class S>
@@ -38,7 +38,7 @@ struct MatrixProduct {
     C a[depth][tile + 1], b[depth][tile + 1];
   };
   struct Registers {
-    C sum[own][own], total[own][own];  // of the run, of those before it
+    C sum[own][own], total[own][own];  // of the current run, of the previous runs
   };
   static constexpr int run_rounds = 16;
   static_assert(tile / own * (tile / own) == kThreads, "a thread owns a square of the tile");
@@ -88,7 +88,7 @@ struct MatrixProduct {
       for (int j = 0; j < own; ++j) total[i][j] += sum[i][j];
   }
 
-  // A tile, neighbouring threads along the axis whose elements are neighbours.
+  // Loads a tile; neighbouring threads read along the contiguous axis.
   FASTRNN_CELL void load(C (&to)[depth][tile + 1], const S* from, Index from_row, Index from_k,
                          Index row0, Index row_end, Index k0, int thread) const {
     for (int e = thread; e < tile * depth; e += kThreads) {

@@ -1,25 +1,25 @@
 // One layer whose recurrence is one launch of a persistent kernel (persistent.h).
 //
-// Forward     the projections of all steps, the biases below them, as matrix products; then the
-//             kernel. Backward: the kernel, then the gradients that need no recurrence
-//             (gradients.h). What the step kernels keep and give is kept and given alike, so that
-//             one way's backward follows the other's forward.
-// Rows        lengths are sorted on the device, so that the rows of a step are the first ones of
-//             that order; pairs that do not run are zeroed beside the kernel, which leaves them as
-//             they are. Resets are read where they lie, if they are contiguous.
-// Heads       are the groups of teams of a launch, in the place of the directions, each with its
-// own
-//             block of W_hh and its own units of every array; a direction is then a launch by
-//             itself.
+// Forward     the projections of all steps, added to the biases, as matrix products; then the
+//             kernel.
+// Backward    the kernel, then the gradients without a recurrence (gradients.h). It saves and
+//             returns the same values as the step kernels, so backward of either kind works after
+//             forward of the other.
+// Rows        lengths are sorted on the device, so that the active rows of a step are the first
+//             ones; separate launches zero the pairs that do not run, which the kernel does not
+//             write. Resets are read in place if they are contiguous.
+// Heads       are the groups of teams of a launch, instead of the directions, each with its own
+//             block of W_hh and its own units of every array; each direction is then a separate
+//             launch.
 // Layouts     x_gates   [D][pairs][gates·H], float
 //             weights   [D][head][gates·H/heads][H/heads], storage
-//             d_gates   [D][pairs][gradients·H], storage; or, of float32, in the place of forward's
-//                       saved values where the caller gives these up
-//             Sequences and states are the caller's by their strides. Those whose units are not
-//             neighbours are copied, and gradients of outputs that come from several places are
-//             added, before the launch.
-// Cost        beside the kernel: x_gates written, read and written by the product, read; the rest
-//             is of one step's size, or small beside the gates.
+//             d_gates   [D][pairs][gradients·H], storage; or, for float32, it overwrites forward's
+//                       saved values if the caller allows it
+//             Sequences and states are the caller's arrays with their strides. Before the launch,
+//             arrays with units that are not contiguous are copied, and gradients of outputs from
+//             several sources are added.
+// Cost        in addition to the kernel: x_gates is written, read and written by the product, and
+//             read; the rest has the size of one step, or is small compared with the gates.
 #pragma once
 
 #include <limits>
@@ -30,33 +30,34 @@
 
 namespace fastrnn::cuda {
 
-// The projections of a whole sequence may take so many bytes of the workspace.
+// The maximum size in bytes of the projections of a whole sequence in the workspace.
 inline constexpr Index kMostProjected = Index{4} << 30;
 
-// Storage as persistent kernels name it.
+// The storage type of the persistent kernels.
 template <class S>
 using Stored = std::conditional_t<std::is_same_v<S, float>, float, std::uint16_t>;
 
 template <class Cell, class S>
-inline constexpr bool has_persistent = !std::is_same_v<S, double> && !Shape<Cell, S>::two_products;
+inline constexpr bool has_persistent =
+    !std::is_same_v<S, double> && !DeviceCell<Cell, S>::two_products;
 
 template <class S>
-resident::OperandKind operand_kind(bool allow_tf32) {
-  if (std::is_same_v<S, Bf16>) return resident::OperandKind::bfloat16;
-  if (std::is_same_v<S, F16>) return resident::OperandKind::float16;
-  return allow_tf32 ? resident::OperandKind::tf32 : resident::OperandKind::float32;
+persistent::OperandKind operand_kind(bool allow_tf32) {
+  if (std::is_same_v<S, Bf16>) return persistent::OperandKind::bfloat16;
+  if (std::is_same_v<S, F16>) return persistent::OperandKind::float16;
+  return allow_tf32 ? persistent::OperandKind::tf32 : persistent::OperandKind::float32;
 }
 
 // LayerFunctions::persistent_sizes.
 template <class Cell, class S>
-const char* persistent_sizes(const Layer& layer, Pass pass, resident::Sizes* sizes) {
+const char* persistent_sizes(const Layer& layer, Pass pass, persistent::Sizes* sizes) {
   constexpr Index most = std::numeric_limits<int>::max();
   const Index T = layer.rows.T, B = layer.rows.B, H = layer.H, D = layer.directions;
   if (std::is_same_v<S, double>) return "float64 has no persistent kernel";
-  if (Shape<Cell, S>::two_products) return "reset_after=False has no persistent kernel";
+  if (DeviceCell<Cell, S>::two_products) return "reset_after=False has no persistent kernel";
   if (layer.P) return "proj_size has no persistent kernel";
-  if (T < 1 || B < 1 || H < 1) return "there is nothing to do";
-  if (T > most || B > most || H > most) return "T, B or H is beyond 31 bits";
+  if (T < 1 || B < 1 || H < 1) return "the problem is empty";
+  if (T > most || B > most || H > most) return "T, B or H exceeds 31 bits";
   if (pass == Pass::forward && D * layer.rows.pairs * Cell::gates * H > kMostProjected / 4)
     return "the projections of all steps take more than 4 GiB";
   const Index heads = layer.maths.heads;
@@ -70,14 +71,14 @@ const char* persistent_sizes(const Layer& layer, Pass pass, resident::Sizes* siz
   return nullptr;
 }
 
-// ---- what stands before and after a launch ------------------------------------------------------
+// ---- kernels before and after a launch ----------------------------------------------------------
 
-// Rows by falling length, of equal ones in their order, and how many have each step.
+// Sorts rows by decreasing length, stably, and counts the active rows of each step.
 struct SortRows {
   static constexpr const char* name = "rows by length";
   Rows rows;
   Index* active;  // [T]
-  Index* order;   // [B] or null: they are sorted
+  Index* order;   // [B]; null: the rows are sorted already
 
   FASTRNN_CELL Index count() const { return rows.T + (order ? rows.B : 0); }
   FASTRNN_CELL void element(Index n) const {
@@ -160,7 +161,7 @@ struct CopySequence {
   }
 };
 
-// Gradients of the output, from wherever they come.
+// The sum of the gradients of the output from all sources.
 template <class S>
 struct AddOutputGradients {
   static constexpr const char* name = "gradients of the output";
@@ -177,7 +178,7 @@ struct AddOutputGradients {
   }
 };
 
-// ---- a layer's arrays as the kernels read them --------------------------------------------------
+// ---- a layer's arrays for the kernels -----------------------------------------------------------
 
 class PersistentRows {
  public:
@@ -196,9 +197,9 @@ class PersistentRows {
     if (fresh_) launch_elements(layer.tools.stream, GatherResets{layer.rows, fresh_});
   }
 
-  resident::StepTable table(const Layer& layer) const {
+  persistent::StepTable table(const Layer& layer) const {
     const Rows& rows = layer.rows;
-    resident::StepTable steps;
+    persistent::StepTable steps;
     steps.T = static_cast<int>(rows.T), steps.B = static_cast<int>(rows.B);
     steps.active = active_, steps.order = order_;
     steps.offset = steps.position = rows.offset;
@@ -206,20 +207,20 @@ class PersistentRows {
     return steps;
   }
 
-  // Of [pairs][width] that the kernel has written.
+  // Zeroes the inactive pairs of an array [pairs][width] that the kernel writes.
   template <class T>
   void clear_padding(const Layer& layer, T* to, Index width) const {
     if (padded_) launch_elements(layer.tools.stream, ClearPadding<T>{layer.rows, to, width});
   }
 
-  // Units are neighbours; `group`: elements from one direction to the next.
+  // The units must be contiguous; `group`: elements from one direction to the next.
   template <class T>
-  resident::SequenceOf<T> sequence(const Sequence& s, Index group) const {
+  persistent::SequenceOf<T> sequence(const Sequence& s, Index group) const {
     return {static_cast<T*>(s.data), group, packed_ ? s.row : s.step, s.row};
   }
   // [pairs][D·H].
   template <class T>
-  resident::SequenceOf<T> contiguous(const Layer& layer, T* data) const {
+  persistent::SequenceOf<T> contiguous(const Layer& layer, T* data) const {
     const Index width = layer.directions * layer.H;
     return {data, layer.H, packed_ ? width : layer.rows.B * width, width};
   }
@@ -230,7 +231,7 @@ class PersistentRows {
   std::uint8_t* fresh_ = nullptr;
 };
 
-// A state that is read, its units neighbours.
+// A state that is read, copied if its units are not contiguous.
 template <class S>
 class PersistentState {
  public:
@@ -243,7 +244,7 @@ class PersistentState {
     if (copy_)
       launch_elements(layer.tools.stream, CopyState<S>{from_, layer.rows.B, layer.H, size_, copy_});
   }
-  resident::StateOf<const Stored<S>> get(const Layer& layer) const {
+  persistent::StateOf<const Stored<S>> get(const Layer& layer) const {
     const auto* data = static_cast<const Stored<S>*>(copy_ ? copy_ : from_.data);
     if (copy_) return {data, layer.rows.B * layer.H, layer.H};
     return {data, from_.group, from_.row};
@@ -257,14 +258,14 @@ class PersistentState {
 
 // A state that is written: [D][B][H].
 template <class S>
-resident::StateOf<Stored<S>> written_state(const Layer& layer, void* data) {
+persistent::StateOf<Stored<S>> written_state(const Layer& layer, void* data) {
   return {static_cast<Stored<S>*>(data), layer.rows.B * layer.H, layer.H};
 }
 
 // W_hh of all directions, [D][head][gates·H/heads][H/heads].
 template <class Cell, class S>
 void pack_recurrent(const Layer& layer, S* to) {
-  const Index rows = Shape<Cell, S>::gates * layer.H, heads = layer.maths.heads;
+  const Index rows = DeviceCell<Cell, S>::gates * layer.H, heads = layer.maths.heads;
   const Index units = layer.H / heads;
   for (Index d = 0; d < layer.directions; ++d) {
     const fastrnn::Weight& w = layer.parameters[d].weight_hh;
@@ -274,15 +275,15 @@ void pack_recurrent(const Layer& layer, S* to) {
   }
 }
 
-// Which groups of teams run backwards in time in the launch of direction d: the second direction;
-// or of several heads all of them or none.
+// The first group of teams that runs backwards in time in the launch of direction d: the second
+// direction; with several heads all groups or none.
 inline int reverse_from(const Layer& layer, Index d) {
   if (layer.maths.heads == 1) return 1;
   return d == 1 ? 0 : std::numeric_limits<int>::max();
 }
 
-// An array of all directions as the launch of direction d has it: whole, or of several heads the
-// direction's, cut into theirs.
+// An array of all directions for the launch of direction d: the whole array, or, with several
+// heads, the direction's part, divided into heads.
 template <class Array>
 Array groups_of(const Layer& layer, Index d, Array all) {
   if (layer.maths.heads == 1) return all;
@@ -297,8 +298,8 @@ inline Index launches_of(const Layer& layer) {
 // ---- the two passes -----------------------------------------------------------------------------
 
 template <class Cell, class S>
-class PersistentForward : Shape<Cell, S> {
-  using K = Shape<Cell, S>;
+class PersistentForward : DeviceCell<Cell, S> {
+  using K = DeviceCell<Cell, S>;
   using typename K::C;
 
  public:
@@ -335,13 +336,13 @@ class PersistentForward : Shape<Cell, S> {
     if (layer_.cell.data)
       rows_.clear_padding(layer_, static_cast<C*>(layer_.cell.data), D * layer_.H);
     for (Index d = 0; d < launches_of(layer_); ++d)
-      resident::launch_forward(*layer_.plan, arrays(d), workspace_, stream());
+      persistent::launch_forward(*layer_.plan, arrays(d), workspace_, stream());
   }
 
  private:
   void* stream() const { return layer_.tools.stream; }
 
-  // With the biases below: the product is added to them.
+  // Adds the product to the biases.
   void project(Index d) const {
     const Parameters& p = layer_.parameters[d];
     C *const bias = bias_x_ + d * gates_, *const to = x_gates_ + d * pairs_ * gates_;
@@ -357,11 +358,11 @@ class PersistentForward : Shape<Cell, S> {
                        to + n * gates_, biased);
   }
 
-  resident::Forward<Stored<S>> arrays(Index d) const {
-    using resident::PlanesOf;
+  persistent::Forward<Stored<S>> arrays(Index d) const {
+    using persistent::PlanesOf;
     const Index H = layer_.H, Hp = padded(H), units = H / layer_.maths.heads;
     const auto groups = [&](const auto& all) { return groups_of(layer_, d, all); };
-    resident::Forward<Stored<S>> a;
+    persistent::Forward<Stored<S>> a;
     a.steps = rows_.table(layer_);
     a.options = layer_.maths;
     a.reverse_from = reverse_from(layer_, d);
@@ -372,7 +373,7 @@ class PersistentForward : Shape<Cell, S> {
     a.h0 = groups(h0_.get(layer_)), a.c0 = groups(c0_.get(layer_));
     a.hidden = groups(rows_.sequence<Stored<S>>(layer_.output, H));
     a.cell = groups(rows_.sequence<float>(layer_.cell, H));
-    a.saved = groups(PlanesOf<float>{static_cast<float*>(layer_.gates), layer_.gates_group,
+    a.saved = groups(PlanesOf<float>{static_cast<float*>(layer_.saved), layer_.saved_group,
                                      Cell::saved * Hp, Hp});
     a.h_n = groups(written_state<S>(layer_, layer_.h_n));
     a.c_n = groups(written_state<S>(layer_, layer_.c_n));
@@ -391,8 +392,8 @@ class PersistentForward : Shape<Cell, S> {
 };
 
 template <class Cell, class S>
-class PersistentBackward : Shape<Cell, S> {
-  using K = Shape<Cell, S>;
+class PersistentBackward : DeviceCell<Cell, S> {
+  using K = DeviceCell<Cell, S>;
   using typename K::C;
 
  public:
@@ -430,7 +431,7 @@ class PersistentBackward : Shape<Cell, S> {
                       CopySequence<C>{layer_.rows, layer_.d_cell, D * layer_.H, d_cells_});
     for (Index d = 0; d < D; ++d) rows_.clear_padding(layer_, d_gates_ + d * group_, width_);
     for (Index d = 0; d < launches_of(layer_); ++d)
-      resident::launch_backward(*layer_.plan, arrays(d), workspace_, stream());
+      persistent::launch_backward(*layer_.plan, arrays(d), workspace_, stream());
     gradients_.run({d_gates_, group_, width_, plane_, nullptr});
   }
 
@@ -439,16 +440,16 @@ class PersistentBackward : Shape<Cell, S> {
 
   void lay_out_gates(Arena& arena) {
     const Index H = layer_.H, Hp = padded(H);
-    if (std::is_same_v<S, C> && layer_.consume_gates) {
-      group_ = layer_.gates_group, width_ = Cell::saved * Hp, plane_ = Hp;
-      d_gates_ = static_cast<S*>(layer_.gates);
+    if (std::is_same_v<S, C> && layer_.consume_saved) {
+      group_ = layer_.saved_group, width_ = Cell::saved * Hp, plane_ = Hp;
+      d_gates_ = static_cast<S*>(layer_.saved);
     } else {
       group_ = pairs_ * Cell::gradients * H, width_ = Cell::gradients * H, plane_ = H;
       d_gates_ = arena.take<S>(layer_.directions * group_);
     }
   }
 
-  // What output_gradient() reads.
+  // The arrays that output_gradient() reads.
   BackwardData<S> gradients_in() const {
     BackwardData<S> a{};
     a.rows = layer_.rows, a.D = layer_.directions, a.O = layer_.O;
@@ -457,19 +458,19 @@ class PersistentBackward : Shape<Cell, S> {
     return a;
   }
 
-  resident::Backward<Stored<S>> arrays(Index d) const {
-    using resident::PlanesOf;
+  persistent::Backward<Stored<S>> arrays(Index d) const {
+    using persistent::PlanesOf;
     const Index H = layer_.H, Hp = padded(H), weights = K::gates * H * H / layer_.maths.heads;
     const auto groups = [&](const auto& all) { return groups_of(layer_, d, all); };
-    resident::Backward<Stored<S>> a;
+    persistent::Backward<Stored<S>> a;
     a.steps = rows_.table(layer_);
     a.options = layer_.maths;
     a.reverse_from = reverse_from(layer_, d);
     a.weight_hh = reinterpret_cast<const Stored<S>*>(weights_) + d * weights;
     a.hidden = groups(rows_.sequence<const Stored<S>>(layer_.output, H));
     a.cell = groups(rows_.sequence<const float>(layer_.cell, H));
-    a.saved = groups(PlanesOf<const float>{static_cast<const float*>(layer_.gates),
-                                           layer_.gates_group, Cell::saved * Hp, Hp});
+    a.saved = groups(PlanesOf<const float>{static_cast<const float*>(layer_.saved),
+                                           layer_.saved_group, Cell::saved * Hp, Hp});
     a.h0 = groups(states_[0].get(layer_)), a.c0 = groups(states_[1].get(layer_));
     a.d_h_n = groups(states_[2].get(layer_)), a.d_c_n = groups(states_[3].get(layer_));
     if (d_outputs_)

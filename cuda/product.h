@@ -1,22 +1,22 @@
-// The product of one step: a few rows with packed weights, and what is to be done with each sum.
+// The product of one step: a few rows times packed weights, and the operation on each sum.
 //
 //   sum[d][row][plane][unit] = Σ_k operand(d, row)[k] · weight(d, plane, unit)[k]
 //
 // Layouts    weights [D][planes·units][depth] and operands [depth], both contiguous in k; depth is
-//            a multiple of kUnitPadding, zero beyond what the matrix has. Of several heads depth is
-//            that of one, and a unit's operand its head's share of the row (Heads).
+//            a multiple of kUnitPadding, zero beyond the matrix. With several heads depth is that
+//            of one head, and a unit's operand is its head's part of the row (Heads).
 // Ownership  a block owns kWarps units of one direction and kTileRows rows; a warp owns a unit.
-//            Each lane adds a share of k for every plane and row (in registers), the shares of
-//            the lanes are added in their order, then a lane finishes each (row, unit): so a
-//            sum's bits depend on nothing but its own row, unit and depth.
-// Cost       for each block kWarps·planes·depth weights and kTileRows·depth operand values read,
-//            through L2; one launch a step.
+//            Each lane sums a part of k for every plane and row (in registers); the lanes' parts
+//            are added in order; then one lane finishes each (row, unit). So a sum's bits depend
+//            only on its own row, unit and depth.
+// Cost       each block reads kWarps·planes·depth weights and kTileRows·depth operand values
+//            through L2; one launch per step.
 //
 // Body:
 //   static constexpr int planes;  using Weight, Operand (storage types), C (compute type)
 //   Index directions() const, rows() const, units() const;
 //   Index depth() const;
-//   bool runs(Index d, Index row) const;          // false: the row's sums are not looked at
+//   bool runs(Index d, Index row) const;          // false: the row's sums are ignored
 //   const Weight* weight(Index d, int plane, Index unit) const;
 //   const Operand* operand(Index d, Index row, Index unit) const;
 //   void finish(Index d, Index row, Index unit, const C* sums) const;
@@ -28,14 +28,15 @@
 
 namespace fastrnn::cuda {
 
-// Neighbouring values, read at once.
+// Four neighbouring values, read with one access.
 template <class S>
 struct alignas(4 * sizeof(S)) Four {
   S v[4];
 };
 
-// The units of a row as heads own them, head k those from k·own on; and where a product that reads
-// one head finds them: each head's in `place` values of its own, aligned, zeros at the end.
+// The units of a row divided among heads: head k owns the `own` units from k·own on. For a product
+// that reads one head, each head's units are stored in `place` values, aligned, with zeros at the
+// end.
 struct Heads {
   Index count = 1, own = 0, place = 0;
 
@@ -62,7 +63,7 @@ struct Product {
   static constexpr int sums = planes * rows;
   static_assert(sums <= kWarp, "one lane for each sum of a warp");
 
-  // A row of lanes' shares for each sum of each warp; the last column takes their sum.
+  // The lanes' parts for each sum of each warp; the last column holds their sum.
   struct Shared {
     C share[kWarps][sums][kWarp + 1];
   };
@@ -74,7 +75,7 @@ struct Product {
   Index blocks() const { return body.directions() * ceil_div(body.rows(), rows) * unit_tiles(); }
   FASTRNN_CELL Index rounds() const { return 1; }
 
-  // Units run fastest, so that blocks of one row tile read the same operands.
+  // Units vary fastest, so that blocks of one row tile read the same operands.
   struct Place {
     Index d, row, unit;
   };
@@ -146,8 +147,8 @@ struct Product {
   }
 };
 
-// The same where the sums have been multiplied already, by a library: [D][rows][planes·width], or
-// are all zero where `sums` is null.
+// The same for sums that a library has computed: [D][rows][planes·width]; all zero if `sums` is
+// null.
 template <class Body>
 struct Finish {
   static constexpr const char* name = Body::name;
@@ -155,7 +156,7 @@ struct Finish {
   using C = typename Body::C;
   Body body;
   const C* sums;
-  Index width;  // units that have sums; those beyond take zeros
+  Index width;  // units with sums; units beyond get zeros
 
   FASTRNN_CELL Index count() const { return body.directions() * body.rows() * body.units(); }
   FASTRNN_CELL void element(Index n) const {
@@ -177,10 +178,10 @@ void launch_finish(void* stream, const Body& body, const typename Body::C* sums,
   launch_elements(stream, Finish<Body>{body, sums, width});
 }
 
-// Weights in the order in which Product reads them: to[m][k], m < units, k < depth, from the matrix
-// element (row, column) at first + m and k, or turned round. Zero beyond `columns`. Of several
-// heads m counts the units of all, for each gate again, and row and column are those of its head's
-// matrix.
+// Packs weights in the order in which Product reads them: to[m][k], m < units, k < depth, from row
+// m and column k of the matrix, or transposed, according to the strides. Zero beyond `columns`.
+// With several heads m counts the units of all heads, for each gate, and row and column refer to
+// the head's matrix.
 template <class S>
 struct PackWeights {
   static constexpr const char* name = "packing of weights";

@@ -1,9 +1,9 @@
-"""What each kernel takes, by the compiler's report, and whether any may not take so much.
+"""Print the resources of each kernel from the compiler's report, and check for spills.
 
     nvcc … -Xptxas=-v 2>&1 | python cuda/resources.py          # or: resources.py REPORT
 
 Prints one line for each kernel and architecture that the report names: registers, shared memory,
-stack and spills. A kernel whose name contains "resident" keeps weights in registers for the whole
+stack and spills. A kernel whose name contains "persistent" keeps weights in registers for the whole
 sequence; there a spill or a stack frame would be read again at every step, so it is an error: the
 exit code is then 1.
 """
@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-WEIGHT_RESIDENT = "resident"
+PERSISTENT = "persistent"
 
 
 @dataclass
@@ -33,11 +33,11 @@ class Kernel:
 
     @property
     def weight_resident(self) -> bool:
-        return WEIGHT_RESIDENT in self.name
+        return PERSISTENT in self.name
 
     @property
     def forbidden(self) -> bool:
-        """Whether the kernel keeps weights in registers and does not have enough of them."""
+        """Whether the kernel keeps weights in registers but spills or has a stack frame."""
         return self.weight_resident and bool(self.stack or self.spill_stores or self.spill_loads)
 
     def line(self) -> str:
@@ -55,7 +55,7 @@ _SHARED = re.compile(r"(\d+) bytes smem")
 
 
 def parse(report: str) -> list[Kernel]:
-    """The kernels of ptxas's verbose output, in its order."""
+    """The kernels in ptxas's verbose output, in order."""
     kernels: list[Kernel] = []
     for line in report.splitlines():
         if entry := _ENTRY.search(line):
@@ -74,7 +74,7 @@ def parse(report: str) -> list[Kernel]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("report", nargs="?", type=Path, help="a file; standard input without one")
+    parser.add_argument("report", nargs="?", type=Path, help="a file; default: standard input")
     given = parser.parse_args(arguments)
     text = sys.stdin.read() if given.report is None else given.report.read_text("utf-8")
     kernels = parse(text)

@@ -1,14 +1,13 @@
-// Which rows run at each step, as a kernel asks it: padded, `lengths`, PackedSequence and `reset`,
-// with the meaning of csrc/steps.h but without its sorting: rows keep the caller's order, and a row
-// that is not active at a step does nothing there.
+// The rows that run at each step, for kernels: padded, `lengths`, PackedSequence and `reset`, with
+// the meaning of csrc/steps.h but without its sorting: rows keep the caller's order, and an
+// inactive row does nothing at a step.
 //
-// Nothing of it needs the host: `lengths` and `reset` are read where they lie, on the device, and
-// lengths outside of 0…T count as the nearest of these. Of packed data the host knows batch_sizes,
-// so it brings them along as arguments of a kernel (PackedTable): under graph capture nothing
-// points to host memory, and nothing waits.
+// The host is not involved: kernels read `lengths` and `reset` in place, on the device, and clamp
+// lengths to 0…T. For packed data batch_sizes is on the host and is passed as kernel arguments
+// (PackedTable): under graph capture nothing points to host memory, and nothing synchronises.
 //
-// A (step, row) pair has the number n = t·B + i, of packed data offset[t] + i. Arrays of the caller
-// and of the engine lie in this order both.
+// A (step, row) pair has the index n = t·B + i; for packed data offset[t] + i. Arrays of the caller
+// and of the engine use this order.
 #pragma once
 
 #include "kernel.h"
@@ -20,8 +19,8 @@ struct Rows {
   Index T = 0, B = 0;
   Index pairs = 0;                        // T·B, or the packed rows
   const std::int64_t* lengths = nullptr;  // [B], the caller's
-  const Index* offset = nullptr;          // [T], packed data alone
-  const Index* packed_length = nullptr;   // [B], packed data alone
+  const Index* offset = nullptr;          // [T], only for packed data
+  const Index* packed_length = nullptr;   // [B], only for packed data
   const bool* reset = nullptr;
   Index reset_step = 0, reset_row = 0;
 
@@ -56,10 +55,10 @@ struct Rows {
   }
 };
 
-// What a row's state is before a step.
+// The kind of a row's state before a step.
 enum class Entry { none, zeros, initial, carried };
 
-// The steps in the order in which one direction runs through them.
+// The steps in the order of one direction.
 struct Walk {
   const Rows& rows;
   bool reverse;
@@ -69,7 +68,8 @@ struct Walk {
   FASTRNN_CELL Index following(Index t) const { return reverse ? t - 1 : t + 1; }
   FASTRNN_CELL Index first_step(Index i) const { return reverse ? rows.length(i) - 1 : 0; }
   FASTRNN_CELL bool last(Index t, Index i) const { return t == (reverse ? 0 : rows.length(i) - 1); }
-  // An episode starts here: the state before step t is zeros, whatever ran before.
+  // Whether an episode starts here: the state before step t is zeros, independently of earlier
+  // steps.
   FASTRNN_CELL bool starts_fresh(Index t, Index i) const {
     if (!rows.reset) return false;
     const Index boundary = reverse ? t + 1 : t;
@@ -80,19 +80,19 @@ struct Walk {
     if (starts_fresh(t, i)) return Entry::zeros;
     return t == first_step(i) ? Entry::initial : Entry::carried;
   }
-  // Nothing comes back from the step after: it belongs to another episode, or there is none.
+  // Whether step t+1 contributes no gradient: it belongs to another episode, or does not exist.
   FASTRNN_CELL bool cut_after(Index t, Index i) const {
     return last(t, i) || starts_fresh(following(t), i);
   }
 };
 
-// Writes `offset` and `packed_length` from batch sizes, some steps at a time.
+// Writes `offset` and `packed_length` from batch sizes, kSteps steps at a time.
 struct PackedTable {
   static constexpr const char* name = "packed rows";
   static constexpr int kSteps = 400;
-  Index first, steps;      // of these sizes
+  Index first, steps;      // the range of the sizes
   Index before;            // rows before step `first`
-  Index size[kSteps + 1];  // the last: of the step after; 0 after the end
+  Index size[kSteps + 1];  // the last: of the step after the range; 0 after the end
   Index* offset;
   Index* length;
 

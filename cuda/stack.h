@@ -1,8 +1,8 @@
-// A stack of layers on the device: lays out the workspace and runs layer by layer, in the order of
-// the stream. Asks by which persistent kernel it may go.
+// A stack of layers on the device: lays out the workspace, selects the persistent kernel, and runs
+// layer by layer, in stream order.
 //
-// Workspace   [offset, length of packed data] [what goes from layer to layer] [the library's]
-//             [a layer's scratch]. The last two are used by each layer in turn.
+// Workspace   [offset, length of packed data] [data between layers] [the library's scratch]
+//             [a layer's scratch]. The layers use the last two in turn.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,8 @@ int cell_index(CellList<Cells...>, const Options& o) {
   };
   (try_cell(Cells::name, Cells::accepts(o.maths) && (Cells::projects || o.proj_size == 0)), ...);
   if (found < 0)
-    throw std::invalid_argument("cell: '" + o.cell + "' is not a cell of this engine on CUDA");
+    throw std::invalid_argument("cell: the CUDA engine does not support '" + o.cell +
+                                "' with these options");
   return found;
 }
 
@@ -45,11 +46,11 @@ inline const LayerFunctions& functions_of_type(DType dtype, int cell) {
 }
 
 // Chooses a persistent kernel, or says why there is none.
-using Planner = resident::Plan (*)(const resident::Sizes&);
+using Planner = persistent::Plan (*)(const persistent::Sizes&);
 
 class Stack {
  public:
-  Stack(const Problem& p, Pass pass, Planner planner = resident::plan_persistent)
+  Stack(const Problem& p, Pass pass, Planner planner = persistent::plan_persistent)
       : p_(p),
         pass_(pass),
         planes_(cell_traits(p.options).saved_planes),
@@ -77,7 +78,7 @@ class Stack {
 
   std::size_t workspace_size() const { return bytes_; }
   // The persistent kernel of every layer, or why they go step by step.
-  const resident::Plan& plan() const { return plan_; }
+  const persistent::Plan& plan() const { return plan_; }
 
   void forward() {
     write_rows();
@@ -99,18 +100,18 @@ class Stack {
   }
 
  private:
-  resident::Plan choose(Planner planner) const {
-    resident::Plan none;
-    resident::Sizes sizes;
-    const char* why = "persistent kernels are not asked for";
+  persistent::Plan choose(Planner planner) const {
+    persistent::Plan none;
+    persistent::Sizes sizes;
+    const char* why = "persistent kernels are not requested";
     if (p_.persistent) why = functions_.persistent_sizes(describe(0), pass_, &sizes);
     if (!why) return planner(sizes);
     none.why = why;
     return none;
   }
 
-  // A packed table lies in the workspace: whoever only measures gives it no address, so that its
-  // presence is said by batch_sizes.
+  // A packed table is in the workspace. When only the size is computed it has no address, so
+  // batch_sizes indicates its presence.
   void write_rows() {
     if (!p_.batch_sizes) return;
     rows_.offset = offset_, rows_.packed_length = length_;
@@ -158,8 +159,8 @@ class Stack {
     layer.cell = contiguous(shifted(p_.cell, l * rows_.pairs * D_ * p_.H * compute_), D_ * p_.H);
     layer.h_n = shifted(p_.h_n, g * p_.B * O_ * storage_);
     layer.c_n = shifted(p_.c_n, g * p_.B * p_.H * storage_);
-    layer.gates_group = rows_.pairs * planes_ * padded(p_.H);
-    layer.gates = shifted(p_.gates, g * layer.gates_group * compute_);
+    layer.saved_group = rows_.pairs * planes_ * padded(p_.H);
+    layer.saved = shifted(p_.saved, g * layer.saved_group * compute_);
     layer.tools = tools_;
     layer.plan = plan_.kernel ? &plan_ : nullptr;
     return layer;
@@ -177,7 +178,7 @@ class Stack {
     const Index g = l * D_;
     Layer layer = describe(l);
     // Their gradients are read some at a time, which the place of the gates must allow.
-    layer.consume_gates = p_.consume_gates && reinterpret_cast<std::uintptr_t>(p_.gates) % 32 == 0;
+    layer.consume_saved = p_.consume_saved && reinterpret_cast<std::uintptr_t>(p_.saved) % 32 == 0;
     if (l == L_ - 1)
       layer.d_output = p_.d_output;
     else
@@ -197,7 +198,7 @@ class Stack {
     return layer;
   }
 
-  // Stands for memory that will be given, where sizes alone are asked for.
+  // A placeholder for memory, when only sizes are computed.
   static void* unknown() {
     static char present;
     return &present;
@@ -215,7 +216,7 @@ class Stack {
   const Index L_, D_, O_, storage_, compute_;
   Rows rows_;
   Tools tools_;
-  resident::Plan plan_;
+  persistent::Plan plan_;
   Index *offset_ = nullptr, *length_ = nullptr;
   void* between_[2] = {};
   void* scratch_ = nullptr;

@@ -1,6 +1,6 @@
-// The value that the cells (csrc/cells/) compute with on a GPU: one float or double, with the
-// functions that csrc/cells/activation.h asks for. Comparisons with NaN are false, so a NaN in the
-// first argument comes through.
+// The value type of the cells (csrc/cells/) on a GPU: one float or double, with the functions that
+// csrc/cells/activation.h needs. Comparisons with NaN are false, so a NaN in the first argument is
+// propagated.
 #pragma once
 
 #include <cmath>
@@ -32,8 +32,8 @@ template <class T>
 FASTRNN_CELL Value<T> operator*(Value<T> a, Value<T> b) {
   return Value<T>(a.v * b.v);
 }
-// Of floats on a GPU by the reciprocal, within 2 ULP for divisors up to 2^126; zero beyond, where a
-// sigmoid would be subnormal.
+// For floats on a GPU it uses the reciprocal, within 2 ULP for divisors up to 2^126; zero beyond,
+// where a sigmoid would be subnormal.
 FASTRNN_CELL float quotient(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fdividef(a, b);
@@ -81,7 +81,7 @@ template <class T>
 FASTRNN_CELL Value<T> exp_minus_one(Value<T> x) {
   return Value<T>(std::expm1(minimum(x, Value<T>(sizeof(T) == 4 ? 80 : 700)).v));
 }
-// e^-x; infinite where it overflows, so that 1 / (1 + e^-x) ends in zero.
+// e^-x; infinite if it overflows, so that 1 / (1 + e^-x) is zero.
 template <class T>
 FASTRNN_CELL Value<T> exp_minus(Value<T> x) {
   return Value<T>(std::exp(-x.v));

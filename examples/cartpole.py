@@ -1,12 +1,13 @@
-"""A recurrent policy learns to balance a pole whose speeds it cannot see (PPO).
+"""A recurrent policy learns to balance a pole without observing its velocities (PPO).
 
-32 cart-poles (Barto, Sutton and Anderson 1983), of which it sees position and angle alone: it must
-remember. Episodes end in the middle of sequences; `reset=` starts the state anew there, so that an
-update reads all steps in one call. The first update is made with a loop over the steps too.
+The policy observes only position and angle of 32 cart-poles (Barto, Sutton and Anderson 1983), so
+it needs memory. Episodes end in the middle of sequences; `reset=` resets the state there, so an
+update processes all steps in one call. The first update is also computed with a loop over the
+steps, for comparison.
 
     python examples/cartpole.py
 
-Exit code 1 where the ways part, or the poles still fall early.
+Exit code 1 if the two computations differ, or the poles still fall early.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ import fastrnn
 from common import arguments, curve, save, verdict
 
 SEED, CARTS, STEPS, UNITS, LONGEST, LOWEST_RETURN = 0, 32, 128, 48, 200, 120.0
-NAMES = ("seen", "reset", "action", "chance", "value", "over", "ages")  # of what is collected
-DISCOUNT, SMOOTHING, CLIP, EPOCHS = 0.98, 0.95, 0.2, 10  # a reward: 1 − DISCOUNT a step
+NAMES = ("seen", "reset", "action", "chance", "value", "over", "ages")  # of the collected data
+DISCOUNT, SMOOTHING, CLIP, EPOCHS = 0.98, 0.95, 0.2, 10  # the reward of a step: 1 − DISCOUNT
 
 
 class CartPoles:
-    """Many cart-poles, each started anew when its pole falls or after LONGEST steps."""
+    """Many cart-poles; each is reset when its pole falls or after LONGEST steps."""
 
     def __init__(self) -> None:
         self.state, self.age = torch.rand(CARTS, 4) * 0.1 - 0.05, torch.zeros(CARTS)
 
     def seen(self) -> Tensor:
-        return self.state[:, ::2] * torch.tensor([0.5, 5.0])  # position and angle, no speeds
+        return self.state[:, ::2] * torch.tensor([0.5, 5.0])  # position and angle, no velocities
 
     def step(self, action: Tensor) -> Tensor:
-        """Push left (0) or right (1); where the episode is over."""
+        """Push left (0) or right (1); return which episodes are over."""
         _, dx, angle, turn = self.state.T
         push = (20.0 * action - 10.0 + 0.05 * turn**2 * angle.sin()) / 1.1
         ddangle = 9.8 * angle.sin() - angle.cos() * push
@@ -58,7 +59,7 @@ class Policy(nn.Module):
         self.layer, self.head = fastrnn.LSTM(2, UNITS), nn.Linear(UNITS, 3)
 
     def forward(self, seen: Tensor, hx: tuple, reset: Tensor) -> tuple[Tensor, Tensor, tuple]:
-        """Logits (T, B, 2), values (T, B, 1) and the state; reset (T, B): episodes start there."""
+        """Logits (T, B, 2), values (T, B, 1) and the state; reset (T, B) starts episodes."""
         output, hx = self.layer(seen, hx, reset=reset)
         return *self.head(output).split_with_sizes((2, 1), -1), hx
 
@@ -73,7 +74,7 @@ class Policy(nn.Module):
 
 @torch.no_grad()
 def collect(policy: Policy, carts: CartPoles, hx: tuple, starts: Tensor) -> dict:
-    """STEPS steps of every cart, and how good each action was (Schulman et al. 2016)."""
+    """STEPS steps of every cart, and the advantage of each action (Schulman et al. 2016)."""
     rows, before = [], hx
     for _ in range(STEPS):
         seen, ages = carts.seen(), carts.age + 1
@@ -95,7 +96,7 @@ def collect(policy: Policy, carts: CartPoles, hx: tuple, starts: Tensor) -> dict
 
 
 def loss_of(read: Any, data: dict) -> Tensor:
-    """PPO's clipped objective (Schulman et al. 2017), the values' error and the entropy."""
+    """PPO's clipped objective (Schulman et al. 2017), the value loss and the entropy."""
     logits, value, _ = read(data["seen"], data["hx"], data["reset"])
     choice = Categorical(logits=logits)
     ratio = (choice.log_prob(data["action"]) - data["chance"]).exp()
@@ -106,14 +107,14 @@ def loss_of(read: Any, data: dict) -> Tensor:
 
 
 def compare(policy: Policy, data: dict) -> tuple[float, float]:
-    """The largest difference of a gradient between the two ways, and the ratio of their times."""
+    """The largest difference between the gradients of both ways, and the ratio of their times."""
     gradients, seconds = [], []
     for read in (policy, policy.step_by_step):
         policy.zero_grad()
         loss_of(read, data).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
         start = time.perf_counter()
-        loss_of(read, data).backward()  # a second time, warm
+        loss_of(read, data).backward()  # a second run, after warm-up
         seconds.append(time.perf_counter() - start)
     return (gradients[0] - gradients[1]).abs().max().item(), seconds[1] / seconds[0]
 
@@ -139,10 +140,11 @@ def main() -> int:
 
     labels = {"xlabel": "update", "ylabel": "steps before the pole falls"}
     save(curve(stood, title="balancing from memory", **labels), options.output)
-    print(f"reset= against the loop: gradients differ by {apart:.1e}, {faster:.1f} times faster")
-    print(f"the last 100 poles stood {stood[-1]:.0f} steps of {LONGEST}, the first {stood[0]:.0f}")
+    print(f"reset= is {faster:.1f} times as fast as the loop; gradients differ by {apart:.1e}")
+    print(f"mean steps until the pole falls: {stood[0]:.0f} at first, {stood[-1]:.0f} for the last "
+          f"100 poles, at most {LONGEST}")  # fmt: skip
     good = options.quick or stood[-1] >= LOWEST_RETURN
-    return verdict(good and apart < 1e-4, "the ways part" if good else "the poles fall early")
+    return verdict(good and apart < 1e-4, "gradients differ" if good else "the poles fall early")
 
 
 if __name__ == "__main__":

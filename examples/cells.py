@@ -1,15 +1,15 @@
-"""Five cells of one's own, as layers: what to have of them is a class that torch can call.
+"""Five user-written cells as layers, each a plain torch module.
 
-The weekly carbon dioxide of Mauna Loa (1958 to 2001, from statsmodels) lacks some weeks; of the
-others two in three are hidden here. Five recurrent cells, each a plain torch module of some ten
-lines (`fastrnn.bench.cells`: read them there), see two years of what is left, week by week, and say
-each time how far the next week lies from the last value seen. `fastrnn.Recurrent(cell)` makes the
-layer. Beside it the same cell is trained by a loop over the steps, for two epochs from the same
-weights and in turn: the losses are the same, and the times are compared.
+The weekly carbon dioxide series of Mauna Loa (1958 to 2001, from statsmodels) lacks some weeks, and
+this example hides two thirds of the others. Five recurrent cells, each a torch module of about ten
+lines (see `fastrnn.bench.cells`), read two years of the remaining values week by week, and predict
+at each week the difference of the next week from the last observed value. `fastrnn.Recurrent(cell)`
+makes the layer. For comparison the same cell is trained with a loop over the steps, for two epochs
+from the same weights and in turn: the losses are the same, and the times are compared.
 
     python examples/cells.py
 
-Exit code 1 where the losses part, or a cell is no better than the last value seen.
+Exit code 1 if the losses differ, or a cell is not better than the last observed value.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ TRAINING_WEEKS = 1600  # up to November 1988
 SHOWN = 1 / 3
 UNITS, BATCH = 32, 32
 LOOP_EPOCHS = 2
-LARGEST_DIFFERENCE = 1e-3  # of the mean losses of these epochs, as a share
+LARGEST_DIFFERENCE = 1e-3  # relative difference of the mean losses of these epochs
 
 
 class Forecaster(nn.Module):
-    """How far the next week is from the last value seen, at each week."""
+    """Predicts at each week the difference of the next week from the last observed value."""
 
     def __init__(self, make_layer: type[nn.Module], cell: type[nn.Module]) -> None:
         super().__init__()
@@ -48,15 +48,15 @@ class Forecaster(nn.Module):
 
 
 class Weeks:
-    """Windows of the series, (T, N, …): the input, the difference to say and where there is one."""
+    """Windows of the series, (T, N, …): the input, the target, and a mask of existing targets."""
 
     def __init__(self, values: np.ndarray, shown: np.ndarray) -> None:
         present = np.isfinite(values)
         shown = shown & present
         weeks = np.arange(len(values))
-        latest = np.maximum.accumulate(np.where(shown, weeks, 0))  # when a value was last seen
+        latest = np.maximum.accumulate(np.where(shown, weeks, 0))  # the week of the last value
         last = np.where(present, values, 0)[latest]
-        elapsed = weeks - np.concatenate([[0], latest[:-1]])  # since the value seen before
+        elapsed = weeks - np.concatenate([[0], latest[:-1]])  # since the previous value
         self.starts = range(int(shown.argmax()), len(values) - WINDOW, STRIDE)
 
         def cut(series: np.ndarray, by: int = 0) -> np.ndarray:
@@ -66,7 +66,7 @@ class Weeks:
             return torch.tensor(array, dtype=torch.float32)
 
         mask, seen = cut(shown), cut(last)
-        # From the window's first value: what is learned holds in later years, which are higher.
+        # Relative to the window's first value, so that the model also fits later, higher years.
         x = np.where(mask, seen - seen[0], 0)
         self.input = tensor(np.stack([x / 3, mask, cut(elapsed) / 4], -1))
         self.target = tensor(np.nan_to_num(cut(values, 1) - seen))
@@ -85,7 +85,7 @@ class Run:
     """One model being trained: a loss and a time for each epoch."""
 
     def __init__(self, make_layer: type[nn.Module], cell: type[nn.Module], epochs: int) -> None:
-        torch.manual_seed(0)  # one seed, equal weights
+        torch.manual_seed(0)  # the same seed gives the same weights
         self.model = Forecaster(make_layer, cell)
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=1e-2, eps=1e-4)
         self.rate = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimiser, epochs)
@@ -119,17 +119,18 @@ def plot(times: dict[str, list[float]], weeks: Weeks, forecasts: dict[str, Tenso
     after, window = slice(BURN_IN, None), len(weeks.starts) // 2
     weeks_shown = np.arange(BURN_IN, WINDOW)
     right.plot(weeks_shown, weeks.truth[after, window], "k", lw=2, label="observed")
-    right.step(weeks_shown, weeks.seen[after, window], "0.6", label="last value seen", where="post")
+    seen = weeks.seen[after, window]
+    right.step(weeks_shown, seen, "0.6", label="last observed value", where="post")
     for name, forecast in forecasts.items():
         right.plot(weeks_shown, weeks.seen[after, window] + forecast[after, window].numpy(),
                    lw=1, label=name)  # fmt: skip
-    right.set(title="a window not trained on", xlabel="week", ylabel="CO2, ppm")
+    right.set(title="a held-out window", xlabel="week", ylabel="CO2, ppm")
     right.legend(ncols=2)
     return figure
 
 
 def main() -> int:
-    options = arguments("Train five cells of one's own.", "cells.png", epochs=20)
+    options = arguments("Train five user-written cells.", "cells.png", epochs=20)
     values = co2.load_pandas().data["co2"].to_numpy(np.float64)
     shown = np.random.default_rng(0).random(len(values)) < SHOWN
     training = Weeks(values[:TRAINING_WEEKS], shown[:TRAINING_WEEKS])
@@ -155,17 +156,17 @@ def main() -> int:
     print(f"\n{len(training.starts)} windows of {WINDOW} weeks, {options.epochs} epochs, {UNITS} "
           f"units, {torch.get_num_threads()} threads")  # fmt: skip
     print("cell       seconds per epoch      loop /  error of the next week,")
-    print("         fastrnn        loop   fastrnn  ppm, on years not trained on")
+    print("         fastrnn        loop   fastrnn  ppm, on held-out years")
     for name, (ours_time, loop_time) in times.items():
         ratio = f"{loop_time / ours_time:10.1f}"
         print(f"{name:<8}{ours_time:8.3f}{loop_time:12.3f}{ratio}{errors[name]:9.2f}")
-    print(f"last value seen{naive:32.2f}")
-    print("Both train to the same losses. The loop's time goes into torch's small calls, thousands")
-    print("for each batch, which cost much the same however little they compute.")
+    print(f"last observed value{naive:28.2f}")
+    print("Both reach the same losses. The loop spends its time in torch's small calls, thousands")
+    print("for each batch; each has a fixed overhead.")
     good = max(errors.values()) < naive
     return verdict(
         agree and (options.quick or good),
-        "no better than the last value" if agree else "losses part",
+        "not better than the last value" if agree else "losses differ",
     )
 
 

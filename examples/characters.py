@@ -1,13 +1,12 @@
 """A character model: an LSTM learns to write like Python's reference manual.
 
-The text is `pydoc_data.topics`, the part of the manual that ships with Python. Two layers of LSTM
-read it in pieces of 64 characters, with the state carried from each piece to the next, and guess
-every next character. Perplexity (how many characters the model wavers between, on average) falls
-from about the size of the alphabet; then the model writes.
+The text is `pydoc_data.topics`, the part of the manual that ships with Python. Two LSTM layers read
+it in chunks of 64 characters, carry the state from chunk to chunk, and predict every next
+character. The perplexity starts near the size of the alphabet and falls; then the model writes.
 
     python examples/characters.py
 
-Exit code 1 where the held-out perplexity stays above that of a table of character pairs.
+Exit code 1 if the held-out perplexity is not below that of a table of character pairs.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class Writer(nn.Module):
 
 
 def pair_perplexity(training: Tensor, held_out: Tensor, alphabet: int) -> float:
-    """Of a table that knows how often each character follows each other one."""
+    """The perplexity of a table of how often each character follows each other one."""
     counts = torch.ones(alphabet, alphabet)
     counts.index_put_((training[:-1], training[1:]), torch.tensor(1.0), accumulate=True)
     chances = counts / counts.sum(1, keepdim=True)
@@ -58,7 +57,7 @@ def perplexity(model: Writer, text: Tensor) -> float:
 
 @torch.inference_mode()
 def write(model: Writer, start: Tensor, characters: str, length: int, temperature: float) -> str:
-    """`length` characters that follow `start`, one step of the layers each."""
+    """`length` characters that follow `start`, each from one step of the layers."""
     model.eval()
     logits, state = model(start[:, None])
     written = []
@@ -71,7 +70,7 @@ def write(model: Writer, start: Tensor, characters: str, length: int, temperatur
 
 
 def train(model: Writer, text: Tensor, updates: int) -> list[float]:
-    """Truncated BPTT over BATCH places of the text at once; the mean loss of each tenth."""
+    """Truncated BPTT at BATCH places of the text in parallel; the loss of each update."""
     columns = text[: len(text) // BATCH * BATCH].view(BATCH, -1).T
     optimiser = torch.optim.Adam(model.parameters(), lr=4e-3)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=updates)
@@ -80,7 +79,7 @@ def train(model: Writer, text: Tensor, updates: int) -> list[float]:
         if at + STEPS + 1 > len(columns):
             at, state = 0, None
         logits, state = model(columns[at : at + STEPS], state)
-        state = tuple(s.detach() for s in state)  # the gradient ends here, the memory does not
+        state = tuple(s.detach() for s in state)  # stops the gradient, keeps the state
         loss = F.cross_entropy(logits.flatten(0, 1), columns[at + 1 : at + STEPS + 1].flatten())
         optimiser.zero_grad()
         loss.backward()
@@ -97,7 +96,7 @@ def plot(losses: list[float], pairs: float) -> Figure:
     axes = figure.subplots()
     axes.semilogy([math.exp(loss) for loss in losses], lw=0.7, label="LSTM, training")
     axes.axhline(pairs, color="k", ls="--", lw=1, label="table of pairs, held out")
-    axes.set(xlabel="update", ylabel="perplexity", title="Which character comes next?")
+    axes.set(xlabel="update", ylabel="perplexity", title="predicting the next character")
     axes.legend()
     return figure
 

@@ -1,4 +1,4 @@
-"""What the examples share: their command line, their picture, their verdict."""
+"""Shared by the examples: the command line, the plot, the verdict."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from matplotlib.figure import Figure
 
 
 def arguments(description: str, picture: str, **numbers: int) -> argparse.Namespace:
-    """An example's options: ``--output``, ``--quick`` and whole numbers with their defaults."""
+    """An example's options: ``--output``, ``--quick`` and integers with their defaults."""
     parser = argparse.ArgumentParser(description=description)
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    parser.add_argument("--quick", action="store_true", help="ask for no result")
-    parser.add_argument("--output", type=Path, default=Path("demo") / picture, help="the picture")
+    parser.add_argument("--quick", action="store_true", help="do not check the result")
+    parser.add_argument("--output", type=Path, default=Path("demo") / picture, help="the plot")
     return parser.parse_args()
 
 
 def curve(values: list[float], **labels: str) -> Figure:
-    """A line over its own index, with ``title``, ``xlabel`` and ``ylabel``."""
+    """A line plot over the index, with ``title``, ``xlabel`` and ``ylabel``."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(values)
@@ -34,6 +34,6 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def verdict(good: bool, complaint: str) -> int:
-    """The exit code, which the last line of the output explains."""
+    """Print the verdict as the last line, and return the exit code."""
     print("ok" if good else complaint)
     return int(not good)

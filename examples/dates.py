@@ -1,12 +1,12 @@
-"""Sequence to sequence with attention: dates in words become ISO dates.
+"""Sequence to sequence with attention: translate dates in words to ISO dates.
 
-"saturday the third of march, nineteen eighty-four" is to become "1984-03-03". A bidirectional LSTM
-reads the characters, of each date as many as it has (`lengths`); another LSTM writes the digits,
-and at each looks at the whole text by attention (Luong et al. 2015).
+The model translates "saturday the third of march, nineteen eighty-four" to "1984-03-03". A
+bidirectional LSTM reads the characters of each date, up to its length (`lengths`); another LSTM
+writes the digits, and at each digit attends to the whole text (Luong et al. 2015).
 
     python examples/dates.py
 
-Exit code 1 where too few dates, none of which was trained on, come out right to the last digit.
+Exit code 1 if too few of the held-out dates are completely correct.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def year_in_words(year: int) -> str:
 
 
 def in_words(date: dt.date, choose: random.Random) -> str:
-    """One of many ways to say a date."""
+    """One of several ways to write a date in words."""
     day, year = ordinal(date.day), year_in_words(date.year)
     month, weekday = (f"{date:{code}}".lower() for code in ("%B", "%A"))
     form = choose.choice(["{w} the {d} of {m}, {y}", "{d} of {m} {y}", "{m} {d}, {y}",
@@ -86,7 +86,7 @@ class Translator(nn.Module):
         return memory, mask, (h, torch.zeros_like(h))
 
     def write(self, digits: Tensor, memory: Tensor, mask: Tensor, state: tuple) -> tuple:
-        """Logits of the digit after each one given, the attention behind it, the new state."""
+        """The logits of the digit after each given one, the attention weights, the new state."""
         output, state = self.writer(self.digits(digits), state)
         scores = self.query(output) @ memory.transpose(1, 2)
         attention = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
@@ -94,7 +94,7 @@ class Translator(nn.Module):
 
     @torch.inference_mode()
     def translate(self, letters: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Digits (B, 10), each the likeliest after those before it, and where each looked."""
+        """Digits (B, 10), each the most likely given the previous ones, and the attention."""
         memory, mask, state = self.read(letters, lengths)
         digit = torch.full((len(letters), 1), DIGITS.index("<"))
         found = []
@@ -109,10 +109,10 @@ class Translator(nn.Module):
 def plot(text: str, date: str, attention: Tensor) -> Figure:
     figure = Figure(figsize=(0.16 * len(text) + 1.5, 2.6), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(attention, cmap="magma", aspect="auto")
+    axes.imshow(attention.numpy(), cmap="magma", aspect="auto")
     axes.set_xticks(range(len(text)), text, family="monospace")
     axes.set_yticks(range(len(date)), date, family="monospace")
-    axes.set_title("where each written digit looks")
+    axes.set_title("attention of each digit")
     return figure
 
 
@@ -139,7 +139,7 @@ def main() -> int:
         text = "".join(LETTERS[i] for i in letters[row, : lengths[row]])
         written = "".join(DIGITS[i] for i in found[row])
         print(f"{text:<58} {written}")
-    print(f"dates right to the last digit: {right:.1%} of {len(held_out)} not trained on")
+    print(f"completely correct dates: {right:.1%} of {len(held_out)} held-out dates")
     save(plot(text, written, attention[0, :, : lengths[0]]), options.output)
     return verdict(options.quick or right >= LOWEST_ACCURACY, f"below {LOWEST_ACCURACY:.0%}")
 

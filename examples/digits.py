@@ -1,12 +1,13 @@
-"""Read digits row by row, with torch's recurrent layers and with ours, side by side.
+"""Read digits row by row, with torch's recurrent layers and with fastrnn's, and compare them.
 
 An image of 8 rows of 8 pixels is a sequence of 8 steps: a recurrent layer of 128 units reads it,
-and a linear layer names the digit by the last output. Each layer is trained twice from one seed, as
-torch computes it and as fastrnn does, epoch by epoch in turn, so that both meet the same machine.
+and a linear layer classifies the digit from the last output. Each model is trained twice from the
+same seed, with torch's layer and with fastrnn's. The epochs alternate, so that both run under the
+same load of the machine.
 
     python examples/digits.py
 
-Exit code 1 where an accuracy is too low, or the two loss curves part.
+Exit code 1 if an accuracy is too low, or the two loss curves differ.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from torch import Tensor, nn
 import fastrnn
 
 SEED, BATCH, UNITS, LARGEST_GRADIENT = 0, 64, 128, 1.0
-LOWEST_ACCURACY = 0.95  # on images that were not trained on
+LOWEST_ACCURACY = 0.95  # on held-out images
 FIRST_DIFFERENCE = 1e-4  # between the two mean losses of the first epoch
 
 
 class LoopLSTM(nn.LSTM):
-    """What torch.nn has no option for, in plain torch: an LSTM with relu in place of tanh."""
+    """An LSTM with relu in place of tanh, in plain torch, because torch.nn has no such option."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         h = c = x.new_zeros(x.shape[0], self.hidden_size)
@@ -46,7 +47,7 @@ class LoopLSTM(nn.LSTM):
         return torch.stack(outputs, 1), (h[None], c[None])
 
 
-LAYERS = {  # theirs, ours, largest difference of any epoch: where a slope jumps, rounding grows
+LAYERS = {  # torch's, fastrnn's, largest difference of an epoch (relu's kink amplifies rounding)
     "LSTM": (nn.LSTM, fastrnn.LSTM, 0.001),
     "GRU": (nn.GRU, fastrnn.GRU, 0.001),
     "LSTM, relu": (LoopLSTM, partial(fastrnn.LSTM, activation="relu"), 0.1),
@@ -54,13 +55,13 @@ LAYERS = {  # theirs, ours, largest difference of any epoch: where a slope jumps
 
 
 class Run:
-    """One model being trained, and what has been seen of it: a loss and a time for each epoch."""
+    """One model in training, with a loss and a time for each epoch."""
 
     def __init__(self, make_layer: type[nn.Module], epochs: int) -> None:
-        torch.manual_seed(SEED)  # one seed, equal weights
+        torch.manual_seed(SEED)  # the same seed gives the same weights
         self.layer, self.head = make_layer(8, UNITS, batch_first=True), nn.Linear(UNITS, 10)
         self.parameters = [*self.layer.parameters(), *self.head.parameters()]
-        # A large eps keeps Adam from blowing up the rounding of gradients near zero to whole steps.
+        # A large eps keeps Adam from amplifying rounding errors of gradients near zero.
         self.optimiser = torch.optim.Adam(self.parameters, lr=4e-3, eps=1e-3)
         self.rate = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimiser, epochs)
         self.losses: list[float] = []
@@ -109,7 +110,7 @@ def plot(pairs: dict[str, list[Run]], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train a digit reader with torch and fastrnn.")
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--quick", action="store_true", help="ask for no accuracy")
+    parser.add_argument("--quick", action="store_true", help="do not check the accuracy")
     parser.add_argument("--output", type=Path, default=Path("demo/digits.png"))
     options = parser.parse_args()
     pixels, names = load_digits(return_X_y=True)
@@ -129,7 +130,7 @@ def main() -> int:
         agree = apart[0] <= FIRST_DIFFERENCE and max(apart) <= limit
         accurate = options.quick or min(accuracies) >= LOWEST_ACCURACY
         failed |= not (agree and accurate)
-        verdict = "losses part" if not agree else "ok" if accurate else "too low"
+        verdict = "losses differ" if not agree else "ok" if accurate else "too low"
         theirs, ours = (statistics.median(run.seconds) for run in pair)
         found = f"{accuracies[0]:8.1%} {accuracies[1]:8.1%} {max(apart):13.1e}"
         times = f"{theirs:8.3f} {ours:8.3f} {theirs / ours:7.2f}"
@@ -140,7 +141,7 @@ def main() -> int:
     print("layer          torch  fastrnn  largest loss  seconds per epoch  torch /")
     print("            accuracy accuracy   difference    torch  fastrnn  fastrnn")
     print(*rows, sep="\n")
-    print("torch has no LSTM with relu: its side is a loop of plain torch operations (LoopLSTM)")
+    print("torch has no LSTM with relu; its column is a loop of torch operations (LoopLSTM)")
     print("loss curves:", options.output)
     return int(failed)
 

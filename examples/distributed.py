@@ -1,15 +1,15 @@
-"""Train one model on several processes, its parameters sharded among them, and on one.
+"""Train one model with sharded parameters on several processes, and compare with one process.
 
-A stack of an LSTM and a GRU reads the rows of digit images. FSDP2 (`fully_shard`) gives each
-process its part of the parameters, of their gradients and of the optimiser's state; before a layer
-runs, the others lend theirs. Each process reads its part of every batch. What does not split is the
-time axis: a layer's recurrence runs whole on each process, on its rows. The same model is trained
-once more on the whole batch in one process: the losses must be equal.
+A stack of an LSTM and a GRU reads the rows of digit images. With FSDP2 (`fully_shard`) each process
+keeps its part of the parameters, of their gradients and of the optimiser's state; FSDP gathers a
+layer's parameters before the layer runs. Each process reads its part of every batch. The time axis
+is not split: each process runs a layer's whole recurrence for its rows. The same model is also
+trained with the whole batch in one process: the losses must be equal.
 
     torchrun --nproc-per-node 2 examples/distributed.py
     python examples/distributed.py
 
-Exit code 1 where the two losses part, or the loss does not fall.
+Exit code 1 if the two losses differ, or the loss does not fall.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from torch.distributed.fsdp import fully_shard
 import fastrnn
 
 SEED, BATCH, UNITS = 0, 64, 64
-LARGEST_DIFFERENCE = 1e-3  # of a loss: the two sum the gradients in another order
+LARGEST_DIFFERENCE = 1e-3  # of a loss: the gradients are summed in different orders
 
 
 class Reader(nn.Module):
-    """An LSTM in both directions, a GRU on it, and a name for the last output."""
+    """A bidirectional LSTM, a GRU, and a linear classifier of the last output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,12 +43,12 @@ class Reader(nn.Module):
         self.head = nn.Linear(UNITS, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        # Steps first: a layer with batch_first gives a view, of which FSDP warns.
+        # Steps first, because a layer with batch_first returns a view, about which FSDP warns.
         return self.head(self.gru(self.lstm(images.transpose(0, 1))[0])[0][-1])
 
 
 def start() -> tuple[int, int]:
-    """Join the processes that torchrun has started, or be one alone; rank and number."""
+    """Join the processes that torchrun has started, or run alone; return rank and world size."""
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     else:
@@ -57,14 +57,14 @@ def start() -> tuple[int, int]:
 
 
 def sharded(model: Reader) -> Reader:
-    """Layer by layer, so that no more than one layer is whole at a time."""
+    """Shard layer by layer, so that only one layer is gathered at a time."""
     for part in (model.lstm, model.gru, model.head):
         fully_shard(part)
     return fully_shard(model)
 
 
 def train(model: Reader, images: Tensor, labels: Tensor, epochs: int, part: slice) -> list[float]:
-    """The mean loss of each epoch; of every batch this process reads ``part``."""
+    """The mean loss of each epoch; this process reads ``part`` of every batch."""
     optimiser = torch.optim.Adam(model.parameters(), lr=4e-3, eps=1e-3)
     losses = []
     for epoch in range(epochs):
@@ -100,12 +100,12 @@ def main() -> int:
     options = parser.parse_args()
     rank, world = start()
     if BATCH % world:
-        parser.error(f"a batch of {BATCH} rows does not split evenly over {world} processes")
+        parser.error(f"a batch of {BATCH} rows cannot be split evenly over {world} processes")
     pixels, names = load_digits(return_X_y=True)
     images = torch.tensor(pixels / 16, dtype=torch.float32).view(-1, 8, 8)
     labels = torch.tensor(names)
 
-    torch.manual_seed(SEED)  # one seed, equal weights
+    torch.manual_seed(SEED)  # the same seed gives the same weights
     model = sharded(Reader())
     rows = BATCH // world
     mine = train(model, images, labels, options.epochs, slice(rank * rows, (rank + 1) * rows))
@@ -126,7 +126,7 @@ def main() -> int:
         parameters = sum(parameter.numel() for parameter in whole.parameters())
         print(f"processes: {world}; process 0 holds {held:,} of {parameters:,} parameters")
         print(f"loss of epoch {options.epochs}: {together[-1]:.4f} sharded, {alone[-1]:.4f} alone")
-        print(f"largest difference of an epoch: {apart:.1e}", "PARTED" if failed else "ok")
+        print(f"largest difference of an epoch: {apart:.1e}", "FAILED" if failed else "ok")
         print("loss curves:", options.output)
     dist.barrier()
     dist.destroy_process_group()

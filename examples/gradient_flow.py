@@ -1,14 +1,15 @@
-"""Watch the gradient on its way back through 200 steps, and what it means for learning.
+"""Show the gradient over 200 steps of backpropagation through time, and its effect on learning.
 
 The adding problem (Hochreiter & Schmidhuber 1997): a sequence of random numbers, of which two are
-marked, one in each half; the target is their sum. To learn it, the error at the end must reach the
-marks. `fastrnn.gradient_flow` shows how much of it arrives: an RNN's gradient vanishes; with larger
-recurrent weights it explodes, and without clipping (Pascanu et al. 2013) the first update throws
-the weights away; that of an LSTM whose forget gates begin open does neither, and it learns.
+marked, one in each half; the target is their sum. To learn it, the gradient from the end must reach
+the marks. `fastrnn.gradient_flow` shows how much of it arrives. An RNN's gradient vanishes. With
+larger recurrent weights it explodes, and without clipping (Pascanu et al. 2013) the first update
+ruins the weights. The gradient of an LSTM whose forget gates start open does neither, and the LSTM
+learns.
 
     python examples/gradient_flow.py
 
-Exit code 1 where a gradient does not flow as said, or training does not end as said.
+Exit code 1 if a gradient or a training run does not behave as described.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ class Case(NamedTuple):
 
 
 def made(cell: str, gain: float = 1.0, **options: Any) -> nn.Module:
-    """A layer from the one seed, its recurrent weights times ``gain``."""
+    """A layer from the fixed seed, with its recurrent weights multiplied by ``gain``."""
     torch.manual_seed(SEED)
     layer = getattr(fastrnn, cell)(2, UNITS, batch_first=True, **options)
     with torch.no_grad():
         layer.weight_hh_l0.mul_(gain)
-        if cell == "LSTM":  # forget gates that keep for 1 … STEPS steps (Tallec & Ollivier 2018)
+        if cell == "LSTM":  # time constants of 1 … STEPS steps (Tallec & Ollivier 2018)
             keep = torch.linspace(1.0, STEPS - 1.0, UNITS).log()
             layer.bias_ih_l0.copy_(torch.cat([-keep, keep, torch.zeros(2 * UNITS)]))
             layer.bias_hh_l0.zero_()
@@ -74,7 +75,7 @@ def adding_problem(rows: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 class Run:
-    """A layer with a read-out of its last output, and what is seen of it."""
+    """A layer with a linear read-out of its last output, and its measurements."""
 
     def __init__(self, case: Case) -> None:
         self.layer, self.clip, self.expected, self.stays = case
@@ -118,16 +119,16 @@ def plot(runs: dict[str, Run], path: Path) -> None:
     learning.axhline(GUESS, color="grey", linestyle=":", label="a constant answer")
     flow.set(title="norm of the state's gradient, untrained", xlabel="step")
     learning.set(title="mean squared error", xlabel="update")
-    clipping.set(title="the largest weight, by SGD", xlabel="update")
+    clipping.set(title="the largest weight, with SGD", xlabel="update")
     for axes in (flow, learning, clipping):
         axes.legend()
     save(figure, path)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Watch gradients vanish and explode.")
+    parser = argparse.ArgumentParser(description="Show vanishing and exploding gradients.")
     parser.add_argument("--updates", type=int, default=1000)
-    parser.add_argument("--quick", action="store_true", help="ask for no learning")
+    parser.add_argument("--quick", action="store_true", help="do not check that the LSTM learns")
     parser.add_argument("--output", type=Path, default=Path("demo/gradient_flow.png"))
     options = parser.parse_args()
     runs = {name: Run(case) for name, case in CASES.items()}
@@ -139,7 +140,7 @@ def main() -> int:
         error = statistics.mean(run.losses[-50:])
         failed |= run.verdict != run.expected or (run.largest[-1] < 100) != run.stays
         failed |= not options.quick and (error < GUESS / 10) != (name == "LSTM")
-        print(f"{name}: {run.verdict}; trained, its error is {error:.4f}, its", end=" ")
+        print(f"{name}: {run.verdict}; after training: error {error:.4f},", end=" ")
         print(f"largest weight {run.largest[-1]:.1e}\n{run.table}\n")
     plot(runs, options.output)
     return int(failed)

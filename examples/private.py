@@ -1,13 +1,14 @@
-"""Training with differential privacy: per-sample gradients, clipped, summed and noised (DP-SGD).
+"""Training with differential privacy: per-sample gradients with clipping and noise (DP-SGD).
 
-What is learnt may hardly depend on any one image (Abadi et al. 2016). So the gradient of each is
-found by itself, by `vmap` over `grad` through a GRU that reads the digit row by row; it is scaled
-down to length CLIP at most, and noise as long as NOISE times that is added to the sum. The privacy
-spent, epsilon, is counted by Rényi differential privacy (Mironov, Talwar and Zhang 2019).
+The trained model must not depend much on any single image (Abadi et al. 2016). `vmap` over `grad`
+computes the gradient of each image separately, through a GRU that reads the digit row by row. Each
+gradient is scaled down to norm CLIP, and Gaussian noise with standard deviation noise · CLIP is
+added to the sum. The privacy budget epsilon is computed with Rényi differential privacy (Mironov,
+Talwar and Zhang 2019).
 
     python examples/private.py
 
-Exit code 1 where the private model names too few held-out digits.
+Exit code 1 if the accuracy of the private model on held-out digits is too low.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Reader(nn.Module):
 
 
 def epsilon(noise: float, updates: int) -> float:
-    """The privacy spent: of the sampled Gaussian mechanism, over integer orders (eq. 9 there)."""
+    """The privacy budget of the sampled Gaussian mechanism, over integer orders (eq. 9 there)."""
     spent = []
     for order in range(2, 65) if noise > 0 else ():
         terms = [
@@ -64,7 +65,7 @@ def loss_of_one(
 def private_gradients(
     model: Reader, images: Tensor, labels: Tensor, noise: float, size: float
 ) -> None:
-    """Into `.grad`, of a batch that has `size` images on average."""
+    """Write private gradients to `.grad`; a batch has `size` images on average."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     of_each = vmap(grad(loss_of_one), in_dims=(None, None, 0, 0))
     gradients = of_each(parameters, model, images, labels)  # {name: (images, *shape)}
@@ -80,7 +81,7 @@ def train(images: Tensor, labels: Tensor, noise: float, updates: int) -> Reader:
     model = Reader()
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(updates):
-        chosen = (torch.rand(len(images)) < SHARE).nonzero()[:, 0]  # by chance, as the count asks
+        chosen = (torch.rand(len(images)) < SHARE).nonzero()[:, 0]  # random, as epsilon assumes
         private_gradients(model, images[chosen], labels[chosen], noise, SHARE * len(images))
         optimiser.step()
     return model
@@ -106,11 +107,11 @@ def main() -> int:
     axes.semilogx([r[1] for r in rows[1:]], [r[2] for r in rows[1:]], "o-")
     axes.axhline(rows[0][2], color="k", ls="--", lw=1, label="clipped, without noise")
     axes.set(xlabel=f"epsilon, at delta = {DELTA:g}", ylabel="accuracy, held out")
-    axes.set(title="what privacy costs")
+    axes.set(title="accuracy and privacy")
     axes.legend()
     save(figure, options.output)
 
-    print(f"{options.updates} updates; gradients of each image clipped to {CLIP}")
+    print(f"{options.updates} updates; per-sample gradients clipped to norm {CLIP}")
     print("noise  epsilon  held-out accuracy  seconds")
     for noise, spent, right, seconds in rows:
         print(f"{noise:5.1f}  {spent:7.1f}  {right:17.1%}  {seconds:7.1f}")

@@ -1,12 +1,12 @@
 """Read digits as they arrive, row by row, in float32, bfloat16 and int8.
 
-An LSTM of 256 units learns to name a digit from the 8 rows of its image. Then each image that it
-was not trained on is streamed: one row of 8 pixels a step, the digit named after the last. The
-table says how often that is right, how far h is at most from float32's, and how long a step takes.
+An LSTM of 256 units learns to classify a digit from the 8 rows of its image. Then each held-out
+image is streamed, one row of 8 pixels per step, and classified after the last row. The table shows
+the accuracy, the largest difference of h from float32, and the time of a step.
 
     python examples/streaming.py
 
-Exit code 1 where an accuracy is too low, or falls too far below float32's.
+Exit code 1 if an accuracy is too low, or too far below float32's.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ import fastrnn
 
 SEED, BATCH, UNITS, ROWS = 0, 64, 256, 8
 LOWEST_ACCURACY = 0.95
-LARGEST_LOSS = 0.01  # of accuracy, against float32
+LARGEST_LOSS = 0.01  # of accuracy, compared with float32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}  # of x
 
 
 class Streamed(NamedTuple):
-    """What came of one dtype: h after every row of every image, and microseconds a step."""
+    """The results of one dtype: h after every row of every image, and microseconds per step."""
 
     h: Tensor  # (images, ROWS, UNITS)
     microseconds: float
@@ -72,7 +72,7 @@ def stream_images(stream: fastrnn.Stream, images: Tensor) -> Streamed:
         stream.reset()
         start = time.perf_counter()
         for x, place in zip(image, kept, strict=True):
-            place.copy_(stream.step(x)[0])  # the next step writes over what this one gives
+            place.copy_(stream.step(x)[0])  # copied, because the next step overwrites it
         seconds.append((time.perf_counter() - start) / ROWS)
     return Streamed(h, statistics.median(seconds) * 1e6)
 
@@ -81,7 +81,7 @@ def plot(found: dict[str, Streamed], accuracies: dict[str, float], path: Path) -
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     times, errors = figure.subplots(1, 2)
     bars = times.bar(list(found), [one.microseconds for one in found.values()])
-    times.bar_label(bars, [f"{accuracies[name]:.1%} right" for name in found])
+    times.bar_label(bars, [f"{accuracies[name]:.1%} accuracy" for name in found])
     times.set(title="Time of a step", ylabel="microseconds")
     times.margins(y=0.15)
     for name in list(found)[1:]:
@@ -96,7 +96,7 @@ def plot(found: dict[str, Streamed], accuracies: dict[str, float], path: Path) -
 def main() -> int:
     parser = argparse.ArgumentParser(description="Stream digits in float32, bfloat16 and int8.")
     parser.add_argument("--epochs", type=int, default=25)
-    parser.add_argument("--quick", action="store_true", help="ask for no accuracy")
+    parser.add_argument("--quick", action="store_true", help="do not check the accuracy")
     parser.add_argument("--output", type=Path, default=Path("demo/streaming.png"))
     options = parser.parse_args()
     pixels, names = load_digits(return_X_y=True)
@@ -107,7 +107,7 @@ def main() -> int:
 
     found, accuracies, failed = {}, {}, False
     print(f"\n{len(held_out)} images of {ROWS} rows, {torch.get_num_threads()} threads")
-    print("dtype     accuracy  largest difference  microseconds a step")
+    print("dtype     accuracy  largest difference  microseconds per step")
     with torch.inference_mode():
         for name, dtype in DTYPES.items():
             stream = fastrnn.Stream(layer, dtype=name)

@@ -1,12 +1,12 @@
-"""Two kinds of input at once: a strip of digit images, and the signs between them.
+"""Two kinds of input: a strip of digit images, and the signs between them.
 
 "7 − 3 + 9 …": the digits are images (scikit-learn's), read by a small convolutional network; the
-signs are symbols with an embedding. An LSTM takes both at every step and says the running total.
-The strips are of different lengths; the loss and the accuracy look at the steps that are there.
+signs are symbols with an embedding. An LSTM takes both at every step and predicts the running
+total. The strips have different lengths; loss and accuracy cover only the existing steps.
 
     python examples/strips.py
 
-Exit code 1 where too few totals of strips of held-out images are right.
+Exit code 1 if too few totals of strips of held-out images are correct.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Calculator(nn.Module):
         self.head = nn.Linear(UNITS, 2 * LIMIT + 1)  # totals from -LIMIT to LIMIT
 
     def forward(self, images: Tensor, signs: Tensor, lengths: Tensor) -> Tensor:
-        """Of images (T, B, 8, 8) and the sign before each (T, B): logits (T, B, totals)."""
+        """Logits (T, B, totals) from images (T, B, 8, 8) and the sign before each image (T, B)."""
         seen = self.eye(images.flatten(0, 1)[:, None]).unflatten(0, images.shape[:2])
         output, _ = self.layer(torch.cat([seen, self.sign(signs)], -1), lengths=lengths)
         return self.head(output)
@@ -98,10 +98,10 @@ def plot(images: Tensor, signs: Tensor, lengths: Tensor, found: Tensor) -> Figur
         for t, ax in enumerate(axes):
             ax.axis("off")
             if t < lengths[row]:
-                ax.imshow(images[t, row], cmap="gray_r")
+                ax.imshow(images[t, row].numpy(), cmap="gray_r")
                 sign = SIGNS[int(signs[t, row])] if t else ""
                 ax.set_title(f"{sign}   = {int(found[t, row])}", fontsize=11)
-    figure.suptitle("signs, images, and the running total that the network names")
+    figure.suptitle("signs, images, and the predicted running total")
     return figure
 
 
@@ -121,9 +121,9 @@ def main() -> int:
     right = found == totals
     for t in range(LONGEST):
         there = lengths > t
-        print(f"after {t + 1} digits: {right[t][there].float().mean().item():6.1%} right")
+        print(f"after {t + 1} digits: {right[t][there].float().mean().item():6.1%} correct")
     accuracy = right[real_steps(lengths)].float().mean().item()
-    print(f"all steps: {accuracy:.1%} of strips of images not trained on")
+    print(f"all steps: {accuracy:.1%} correct, on strips of held-out images")
     save(plot(images, signs, lengths, found), options.output)
     return verdict(options.quick or accuracy >= LOWEST_ACCURACY, f"below {LOWEST_ACCURACY:.0%}")
 

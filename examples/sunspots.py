@@ -1,14 +1,14 @@
 """Forecast the yearly number of sunspots, one to eleven years ahead.
 
-The series (1700 to 2008, from statsmodels) runs in cycles of about eleven years. A GRU reads the 44
-years before and says the next eleven at once; the mean of several such networks, trained from
-different seeds, is the forecast. It is held against two baselines: the value of eleven years before
-(seasonal-naive), and an autoregression of nine years (statsmodels' AutoReg). All of them have seen
-the years up to 1930 alone when they forecast from every year after.
+The series (1700 to 2008, from statsmodels) has cycles of about eleven years. A GRU reads 44 years
+and predicts the next eleven in one step; the forecast is the mean of several networks trained from
+different seeds. It is compared with two baselines: the value of eleven years before
+(seasonal-naive), and an autoregression of nine years (statsmodels' AutoReg). All of them are fitted
+only to the years up to 1930, and forecast from every later year.
 
     python examples/sunspots.py
 
-Exit code 1 where the network is worse than the seasonal-naive forecast.
+Exit code 1 if the network is worse than the seasonal-naive forecast.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from common import arguments, save, verdict
 WINDOW, HORIZON, CYCLE, ORDER = 44, 11, 11, 9  # years
 LAST_TRAINING_YEAR = 1930
 UNITS = 32
-ZERO = 2.0  # no sunspots lie about so far below the mean, in standard deviations
+ZERO = 2.0  # zero sunspots are about so many standard deviations below the mean
 
 
 class Forecaster(nn.Module):
-    """The next years from the window, as differences from the window's last value."""
+    """Predicts the next years from a window, as differences from the window's last value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def train(series: Tensor, seed: int, epochs: int) -> Forecaster:
     for _ in range(epochs):
         for batch in torch.randperm(len(windows)).split(32):
             optimiser.zero_grad()
-            # 200 years are few: cycles of other heights, and noise, make more of them.
+            # Data augmentation, because 200 years are few: scaled cycles, and noise.
             height = torch.empty(len(batch), 1).uniform_(0.7, 1.3)
             past, future = ((x[batch] + ZERO) * height - ZERO for x in (windows, targets))
             past = past + 0.2 * torch.randn_like(past)
@@ -98,7 +98,7 @@ def main() -> int:
     options = arguments("Forecast sunspots with a GRU.", "sunspots.png", epochs=40, networks=5)
     data = sunspots.load_pandas().data
     years, spots = (data[c].to_numpy(np.float64) for c in ("YEAR", "SUNACTIVITY"))
-    root = np.sqrt(spots)  # whose ups and downs are of more even size
+    root = np.sqrt(spots)  # which makes the cycles more even in height
     split = int(LAST_TRAINING_YEAR - years[0]) + 1
     mean, scale = root[:split].mean(), root[:split].std()
     scaled = torch.tensor((root - mean) / scale, dtype=torch.float32)

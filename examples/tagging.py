@@ -1,12 +1,13 @@
 """Sequence tagging: a bidirectional GRU colours Python source, character by character.
 
-The text is Python's own library; its tokenizer says what each character is: keyword, name, number,
-string, comment, operator or space. Lines differ in length: the batch is padded, `lengths` says how
-far each goes, and the reverse direction starts at each line's own end. Nothing is sorted or packed.
+The text is Python's standard library; Python's tokenizer gives the tag of each character: keyword,
+name, number, string, comment, operator or space. Lines differ in length: the batch is padded,
+`lengths` gives the length of each line, and the reverse direction starts at each line's end.
+Nothing is sorted or packed.
 
     python examples/tagging.py
 
-Exit code 1 where too few characters of files that were not trained on are named right.
+Exit code 1 if the accuracy on held-out files is too low.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from common import arguments, save, verdict
 SEED, LONGEST, UNITS, LOWEST_ACCURACY = 0, 100, 64, 0.93
 TAGS = ("space", "name", "keyword", "number", "string", "comment", "operator")
 COLOURS = ("#cccccc", "#24292f", "#cf222e", "#0550ae", "#0a7d33", "#8b949e", "#8250df")
-PADDING = -1  # of tags
+PADDING = -1  # the tag of padding
 HELD_OUT = ("textwrap.py", "queue.py", "heapq.py")
 TRAINING = ("argparse.py", "ast.py", "bisect.py", "calendar.py", "cmd.py", "codecs.py", "copy.py")
 TRAINING += ("csv.py", "dis.py", "enum.py", "fractions.py", "functools.py", "inspect.py")
@@ -45,7 +46,7 @@ def tag_of(token: tokenize.TokenInfo) -> int:
 
 
 def tagged_lines(source: str) -> list[tuple[str, Tensor]]:
-    """The lines of a file that are neither empty nor too long, and each one's tags."""
+    """The lines of a file that are neither empty nor too long, with their tags."""
     lines = source.splitlines()
     tags = [torch.zeros(len(line), dtype=torch.long) for line in lines]
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -124,8 +125,8 @@ def main() -> int:
     real = tags != PADDING
     accuracy = (found == tags)[real].float().mean().item()
     most = torch.stack([(tags == tag).sum() for tag in range(len(TAGS))])
-    print(f"{len(training)} lines trained on, {len(held_out)} of other files to tag")
-    print(f"characters named right: {accuracy:.1%} (always {TAGS[int(most.argmax())]}: "
+    print(f"{len(training)} lines for training, {len(held_out)} held-out lines of other files")
+    print(f"correct characters: {accuracy:.1%} (always {TAGS[int(most.argmax())]}: "
           f"{most.max() / real.sum():.1%})")  # fmt: skip
     for tag, name in enumerate(TAGS):
         mine = real & (tags == tag)

@@ -50,8 +50,8 @@ def pytest_report_header() -> str | None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Ends the session where a test left CUDA broken, as an illegal address or a trap does: every
-    call after it in the process fails, and says nothing of what it calls.
+    """Ends the session where a test left CUDA broken, by an illegal address or a trap: every later
+    call in the process would fail, whatever it calls.
     """
     report = yield
     if report.failed and "cuda" in getattr(item, "fixturenames", ()):
@@ -68,7 +68,7 @@ def pytest_runtest_makereport(
 
 @pytest.fixture(autouse=True, scope="module")
 def _only_new_objects_are_collected() -> None:
-    """What the tests of a file find, all other tests and torch, no collection walks again."""
+    """Freezes all objects older than a file's tests, so that its collections are quick."""
     gc.collect()
     gc.freeze()
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fastrnn import _C
-from fastrnn._engine import CUDA_SWITCH
-from fastrnn.reference import Options, States
+from fastrnn import _C, _by_program
+from fastrnn._engine import CUDA_SWITCH, NO_EXTRAS, Extras, engine_options
+from fastrnn._program_numpy import NumPyArrays
+from fastrnn.reference import States
 from problems import Gradients, Problem, Solution
 from tolerances import assert_close
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -36,7 +38,8 @@ def engine_array(x: npt.ArrayLike, dtype: str) -> Any:
 
 
 def to_float64(x: Any) -> npt.NDArray[np.float64]:
-    """The exact values of an `engine_array`."""
+    """The exact values of an `engine_array`, or of the engine's results."""
+    x = numpy_or_same(x)
     return np.array(x if isinstance(x, np.ndarray) else x.double().cpu().numpy(), dtype=np.float64)
 
 
@@ -69,33 +72,50 @@ def rounded(problem: Problem, dtype: str) -> Problem:
     )
 
 
-def engine_options(options: Options) -> _C.Options:
-    names = [field.name for field in fields(options) if field.name != "bias"]
-    return _C.Options(**{name: getattr(options, name) for name in names})
-
-
 def same(x: Any) -> Any:
     return x
 
 
-def on_device(device: Any) -> tuple[Callable[[Any], Any], dict[str, Any]]:
+def tensor_or_none(x: Any) -> Any:
+    """A NumPy array as torch's; anything else as it is."""
+    if not isinstance(x, np.ndarray):
+        return x
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(x))
+
+
+def numpy_or_same(x: Any) -> Any:
+    """A ``fastrnn.Tensor`` as NumPy's or, of bfloat16, torch's array; anything else as it is."""
+    if not isinstance(x, _C.Tensor):
+        return x
+    return x.torch() if x.dtype == "bfloat16" else x.numpy()
+
+
+def on_device(device: Any) -> tuple[Callable[[Any], Any], tuple[Any, ...]]:
     """What brings arrays to a CUDA device, and what a call there is given besides."""
     import torch
 
     def workspace(size: int) -> Any:
         return torch.empty(size, dtype=torch.uint8, device=device)
 
-    work = {
-        "workspace": workspace,
-        "stream": torch.cuda.current_stream(device).cuda_stream,
-        "persistent": os.environ.get(CUDA_SWITCH) == "persistent",
-    }
+    stream = torch.cuda.current_stream(device).cuda_stream
+    work = (workspace, stream, False, os.environ.get(CUDA_SWITCH) == "persistent")
     return lambda x: torch.as_tensor(x).to(device), work
 
 
-class Call:
-    """One problem in the engine's arrays. Results are filled with NaN before each pass, so that
-    an element that the engine leaves out shows.
+@contextmanager
+def blank() -> Iterator[None]:
+    """New arrays of the engine hold NaN, so that an element that it leaves unwritten shows."""
+    before = _C.fill_new_arrays(0xFF)
+    try:
+        yield
+    finally:
+        _C.fill_new_arrays(before)
+
+
+class EngineCall:
+    """One problem in the engine's arrays.
 
     `arrange` may change the memory behind the arrays that the engine reads. On a CUDA `device` all
     arrays are torch's, there.
@@ -112,7 +132,7 @@ class Call:
     ) -> None:
         self.problem, self.dtype, self.threads = problem, dtype, threads
         self.options = engine_options(problem.options)
-        self.place, self.work = same, {}
+        self.place, self.work = same, None
         if device is not None:
             self.place, self.work = on_device(device)
         place = self.place
@@ -143,6 +163,12 @@ class Call:
             self.reset,
         )
         self.extras = self._extras(arrange)
+        own = Extras(*self.extras) if self.extras else NO_EXTRAS
+        self.program: Any = None
+        self.of_program: Callable[[Any], Any] = same
+        if device is None and _by_program.takes_backward(problem.options, own):
+            self.program = self._program(own)
+        self.forward_too = device is None and _by_program.takes(problem.options, own)
 
     def _extras(self, arrange: Callable[[Any], Any]) -> tuple[Any, ...] | None:
         """`extras` of the engine: states after a reset and masks; None where there are none."""
@@ -155,82 +181,106 @@ class Call:
         dropout = self.storage(given.get("dropout_mask"))
         return (*map(self.storage, anew), dropout, *keep)
 
-    def blank(self, *shape: int, dtype: str = "") -> Any:
-        return self.place(engine_array(np.full(shape, np.nan), dtype or self.dtype))
+    def _program(self, extras: Extras) -> _by_program.Call:
+        arrays: Any = NumPyArrays(self.dtype)
+        if self.dtype == "bfloat16":
+            from fastrnn._program_torch import TorchArrays
 
-    def states_blank(self) -> tuple[Any, Any]:
-        groups, B = self.L * self.D, self.problem.batch
-        return (
+            arrays = TorchArrays(self.read[0].dtype)
+            self.of_program = tensor_or_none
+            batch_sizes, lengths, reset = map(tensor_or_none, self.read[4:])
+            extras = Extras(*map(tensor_or_none, extras))
+            self.read = (*self.read[:4], batch_sizes, lengths, reset)
+        arrays.threads = self.threads
+        given = _by_program.Given(*self.read, extras)
+        return _by_program.Call(arrays, self.problem.options, self.dtype, given)
+
+    def blank(self, *shape: int, dtype: str = "") -> Any:
+        return self.of_program(engine_array(np.full(shape, np.nan), dtype or self.dtype))
+
+    def _blank_outputs(self, every: bool, save: bool) -> _by_program.Outputs:
+        """Arrays for a program to write, where it runs the forward pass."""
+        groups, B, two = self.L * self.D, self.problem.batch, self.options.states == 2
+        compute, steps = compute_dtype(self.dtype), self.problem.steps
+        saved = None
+        if save and not self.problem.options.recompute:
+            width = self.program.kept_width
+            saved = self.blank(groups, steps * B, width, dtype=compute)
+        cell = two and every
+        return _by_program.Outputs(
+            self.blank(*self.where, self.D * self.O),
             self.blank(groups, B, self.O),
-            self.blank(groups, B, self.H) if self.options.states == 2 else None,
+            self.blank(groups, B, self.H) if two else None,
+            self.blank(self.L, *self.where, self.D * self.O) if every else None,
+            self.blank(self.L, *self.where, self.D * self.H, dtype=compute) if cell else None,
+            saved,
         )
 
     def forward(self, *, all_layers: bool = True, save: bool = True) -> None:
-        """Leaves `hidden`, `h_n`, `c_n`, `cell` and `gates`."""
-        compute, layers = compute_dtype(self.dtype), self.L if all_layers else 1
-        pairs, padded = int(np.prod(self.where)), -(-self.H // 16) * 16
-        shape = (self.L * self.D, pairs, self.options.saved_planes * padded)
-        self.hidden = self.blank(layers, *self.where, self.D * self.O)
-        self.h_n, self.c_n = self.states_blank()
-        self.cell = None
-        if self.options.states == 2 and all_layers:
-            self.cell = self.blank(self.L, *self.where, self.D * self.H, dtype=compute)
-        keeps = save and not self.problem.options.recompute
-        self.gates = self.blank(*shape, dtype=compute) if keeps else None
-        self.written = (self.hidden, self.h_n, self.c_n, self.cell, self.gates)
-        _C.forward(
-            self.options,
-            *self.read,
-            *self.written,
-            all_layers=all_layers,
-            threads=self.threads,
-            extras=self.extras,
-            **self.work,
-        )
+        """Leaves `output`, `h_n`, `c_n`, `hidden`, `cell` and `saved`, None where not asked for."""
+        if self.forward_too:
+            results = self._blank_outputs(all_layers or save, save)
+            self.program.forward(results)
+        else:
+            made_again = self.program is not None
+            flags = (all_layers or save, False) if made_again else (all_layers, save)
+            resets = self.extras and self.extras[:2]
+            call = _C.Call(self.options, *self.read, resets, self.threads)
+            with blank():
+                results = call.forward(*flags, False, self.work)
+        self.output, self.h_n, self.c_n, self.hidden, self.cell, self.saved = results
 
     def backward(
-        self, wanted: Callable[[str], bool] = lambda name: True, consume_gates: bool = False
+        self, wanted: Callable[[str], bool] = lambda name: True, consume_saved: bool = False
     ) -> None:
         """Leaves `d_input`, `d_h0`, `d_c0`, `d_weights` and `d_reset`; None where `wanted(name)` is
         False, or there is nothing to differentiate by."""
         d = self.problem.d
         d_h_n, d_c_n = (*(d.hx_n or ()), None, None)[:2]
-        d_h0, d_c0 = self.states_blank()
-        d_weights = [
-            self.blank(*w.shape) if wanted(f"d_weights[{k}]") else None
-            for k, w in enumerate(self.problem.weights)
-        ]
-        self.d_input = self.blank(*self.problem.input.shape) if wanted("d_input") else None
-        self.d_h0 = d_h0 if wanted("d_h0") else None
-        self.d_c0 = d_c0 if wanted("d_c0") else None
-        self.d_weights = d_weights
-        self.d_reset = [
-            self.blank(*given.shape) if given is not None and wanted(name) else None
-            for name, given in zip(("d_reset_h", "d_reset_c"), self.extras or (), strict=False)
-        ]
-        d_reset_h, d_reset_c = (*self.d_reset, None, None)[:2]
-        _C.backward(
-            self.options,
-            *self.read,
-            self.hidden,
-            self.cell,
-            self.gates,
+        cotangents = (
             self.storage(d.output),
             self.storage(d.states.h) if d.states else None,
             self.compute(d.states.c) if d.states else None,
             self.storage(d_h_n),
             self.storage(d_c_n),
-            self.d_input,
-            self.d_h0,
-            self.d_c0,
-            self.d_weights,
-            consume_gates=consume_gates,
-            threads=self.threads,
-            extras=self.extras,
-            d_reset_h=d_reset_h,
-            d_reset_c=d_reset_c,
-            **self.work,
         )
+        weights = [f"d_weights[{k}]" for k in range(len(self.problem.weights))]
+        names = ["d_input", "d_h0", "d_c0", *weights]
+        self.d_reset = []
+        if self.program is not None:
+            found = self._by_program(names, cotangents, wanted)
+        else:
+            needs = tuple(map(wanted, names))
+            saved = (self.hidden, self.cell, self.saved, *cotangents)
+            flags = (needs, consume_saved, self.threads, False, self.work)
+            with blank():
+                found = _C.backward(self.options, *self.read, *saved, *flags)
+        self.d_input, self.d_h0, self.d_c0, *self.d_weights = found
+
+    def _by_program(
+        self, names: list[str], cotangents: tuple[Any, ...], wanted: Callable[[str], bool]
+    ) -> list[Any]:
+        groups, B = self.L * self.D, self.problem.batch
+        states = [(groups, B, self.O), (groups, B, self.H) if self.options.states == 2 else None]
+        weights = [w.shape for w in self.problem.weights]
+        shapes = [self.problem.input.shape, *states, *weights]
+        found = [
+            self.blank(*shape) if shape is not None and wanted(name) else None
+            for name, shape in zip(names, shapes, strict=True)
+        ]
+        self.d_reset = [
+            self.blank(*x.shape) if x is not None and wanted(name) else None
+            for name, x in zip(("d_reset_h", "d_reset_c"), self.extras or (), strict=False)
+        ]
+        d_reset_h, d_reset_c = (*self.d_reset, None, None)[:2]
+        saved = None if not self.forward_too else self.saved
+        outputs = (None, None, None, self.hidden, self.cell, saved)
+        self.program.backward(
+            _by_program.Outputs(*map(self.of_program, map(numpy_or_same, outputs))),
+            _by_program.Cotangents(*map(self.of_program, cotangents)),
+            _by_program.Gradients(*found[:3], d_reset_h, d_reset_c, found[3:]),
+        )
+        return found
 
     def solution(self) -> Solution:
         """What both passes gave, in float64."""
@@ -256,7 +306,7 @@ def run_engine(
     device: Any = None,
 ) -> Solution:
     """Forward and backward."""
-    call = Call(problem, dtype, threads=threads, arrange=arrange, device=device)
+    call = EngineCall(problem, dtype, threads=threads, arrange=arrange, device=device)
     call.forward()
     call.backward()
     return call.solution()

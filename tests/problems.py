@@ -1,4 +1,7 @@
-"""Random problems for the reference and the engine: a stack, its data, gradients to send back."""
+"""Random data for the cases of cases.py in NumPy: the arrays of a call, and gradients to send back.
+
+The tests of the reference, of the engine and, through stacks.py, of the torch routes share it.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,9 @@ from fastrnn.reference import Options, States
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-Array = npt.NDArray[np.float64]
+    from cases import Case
 
-LAYOUTS = ("padded", "lengths", "packed", "reset", "lengths and reset")
-EXTRAS = ("reset_hx", "dropout", "zoneout_h", "zoneout_c")
+Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,13 @@ def random_weights(
 
 
 def random_rows(layout: str, T: int, B: int, rng: np.random.Generator) -> dict[str, Array]:
-    """Lengths include T and, from two rows on, 0; resets the first step of the first row."""
+    """Lengths include T and, from two rows on, 0; resets the first step of the first row.
+
+    The sizes of packed batches, which are the shape of the data, are the same for every generator.
+    """
     rows: dict[str, Any] = {}
     if layout == "packed":
-        lengths = np.sort(rng.integers(1, T + 1, B))
+        lengths = np.random.default_rng(B).integers(1, T + 1, B)
         lengths[-1:] = T
         rows["batch_sizes"] = (lengths > np.arange(T)[:, None]).sum(axis=1)
     if layout.startswith("lengths"):
@@ -139,9 +144,9 @@ def random_problem(
     extras: Sequence[str] = (),
     seed: int = 0,
 ) -> Problem:
-    """A stack with data, in one of `LAYOUTS`, and gradients for everything that it puts out.
+    """A stack with data, in one of `cases.LAYOUTS`, and gradients of all its outputs.
 
-    `extras` are some of `EXTRAS`.
+    `extras` are some of `cases.EXTRAS`.
     """
     rng = np.random.default_rng(seed)
     cell = reference.CELLS[options.cell]
@@ -167,6 +172,11 @@ def random_problem(
     )
 
 
+def problem_of(case: Case, **changes: Any) -> Problem:
+    """A random problem of a case; `changes` are arguments of `random_problem`."""
+    return random_problem(case.options, **{"layout": case.layout, "extras": case.extras, **changes})
+
+
 def random_extras(
     names: Sequence[str],
     groups: int,
@@ -175,7 +185,7 @@ def random_extras(
     sizes: Sequence[int],
     rng: np.random.Generator,
 ) -> dict[str, Any]:
-    """Some of `EXTRAS`, of `groups` layers and directions, as the reference takes them."""
+    """Some of `cases.EXTRAS`, of `groups` layers and directions, as the reference takes them."""
     out: dict[str, Any] = {}
     if "reset_hx" in names:
         out["reset_hx"] = tuple(rng.normal(size=(groups, size)) for size in sizes)

@@ -8,7 +8,7 @@ import textwrap
 
 
 def run_program(code: str, timeout: float = 300) -> str:
-    """Run a program, given as an indented text, which must succeed; what it printed."""
+    """Runs a program, given as an indented text, that must succeed; returns what it printed."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         capture_output=True,

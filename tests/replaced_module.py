@@ -1,10 +1,8 @@
-"""For programs that run with another build of the engine's module in the place of `fastrnn._C`."""
+"""For programs that run with another build of the engine's module as `fastrnn._C`."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -24,24 +22,11 @@ def load(path: str) -> None:
     spec.loader.exec_module(module)
 
 
-def module_of(kind: str) -> Path:
-    """The module that a build with FASTRNN_TESTS makes in KIND for this Python; or a skip."""
+def virtual_module() -> Path:
+    """The module whose CUDA device is virtual (cuda/tests/virtual), built by `make test-cuda`; or a
+    skip."""
     name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    module = ROOT / "build" / "python" / kind / name
+    module = ROOT / "build" / "python" / "virtual_device" / name
     if not module.exists():
-        pytest.skip(f"no module for {kind}: `make test` and `make test-cuda` build such")
+        pytest.skip("no module with a virtual CUDA device: `make test-cuda` builds it")
     return module
-
-
-def output_with(kind: str, *arguments: str, **environment: str) -> str:
-    """What tests/KIND/check.py prints, given the module of KIND and `arguments`."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / kind / "check.py", module_of(kind), *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, **environment},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()

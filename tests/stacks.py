@@ -1,4 +1,4 @@
-"""Small stacks to test with: every option, and the ways to say which rows run."""
+"""Small stacks with random data in torch, moved, captured, or as a function of tensors alone."""
 
 from __future__ import annotations
 
@@ -7,33 +7,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrnn._arguments import weight_names
 from fastrnn._engine import NO_EXTRAS, Extras
-from fastrnn._options import Options
+from problems import random_problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from fastrnn._options import Options
+    from problems import Problem
+
 SIZES = (4, 3, 2, 3)  # T, B, I, H
-P = 2
-
-STACKS = {
-    "rnn": Options("RNN"),
-    "rnn-sigmoid-2": Options("RNN", num_layers=2, activation="sigmoid"),
-    "gru": Options("GRU"),
-    "gru-bidirectional-2": Options("GRU", num_layers=2, bidirectional=True),
-    "gru-before-no-bias": Options("GRU", bias=False, reset_after=False),
-    "lstm": Options("LSTM"),
-    "lstm-identity-hard": Options("LSTM", activation="identity", gate_activation="hardsigmoid"),
-    "lstm-bidirectional-2": Options("LSTM", num_layers=2, bidirectional=True, bias=False),
-    "lstm-projected": Options("LSTM", num_layers=2, bidirectional=True, proj_size=P),
-}
-STEPS = ("padded", "lengths", "reset", "lengths-reset", "packed")
-EXTRAS = ("reset_hx", "dropout", "zoneout_h", "zoneout_c")
 
 
-class Case(NamedTuple):
-    """The arguments of `recurrent`."""
+class Arguments(NamedTuple):
+    """The arguments of `recurrent`: a problem of problems.py as torch's tensors."""
 
     options: Options
     input: Tensor
@@ -47,7 +34,7 @@ class Case(NamedTuple):
         anew = (x for x in self.extras[:2] if x is not None)
         return (self.input, *self.hx, *self.weights, *anew)
 
-    def with_leaves(self, *leaves: Tensor) -> Case:
+    def with_leaves(self, *leaves: Tensor) -> Arguments:
         states, weights = 1 + len(self.hx), 1 + len(self.hx) + len(self.weights)
         anew = dict(zip(("reset_h", "reset_c"), leaves[weights:], strict=False))
         return self._replace(
@@ -60,64 +47,47 @@ class Case(NamedTuple):
 
 def make(
     options: Options,
-    steps: str = "padded",
+    layout: str = "padded",
     *,
-    dtype: torch.dtype = torch.float64,
-    requires_grad: bool = True,
-    seed: int = 0,
     sizes: tuple[int, int, int, int] = SIZES,
     extras: Sequence[str] = (),
-) -> Case:
-    """A stack with random arguments; ``steps`` is one of `STEPS`, ``extras`` some of `EXTRAS`."""
-    generator = torch.Generator().manual_seed(seed)
+    seed: int = 0,
+    **how: Any,
+) -> Arguments:
+    """Random data of a stack in one of `cases.LAYOUTS`, with some of `cases.EXTRAS`."""
+    T, B, I, H = sizes  # noqa: E741
+    data: Any = {"T": T, "B": B, "input_size": I, "hidden_size": H}
+    return in_torch(random_problem(options, layout=layout, extras=extras, seed=seed, **data), **how)
 
-    def random(*shape: int) -> Tensor:
-        x = torch.randn(shape, generator=generator, dtype=torch.float64).mul(0.7).to(dtype)
-        return x.requires_grad_(requires_grad)
 
-    t, b, i, h = sizes
-    out = options.proj_size or h
-    directions = options.directions
-    weights = []
-    for name in weight_names(options):
-        kind, _, layer = name.removesuffix("_reverse").rpartition("_l")
-        width = i if layer == "0" else directions * out
-        weights.append(random(*options.weight_shapes(width, h)[kind]))
-    groups = options.num_layers * directions
-    hx: tuple[Tensor, ...] = (random(groups, b, out),)
-    if options.cell == "LSTM":
-        hx += (random(groups, b, h),)
-    given: dict[str, Any] = {}
-    if "lengths" in steps:
-        given["lengths"] = torch.tensor([(3, 0, t)[k % 3] for k in range(b)])
-    if "reset" in steps:
-        given["reset"] = torch.rand(t, b, generator=generator) < 0.4
-    if steps == "packed":
-        given["batch_sizes"] = torch.tensor([max(1, b - k) for k in range(t)])
-        input = random(int(given["batch_sizes"].sum()), i)
-    else:
-        input = random(t, b, i)
-    case = Case(options, input, hx, weights, given)
-    if not extras:
-        return case
+def in_torch(
+    problem: Problem, *, dtype: torch.dtype = torch.float64, requires_grad: bool = True
+) -> Arguments:
+    """The arrays of a problem as torch's, all but steps and masks in ``dtype``."""
 
-    def drawn(*shape: int) -> Tensor:
-        return torch.rand(groups, *shape, generator=generator) < 0.4
+    def tensor(x: Any) -> Tensor:
+        return torch.from_numpy(x).to(dtype, copy=True).requires_grad_(requires_grad)
 
-    two, where = options.cell == "LSTM", input.shape[:-1]
-    learned = "reset_hx" in extras
-    return case._replace(
-        extras=Extras(
-            random(groups, out) if learned else None,
-            random(groups, h) if learned and two else None,
-            drawn(b, out).to(dtype) / 0.4 if "dropout" in extras else None,
-            drawn(*where, out) if "zoneout_h" in extras else None,
-            drawn(*where, h) if "zoneout_c" in extras and two else None,
-        )
+    given = problem.extras
+    reset_h, reset_c = (*map(tensor, given.get("reset_hx", ())), None, None)[:2]
+    keep = (None if m is None else torch.from_numpy(m) for m in given.get("zoneout_mask", ()))
+    dropout = given.get("dropout_mask")
+    return Arguments(
+        problem.options,
+        tensor(problem.input),
+        tuple(map(tensor, problem.hx or ())),
+        list(map(tensor, problem.weights)),
+        {name: torch.from_numpy(x.copy()) for name, x in problem.rows.items()},
+        Extras(
+            reset_h,
+            reset_c,
+            None if dropout is None else torch.from_numpy(dropout).to(dtype),
+            *(*keep, None, None)[:2],
+        ),
     )
 
 
-def moved(case: Case, device: torch.device) -> Case:
+def moved(case: Arguments, device: torch.device) -> Arguments:
     """The case on a device, batch_sizes apart, its leaves leaves there."""
 
     def move(x: Tensor) -> Tensor:
@@ -128,7 +98,7 @@ def moved(case: Case, device: torch.device) -> Case:
 
 
 def as_function(
-    case: Case, run: Callable[[Case], list[Tensor]]
+    case: Arguments, run: Callable[[Arguments], list[Tensor]]
 ) -> tuple[Callable[..., list[Tensor]], tuple[Tensor, ...]]:
     """``run`` as a function of tensors alone, as a compiler wants it, and the case's own."""
     names, count = tuple(case.steps), len(case.leaves)
@@ -141,10 +111,10 @@ def as_function(
 
 
 def replayed(
-    case: Case,
-    other: Case,
-    run: Callable[[Case], list[Tensor]],
-    gradients: Callable[[Case, list[Tensor]], tuple[Tensor, ...]],
+    case: Arguments,
+    other: Arguments,
+    run: Callable[[Arguments], list[Tensor]],
+    gradients: Callable[[Arguments, list[Tensor]], tuple[Tensor, ...]],
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """Forward and backward of ``case`` captured in one CUDA graph, and replayed with the values of
     ``other``.

@@ -1,4 +1,4 @@
-"""A step run by the engine and by the loop, for comparison."""
+"""A step run by a plain loop, by the engine, and by the package's own loop."""
 
 from __future__ import annotations
 
@@ -12,12 +12,27 @@ from torch.utils import _pytree as pytree
 from fastrnn import _scan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+
+def loop(step: Any, init: Any, xs: Any, reverse: bool = False) -> tuple[Any, Any]:
+    """The specification of `fastrnn.scan`, for at least one step."""
+    steps = next(x for x in pytree.tree_leaves(xs) if x is not None).shape[0]
+    carry, ys = init, []
+    for t in reversed(range(steps)) if reverse else range(steps):
+        carry, y = step(carry, mapped(lambda x: x[t], xs))  # noqa: B023
+        ys.append(y)
+    return carry, mapped(lambda *y: torch.stack(y), *(reversed(ys) if reverse else ys))
+
+
+def mapped(function: Callable[..., Any], *values: Any) -> Any:
+    """`function` of the leaves of like structures; None stays None."""
+    return pytree.tree_map(lambda *v: None if v[0] is None else function(*v), *values)
 
 
 @contextmanager
 def by_loop() -> Iterator[None]:
-    """Every step runs as a loop of torch operations meanwhile."""
+    """Inside, every step runs as the package's loop of torch operations."""
     routed = _scan.program.routed
     _scan.program.routed = lambda *_: None
     try:
@@ -28,7 +43,7 @@ def by_loop() -> Iterator[None]:
 
 @contextmanager
 def by_engine() -> Iterator[None]:
-    """A step that does not run on the engine is an error meanwhile."""
+    """Inside, a step that does not run on the engine is an error."""
     routed = _scan.program.routed
 
     def checked(*call: Any) -> Any:

@@ -16,13 +16,10 @@ from fastrnn import _C
 T, B, I, H, L, D = 4, 3, 5, 6, 2, 2  # noqa: E741
 N = 9  # rows of the packed data
 GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
-FORWARD = (
-    "input h0 c0 weights batch_sizes lengths reset hidden h_n c_n cell gates all_layers"
-).split()
-BACKWARD = (
-    "input h0 c0 weights batch_sizes lengths reset hidden cell gates "
-    "d_output d_hidden d_cell d_h_n d_c_n d_input d_h0 d_c0 d_weights"
-).split()
+INPUTS = "input h0 c0 weights batch_sizes lengths reset".split()
+SAVED = "hidden cell saved d_output d_hidden d_cell d_h_n d_c_n".split()
+RESULTS = "output h_n c_n hidden cell saved".split()
+GRADIENTS = "d_input d_h0 d_c0".split()
 
 Arguments = dict[str, Any]
 
@@ -40,7 +37,6 @@ def forward_arguments(
     cell: str = "LSTM", *, packed: bool = False, proj_size: int = 0, bias: bool = True
 ) -> Arguments:
     """Arguments that fit: every one given that can be."""
-    o = options(cell, proj_size=proj_size)
     out, rows, two = proj_size or H, GATES[cell] * H, cell == "LSTM"
     weights = []
     for layer in range(L):
@@ -49,8 +45,6 @@ def forward_arguments(
             weights += [random(rows), random(rows)] if bias else []
             weights += [random(proj_size, H)] if proj_size else []
     data = (N,) if packed else (T, B)
-    count = N if packed else T * B
-    planes = o.saved_planes * -(-H // 16) * 16
     return {
         "input": random(*data, I),
         "h0": random(L * D, B, out),
@@ -59,40 +53,41 @@ def forward_arguments(
         "batch_sizes": np.array([3, 3, 2, 1]) if packed else None,
         "lengths": None if packed else np.array([4, 0, 2]),
         "reset": None if packed else np.eye(T, B, dtype=bool),
-        "hidden": np.zeros((L, *data, D * out), np.float32),
-        "h_n": np.zeros((L * D, B, out), np.float32),
-        "c_n": np.zeros((L * D, B, H), np.float32) if two else None,
-        "cell": np.zeros((L, *data, D * H), np.float32) if two else None,
-        "gates": np.zeros((L * D, count, planes), np.float32),
-        "all_layers": True,
     }
 
 
 def backward_arguments(cell: str = "LSTM", **changes: Any) -> Arguments:
     """Arguments that fit, from a forward pass that has run."""
     given = forward_arguments(cell, **changes)
-    run_forward(given, options(cell, proj_size=changes.get("proj_size", 0)))
+    given |= run_forward(given, options(cell, proj_size=changes.get("proj_size", 0)))
     two = cell == "LSTM"
-    del given["all_layers"]
+    ones = {name: np.ones_like(given[name]) for name in ("output", "hidden", "h_n")}
     return given | {
-        "d_output": np.ones_like(given["hidden"][-1]),
-        "d_hidden": np.ones_like(given["hidden"]),
+        "d_output": ones["output"],
+        "d_hidden": ones["hidden"],
         "d_cell": np.ones_like(given["cell"]) if two else None,
-        "d_h_n": np.ones_like(given["h_n"]),
+        "d_h_n": ones["h_n"],
         "d_c_n": np.ones_like(given["c_n"]) if two else None,
-        "d_input": np.zeros_like(given["input"]),
-        "d_h0": np.zeros_like(given["h0"]),
-        "d_c0": np.zeros_like(given["c0"]) if two else None,
-        "d_weights": [np.zeros_like(w) for w in given["weights"]],
+        "needs": (True,) * (3 + len(given["weights"])),
     }
 
 
-def run_forward(given: Arguments, o: _C.Options | None = None, **more: Any) -> None:
-    _C.forward(o or options(), *(given[name] for name in FORWARD), **more)
+def arrays(found: Any) -> list[Any]:
+    return [x if x is None else x.numpy() for x in found]
 
 
-def run_backward(given: Arguments, o: _C.Options | None = None, **more: Any) -> None:
-    _C.backward(o or options(), *(given[name] for name in BACKWARD), **more)
+def run_forward(
+    given: Arguments, o: _C.Options | None = None, threads: int = 0, **flags: bool
+) -> Arguments:
+    call = _C.Call(o or options(), *(given[name] for name in INPUTS), threads=threads)
+    results = call.forward(**{"states": True, "save": True, "zeros": True, **flags})
+    return dict(zip(RESULTS, arrays(results), strict=True))
+
+
+def run_backward(given: Arguments, o: _C.Options | None = None, threads: int = 0) -> Arguments:
+    names = (*INPUTS, *SAVED, "needs")
+    found = arrays(_C.backward(o or options(), *(given[n] for n in names), threads=threads))
+    return {**dict(zip(GRADIENTS, found, strict=False)), "d_weights": found[len(GRADIENTS) :]}
 
 
 def read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -115,36 +110,47 @@ def spread(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 @pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_everything_given_is_accepted_and_written(cell: str, packed: bool, bias: bool) -> None:
+def test_every_result_is_returned_and_written(cell: str, packed: bool, bias: bool) -> None:
     given = backward_arguments(cell, packed=packed, bias=bias)
-    run_backward(given, options(cell))
-    for name in ("hidden", "h_n", "gates", "d_input", "d_h0"):
+    found = run_backward(given, options(cell))
+    for name in ("output", "hidden", "h_n", "saved"):
         assert np.any(given[name] != 0), name
-    for gradient in given["d_weights"]:
+    for name in ("d_input", "d_h0"):
+        assert np.any(found[name] != 0), name
+    for gradient in found["d_weights"]:
         assert np.any(gradient != 0)
 
 
+def test_only_what_is_asked_for_is_returned() -> None:
+    given = forward_arguments()
+    found = run_forward(given, states=False, save=False)
+    assert [name for name in RESULTS if found[name] is not None] == ["output", "h_n", "c_n"]
+    found = run_forward(given, states=True, save=False)
+    assert found["saved"] is None
+    assert found["hidden"] is not None
+    found = run_forward(given, states=False, save=True)
+    assert all(found[name] is not None for name in RESULTS)
+
+
 def test_projection_is_accepted() -> None:
-    given = backward_arguments(proj_size=2)
-    run_backward(given, options(proj_size=2))
-    assert all(np.any(gradient != 0) for gradient in given["d_weights"])
+    found = run_backward(backward_arguments(proj_size=2), options(proj_size=2))
+    assert all(np.any(gradient != 0) for gradient in found["d_weights"])
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_inputs_of_any_strides_and_read_only(packed: bool) -> None:
-    plain, strided = backward_arguments(packed=packed), backward_arguments(packed=packed)
+    plain = backward_arguments(packed=packed)
     reads = "input h0 c0 reset d_output d_hidden d_cell d_h_n d_c_n".split()
+    strided = dict(plain)
     for name in reads:
         if strided[name] is not None:
             strided[name] = read_only(spread(strided[name]))
     strided["weights"] = tuple(read_only(spread(w)) for w in strided["weights"])
-    for given in (plain, strided):
-        run_forward(given | {"all_layers": True})
-        run_backward(given)
+    one, two = ({**run_forward(given), **run_backward(given)} for given in (plain, strided))
     for name in ("hidden", "h_n", "c_n", "cell", "d_input", "d_h0", "d_c0", "d_weights"):
         np.testing.assert_array_equal(
-            np.concatenate([np.ravel(a) for a in plain[name]]),
-            np.concatenate([np.ravel(a) for a in strided[name]]),
+            np.concatenate([np.ravel(a) for a in one[name]]),
+            np.concatenate([np.ravel(a) for a in two[name]]),
             err_msg=name,
         )
 
@@ -153,85 +159,66 @@ def test_inputs_of_any_strides_and_read_only(packed: bool) -> None:
 def test_torch_arrays_give_what_numpy_arrays_give(fast: bool) -> None:
     torch = pytest.importorskip("torch")
     given = backward_arguments()
-    run_backward(given)
+    expected = run_backward(given)
     mirrored: Arguments = {
         name: [torch.from_numpy(w.copy()) for w in value]
         if isinstance(value, list)
-        else value
-        if value is None
         else torch.from_numpy(value.copy())
-        for name, value in backward_arguments().items()
+        if isinstance(value, np.ndarray)
+        else value
+        for name, value in given.items()
     }
     mirrored["weights"] = [w.requires_grad_() for w in mirrored["weights"]]
     before = _C._set_fast_dlpack(fast)
     try:
-        run_forward(mirrored | {"all_layers": True})
-        run_backward(mirrored)
+        outputs, found = run_forward(mirrored), run_backward(mirrored)
     finally:
         _C._set_fast_dlpack(before)
-    for name in ("hidden", "h_n", "c_n", "gates", "d_input", "d_h0", "d_c0"):
-        np.testing.assert_array_equal(mirrored[name].numpy(), given[name], err_msg=name)
-    for ours, theirs in zip(mirrored["d_weights"], given["d_weights"], strict=True):
-        np.testing.assert_array_equal(ours.numpy(), theirs)
+    for name in ("hidden", "h_n", "c_n"):
+        np.testing.assert_array_equal(outputs[name], given[name], err_msg=name)
+    for name in ("d_input", "d_h0", "d_c0", "d_weights"):
+        for ours, theirs in zip(found[name], expected[name], strict=True):
+            np.testing.assert_array_equal(ours, theirs, err_msg=name)
 
 
 def test_own_tensors_and_names_instead_of_positions() -> None:
     given = forward_arguments()
-    expected = given["hidden"]
-    run_forward(given)
     ours: Arguments = {
         k: _C.from_dlpack(v) if isinstance(v, np.ndarray) else v for k, v in given.items()
     }
-    ours["hidden"] = _C.empty(expected.shape, "float32")
-    _C.forward(options=options(), threads=1, workspace=None, **ours)
-    np.testing.assert_array_equal(ours["hidden"].numpy(), expected)
+    output = _C.Call(options=options(), threads=1, **ours).forward()[0]
+    np.testing.assert_array_equal(output.numpy(), run_forward(given)["output"])
 
 
-def test_gradients_that_nobody_wants_are_left_out() -> None:
+def test_gradients_that_are_not_needed_are_left_out() -> None:
     given = backward_arguments()
-    run_backward(given)
-    expected = given["d_weights"][5].copy()
-    alone: list[npt.NDArray[Any] | None] = [None] * len(given["weights"])
-    alone[5] = np.zeros_like(expected)
-    unwanted = dict.fromkeys(["d_input", "d_h0", "d_c0"])
-    run_backward(given | unwanted | {"d_weights": alone})
-    np.testing.assert_array_equal(alone[5], expected)
-    run_backward(given | unwanted | {"d_weights": None})
+    expected = run_backward(given)["d_weights"][5]
+    needs = tuple(i == 3 + 5 for i in range(len(given["needs"])))
+    found = run_backward(given | {"needs": needs})
+    np.testing.assert_array_equal(found["d_weights"][5], expected)
+    assert sum(d is not None for d in found["d_weights"]) == 1
+    assert all(found[name] is None for name in GRADIENTS)
+    assert set(run_backward(given | {"needs": (False,) * len(needs)})["d_weights"]) == {None}
 
 
 def test_an_empty_batch() -> None:
     given = forward_arguments()
     for name, value in given.items():
-        if isinstance(value, np.ndarray) and name != "gates":
+        if isinstance(value, np.ndarray):
             axis = {"lengths": 0}.get(name, value.ndim - 1 if name == "reset" else value.ndim - 2)
             given[name] = np.take(value, [], axis)
-    given["gates"] = given["gates"][:, :0]
-    run_forward(given)
-    assert given["h_n"].shape == (L * D, 0, H)
-
-
-def test_a_workspace_of_the_callers() -> None:
-    expected, given = forward_arguments(), forward_arguments()
-    run_forward(expected)
-    run_forward(given, workspace=_C.empty((1 << 24,), "uint8"))
-    np.testing.assert_array_equal(given["hidden"], expected["hidden"])
-    with pytest.raises(ValueError, match=r"workspace: expected \d+ bytes, 64-byte aligned, got 1 "):
-        run_forward(given, workspace=_C.empty((1,), "uint8"))
+    assert run_forward(given)["h_n"].shape == (L * D, 0, H)
 
 
 # ---- what does not fit: each argument, by name --------------------------------------------------
 
-WRITTEN = {"hidden", "h_n", "c_n", "cell", "gates"}
-GRADIENTS_OUT = {"d_input", "d_h0", "d_c0"}
-ARRAYS = [
-    name for name in BACKWARD if name not in ("weights", "d_weights", "batch_sizes", "lengths")
-]
+ARRAYS = [n for n in (*INPUTS, *SAVED) if n not in ("weights", "batch_sizes", "lengths")]
 
 
-def refused(given: Arguments, error: type[Exception], message: str, **more: Any) -> None:
-    run = run_forward if "all_layers" in given else run_backward
+def refused(given: Arguments, error: type[Exception], message: str, threads: int = 0) -> None:
+    run = run_backward if "needs" in given else run_forward
     with pytest.raises(error, match=message):
-        run(given, **more)
+        run(given, threads=threads)
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +238,7 @@ def test_wrong_shapes(fitting: Arguments, name: str) -> None:
 
 @pytest.mark.parametrize("name", ARRAYS)
 def test_wrong_dtypes(fitting: Arguments, name: str) -> None:
-    bad = fitting[name].astype(np.int32)
+    bad = np.zeros_like(fitting[name], np.int32)
     refused(fitting | {name: bad}, TypeError, rf"^{name}: expected dtype .*, got int32")
 
 
@@ -260,37 +247,30 @@ def test_no_arrays(fitting: Arguments, name: str) -> None:
     refused(fitting | {name: "text"}, TypeError, rf"^{name}: expected an array .*, got str")
 
 
-@pytest.mark.parametrize("name", sorted(WRITTEN | GRADIENTS_OUT))
-def test_outputs_must_be_contiguous_and_writable(fitting: Arguments, name: str) -> None:
-    given = fitting
-    if name in WRITTEN:
-        given = {k: fitting[k] for k in FORWARD[:-1]} | {"all_layers": True}
-    bad = spread(given[name])
-    refused(given | {name: bad}, ValueError, rf"^{name}: expected a contiguous array, got .*stride")
-    bad = read_only(given[name])
-    refused(given | {name: bad}, ValueError, rf"^{name}: expected an array to write to, got a read")
+@pytest.mark.parametrize("name", ["hidden", "cell", "saved"])
+def test_what_forward_saved_must_be_contiguous(fitting: Arguments, name: str) -> None:
+    bad = fitting | {name: spread(fitting[name])}
+    refused(bad, ValueError, rf"^{name}: expected a contiguous array, got .*stride")
+    refused(fitting | {name: None}, TypeError, rf"^{name}: .*, got NoneType")
 
 
-@pytest.mark.parametrize("name", ["input", "hidden", "h_n", "c_n"])
-def test_what_must_be_given(name: str) -> None:
-    refused(forward_arguments() | {name: None}, TypeError, rf"^{name}: .*, got NoneType")
+def test_saved_values_that_are_consumed_must_be_writable(fitting: Arguments) -> None:
+    names = (*INPUTS, *SAVED, "needs")
+    given = fitting | {"saved": read_only(fitting["saved"])}
+    run_backward(given)
+    with pytest.raises(ValueError, match=r"^saved: expected an array to write to, got a read"):
+        _C.backward(options(), *(given[n] for n in names), consume_saved=True)
 
 
-def test_backward_needs_what_forward_saved(fitting: Arguments) -> None:
-    refused(fitting | {"gates": None}, ValueError, "^gates: expected those that forward saved")
-    refused(fitting | {"cell": None}, ValueError, "^cell: expected an array with gates, got None")
-    given = forward_arguments()
-    given |= {"hidden": given["hidden"][-1:], "all_layers": False}
-    refused(given, ValueError, "^all_layers: expected True with gates, got False")
+def test_input_must_be_given() -> None:
+    refused(forward_arguments() | {"input": None}, TypeError, r"^input: .*, got NoneType")
 
 
-@pytest.mark.parametrize("name", ["c0", "c_n", "cell", "d_cell", "d_c_n", "d_c0"])
+@pytest.mark.parametrize("name", ["c0", "cell", "d_cell", "d_c_n"])
 def test_cells_of_one_state_take_no_c(name: str) -> None:
-    forward = name == "c_n"
-    given = forward_arguments("GRU") if forward else backward_arguments("GRU")
-    bad = given | {name: random(L * D, B, H)}
+    bad = backward_arguments("GRU") | {name: random(L * D, B, H)}
     with pytest.raises(ValueError, match=rf"^{name}: expected None for the GRU cell"):
-        (run_forward if forward else run_backward)(bad, options("GRU"))
+        run_backward(bad, options("GRU"))
 
 
 def test_misaligned_memory_is_refused() -> None:
@@ -322,23 +302,17 @@ def test_the_list_of_weights() -> None:
     [(0, "weight_ih_l0"), (5, "weight_hh_l0_reverse"), (10, "bias_ih_l1"), (15, "bias_hh_l1_rev")],
 )
 def test_each_weight_is_named(index: int, name: str) -> None:
-    for run in ("weights", "d_weights"):
-        given = backward_arguments() if run == "d_weights" else forward_arguments()
-        label = rf"^{run}\[{index}\] \({name}"
-        good = given[run][index]
+    given = forward_arguments()
+    label, good = rf"^weights\[{index}\] \({name}", given["weights"][index]
 
-        def bad(array: Any, given: Arguments = given, run: str = run) -> Arguments:
-            entries = list(given[run])
-            entries[index] = array
-            return given | {run: entries}
+    def bad(array: Any) -> Arguments:
+        entries = list(given["weights"])
+        entries[index] = array
+        return given | {"weights": entries}
 
-        refused(bad(good[..., :-1]), ValueError, label + r".*: expected shape .*, got shape")
-        refused(bad(good.astype(np.float64)), TypeError, label + ".*float32, got float64")
-        if run == "weights":
-            refused(bad(None), TypeError, label + ".*got NoneType")
-        else:
-            refused(bad(read_only(good)), ValueError, label + ".*an array to write to")
-            refused(bad(spread(good)), ValueError, label + ".*a contiguous array")
+    refused(bad(good[..., :-1]), ValueError, label + r".*: expected shape .*, got shape")
+    refused(bad(good.astype(np.float64)), TypeError, label + ".*float32, got float64")
+    refused(bad(None), TypeError, label + ".*got NoneType")
 
 
 def test_the_rows_of_the_recurrent_weights_are_whole_gates() -> None:
@@ -349,9 +323,9 @@ def test_the_rows_of_the_recurrent_weights_are_whole_gates() -> None:
     refused(given, ValueError, r"^weights\[1\] \(weight_hh_l0\): .*got 0 rows")
 
 
-def test_as_many_gradients_as_weights(fitting: Arguments) -> None:
-    bad = fitting | {"d_weights": fitting["d_weights"][:-1]}
-    refused(bad, ValueError, "^d_weights: expected 16 arrays, as many as weights, got 15")
+def test_needs_say_of_each_argument_whether_its_gradient_is_wanted(fitting: Arguments) -> None:
+    bad = fitting | {"needs": fitting["needs"][:-1]}
+    refused(bad, ValueError, "^needs: expected 19 values, got 18")
 
 
 # ---- rows ---------------------------------------------------------------------------------------
@@ -418,8 +392,7 @@ def test_options_tell_what_they_are() -> None:
     assert (options("RNN").gates, options("RNN").states) == (1, 1)
     assert repr(o) == (
         "Options(cell='GRU', num_layers=3, bidirectional=True, proj_size=0, activation='tanh', "
-        "gate_activation='sigmoid', reset_after=False, peephole=False, layer_norm=False, heads=1, "
-        "zoneout_h=0.0, zoneout_c=0.0, grad_clip=0.0, recompute=False)"
+        "gate_activation='sigmoid', reset_after=False, heads=1, recompute=False)"
     )
     with pytest.raises(AttributeError):
         o.cell = "LSTM"  # type: ignore[misc]
@@ -438,11 +411,6 @@ def test_options_tell_what_they_are() -> None:
         ),
         ({"heads": 0}, "^heads: expected 1 or more, got 0"),
         ({"heads": 2, "proj_size": 3}, "^heads: expected a divisor of proj_size, 3, got 2"),
-        ({"zoneout_h": 1.5}, "^zoneout_h: expected a number from 0 to 1, got 1.5"),
-        ({"zoneout_c": float("nan")}, "^zoneout_c: expected a number from 0 to 1, got nan"),
-        ({"grad_clip": -1.0}, "^grad_clip: expected 0 .none. or more, got -1"),
-        ({"cell": "GRU", "peephole": True}, "^peephole: the GRU cell has no c"),
-        ({"cell": "RNN", "zoneout_c": 0.1}, "^zoneout_c: the RNN cell has no c"),
     ],
 )
 def test_options_that_cannot_be(changes: dict[str, Any], message: str) -> None:
@@ -466,7 +434,7 @@ def test_a_tensor_of_torch_without_memory_is_named() -> None:
     refused(given, TypeError, "^h0: the array cannot be read")
 
 
-def test_the_build_tells_what_it_is() -> None:
+def test_build_information_is_complete() -> None:
     assert _C.isa() in _C.isas()
     assert "portable" in _C.isas()
     assert _C.max_threads() >= 1
@@ -494,14 +462,13 @@ def test_every_array_is_let_go_after_the_call() -> None:
 # ---- ensembles ----------------------------------------------------------------------------------
 
 MEMBERS = 3
-RESETS = ("d_reset_h", "d_reset_c")
 
 
 def of_members(given: Arguments, shared: tuple[str, ...] = ()) -> Arguments:
     """The same arguments for each member, in memory of their own or shared."""
 
     def widen(name: str, x: Any) -> Any:
-        if x is None or name in ("batch_sizes", "all_layers"):
+        if x is None or name in ("batch_sizes", "needs"):
             return x
         if isinstance(x, list):
             return [widen(name, w) for w in x]
@@ -513,31 +480,29 @@ def of_members(given: Arguments, shared: tuple[str, ...] = ()) -> Arguments:
 
 @pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("shared", [(), ("input", "weights", "h0", "gates", "hidden")])
+@pytest.mark.parametrize("shared", [(), ("input", "weights", "h0", "saved", "hidden")])
 def test_members_give_what_each_gives(cell: str, packed: bool, shared: tuple[str, ...]) -> None:
     one = backward_arguments(cell, packed=packed)
-    run_backward(one, options(cell))
-    read = tuple(name for name in shared if name not in ("gates", "hidden"))
-    given = of_members(forward_arguments(cell, packed=packed), read)
-    _C.forward_members(options(cell), MEMBERS, *(given[name] for name in FORWARD))
-    for name in ("hidden", "h_n", "c_n", "cell", "gates"):
-        assert one[name] is None or all(np.array_equal(part, one[name]) for part in given[name])
-    given = of_members(backward_arguments(cell, packed=packed), shared)
-    _C.backward_members(options(cell), MEMBERS, *(given[name] for name in BACKWARD))
-    for name in ("d_input", "d_h0", "d_c0"):
-        assert one[name] is None or all(np.array_equal(part, one[name]) for part in given[name])
-    for d, expected in zip(given["d_weights"], one["d_weights"], strict=True):
-        assert all(np.array_equal(part, expected) for part in d)
+    expected = run_backward(one, options(cell))
+    given = of_members(one, shared)
+    inputs = [given[name] for name in INPUTS]
+    results = arrays(_C.forward_members(options(cell), MEMBERS, *inputs, None, True, True, 0, True))
+    for name, result in zip(RESULTS, results, strict=True):
+        assert one[name] is None or all(np.array_equal(part, one[name]) for part in result)
+    saved = [given[name] for name in SAVED]
+    found = arrays(_C.backward_members(options(cell), MEMBERS, *inputs, *saved, given["needs"]))
+    wanted = [*(expected[name] for name in GRADIENTS), *expected["d_weights"]]
+    for d, one_d in zip(found, wanted, strict=True):
+        assert one_d is None or all(np.array_equal(part, one_d) for part in d)
 
 
 def test_members_that_do_not_fit_are_refused_by_name() -> None:
     given = of_members(forward_arguments())
 
     def refused(message: str, members: int = MEMBERS, **changes: Any) -> None:
+        inputs = [{**given, **changes}[name] for name in INPUTS]
         with pytest.raises(ValueError, match=message):
-            _C.forward_members(
-                options(), members, *({**given, **changes}[name] for name in FORWARD)
-            )
+            _C.forward_members(options(), members, *inputs, None, True, True)
 
     refused(r"members: expected 1 or more, got 0", members=0)
     refused(r"input: expected a leading axis of 2 members, got shape \(3, ", members=2)
@@ -546,62 +511,3 @@ def test_members_that_do_not_fit_are_refused_by_name() -> None:
     refused(r"reset: expected shape", reset=given["reset"][:, :, :1])
     weights = [w[:2] if k == 2 else w for k, w in enumerate(given["weights"])]
     refused(r"weights\[2\] \(bias_ih_l0\): expected a leading axis of 3 members", weights=weights)
-    refused(r"hidden: expected an array to write to", hidden=read_only(given["hidden"]))
-
-
-def extras_of_members(cell: str, *data: int) -> tuple[npt.NDArray[Any] | None, ...]:
-    """Those of each member, all different but the dropout mask, which they share."""
-    draw, two = np.random.default_rng(7), cell == "LSTM"
-    dropout = draw.integers(0, 2, (L * D, B, H)).astype(np.float32) * 2
-    keep = draw.random((2, MEMBERS, L * D, *data, H)) < 0.4
-    anew = draw.standard_normal((2, MEMBERS, L * D, H)).astype(np.float32)
-    return (
-        anew[0],
-        anew[1] if two else None,
-        np.broadcast_to(dropout, (MEMBERS, *dropout.shape)),
-        keep[0],
-        keep[1] if two else None,
-    )
-
-
-@pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_members_have_extras_of_their_own(cell: str, packed: bool) -> None:
-    extras = extras_of_members(cell, *((N,) if packed else (T, B)))
-    two = cell == "LSTM"
-    together = of_members(forward_arguments(cell, packed=packed))
-    _C.forward_members(options(cell), MEMBERS, *(together[name] for name in FORWARD), extras=extras)
-    plain = backward_arguments(cell, packed=packed)
-    given = of_members(plain) | {name: together[name] for name in ("hidden", "cell", "gates")}
-    d_resets = [np.zeros_like(x) for x in extras[:2] if x is not None]
-    _C.backward_members(
-        options(cell), MEMBERS, *(given[name] for name in BACKWARD), 0, extras, *d_resets
-    )
-    for k in range(MEMBERS):
-        own = tuple(x if x is None else x[k] for x in extras)
-        one = forward_arguments(cell, packed=packed)
-        run_forward(one, options(cell), extras=own)
-        for name in ("hidden", "h_n", "c_n"):
-            assert one[name] is None or np.array_equal(together[name][k], one[name])
-        one = plain | {name: one[name] for name in ("hidden", "cell", "gates")}
-        d_own = {name: np.zeros_like(own[i]) for i, name in enumerate(RESETS[: 1 + two])}
-        run_backward(one, options(cell), extras=own, **d_own)
-        for name in ("d_input", "d_h0", "d_c0"):
-            assert one[name] is None or np.array_equal(given[name][k], one[name])
-        for d, expected in zip(given["d_weights"], one["d_weights"], strict=True):
-            assert np.array_equal(d[k], expected)
-        for d, expected in zip(d_resets, d_own.values(), strict=True):
-            assert np.array_equal(d[k], expected)
-    assert not np.array_equal(together["hidden"][0], together["hidden"][1])
-
-
-def test_extras_of_members_that_do_not_fit_are_refused_by_name() -> None:
-    given = of_members(forward_arguments())
-    fitting = extras_of_members("LSTM", T, B)
-    names = ("reset_h", "reset_c", "dropout_mask", "zoneout_h_mask", "zoneout_c_mask")
-    for index, name in enumerate(names):
-        extras = [x[:2] if k == index else x for k, x in enumerate(fitting) if x is not None]
-        with pytest.raises(ValueError, match=rf"^{name}: expected a leading axis of 3 members"):
-            _C.forward_members(
-                options(), MEMBERS, *(given[name] for name in FORWARD), extras=extras
-            )

@@ -1,7 +1,7 @@
-"""Torch's own call in the place of the engine, as on a GPU; here tensors of the CPU stand for its.
+"""The route through torch's own call, the default on a GPU, tested with tensors on the CPU.
 
-``torch._VF`` runs on a CPU too, so that what is around it can be known without a GPU: equality with
-torch.nn, lengths and resets as episodes, derivatives, graphs. What is cuDNN's alone has doubles.
+``torch._VF`` runs on a CPU too, so everything around it is testable without a GPU: equality with
+torch.nn, lengths and resets as episodes, derivatives, graphs. cuDNN itself is replaced by doubles.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 import fastrnn
+from cases import LAYOUTS, STACKS
 from fastrnn import (
+    _C,
     _by_torch,
-    _by_torch_operators,
+    _call,
     _composed,
     _episodes,
-    _inference,
-    _ops,
-    _recurrent,
+    _operators,
+    _torch_kernels,
 )
-from fastrnn._engine import NO_EXTRAS, scalars
+from fastrnn._call import recurrent
+from fastrnn._engine import NO_EXTRAS
 from fastrnn._options import Options
-from fastrnn._recurrent import recurrent
 from operators import opcheck
 from pairs import CELLS, LAYERS, outcome, pair, tensors
-from stacks import STACKS, STEPS, Case, as_function, make
+from stacks import Arguments, as_function, make
 
 # Their promises hold here too.
 from test_sequences import (  # noqa: F401
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 
 OURS = {k: options for k, options in STACKS.items() if options.in_torch_nn}
 every_stack = pytest.mark.parametrize("options", OURS.values(), ids=OURS.keys())
-every_step = pytest.mark.parametrize("steps", STEPS)
+every_step = pytest.mark.parametrize("steps", LAYOUTS)
 every_layer = pytest.mark.parametrize("layer", LAYERS)
 KINDS: tuple[dict[str, Any], ...] = (
     {},
@@ -68,8 +69,8 @@ T, B, SIZE, H = 6, 4, 3, 5
 
 @pytest.fixture(autouse=True)
 def _in_the_place_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_recurrent, "_ENGINE_DEVICES", frozenset({"meta"}))
-    monkeypatch.setattr(_inference, "run", lambda *_: None)
+    monkeypatch.setattr(_call, "_ENGINE_DEVICES", frozenset({"meta"}))
+    monkeypatch.setattr(_C, "layer", lambda *_: None)
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
     assert made
 
 
-def run(case: Case, **more: Any) -> list[Tensor]:
+def run(case: Arguments, **more: Any) -> list[Tensor]:
     """Output, final states and all states."""
     output, hx_n, states = recurrent(
         case.options, case.input, case.hx, case.weights, **case.steps, extras=case.extras, **more
@@ -95,16 +96,16 @@ def run(case: Case, **more: Any) -> list[Tensor]:
     return [output, *hx_n, *(s for s in states or () if s is not None)]
 
 
-def by_the_engine(case: Case, **more: Any) -> list[Tensor]:
-    with patch.object(_recurrent, "_ENGINE_DEVICES", frozenset({"cpu"})):
+def by_the_engine(case: Arguments, **more: Any) -> list[Tensor]:
+    with patch.object(_call, "_ENGINE_DEVICES", frozenset({"cpu"})):
         return run(case, **more)
 
 
-def gradients(case: Case, values: list[Tensor]) -> tuple[Tensor, ...]:
+def gradients(case: Arguments, values: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(sum(y.pow(2).sum() for y in values), case.leaves, allow_unused=True)
 
 
-def assert_as_the_engine(case: Case, **more: Any) -> None:
+def assert_as_the_engine(case: Arguments, **more: Any) -> None:
     actual, expected = run(case, **more), by_the_engine(case, **more)
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
     mine, theirs = gradients(case, actual), gradients(case, expected)
@@ -190,7 +191,7 @@ def test_a_cell_gives_torch_nns_bits(cell: str) -> None:
 
 @every_layer
 @pytest.mark.parametrize("kind", KINDS[:2])
-def test_autocast_is_torchs_affair(layer: str, kind: dict[str, Any], calls: list[Any]) -> None:
+def test_autocast_follows_torch(layer: str, kind: dict[str, Any], calls: list[Any]) -> None:
     theirs, ours = pair(layer, SIZE, H, **kind)
     x = torch.randn(T, B, SIZE)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -219,7 +220,7 @@ def test_under_autocast_lengths_leave_the_dtypes_as_they_are(
     by_torch = dtypes()
     with patch.object(_by_torch, "_is_capturing", lambda _: True):
         assert dtypes() == by_torch
-    with patch.object(_recurrent, "_ENGINE_DEVICES", frozenset({"cpu"})):
+    with patch.object(_call, "_ENGINE_DEVICES", frozenset({"cpu"})):
         assert dtypes() == by_torch
 
 
@@ -255,7 +256,7 @@ def test_what_a_reset_puts_in_place_of_the_state(options: Options, calls: list[A
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn) -> Arguments:
     """Any pattern of lengths and resets: at step 0, at every step, in rows of no steps."""
     options = draw(st.sampled_from(list(OURS.values())))
     steps, rows = draw(st.integers(1, 6)), draw(st.integers(1, 5))
@@ -276,9 +277,9 @@ def cases(draw: st.DrawFn) -> Case:
 
 @settings(deadline=None, max_examples=150)
 @given(case=cases())
-def test_any_lengths_and_resets(case: Case) -> None:
+def test_any_lengths_and_resets(case: Arguments) -> None:
     with (
-        patch.object(_recurrent, "_ENGINE_DEVICES", frozenset({"meta"})),
+        patch.object(_call, "_ENGINE_DEVICES", frozenset({"meta"})),
         patch.object(_composed, "forward", wraps=_composed.forward) as composed,
     ):
         assert_as_the_engine(case)
@@ -357,13 +358,15 @@ def test_a_graph_that_is_captured_composes_lengths(layer: str) -> None:
 
 @pytest.mark.parametrize("layer", ["RNN", "GRU"])
 @pytest.mark.parametrize("steps", ["padded", "lengths-reset"])
-def test_h_of_every_layer_comes_layer_by_layer(layer: str, steps: str, calls: list[Any]) -> None:
+def test_returning_the_states_of_h_calls_torch_once_a_layer(
+    layer: str, steps: str, calls: list[Any]
+) -> None:
     case = make(Options(layer, 3, True), steps)  # type: ignore[arg-type]
     assert_as_the_engine(case, return_states=True)
     assert [arguments[0].num_layers for arguments in calls] == [1, 1, 1]
 
 
-def test_c_of_every_step_is_composed() -> None:
+def test_returning_the_states_of_c_takes_the_composed_route() -> None:
     case = make(Options("LSTM", 2), "lengths-reset")
     with patch.object(_by_torch, "call", side_effect=AssertionError):
         assert_as_the_engine(case, return_states=True)
@@ -381,8 +384,8 @@ def test_gradcheck_and_gradgradcheck(options: Options, steps: str, calls: list[A
     def call(*leaves: Tensor) -> tuple[Tensor, ...]:
         return tuple(run(case.with_leaves(*leaves)))
 
-    assert torch.autograd.gradcheck(call, case.leaves)
-    assert torch.autograd.gradgradcheck(call, case.leaves)
+    assert torch.autograd.gradcheck(call, case.leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, case.leaves, fast_mode=True)
 
 
 def test_a_gradient_of_the_gradient_is_not_torchs(calls: list[Any]) -> None:
@@ -504,7 +507,7 @@ def test_operators_give_contiguous_tensors_of_any_strides(options: Options, step
     case = make(options, steps)
     strided = [x.detach().transpose(0, -1).contiguous().transpose(0, -1) for x in case.leaves]
     arguments = operator_arguments(case.with_leaves(*strided), False, True, True)
-    output, h_n, c_n, hidden, cell, gates = _ops.forward_op(*arguments)
+    output, h_n, c_n, hidden, cell, gates = _operators.forward_op(*arguments)
     two = options.cell == "LSTM"
     d = [
         torch.randn(y.shape[::-1], dtype=y.dtype).permute(2, 1, 0)
@@ -512,8 +515,8 @@ def test_operators_give_contiguous_tensors_of_any_strides(options: Options, step
     ]
     cotangents = (d[0], None, None, d[1], d[2] if two else None)
     needs = [True, True, two, False, False, *[True] * len(case.weights)]
-    given = (*arguments[:12], hidden, cell, gates, *cotangents, *scalars(options), needs, True)
-    found = _ops.backward_op(*given)
+    given = (*arguments[:12], hidden, cell, gates, *cotangents, options.text, needs, True)
+    found = _operators.backward_op(*given)
     assert all(y.is_contiguous() for y in (output, h_n, c_n, hidden, *found))
 
 
@@ -523,17 +526,19 @@ def test_a_program_holds_one_operator(layer: str, calls: list[Any]) -> None:
     x = torch.randn(T, B, SIZE)
     dynamic = ({0: torch.export.Dim("T", min=2, max=64), 1: torch.export.Dim("B", min=2, max=64)},)
     program = torch.export.export(ours, (x,), dynamic_shapes=dynamic)
-    nodes = [node for node in program.graph.nodes if node.target is _ops.forward_op]
+    nodes = [node for node in program.graph.nodes if node.target is _operators.forward_op]
     assert len(nodes) == 1
     assert nodes[0].args[-1] is True
     longer = torch.randn(2 * T, B + 1, SIZE)
     torch.testing.assert_close(program.module()(longer), ours(longer))
 
 
-def operator_arguments(case: Case, states: bool, save: bool, by_torch: bool) -> tuple[Any, ...]:
+def operator_arguments(
+    case: Arguments, states: bool, save: bool, by_torch: bool
+) -> tuple[Any, ...]:
     h0, c0 = (*case.hx, None)[:2]
     steps = [case.steps.get(key) for key in ("batch_sizes", "lengths", "reset")]
-    flags = (*scalars(case.options), states, save, by_torch)
+    flags = (case.options.text, states, save, by_torch)
     return (case.input, h0, c0, case.weights, *steps, *case.extras, *flags)
 
 
@@ -543,16 +548,16 @@ def test_opcheck(kind: str, steps: str) -> None:
     options = OURS[kind]
     states = options.cell != "LSTM"
     case = make(options, steps, requires_grad=False)
-    opcheck(_ops.forward_op, operator_arguments(make(options, steps), states, True, True))
+    opcheck(_operators.forward_op, operator_arguments(make(options, steps), states, True, True))
     arguments = operator_arguments(case, states, True, True)
-    output, h_n, c_n, hidden, cell, gates = _ops.forward_op(*arguments)
+    output, h_n, c_n, hidden, cell, gates = _operators.forward_op(*arguments)
     assert hidden.shape[0] == (options.num_layers if states else 1)
     two = options.cell == "LSTM"
     d = (torch.randn_like(output), torch.randn_like(hidden) if states else None, None)
     d = (*d, torch.randn_like(h_n), torch.randn_like(c_n) if two else None)
     needs = [True, True, two, False, False, *[True] * len(case.weights)]
-    given = (*arguments[:12], hidden, cell, gates, *d, *scalars(options), needs, True)
-    opcheck(_ops.backward_op, given)
+    given = (*arguments[:12], hidden, cell, gates, *d, options.text, needs, True)
+    opcheck(_operators.backward_op, given)
 
 
 @every_stack
@@ -566,8 +571,8 @@ def test_a_graph_of_a_cpu_computes_where_kernels_are_not_trusted(
     expected = by_the_engine(case, return_states=states)
     wanted = gradients(case, expected)
     arguments = operator_arguments(case, states, False, False)
-    with patch.object(_by_torch_operators, "leaves_to_engine", lambda *_: False):
-        output, h_n, c_n, hidden, cell, _ = _ops.forward_op(*arguments)
+    with patch.object(_torch_kernels, "leaves_to_engine", lambda *_: False):
+        output, h_n, c_n, hidden, cell, _ = _operators.forward_op(*arguments)
         got = [output, h_n, c_n, hidden, cell]
         got = [y for y in got if y.dim() > 1]
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
@@ -586,7 +591,8 @@ def test_no_graph_leaves_memory_of_another_device_to_the_engine(device: str, eng
     """One that was made on a CPU asks for the engine wherever it is moved to."""
     x: Any = SimpleNamespace(device=torch.device(device), is_cuda=False)
     arguments = operator_arguments(make(Options("GRU")), False, False, False)
-    assert _by_torch_operators.leaves_to_engine(x, *arguments[1:]) is engine
+    given = (x, *arguments[1:12])
+    assert _torch_kernels.leaves_to_engine(given, Options("GRU"), False) is engine
 
 
 # ---- what is cuDNN's alone -----------------------------------------------------------------------
@@ -741,7 +747,7 @@ def test_layers_lay_their_weights_when_made_and_moved() -> None:
 
 @pytest.mark.parametrize("steps", ["padded", "packed"])
 @every_layer
-def test_cudnns_backward_is_given_what_its_forward_left(
+def test_cudnns_backward_receives_the_reserve_of_its_forward(
     layer: str, steps: str, cudnn: Cudnn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a graph: the reserve goes from operator to operator, and backward gets a copy to write."""
@@ -749,14 +755,14 @@ def test_cudnns_backward_is_given_what_its_forward_left(
     case = make(options, steps)
     expected = gradients(case, run(case))
     left = torch.arange(7, dtype=torch.uint8)
-    monkeypatch.setattr(_by_torch_operators, "_reserve", lambda _: left)
+    monkeypatch.setattr(_torch_kernels, "_reserve", lambda _: left)
     operator, asked = torch.ops.aten._cudnn_rnn_backward.default, []
 
     def double(**given: Any) -> Any:
         asked.append(given)
         leaves = [x.detach().requires_grad_() for x in case.leaves]
         twin = case.with_leaves(*leaves)
-        with _by_torch_operators.recording(), torch.enable_grad():
+        with _torch_kernels.recording(), torch.enable_grad():
             output, *hx_n = by_the_engine(twin)
             torch.testing.assert_close(given["output"], output.detach())
             cotangents = (given["grad_output"], given["grad_hy"], given["grad_cy"])
@@ -768,7 +774,7 @@ def test_cudnns_backward_is_given_what_its_forward_left(
         return d_input, states[0], states[1] if len(states) > 1 else None, weights
 
     monkeypatch.setattr(torch.ops.aten, "_cudnn_rnn_backward", double)
-    output, h_n, c_n, *_ = _ops.forward_op(*operator_arguments(case, False, False, True))
+    output, h_n, c_n, *_ = _operators.forward_op(*operator_arguments(case, False, False, True))
     values = [output, h_n, c_n][: 1 + len(case.hx)]
     torch.testing.assert_close(gradients(case, values), expected, rtol=1e-10, atol=1e-11)
     (given,) = asked
@@ -784,7 +790,9 @@ def test_torchs_graph_keeps_the_reserve_where_it_is_looked_for() -> None:
     assert hasattr(torch._C._functions.CudnnRnnBackward0, "_saved_result3")
 
 
-def test_cudnn_is_not_asked_for_more_steps_than_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_sequences_are_cut_to_the_steps_that_cudnn_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen = []
 
     def double(*_: Any) -> tuple[Tensor, Tensor]:

@@ -141,7 +141,7 @@ def test_a_certificate_made_for_something_else_is_ignored_with_one_warning(
 ) -> None:
     path = _certificate.write(document(TRUSTED))
     path.write_text(json.dumps(document(TRUSTED, **{name: value})))
-    with pytest.warns(UserWarning, match=f"made for {name} {value}, and here is") as seen:
+    with pytest.warns(UserWarning, match=f"made for {name} {value}, but this") as seen:
         assert not route().kernels
     assert str(path) in str(seen[0].message)
     assert "`fastrnn certify` writes a new one" in str(seen[0].message)
@@ -183,7 +183,7 @@ DAMAGED = {
 def test_a_damaged_certificate_is_ignored_with_one_warning(damage: str) -> None:
     path = _certificate.write(document())
     path.write_text(DAMAGED[damage]())
-    with pytest.warns(UserWarning, match="it is damaged or of another format") as seen:
+    with pytest.warns(UserWarning, match="it is damaged or has another format") as seen:
         assert not route().kernels
     assert len(seen) == 1
     with warnings.catch_warnings():

@@ -43,7 +43,7 @@ def test_info_json_parses_and_names_what_runs() -> None:
     known = json.loads(done.stdout)
     assert known["fastrnn"] == fastrnn.__version__
     assert known["cpu"]["isa"] in known["cpu"]["isas"]
-    assert known["routes"]["cuda"].startswith("cuDNN, by torch's own call")
+    assert known["routes"]["cuda"].startswith("cuDNN, through torch's own operator")
     assert known["cuda"]["devices"] is not None
 
 
@@ -52,19 +52,19 @@ def test_info_says_which_route_cuda_tensors_take(monkeypatch: pytest.MonkeyPatch
         return str(fastrnn.info()["routes"]["cuda"])
 
     monkeypatch.setattr(_engine, "built_with_cuda", lambda: False)
-    assert route() == "cuDNN, by torch's own call (this build has no CUDA kernels)"
+    assert route() == "cuDNN, through torch's own operator (this build has no CUDA kernels)"
     monkeypatch.setattr(_engine, "built_with_cuda", lambda: True)
     monkeypatch.delenv("FASTRNN_CUDA_KERNELS", raising=False)
     assert route() == (
-        "cuDNN, by torch's own call; the engine's kernels where the certificate of the device has "
-        "them"
+        "cuDNN, through torch's own operator; the engine's kernels for cases that the device's "
+        "certificate covers"
     )
     monkeypatch.setenv("FASTRNN_CUDA_KERNELS", "0")
-    assert route() == "cuDNN, by torch's own call (FASTRNN_CUDA_KERNELS is 0)"
+    assert route() == "cuDNN, through torch's own operator (FASTRNN_CUDA_KERNELS is 0)"
     monkeypatch.setenv("FASTRNN_CUDA_KERNELS", "1")
-    assert route() == "engine CUDA, a launch for each step (FASTRNN_CUDA_KERNELS is 1)"
+    assert route() == "engine CUDA, one launch per step (FASTRNN_CUDA_KERNELS is 1)"
     monkeypatch.setenv("FASTRNN_CUDA_KERNELS", "persistent")
-    assert route().startswith("engine CUDA, a launch for a sequence where there is a kernel for it")
+    assert route().startswith("engine CUDA, one launch per sequence if there is a kernel for it")
     monkeypatch.setenv("FASTRNN_CUDA_KERNELS", "yes")
     assert route() == "none: FASTRNN_CUDA_KERNELS: expected auto, 0, 1 or persistent, got 'yes'"
 
@@ -101,7 +101,7 @@ def test_explain_names_what_computes_a_case(capsys: pytest.CaptureFixture[str]) 
     assert lines[0] == "case          LSTM T50 B64 I512 H256"
 
 
-BY_TORCH = "cuDNN, by torch's own call"
+BY_TORCH = "cuDNN, through torch's own operator"
 NO_CERTIFICATE = "no certificate of this device; `fastrnn certify` makes one"
 
 
@@ -122,7 +122,7 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("GRU T50 B16 I8 H8 L3 bi float64", BY_TORCH),
         ("GRU T65535 B1 I8 H8", BY_TORCH),
         ("GRU T65536 B1 I8 H8",
-         "ATen, by torch's own call, as cuDNN takes fewer than 65536 steps"),
+         "ATen, through torch's own operator: cuDNN takes fewer than 65536 steps"),
         ("RNN T50 B16 I8 H8 relu lengths", f"{BY_TORCH}, as packed episodes"),
         ("RNN T50 B16 I8 H8 reset0.1", f"{BY_TORCH}, as packed episodes"),
         ("LSTM T50 B16 I8 H8 heads2", "composed torch operations"),
@@ -154,8 +154,7 @@ def test_explain_names_the_certificate_and_what_it_lets_run(
     known = explained(*case, "--dtype", "tf32", capsys=capsys)
     assert known["certificate"] == f"{path}: 1 class trusted"
     assert known["inference"] == (
-        "engine CUDA, a launch for each step "
-        "(certified on this device, 1.25 times as fast as torch's)"
+        "engine CUDA, one launch per step (certified on this device, 1.25 times as fast as torch's)"
     )
     assert known["training"].startswith(f"{BY_TORCH} (the certificate of this device does not")
     assert explained(*case, capsys=capsys)["inference"] == known["training"]
@@ -205,11 +204,11 @@ def test_explain_names_the_persistent_kernel_of_each_pass(
     known = explained(*case, capsys=capsys)
     asked_for = "FASTRNN_CUDA_KERNELS is persistent"
     assert known["inference"] == (
-        f"engine CUDA, a launch for each sequence (ring, bfloat16), {asked_for}"
+        f"engine CUDA, one launch per sequence (ring, bfloat16), {asked_for}"
     )
     assert known["training"] == (
-        "forward engine CUDA, a launch for each sequence (ring, bfloat16); backward engine CUDA, "
-        f"a launch for each step (more blocks than multiprocessors), {asked_for}"
+        "forward engine CUDA, one launch per sequence (ring, bfloat16); backward engine CUDA, "
+        f"one launch per step (more blocks than multiprocessors), {asked_for}"
     )
     assert "on an H200" not in known
     assert asked == [3, 3, 3]
@@ -234,8 +233,8 @@ def test_explain_reads_every_case_as_bench_names_it() -> None:
     ("device", "dtype", "route"),
     [
         ("cpu", "float64", "a program of fastrnn.Recurrent"),
-        ("cpu", "bfloat16", "a loop of torch's operations by fastrnn.Recurrent"),
-        ("cuda", "float32", "a loop of torch's operations by fastrnn.Recurrent"),
+        ("cpu", "bfloat16", "a loop of torch operations, run by fastrnn.Recurrent"),
+        ("cuda", "float32", "a loop of torch operations, run by fastrnn.Recurrent"),
     ],
 )
 def test_explain_tells_where_a_step_is_a_program(device: str, dtype: str, route: str) -> None:
@@ -279,10 +278,16 @@ WRONG = {
     "explain three sizes": (["info", "--explain", "GRU,1,2,3"], "expected CELL,B,T,I,H"),
     "explain a word": (["info", "--explain", "GRU,1,2,3,4x"], "'H4x' is not known"),
     "explain half a case": (["info", "--explain", "GRU T5 H8"], "B, I is missing"),
-    "explain a cell": (["info", "--explain", "MLP,1,2,3,4"], "CELL being of LSTM, GRU, RNN"),
+    "explain a cell": (["info", "--explain", "MLP,1,2,3,4"], "CELL is one of LSTM, GRU, RNN"),
     "explain int8": (["info", "--explain", "GRU,1,2,3,4", "--dtype", "i8"], "'i8' is not known"),
-    "explain tf32": (["info", "--explain", "GRU,1,2,3,4", "--dtype", "tf32"], "of CUDA devices"),
-    "device alone": (["info", "--device", "cuda"], "expected --explain CASE beside it"),
+    "explain tf32": (
+        ["info", "--explain", "GRU,1,2,3,4", "--dtype", "tf32"],
+        "--dtype tf32 is only for CUDA devices; add --device cuda",
+    ),
+    "device alone": (
+        ["info", "--device", "cuda"],
+        "--device describes a case: use it with --explain CASE",
+    ),
     "no folder": (["bench", "--json", "nowhere/new.json"], "there is no folder"),
     "a folder": (["bench", "--json", "."], ".: expected the name of a file, got a folder"),
 }

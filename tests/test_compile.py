@@ -13,20 +13,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastrnn import _ops, _recurrent, functional
-from fastrnn._engine import scalars
+from cases import LAYOUTS, STACKS
+from fastrnn import _call, _operators, functional
+from fastrnn._call import recurrent
 from fastrnn._options import Options
-from fastrnn._recurrent import recurrent
 from operators import opcheck
-from stacks import STACKS, STEPS, Case, make
+from stacks import Arguments, make
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
-every_stack = pytest.mark.parametrize("options", STACKS.values(), ids=STACKS.keys())
-every_step = pytest.mark.parametrize("steps", STEPS)
+every_step = pytest.mark.parametrize("steps", LAYOUTS)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +35,7 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def runner(case: Case, **extra: Any) -> Callable[..., Any]:
+def runner(case: Arguments, **extra: Any) -> Callable[..., Any]:
     """The call as a function of the tensors, the step arrays last."""
     names = tuple(case.steps)
 
@@ -56,7 +55,7 @@ def runner(case: Case, **extra: Any) -> Callable[..., Any]:
     return run
 
 
-def tensors_of(case: Case) -> tuple[Tensor, ...]:
+def tensors_of(case: Arguments) -> tuple[Tensor, ...]:
     return (*case.leaves, *case.steps.values())
 
 
@@ -65,14 +64,18 @@ def flat(result: Any) -> list[Tensor]:
     return [output, *hx_n, *(s for s in states or () if s is not None)]
 
 
-def gradients(case: Case, values: list[Tensor]) -> tuple[Tensor, ...]:
+def gradients(case: Arguments, values: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(sum(y.pow(2).sum() for y in values), case.leaves)
 
 
-@every_stack
-@every_step
-def test_compiled_equals_eager(options: Options, steps: str) -> None:
-    case = make(options, steps)
+@pytest.mark.parametrize(
+    ("stack", "steps"),
+    [(stack, steps) for stack in STACKS for steps in ("lengths-reset", "packed")]
+    + [("lstm-bidirectional-2", steps) for steps in ("padded", "lengths", "reset")],
+)
+def test_compiled_equals_eager(stack: str, steps: str) -> None:
+    """Every stack with all that says which rows run; one stack with each part of that left out."""
+    case = make(STACKS[stack], steps)
     run = runner(case, return_states=True)
     expected = flat(run(*tensors_of(case)))
     got = flat(torch.compile(run, fullgraph=True, backend="aot_eager")(*tensors_of(case)))
@@ -82,8 +85,9 @@ def test_compiled_equals_eager(options: Options, steps: str) -> None:
 
 def test_the_composed_route_compiles(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it does for tensors on devices without kernels."""
-    monkeypatch.setattr(_recurrent, "_route", lambda *_: _recurrent._composed_route)
-    case = make(Options(cell, num_layers=2, bidirectional=True), "lengths-reset")  # type: ignore[arg-type]
+    monkeypatch.setattr(_call, "_route", lambda *_: _call._composed_route)
+    options = Options(cell, bidirectional=True)  # type: ignore[arg-type]
+    case = make(options, "lengths-reset", sizes=(3, 3, 2, 3))  # every step is compiled
     run = runner(case, return_states=True)
     expected = flat(run(*tensors_of(case)))
     got = flat(torch.compile(run, fullgraph=True, backend="aot_eager")(*tensors_of(case)))
@@ -164,7 +168,7 @@ def test_compiled_graph_does_not_grow_with_the_steps(cell: str) -> None:
 
 
 class _Model(torch.nn.Module):
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Arguments) -> None:
         super().__init__()
         self.options = case.options
         self.parameters_ = torch.nn.ParameterList(w.detach() for w in case.weights)
@@ -209,7 +213,7 @@ class _Seen(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def test_whoever_listens_sees_the_operators(cell: str) -> None:
+def test_dispatch_modes_and_the_profiler_see_the_operators(cell: str) -> None:
     case = make(Options(cell))  # type: ignore[arg-type]
     run = runner(case)
     with _Seen() as seen:
@@ -255,21 +259,21 @@ def test_inductor() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # for that see operators.py
-@pytest.mark.parametrize("operator", ["forward", "backward"])
+@pytest.mark.parametrize(("operator", "cell"), [("forward", "GRU"), ("backward", "LSTM")])
 def test_compiled_autograd_takes_the_gradient_of_an_operator(operator: str, cell: str) -> None:
     """Compiled autograd traces what eager operators have recorded, ours among them."""
-    case = make(Options(cell, num_layers=2))  # type: ignore[arg-type]
+    case = make(Options(cell), sizes=(2, 3, 2, 3))  # type: ignore[arg-type]
     arguments = forward_arguments(case, states=True, save=True)
 
     def loss() -> Tensor:
-        output, h_n, _, hidden, cell, gates = _ops.forward_op(*arguments)
+        output, h_n, _, hidden, cell, gates = _operators.forward_op(*arguments)
         if operator == "forward":
             return output.square().sum() + h_n.sum()
         saved = [x.detach() for x in (hidden, cell, gates)]
         given = (*arguments[:12], *saved, None, None, None, torch.ones_like(h_n), None)
         needs = [x is not None for x in (*arguments[:3], *case.extras[:2])]
         needs += [True] * len(case.weights)
-        found = _ops.backward_op(*given, *scalars(case.options), needs, False)
+        found = _operators.backward_op(*given, case.options.text, needs, False)
         return sum((d.square().sum() for d in found), torch.zeros(()))
 
     expected = torch.autograd.grad(loss(), case.leaves)
@@ -282,17 +286,19 @@ def test_compiled_autograd_takes_the_gradient_of_an_operator(operator: str, cell
 # ---- opcheck -------------------------------------------------------------------------------------
 
 
-def forward_arguments(case: Case, states: bool, save: bool) -> tuple[Any, ...]:
+def forward_arguments(case: Arguments, states: bool, save: bool) -> tuple[Any, ...]:
     h0, c0 = (*case.hx, None)[:2]
     steps = [case.steps.get(name) for name in ("batch_sizes", "lengths", "reset")]
     given = (case.input, h0, c0, case.weights, *steps, *case.extras)
-    return (*given, *scalars(case.options), states, save, False)
+    return (*given, case.options.text, states, save, False)
 
 
-@every_stack
-@pytest.mark.parametrize("steps", ["padded", "lengths-reset", "packed"])
-def test_opcheck_forward(options: Options, steps: str) -> None:
-    arguments = forward_arguments(make(options, steps), states=True, save=True)
+@pytest.mark.parametrize(
+    ("stack", "steps"), [*((stack, "packed") for stack in STACKS), ("lstm-projected", "padded")]
+)
+def test_opcheck_forward(stack: str, steps: str) -> None:
+    """Lengths and resets are in test_options.py, with every option and with none."""
+    arguments = forward_arguments(make(STACKS[stack], steps), states=True, save=True)
     opcheck(torch.ops.fastrnn.forward.default, arguments)
 
 
@@ -304,13 +310,20 @@ def test_opcheck_forward_without_gradient(cell: str, states: bool, dtype: torch.
     opcheck(torch.ops.fastrnn.forward.default, arguments)
 
 
-@every_stack
-@pytest.mark.parametrize("steps", ["padded", "lengths-reset", "packed"])
-@pytest.mark.parametrize("which", ["all", "some"])
-def test_opcheck_backward(options: Options, steps: str, which: str) -> None:
+@pytest.mark.parametrize(
+    ("stack", "steps", "which"),
+    [
+        *((stack, "packed", "some") for stack in STACKS),
+        ("lstm-projected", "padded", "some"),
+        ("lstm-projected", "packed", "all"),
+    ],
+)
+def test_opcheck_backward(stack: str, steps: str, which: str) -> None:
+    """All gradients, with lengths and resets, are in test_options.py."""
+    options = STACKS[stack]
     case = make(options, steps, requires_grad=False)
     arguments = forward_arguments(case, states=True, save=True)
-    output, h_n, c_n, hidden, cell, gates = _ops.forward_op(*arguments)
+    output, h_n, c_n, hidden, cell, gates = _operators.forward_op(*arguments)
     two = options.cell == "LSTM"
     d_output, d_hidden = torch.randn_like(output), torch.randn_like(hidden)
     d_cell = torch.randn_like(cell) if two else None
@@ -337,7 +350,7 @@ def test_opcheck_backward(options: Options, steps: str, which: str) -> None:
             d_cell,
             torch.randn_like(h_n),
             d_c_n,
-            *scalars(options),
+            options.text,
             needs,
             False,
         ),

@@ -148,7 +148,7 @@ def test_a_layer_itself_is_returned_as_its_counterpart(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*LAYERS, *CELLS])
-def test_nothing_that_was_kept_for_the_engine_goes_back(name: str) -> None:
+def test_converting_back_drops_what_was_kept_for_the_engine(name: str) -> None:
     ours = getattr(fastrnn, name)(3, 4)
     ours(torch.randn((5, 2, 3) if name in LAYERS else (2, 3)))
     back = fastrnn.to_torch(ours)
@@ -273,13 +273,13 @@ def test_what_torch_does_not_have_is_refused_and_nothing_is_changed(make: Any, s
 
 
 @pytest.mark.parametrize("zoneout", [0, (0.0, 0.0), [0, 0]])
-def test_zoneout_that_is_off_goes_back(zoneout: Any) -> None:
+def test_a_layer_with_zoneout_off_converts_back(zoneout: Any) -> None:
     for name in ("LSTM", "LSTMCell"):
         ours = getattr(fastrnn, name)(3, 4, zoneout=zoneout)
         assert type(fastrnn.to_torch(ours)) is getattr(nn, name)
 
 
-def test_every_nonlinearity_torch_has_goes_back() -> None:
+def test_every_nonlinearity_of_torch_converts_back() -> None:
     for name in ("RNN", "RNNCell"):
         for nonlinearity in ("tanh", "relu"):
             theirs = fastrnn.to_torch(getattr(fastrnn, name)(3, 4, nonlinearity=nonlinearity))
@@ -419,7 +419,7 @@ def test_a_users_class_keeps_its_name_and_methods_over_our_layer(users: Any) -> 
         assert isinstance(type(ours)(3, 4, factor=0.1), RecurrentLayer)
 
 
-def test_a_users_class_goes_back(users: Any) -> None:
+def test_a_users_class_converts_back(users: Any) -> None:
     cls, before, attributes = type(users), results(users), set(vars(users))
     back = fastrnn.to_torch(converted(users))
     assert type(back) is cls
@@ -607,7 +607,7 @@ REASONS = {
     Unchecked: r"Unchecked defines check_forward_args",
     OwnWeights: r"OwnWeights defines _flat_weights",
     OwnRun: r"OwnRun defines _run, which has another meaning in fastrnn",
-    OwnBase: r"derived from torch\.nn's base class",
+    OwnBase: r"derives directly from torch\.nn's base class",
     OwnReduce: r"OwnReduce defines __reduce__",
     Slotted: r"Slotted has __slots__",
     Registered: r"no class can be derived from it: .*'name'",
@@ -643,7 +643,9 @@ def test_one_warning_names_all_that_is_left() -> None:
     assert len(caught) == 1
     message = str(caught[0].message)
     assert "'b' (torch.nn.modules.rnn.GRU): its forward was replaced by one" in message
-    assert "'c' (torch.ao.nn.quantized.reference.modules.rnn.LSTMCell): it is derived" in message
+    assert (
+        "'c' (torch.ao.nn.quantized.reference.modules.rnn.LSTMCell): it derives directly" in message
+    )
     assert "'d' (torch.nn.modules.rnn.GRU): its attribute _own has another meaning" in message
     assert [type(module) for module in model.values()][:2] == [OwnForward, nn.GRU]
 

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 import fastrnn
-from engine import DTYPES, Call, assert_solutions_bitwise, check_against_reference, rounded
-from fastrnn import _C, _engine, _ops
-from fastrnn._engine import engine_options, scalars
+from cases import LAYOUTS, STACKS
+from engine import DTYPES, EngineCall, assert_solutions_bitwise, check_against_reference, rounded
+from fastrnn import _C, _engine, _operators
+from fastrnn._call import recurrent
+from fastrnn._engine import engine_options
 from fastrnn._options import Options
-from fastrnn._recurrent import recurrent
 from pairs import Outcome, outcome, pair
-from problems import LAYOUTS, random_problem
-from stacks import STACKS, STEPS, Case, as_function, make, moved, replayed
+from problems import random_problem
+from stacks import Arguments, as_function, make, moved, replayed
 from tolerances import assert_close
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 ALL_STACKS = {**STACKS, "gru-heads-2": Options("GRU", num_layers=2, heads=3)}
 every_stack = pytest.mark.parametrize("options", ALL_STACKS.values(), ids=ALL_STACKS.keys())
-every_step = pytest.mark.parametrize("steps", STEPS)
+every_step = pytest.mark.parametrize("steps", LAYOUTS)
 CELLS = (
     ("RNN", 0, True),
     ("LSTM", 0, True),
@@ -49,7 +50,7 @@ ROUTES = {"steps": "1", "persistent": "persistent"}  # what the environment says
 
 def persistent_kernel(cell: str, hidden_size: int, dtype: str = "float32") -> tuple[bool, str]:
     """Whether forward of a small case has one on the current device, and which or why not."""
-    options = engine_options(*scalars(Options(cell)))  # type: ignore[arg-type]
+    options = engine_options(Options(cell))  # type: ignore[arg-type]
     device = torch.cuda.current_device()
     found = _C.cuda_kernels(options, dtype, 5, 4, 8, hidden_size, False, False, device)
     return found or (False, "this build of fastrnn has no CUDA kernels")
@@ -76,14 +77,14 @@ def gpu(cuda: torch.device, route: str, monkeypatch: pytest.MonkeyPatch) -> Iter
     torch.backends.cudnn.allow_tf32 = allowed
 
 
-def run(case: Case, **extra: Any) -> list[Tensor]:
+def run(case: Arguments, **extra: Any) -> list[Tensor]:
     output, hx_n, states = recurrent(
         case.options, case.input, case.hx, case.weights, **case.steps, **extra
     )
     return [output, *hx_n, *(s for s in states or () if s is not None)]
 
 
-def gradients(case: Case, values: list[Tensor], **extra: Any) -> tuple[Tensor, ...]:
+def gradients(case: Arguments, values: list[Tensor], **extra: Any) -> tuple[Tensor, ...]:
     return torch.autograd.grad(sum(y.pow(2).sum() for y in values), case.leaves, **extra)
 
 
@@ -231,7 +232,7 @@ def test_two_runs_give_the_same_bits(gpu: torch.device, dtype: str, rows: int, c
     problem = rounded(problem, dtype)
 
     def solve() -> Any:
-        call = Call(problem, dtype, device=gpu)
+        call = EngineCall(problem, dtype, device=gpu)
         call.forward()
         call.backward()
         return call.solution()
@@ -305,8 +306,8 @@ def test_the_operator_is_what_runs(gpu: torch.device, cell: str) -> None:
     case = moved(make(Options(cell)), gpu)  # type: ignore[arg-type]
     h0, c0 = (*case.hx, None)[:2]
     steps_and_extras = (None,) * 8
-    output = _ops.forward_op(
-        case.input, h0, c0, case.weights, *steps_and_extras, *scalars(case.options), False, False
+    output = _operators.forward_op(
+        case.input, h0, c0, case.weights, *steps_and_extras, case.options.text, False, False
     )[0]
     assert torch.equal(output, run(case)[0])
 
@@ -400,8 +401,8 @@ def test_the_kernels_run_only_where_they_are_asked_for(
     gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
-    forward = _ops.forward
-    monkeypatch.setattr(_ops, "forward", lambda *a, **k: seen.append(True) or forward(*a, **k))
+    call = _C.Call
+    monkeypatch.setattr(_C, "Call", lambda *a, **k: seen.append(True) or call(*a, **k))
     layer, x = fastrnn.GRU(4, 5, device=gpu), torch.randn(3, 2, 4, device=gpu)
     monkeypatch.setenv(_engine.CUDA_SWITCH, "0")
     layer(x)
@@ -431,15 +432,16 @@ def test_a_setting_that_is_not_known_is_an_error(
         layer(x)
 
 
-def forward_on(gpu: torch.device, change: Callable[[Call], None], **work: Any) -> None:
-    call = Call(random_problem(Options("LSTM"), layout="lengths"), device=gpu)
+def forward_on(gpu: torch.device, change: Callable[[EngineCall], None], *work: Any) -> None:
+    call = EngineCall(random_problem(Options("LSTM"), layout="lengths"), device=gpu)
     change(call)
-    call.work |= work
+    if work:
+        call.work = (*work, *call.work[1:])
     call.forward()
 
 
 def test_arrays_on_several_devices_are_refused(gpu: torch.device) -> None:
-    def state_on_the_host(call: Call) -> None:
+    def state_on_the_host(call: EngineCall) -> None:
         call.read = (call.read[0], call.read[1].cpu(), *call.read[2:])
 
     with pytest.raises(
@@ -449,15 +451,15 @@ def test_arrays_on_several_devices_are_refused(gpu: torch.device) -> None:
 
 
 def test_a_workspace_on_the_device_is_needed(gpu: torch.device) -> None:
-    with pytest.raises(ValueError, match=r"^workspace: expected \d+ bytes on the device of input"):
-        forward_on(gpu, lambda call: None, workspace=None)
+    with pytest.raises(ValueError, match=r"^workspace: expected an array"):
+        forward_on(gpu, lambda call: None, lambda size: None)
     small = torch.empty(64, dtype=torch.uint8, device=gpu)
     with pytest.raises(ValueError, match=r"^workspace: expected \d+ bytes, 256-byte aligned"):
-        forward_on(gpu, lambda call: None, workspace=small)
+        forward_on(gpu, lambda call: None, lambda size: small)
 
 
-def test_lengths_that_nobody_checked_do_no_harm(gpu: torch.device, cell: str) -> None:
-    """On the device their values are not looked at; outside of 0…T they count as the nearest."""
+def test_lengths_out_of_range_are_clamped(gpu: torch.device, cell: str) -> None:
+    """Their values are not read on the host; outside 0…T the nearest bound counts."""
     layer = getattr(fastrnn, cell)(3, 4, device=gpu)
     x = torch.randn(5, 3, 3, device=gpu)
     wild = layer(x, lengths=torch.tensor([-7, 3, 99], device=gpu))[0]

@@ -1,4 +1,4 @@
-"""The default route on a GPU: torch's own call. What `test_by_torch.py` knows by doubles, by cuDNN.
+"""The default route on a GPU, torch's own call, with the real cuDNN (test_by_torch.py has doubles).
 
 All of it needs a GPU and is skipped elsewhere with the reason.
 """
@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
+from cases import LAYOUTS, STACKS
 from fastrnn import _by_torch, _composed, _engine
+from fastrnn._call import recurrent
 from fastrnn._options import Options
-from fastrnn._recurrent import recurrent
 from pairs import CELLS, LAYERS, outcome, pair
-from stacks import STACKS, STEPS, Case, as_function, make, moved, replayed
+from stacks import Arguments, as_function, make, moved, replayed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,14 +47,14 @@ def gpu(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.d
     torch.backends.cudnn.allow_tf32 = allowed
 
 
-def run(case: Case) -> list[Tensor]:
+def run(case: Arguments) -> list[Tensor]:
     output, hx_n, _ = recurrent(
         case.options, case.input, case.hx, case.weights, **case.steps, extras=case.extras
     )
     return [output, *hx_n]
 
 
-def gradients(case: Case, values: list[Tensor]) -> tuple[Tensor, ...]:
+def gradients(case: Arguments, values: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(sum(y.pow(2).sum() for y in values), case.leaves)
 
 
@@ -105,7 +106,7 @@ def test_a_gradient_in_eval_works(gpu: torch.device, layer: str) -> None:
 
 
 @every_stack
-@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("steps", LAYOUTS)
 @pytest.mark.parametrize("extras", [[], ["reset_hx"]])
 def test_equals_the_cpu(gpu: torch.device, options: Options, steps: str, extras: list[str]) -> None:
     case = make(options, steps, extras=extras if "reset" in steps else [])
@@ -131,7 +132,7 @@ def test_gradcheck_and_gradgradcheck(gpu: torch.device, options: Options, steps:
 
 
 @every_stack
-@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("steps", LAYOUTS)
 def test_compiled_equals_eager(gpu: torch.device, options: Options, steps: str) -> None:
     case = moved(make(options, steps), gpu)
     call, arguments = as_function(case, run)
@@ -147,7 +148,7 @@ def test_compiled_equals_eager(gpu: torch.device, options: Options, steps: str) 
     assert spy.call_count == (1 if steps in ("padded", "packed") else 2)
 
 
-def waits(case: Case) -> int:
+def waits(case: Arguments) -> int:
     """How often forward and backward wait for the device."""
     gradients(case, run(case))  # what is made once is made
     with warnings.catch_warnings(record=True) as caught:

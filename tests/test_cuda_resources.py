@@ -24,8 +24,8 @@ ptxas info    : Compiling entry function '_ZN7fastrnn4step' for 'sm_90a'
 ptxas info    : Function properties for _ZN7fastrnn4step
     16 bytes stack frame, 28 bytes spill stores, 24 bytes spill loads
 ptxas info    : Used 64 registers, used 1 barriers, 16 bytes cumulative stack size, 8448 bytes smem
-ptxas info    : Compiling entry function '_ZN7fastrnn8resident3gruE' for 'sm_80'
-ptxas info    : Function properties for _ZN7fastrnn8resident3gruE
+ptxas info    : Compiling entry function '_ZN7fastrnn10persistent3gruE' for 'sm_80'
+ptxas info    : Function properties for _ZN7fastrnn10persistent3gruE
     {frame} bytes stack frame, {spill} bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 255 registers, used 1 barriers
 """
@@ -46,7 +46,7 @@ def test_a_weight_resident_kernel_that_spills_is_an_error(
     report = tmp_path / "report.txt"
     report.write_text(REPORT.format(frame=frame, spill=spill))
     assert resources.main([str(report)]) == code
-    assert ("error: _ZN7fastrnn8resident3gruE on sm_80" in capsys.readouterr().err) == bool(code)
+    assert ("error: _ZN7fastrnn10persistent3gruE on sm_80" in capsys.readouterr().err) == bool(code)
 
 
 @pytest.mark.virtual_device

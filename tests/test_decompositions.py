@@ -11,7 +11,6 @@ from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastrnn
-from fastrnn._engine import scalars
 from pairs import CELLS, LAYERS, tensors
 
 pytestmark = pytest.mark.filterwarnings(
@@ -112,7 +111,7 @@ def test_dynamic_steps_are_refused() -> None:
 def test_packed_sequences_are_refused() -> None:
     layer, operator = fastrnn.GRU(I, H), torch.ops.fastrnn.forward.default
     arguments = (torch.randn(3, I), None, None, layer._flat_weights, torch.tensor([2, 1]))
-    rest = (*(None,) * 7, *scalars(layer._options), False, False, False)
+    rest = (*(None,) * 7, layer._options.text, False, False, False)
     operator(*arguments, *rest)
     with pytest.raises(ValueError, match=r"PackedSequence.*padded tensor and lengths="):
         fastrnn.decompositions()[operator](*arguments, *rest)

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cases import LAYOUTS
 from engine import (
     DTYPES,
-    Call,
+    EngineCall,
     check_against_reference,
     compute_dtype,
     rounded,
@@ -23,7 +24,7 @@ from engine import (
 )
 from fastrnn import _C, reference
 from fastrnn.reference import Options
-from problems import LAYOUTS, Gradients, Problem, only, random_problem
+from problems import Gradients, Problem, only, random_problem
 from tolerances import assert_close
 
 CELLS = (("RNN", 0), ("LSTM", 0), ("LSTM", 7), ("GRU", 0))
@@ -73,7 +74,7 @@ def test_activations_match_the_reference(
         reset_after=reset_after,
         bidirectional=True,
     )
-    check_against_reference(random_problem(options, layout="lengths and reset"), dtype)
+    check_against_reference(random_problem(options, layout="lengths-reset"), dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -102,7 +103,7 @@ def test_odd_and_even_sizes_match_the_reference(
     """Half types may be multiplied in pairs, and whole vectors of them converted at once."""
     options = Options(cell, 2, True, proj_size=min(proj_size, sizes[1] - 1))
     problem = random_problem(
-        options, input_size=sizes[0], hidden_size=sizes[1], layout="lengths and reset"
+        options, input_size=sizes[0], hidden_size=sizes[1], layout="lengths-reset"
     )
     check_against_reference(problem, dtype)
     check_against_reference(problem, dtype, arrange=spread)
@@ -158,10 +159,10 @@ def test_every_instruction_set_matches_the_reference(isa: str) -> None:
 def test_inference_matches_the_reference(cell: Any) -> None:
     """Without saved values, and with the last layer's output alone."""
     problem = rounded(random_problem(Options(cell, 3, True), layout="lengths"), "float32")
-    call = Call(problem)
+    call = EngineCall(problem)
     call.forward(all_layers=False, save=False)
     expected = problem.solve()
-    assert_close(to_float64(call.hidden)[0], expected.output, "float32", "output")
+    assert_close(to_float64(call.output), expected.output, "float32", "output")
     assert_close(to_float64(call.h_n), expected.hx_n[0], "float32", "output")
     if call.c_n is not None:
         assert_close(to_float64(call.c_n), expected.hx_n[1], "float32", "output")
@@ -181,7 +182,7 @@ def test_each_gradient_can_be_left_out(cell: Any) -> None:
     problem = random_problem(Options(cell, 2, True))
     whole = run_engine(problem).named()
     names = [name for name in whole if name.startswith("d_")]
-    call = Call(problem)
+    call = EngineCall(problem)
     call.forward()
     for name in names:
         call.backward(lambda other, name=name: other != name)  # type: ignore[misc]
@@ -208,7 +209,7 @@ def test_smallest_sizes_match_the_reference(
         check_against_reference(problem, dtype)
 
 
-@pytest.mark.parametrize("layout", ["padded", "lengths and reset"])
+@pytest.mark.parametrize("layout", ["padded", "lengths-reset"])
 @pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])
 def test_an_empty_batch_has_empty_results_and_zero_weight_gradients(cell: Any, layout: str) -> None:
     problem = random_problem(Options(cell, 2, True), B=0, layout=layout, d_states=True)
@@ -304,12 +305,12 @@ def test_nan_and_infinity_pass_through_as_in_the_reference(
 def test_gates_that_an_infinite_input_saturates_stay_finite(
     cell: Any, hidden_size: int, dtype: str
 ) -> None:
-    """Whatever stands in the padding of weights and states meets no infinity."""
+    """Padding of weights and states is never multiplied by an infinity."""
     problem = rounded(random_problem(Options(cell), hidden_size=hidden_size), dtype)
     problem.input[2, 1, 3] = np.inf
     with np.errstate(invalid="ignore"):
         expected = problem.solve()
-    call = Call(problem, dtype)
+    call = EngineCall(problem, dtype)
     call.forward()
     assert np.isfinite(to_float64(call.hidden)).all()
     assert_close(to_float64(call.hidden)[0], expected.output, dtype, "output")
@@ -328,7 +329,7 @@ def test_activations_saturate_at_large_arguments(activation: str, dtype: str) ->
         [one, one],
         Gradients(None, None),
     )
-    call = Call(problem, dtype)
+    call = EngineCall(problem, dtype)
     call.forward()
     result = reference.forward(problem.options, problem.input, None, problem.weights)
     assert_close(to_float64(call.hidden)[0], result.output, dtype, "output")
@@ -393,7 +394,7 @@ def test_a_hundred_thousand_steps(cell: Any) -> None:
 
 
 def test_rows_of_lengths_equal_rows_alone_in_the_engine() -> None:
-    problem = random_problem(Options("LSTM", 2, True), layout="lengths and reset")
+    problem = random_problem(Options("LSTM", 2, True), layout="lengths-reset")
     whole = run_engine(problem)
     for b, length in enumerate(problem.rows["lengths"]):
         if length:

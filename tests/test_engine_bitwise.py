@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import DTYPES, Call, assert_bitwise, assert_solutions_bitwise, run_engine, to_float64
+from engine import (
+    DTYPES,
+    EngineCall,
+    assert_bitwise,
+    assert_solutions_bitwise,
+    run_engine,
+    to_float64,
+)
 from fastrnn.reference import Options, States
 from problems import Problem, only, random_problem
 
@@ -46,7 +53,7 @@ def test_a_row_alone_equals_the_row_in_a_batch(
     options: Options, hidden_size: int, dtype: str
 ) -> None:
     problem = random_problem(
-        options, B=13, hidden_size=hidden_size, layout="lengths and reset", d_states=True
+        options, B=13, hidden_size=hidden_size, layout="lengths-reset", d_states=True
     )
     whole = run_engine(problem, dtype)
     for b in (0, 2, 7, 12):
@@ -168,7 +175,7 @@ def test_chunks_equal_the_whole_sequence(options: Options, hidden_size: int, dty
     calls, hx = [], problem.hx
     for start, stop in pairwise(cuts):
         chunk = replace(problem, input=problem.input[start:stop], hx=hx)
-        calls.append(Call(chunk, dtype))
+        calls.append(EngineCall(chunk, dtype))
         calls[-1].forward()
         hx = tuple(to_float64(s) for s in (calls[-1].h_n, calls[-1].c_n) if s is not None)
     d_hx_n = problem.d.hx_n
@@ -189,15 +196,15 @@ def test_chunks_equal_the_whole_sequence(options: Options, hidden_size: int, dty
 @pytest.mark.parametrize("options", STACKS, ids=name)
 def test_gradients_in_the_place_of_the_gates(options: Options, dtype: str) -> None:
     problem = random_problem(options, B=7, hidden_size=24, layout="lengths")
-    call = Call(problem, dtype)
+    call = EngineCall(problem, dtype)
     call.forward()
     call.backward()
-    kept, before = call.solution(), to_float64(call.gates)
+    kept, before = call.solution(), to_float64(call.saved)
     call.backward()  # the gates are still forward's
     assert_solutions_bitwise(call.solution(), kept)
-    call.backward(consume_gates=True)
+    call.backward(consume_saved=True)
     assert_solutions_bitwise(call.solution(), kept)
-    assert np.any(to_float64(call.gates) != before)
+    assert np.any(to_float64(call.saved) != before)
 
 
 @pytest.mark.parametrize("cell", ["RNN", "LSTM", "GRU"])

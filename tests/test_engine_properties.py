@@ -7,10 +7,11 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cases import LAYOUTS
 from engine import check_against_reference
 from fastrnn import reference
 from fastrnn.reference import Options
-from problems import LAYOUTS, Problem, random_problem
+from problems import Problem, random_problem
 
 
 @st.composite

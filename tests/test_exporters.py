@@ -1,4 +1,4 @@
-"""Arrays whose exporter leaves out what it may, or says of itself what cannot be.
+"""DLPack exporters that leave out optional fields, or give impossible ones.
 
 The capsules are made here field by field, as a careless library would make them.
 """
@@ -202,7 +202,7 @@ def test_arrays_of_no_numbers_are_refused_by_name(array: Any) -> None:
 
 
 class Liar:
-    """`__dlpack__` that gives what it is told."""
+    """`__dlpack__` returns what the test sets."""
 
     def __init__(self, answer: Any) -> None:
         self.answer = answer
@@ -226,7 +226,7 @@ def test_a_dlpack_method_without_a_capsule_is_refused(answer: Any) -> None:
         _C.from_dlpack(Liar(answer))
 
 
-def test_an_interrupt_goes_through() -> None:
+def test_a_keyboard_interrupt_is_passed_on() -> None:
     class Interrupted(Liar):
         def __dlpack__(self, **_: Any) -> Any:
             raise KeyboardInterrupt

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import fastrnn
-from fastrnn import _inference
 from test_inference import flat, short_way
 
 I, H = 20, 24  # noqa: E741
@@ -33,7 +32,7 @@ MODULES = {
 
 
 def is_frozen(module: torch.nn.Module) -> bool:
-    found = _inference.frozen(module)
+    found = module._prepared.frozen
     return found is not None and found.packed
 
 
@@ -128,7 +127,7 @@ def test_what_thaws_a_layer(thaw: Any, steps: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_what_is_asked_beside_the_input_takes_the_packed_weights_too() -> None:
+def test_calls_with_lengths_and_resets_use_the_packed_weights_too() -> None:
     module = fastrnn.LSTM(I, H).eval()
     input, lengths = torch.randn(6, 3, I), torch.tensor([6, 0, 2])
     reset = torch.rand(6, 3) < 0.3

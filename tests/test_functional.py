@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import fastrnn
+from cases import STACKS
 from fastrnn import functional, reference
 from fastrnn._options import Options
-from stacks import STACKS, make
+from problems import random_problem
+from stacks import make
 from tolerances import assert_close
 
 FUNCTIONS = {"RNN": functional.rnn, "LSTM": functional.lstm, "GRU": functional.gru}
@@ -25,16 +27,16 @@ every_stack = pytest.mark.parametrize("options", STACKS.values(), ids=STACKS.key
 STEPS = ("padded", "lengths", "reset", "lengths-reset")
 
 
-class Arrays:
-    """One call in NumPy arrays."""
+class FunctionCall:
+    """The arguments of one function of `functional`, in NumPy arrays."""
 
     def __init__(self, options: Options, steps: str = "padded", dtype: str = "float64") -> None:
-        case = make(options, steps, requires_grad=False)
+        problem = random_problem(options, T=4, B=3, input_size=2, hidden_size=3, layout=steps)
         self.options = options
-        self.input = case.input.numpy().astype(dtype)
-        self.hx = tuple(state.numpy().astype(dtype) for state in case.hx)
-        self.weights = [weight.numpy().astype(dtype) for weight in case.weights]
-        self.steps = {name: x.numpy() for name, x in case.steps.items()}
+        self.input = problem.input.astype(dtype)
+        self.hx = tuple(state.astype(dtype) for state in problem.hx or ())
+        self.weights = [weight.astype(dtype) for weight in problem.weights]
+        self.steps = problem.rows
 
     def reference(self) -> reference.Result:
         return reference.forward(self.options, self.input, self.hx, self.weights, **self.steps)
@@ -77,7 +79,7 @@ def as_tuple(x: Any) -> tuple[Any, ...]:
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_numpy_equals_the_reference(options: Options, steps: str, batch_first: bool) -> None:
-    arrays = Arrays(options, steps)
+    arrays = FunctionCall(options, steps)
     expected = arrays.reference()
     flipped: dict[str, Any] = {}
     if batch_first:
@@ -123,7 +125,7 @@ def test_numpy_equals_the_reference(options: Options, steps: str, batch_first: b
 @every_stack
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_numpy_in_single_and_half_precision(options: Options, dtype: str) -> None:
-    arrays = Arrays(options, "lengths", dtype)
+    arrays = FunctionCall(options, "lengths", dtype)
     expected = arrays.reference()
     output, hx_n, saved = arrays.run(return_saved=True)
     assert output.numpy().dtype == dtype
@@ -141,7 +143,7 @@ def test_numpy_in_single_and_half_precision(options: Options, dtype: str) -> Non
 @every_stack
 @pytest.mark.parametrize("steps", STEPS)
 def test_torch_equals_numpy(options: Options, steps: str) -> None:
-    arrays = Arrays(options, steps)
+    arrays = FunctionCall(options, steps)
     hx = tuple(map(torch.from_numpy, arrays.hx))
     tensors = {
         "input": torch.from_numpy(arrays.input).requires_grad_(),
@@ -168,7 +170,7 @@ def test_torch_equals_numpy(options: Options, steps: str) -> None:
 
 
 def test_hx_none_stands_for_zeros(cell: str) -> None:
-    arrays = Arrays(Options(cell, num_layers=2, bidirectional=True))  # type: ignore[arg-type]
+    arrays = FunctionCall(Options(cell, num_layers=2, bidirectional=True))  # type: ignore[arg-type]
     zeros = tuple(np.zeros_like(state) for state in arrays.hx)
     output, _ = arrays.run(hx=zeros if cell == "LSTM" else zeros[0])
     without, _, saved = arrays.run(hx=None, return_saved=True)
@@ -178,7 +180,7 @@ def test_hx_none_stands_for_zeros(cell: str) -> None:
 
 
 def test_strides_of_the_arrays_do_not_matter(cell: str) -> None:
-    arrays = Arrays(Options(cell))  # type: ignore[arg-type]
+    arrays = FunctionCall(Options(cell))  # type: ignore[arg-type]
     expected, _ = arrays.run()
     odd = np.zeros((*arrays.input.shape[:2], 2 * arrays.input.shape[2]))[:, ::-1, ::2]
     odd[...] = arrays.input
@@ -188,7 +190,7 @@ def test_strides_of_the_arrays_do_not_matter(cell: str) -> None:
 
 
 def test_read_only_arrays_are_taken(cell: str) -> None:
-    arrays = Arrays(Options(cell))  # type: ignore[arg-type]
+    arrays = FunctionCall(Options(cell))  # type: ignore[arg-type]
     expected, _ = arrays.run()
     for array in (arrays.input, *arrays.hx, *arrays.weights):
         array.flags.writeable = False
@@ -196,7 +198,7 @@ def test_read_only_arrays_are_taken(cell: str) -> None:
 
 
 def test_arrays_of_the_engine_are_taken() -> None:
-    arrays = Arrays(Options("GRU"))
+    arrays = FunctionCall(Options("GRU"))
     expected, h_n = arrays.run()
     first, h_n = arrays.run(input=fastrnn.from_dlpack(arrays.input))
     np.testing.assert_array_equal(first.numpy(), expected.numpy())
@@ -207,7 +209,7 @@ def test_arrays_of_the_engine_are_taken() -> None:
 
 @pytest.mark.parametrize("kind", ["list", "tuple", "int32", "uint8", "torch"])
 def test_lengths_are_any_integers(kind: str) -> None:
-    arrays = Arrays(Options("GRU"))
+    arrays = FunctionCall(Options("GRU"))
     lengths = [3, 0, 4]
     given: Any = {
         "list": lengths,
@@ -228,7 +230,7 @@ def test_lengths_are_any_integers(kind: str) -> None:
 
 
 def test_lengths_may_change_after_the_call() -> None:
-    arrays = Arrays(Options("GRU"), "lengths")
+    arrays = FunctionCall(Options("GRU"), "lengths")
     output, _, saved = arrays.run(return_saved=True)
     expected = functional.gru_backward(np.ones(output.shape), None, saved)[0].numpy()
     arrays.steps["lengths"][:] = 1
@@ -246,7 +248,7 @@ def test_complex_tensors() -> None:
 
 
 def test_batch_of_no_rows() -> None:
-    arrays = Arrays(Options("LSTM", num_layers=2))
+    arrays = FunctionCall(Options("LSTM", num_layers=2))
     output, (h_n, c_n), saved = arrays.run(
         input=arrays.input[:, :0], hx=None, lengths=[], return_saved=True
     )
@@ -375,7 +377,7 @@ def test_errors_name_the_argument(wrong: str, arrays_of: str) -> None:
             pytest.skip("of arrays without torch")
         message = message.replace("ndarray", "Tensor").replace("float16, got", "float16.*got")
         changes = {name: x if name == "lengths" else to_torch(x) for name, x in changes.items()}
-    arrays = Arrays(Options("LSTM"))
+    arrays = FunctionCall(Options("LSTM"))
     if arrays_of == "torch":
         arrays.input, arrays.hx, arrays.weights = to_torch(
             [arrays.input, arrays.hx, arrays.weights]
@@ -385,7 +387,7 @@ def test_errors_name_the_argument(wrong: str, arrays_of: str) -> None:
 
 
 def test_torch_and_other_arrays_do_not_mix() -> None:
-    arrays = Arrays(Options("GRU"))
+    arrays = FunctionCall(Options("GRU"))
     with pytest.raises(TypeError, match=r"weight_ih_l0 must be a torch.Tensor as input is, got nd"):
         arrays.run(input=torch.from_numpy(arrays.input), hx=None)
     with pytest.raises(TypeError, match=r"weight_ih_l0 must not be a torch.Tensor: input is not"):
@@ -395,7 +397,7 @@ def test_torch_and_other_arrays_do_not_mix() -> None:
 
 
 def test_tensors_on_different_devices_are_refused() -> None:
-    arrays = Arrays(Options("GRU"))
+    arrays = FunctionCall(Options("GRU"))
     weights = to_torch(arrays.weights)
     weights[2] = weights[2].to("meta")
     with pytest.raises(
@@ -419,7 +421,7 @@ NO_VALUES = {
 @pytest.mark.parametrize("name", ["lengths", "reset"])
 @pytest.mark.parametrize("arrays_of", ["numpy", "torch"])
 def test_what_holds_no_values_is_named(name: str, arrays_of: str, value: Any) -> None:
-    arrays = Arrays(Options("GRU"))
+    arrays = FunctionCall(Options("GRU"))
     convert = to_torch if arrays_of == "torch" else lambda x: x
     given = {"input": convert(arrays.input), "weights": convert(arrays.weights), "hx": None}
     with pytest.raises((TypeError, ValueError), match=f"^{name} "):
@@ -427,7 +429,7 @@ def test_what_holds_no_values_is_named(name: str, arrays_of: str, value: Any) ->
 
 
 def test_an_array_that_torch_cannot_take_is_named() -> None:
-    arrays = Arrays(Options("GRU"))
+    arrays = FunctionCall(Options("GRU"))
     reset = np.zeros((4, 3), bool)[::-1]
     with pytest.raises(TypeError, match=r"reset must be .* got ndarray: .*negative"):
         arrays.run(
@@ -448,7 +450,7 @@ def test_nonlinearity_is_named_as_the_argument_is() -> None:
 
 @pytest.mark.parametrize("arrays_of", ["numpy", "torch"])
 def test_backward_checks_its_arguments(arrays_of: str) -> None:
-    arrays = Arrays(Options("LSTM"))
+    arrays = FunctionCall(Options("LSTM"))
     convert = to_torch if arrays_of == "torch" else lambda x: x
     changes = {
         "input": convert(arrays.input),
@@ -474,7 +476,7 @@ def test_backward_checks_its_arguments(arrays_of: str) -> None:
 
 
 def test_gradient_of_a_state_that_is_not_there() -> None:
-    arrays = Arrays(Options("GRU"))
+    arrays = FunctionCall(Options("GRU"))
     output, _, saved = arrays.run(return_saved=True)
     d_states = functional.States(None, np.ones((1, 4, 3, 3)))
     with pytest.raises(ValueError, match=r"d_states.c must be None: there is no such state"):

@@ -49,8 +49,8 @@ def wrong() -> Any:
     ("fault", "line"),
     [
         (crash, "crash: the process ended with -6"),
-        (hang, "hang: no answer for 2 s"),
-        (turn, "hang: no answer for 2 s"),
+        (hang, "hang: no answer for 1 s"),
+        (turn, "hang: no answer for 1 s"),
         (unclear, "error: a title; as it should be → a valid call is refused: IndexError: list"),
         (wrong, "compared: a title; as it should be → result: Tensor-likes are not close"),
     ],
@@ -61,7 +61,7 @@ def test_a_fault_is_a_line_with_seed_and_number(
     monkeypatch.setattr(
         calls, "draw_call", lambda draw: calls.Call("a title", set(), fault, lambda: torch.ones(1))
     )
-    ends = fuzz.campaign(7, first=3, count=2, size=2, patience=2 if fault in (hang, turn) else 60)
+    ends = fuzz.campaign(7, first=3, count=2, size=2, patience=1 if fault in (hang, turn) else 60)
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith(f"--seed 7 --only 3: {line}")
     assert second.startswith(f"--seed 7 --only 4: {line}")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from replaced_module import module_of
+from replaced_module import virtual_module
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -96,7 +96,7 @@ def test_without_a_gpu_it_says_so_and_runs_nothing(
     assert not out.exists()
 
 
-def test_a_command_that_hangs_ends_at_its_limit_with_all_it_started(
+def test_a_command_that_hangs_is_ended_at_its_limit_with_its_children(
     gpu_check: Any, tmp_path: Path
 ) -> None:
     log = tmp_path / "part.log"
@@ -115,7 +115,7 @@ def test_a_command_that_hangs_ends_at_its_limit_with_all_it_started(
     assert "ended after 2 s, its limit" in text
 
 
-def test_the_benchmark_takes_every_route_by_its_environment(
+def test_the_benchmark_takes_every_route_by_environment_variable(
     gpu_check: Any, options: Any, tmp_path: Path
 ) -> None:
     def suite(command: Any) -> str:
@@ -180,7 +180,7 @@ def test_the_smallest_cases_reach_every_family_of_persistent_kernels() -> None:
         "print(sum(len(set().union(*(f for *_, f in g.reaching(c, o, None))))"
         " for c in g.CELLS for o in g.OPERANDS))"
     )
-    paths = [module_of("virtual_device"), ROOT / "tests", ROOT / "benchmarks"]
+    paths = [virtual_module(), ROOT / "tests", ROOT / "benchmarks"]
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True, check=False
     )

@@ -93,7 +93,7 @@ def test_the_reverse_direction_is_the_forward_one_backwards() -> None:
         torch.testing.assert_close(got, forward[f"LSTM.{kind}"], rtol=1e-12, atol=1e-14)
 
 
-def test_a_stack_is_seen_as_one() -> None:
+def test_the_norm_of_a_stack_is_that_of_its_layers_together() -> None:
     """The norm over two layers is that of the two norms, each from a layer by itself."""
     stack = fastrnn.GRU(4, 4, num_layers=2, dtype=F64)
     parts = nn.Sequential(*(fastrnn.GRU(4, 4, dtype=F64) for _ in range(2)))
@@ -250,7 +250,7 @@ def test_an_exception_leaves_everything_as_it_was(
         if where == "before":
             fail()
         if where == "inside":
-            monkeypatch.setattr(_composed, "_cell", fail)
+            monkeypatch.setattr(_composed, "step", fail)
         layer(input)
         fail()
 
@@ -260,7 +260,7 @@ def test_an_exception_leaves_everything_as_it_was(
     assert _composed.watchers.get() == ()
     assert hooks(layer) == before == 0
     assert set(vars(layer)) - {"_prepared"} == state - {"_prepared"}
-    assert type(layer(input)[0].grad_fn).__name__ == "_RecurrenceBackward"  # the engine again
+    assert type(layer(input)[0].grad_fn).__name__ == "RecurrenceBackward"  # the engine again
 
 
 def test_a_failed_call_inside_does_not_disturb_the_next() -> None:
@@ -331,7 +331,7 @@ def test_checkpointed_layers_are_recorded_where_backward_runs_inside(reentrant: 
 
 
 def test_a_model_without_recurrent_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"model must hold a recurrent layer .* got Linear"):
+    with pytest.raises(ValueError, match=r"model must contain a recurrent layer .* got Linear"):
         fastrnn.gradient_flow(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got NoneType"):
         fastrnn.gradient_flow(None)  # type: ignore[arg-type]

@@ -346,7 +346,7 @@ def test_permute_hidden_is_torchs(layer: str) -> None:
     assert ours.permute_hidden(hx, None) is hx
 
 
-def test_only_the_lstm_knows_a_cell_size() -> None:
+def test_only_the_lstm_has_get_expected_cell_size() -> None:
     for layer in LAYERS:
         for home in (torch.nn, fastrnn):
             assert hasattr(getattr(home, layer), "get_expected_cell_size") == (layer == "LSTM")

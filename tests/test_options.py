@@ -12,34 +12,40 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from fastrnn import _ops, _recurrent, functional, reference
-from fastrnn._engine import scalars
+from cases import ALONE, EXTRAS, PAIRS, Case
+from fastrnn import _call, _operators, functional
+from fastrnn._call import recurrent
 from fastrnn._options import Options
-from fastrnn._recurrent import recurrent
 from operators import opcheck
-from option_cases import ALONE, PAIRS, OptionCase
-from stacks import EXTRAS, Case, make
+from problems import problem_of
+from stacks import Arguments, in_torch, make
 from tolerances import assert_close
 
 every_case = pytest.mark.parametrize("case", [*ALONE, *PAIRS], ids=str)
 alone = pytest.mark.parametrize("case", ALONE, ids=str)
+# For what takes long: the LSTM has every option but the GRU's own; the other cells without any.
+PLAIN = [Case(Options(cell, num_layers=2, bidirectional=True)) for cell in ("RNN", "GRU")]
+each_option_once = pytest.mark.parametrize(
+    "case",
+    [c for c in ALONE if c.options.cell == "LSTM" or not c.options.reset_after or c in PLAIN],
+    ids=str,
+)
 
 
-def given(case: OptionCase, **changes: Any) -> Case:
-    steps = case.layout.replace(" and ", "-")
-    return make(case.options, steps, sizes=(4, 3, 2, 6), extras=case.extras, **changes)
+def given(case: Case, **changes: Any) -> Arguments:
+    return make(case.options, case.layout, sizes=(4, 3, 2, 6), extras=case.extras, **changes)
 
 
-def run(case: Case, **changes: Any) -> tuple[Tensor, ...]:
+def run(case: Arguments, **changes: Any) -> tuple[Tensor, ...]:
     """Output, final states and all states, flat."""
     arguments = {"extras": case.extras, "return_states": True, **case.steps, **changes}
     output, hx_n, states = recurrent(case.options, case.input, case.hx, case.weights, **arguments)
     return (output, *hx_n, *(s for s in states or () if s is not None))
 
 
-def composed(case: Case, **changes: Any) -> tuple[Tensor, ...]:
+def composed(case: Arguments, **changes: Any) -> tuple[Tensor, ...]:
     """The same by plain torch operations."""
-    with patch.object(_recurrent, "_route", lambda *_: _recurrent._composed_route):
+    with patch.object(_call, "_route", lambda *_: _call._composed_route):
         return run(case, **changes)
 
 
@@ -49,13 +55,13 @@ def weighting(values: tuple[Tensor, ...]) -> list[Tensor]:
     return [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in values]
 
 
-def gradients(case: Case, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def gradients(case: Arguments, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(
         values, case.leaves, weighting(values), allow_unused=True, materialize_grads=True
     )
 
 
-def numpy_extras(case: Case) -> dict[str, Any]:
+def numpy_extras(case: Arguments) -> dict[str, Any]:
     """The extras as the reference and the functions take them, without autograd."""
     reset_h, reset_c, dropout, keep_h, keep_c = (
         None if x is None else x.detach().numpy() for x in case.extras
@@ -75,36 +81,27 @@ def numpy_extras(case: Case) -> dict[str, Any]:
 
 @pytest.mark.parametrize("route", [run, composed])
 @every_case
-def test_matches_the_reference(case: OptionCase, route: Any) -> None:
-    torchs = given(case)
-    values = route(torchs)
-    found = gradients(torchs, values)
-    result = reference.forward(
-        case.options,
-        torchs.input.detach().numpy(),
-        [s.detach().numpy() for s in torchs.hx],
-        [w.detach().numpy() for w in torchs.weights],
-        **{name: x.numpy() for name, x in torchs.steps.items()},
-        **numpy_extras(torchs),
-    )
-    expected = (result.output, *result.hx_n, *(s for s in result.states if s is not None))
-    for y, want in zip(values, expected, strict=True):
+def test_matches_the_reference(case: Case, route: Any) -> None:
+    problem = problem_of(case, T=4, B=3, input_size=2, hidden_size=6, d_states=True)
+    arguments = in_torch(problem)
+    values = route(arguments)
+    expected = problem.solve()
+    states = [s for s in expected.states if s is not None]
+    for y, want in zip(values, (expected.output, *expected.hx_n, *states), strict=True):
         assert_close(y.detach(), want, "float64", "output")
-    d_output, *rest = (d.numpy() for d in weighting(values))
-    two = len(result.hx_n)
-    d_states = reference.States(*rest[two:])
-    d_input, d_hx, d_weights, *d_reset = reference.backward(
-        result.saved, d_output, rest[:two], d_states=d_states
+    d = [problem.d.output, *problem.d.hx_n, *problem.d.states[: len(states)]]
+    found = torch.autograd.grad(
+        values, arguments.leaves, [torch.from_numpy(d_y) for d_y in d], materialize_grads=True
     )
-    wanted = (d_input, *d_hx, *d_weights, *(d for part in d_reset for d in part))
-    kinds = ["d_input"] * (1 + len(d_hx)) + ["d_weight"] * (len(wanted) - 1 - len(d_hx))
-    for got, want, kind in zip(found, wanted, kinds, strict=True):
+    wanted = (expected.d_input, *expected.d_hx, *expected.d_weights, *expected.d_reset)
+    kinds = ["d_input"] * (1 + len(expected.d_hx)) + ["d_weight"] * len(wanted)
+    for got, want, kind in zip(found, wanted, kinds, strict=False):
         assert_close(got, want, "float64", kind)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @alone
-def test_half_types_on_both_routes(case: OptionCase, dtype: torch.dtype) -> None:
+def test_half_types_on_both_routes(case: Case, dtype: torch.dtype) -> None:
     torchs = given(case, dtype=dtype)
     ours, plain = run(torchs), composed(torchs)
     assert [y.dtype for y in ours] == [y.dtype for y in plain]
@@ -116,7 +113,7 @@ def test_half_types_on_both_routes(case: OptionCase, dtype: torch.dtype) -> None
 
 
 @every_case
-def test_gradcheck(case: OptionCase) -> None:
+def test_gradcheck(case: Case) -> None:
     """Without the clamp, which is no derivative."""
     torchs = given(case._replace(options=replace(case.options, grad_clip=0.0)))
     assert gradcheck(
@@ -125,8 +122,9 @@ def test_gradcheck(case: OptionCase) -> None:
 
 
 @alone
-def test_gradgradcheck(case: OptionCase) -> None:
-    torchs = given(case._replace(options=replace(case.options, grad_clip=0.0)))
+def test_gradgradcheck(case: Case) -> None:
+    """Of one layer; test_autograd.py has stacks, whose layers meet in their inputs alone."""
+    torchs = given(case._replace(options=replace(case.options, grad_clip=0.0, num_layers=1)))
     assert gradgradcheck(
         lambda *leaves: run(torchs.with_leaves(*leaves), return_states=False),
         torchs.leaves,
@@ -135,7 +133,7 @@ def test_gradgradcheck(case: OptionCase) -> None:
 
 
 @pytest.mark.parametrize("case", [c for c in ALONE if c.options.grad_clip > 0], ids=str)
-def test_the_clamped_gradient_differentiates_again(case: OptionCase) -> None:
+def test_the_clamped_gradient_differentiates_again(case: Case) -> None:
     """Against central differences of the clamped gradient itself, which is a function too."""
     torchs = given(case._replace(options=replace(case.options, grad_clip=0.5)))
 
@@ -150,7 +148,7 @@ def test_the_clamped_gradient_differentiates_again(case: OptionCase) -> None:
 
 def test_clamped_gradients_of_an_identity(cell: Any) -> None:
     """Every part of the gradient of h_0 … is at most what the clamp and the weights let through."""
-    case = given(OptionCase(Options(cell, grad_clip=1e-3), "padded"))
+    case = given(Case(Options(cell, grad_clip=1e-3), "padded"))
     values = run(case, return_states=False)
     d_input = torch.autograd.grad(values, case.input, [1e6 * d for d in weighting(values)])[0]
     bound = 2e-3 * case.weights[0].abs().sum(0)  # h and, of an LSTM, c: through every gate
@@ -160,7 +158,7 @@ def test_clamped_gradients_of_an_identity(cell: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")  # torch's own
 @alone
-def test_transforms(case: OptionCase) -> None:
+def test_transforms(case: Case) -> None:
     torchs = given(case, requires_grad=False)
 
     def output(x: Tensor, w: Tensor) -> Tensor:
@@ -192,7 +190,7 @@ def test_transforms(case: OptionCase) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")  # torch's own
 def test_forward_mode_passes_a_clamp_as_it_is(cell: Any) -> None:
-    clipped = given(OptionCase(Options(cell, grad_clip=0.01), "padded"), requires_grad=False)
+    clipped = given(Case(Options(cell, grad_clip=0.01), "padded"), requires_grad=False)
     plain = clipped._replace(options=replace(clipped.options, grad_clip=0.0))
     tangent = torch.ones_like(clipped.input)
     along = [
@@ -203,7 +201,7 @@ def test_forward_mode_passes_a_clamp_as_it_is(cell: Any) -> None:
 
 
 @alone
-def test_complex_numbers(case: OptionCase) -> None:
+def test_complex_numbers(case: Case) -> None:
     if case.extras and "dropout" in case.extras:
         case = case._replace(extras=tuple(e for e in case.extras if e != "dropout"))
     torchs = given(case, dtype=torch.complex128)
@@ -254,7 +252,7 @@ def test_recomputing_keeps_less(cell: Any) -> None:
 
 
 @alone
-def test_backward_twice_with_retain_graph(case: OptionCase) -> None:
+def test_backward_twice_with_retain_graph(case: Case) -> None:
     torchs = given(case)
     values = run(torchs)
     first = torch.autograd.grad(
@@ -309,7 +307,7 @@ def by_state(cell: str, parts: Any) -> Any:
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("case", [c for c in ALONE if c.layout != "packed"], ids=str)
-def test_functions_on_numpy_equal_those_on_torch(case: OptionCase, batch_first: bool) -> None:
+def test_functions_on_numpy_equal_those_on_torch(case: Case, batch_first: bool) -> None:
     torchs = given(case, requires_grad=False)
     cell = case.options.cell
     function = getattr(functional, cell.lower())
@@ -404,8 +402,8 @@ def test_functions_name_the_array_they_refuse() -> None:
 # ---- Compiled ------------------------------------------------------------------------------------
 
 
-@alone
-def test_compiled_equals_eager(case: OptionCase) -> None:
+@each_option_once
+def test_compiled_equals_eager(case: Case) -> None:
     torch._dynamo.reset()
     torchs = given(case)
 
@@ -419,21 +417,22 @@ def test_compiled_equals_eager(case: OptionCase) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
-def operator_arguments(case: Case, save: bool) -> tuple[Any, ...]:
+def operator_arguments(case: Arguments, save: bool) -> tuple[Any, ...]:
     h0, c0 = (*case.hx, None)[:2]
     steps = [case.steps.get(name) for name in ("batch_sizes", "lengths", "reset")]
-    rest = (*steps, *case.extras, *scalars(case.options), True, save, False)
+    rest = (*steps, *case.extras, case.options.text, True, save, False)
     return (case.input, h0, c0, case.weights, *rest)
 
 
-@alone
-def test_opcheck(case: OptionCase) -> None:
+@each_option_once
+def test_opcheck(case: Case) -> None:
+    """test_compile.py has stacks without options."""
     torchs = given(case)
     arguments = operator_arguments(torchs, save=True)
     opcheck(torch.ops.fastrnn.forward.default, arguments)
     detached = given(case, requires_grad=False)
     arguments = operator_arguments(detached, save=True)
-    output, h_n, c_n, hidden, cell, gates = _ops.forward_op(*arguments)
+    output, h_n, c_n, hidden, cell, gates = _operators.forward_op(*arguments)
     two = case.options.cell == "LSTM"
     anew = [x is not None for x in detached.extras[:2]]
     needs = [True, True, two, *anew, *[True] * len(detached.weights)]
@@ -445,7 +444,7 @@ def test_opcheck(case: OptionCase) -> None:
         (
             *arguments[:12],
             *(hidden, cell, gates, d_output, d_hidden, *d_c),
-            *scalars(case.options),
+            case.options.text,
             needs,
             False,
         ),

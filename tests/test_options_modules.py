@@ -132,7 +132,7 @@ def test_drawn_weights_lie_within_the_bound(name: str) -> None:
         assert 0 < parameter.abs().max() <= H**-0.5
 
 
-def test_reset_parameters_starts_all_of_them_anew(name: str) -> None:
+def test_reset_parameters_redraws_all_of_them(name: str) -> None:
     ours = make(name, **everything(name))
     torch.manual_seed(1)
     ours.reset_parameters()

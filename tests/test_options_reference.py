@@ -9,21 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cases import ALONE, EXTRAS, PAIRS, Case
 from differences import check_gradients
 from fastrnn import reference
 from fastrnn.reference import Options, States
-from option_cases import ALONE, PAIRS, OptionCase
-from problems import EXTRAS, Array, Gradients, Problem, Solution, only, random_problem
+from problems import Array, Gradients, Problem, Solution, only, problem_of, random_problem
 from tolerances import assert_close
 
 every_case = pytest.mark.parametrize("case", [*ALONE, *PAIRS], ids=str)
 
 
-def problem_of(case: OptionCase, **changes: Any) -> Problem:
+def full_problem(case: Case, **changes: Any) -> Problem:
     """A small problem that sends a gradient into everything."""
     sizes = {"T": 4, "B": 4, "input_size": 2, "hidden_size": 6}
-    given = {"layout": case.layout, "extras": case.extras, "d_states": True, **sizes, **changes}
-    return random_problem(case.options, **given)
+    return problem_of(case, **{"d_states": True, **sizes, **changes})
 
 
 def assert_same(actual: Solution, expected: Solution) -> None:
@@ -35,13 +34,13 @@ def assert_same(actual: Solution, expected: Solution) -> None:
 
 
 @every_case
-def test_gradients_are_those_of_finite_differences(case: OptionCase) -> None:
+def test_gradients_are_those_of_finite_differences(case: Case) -> None:
     """But for the clamp, which is no derivative."""
-    check_gradients(problem_of(case._replace(options=replace(case.options, grad_clip=0.0))))
+    check_gradients(full_problem(case._replace(options=replace(case.options, grad_clip=0.0))))
 
 
 def test_a_wide_clamp_changes_nothing(cell: Any) -> None:
-    problem = problem_of(OptionCase(Options(cell, num_layers=2, bidirectional=True)))
+    problem = full_problem(Case(Options(cell, num_layers=2, bidirectional=True)))
     wide = replace(problem, options=replace(problem.options, grad_clip=1e6))
     assert_same(wide.solve(), problem.solve())
 
@@ -59,7 +58,7 @@ def test_the_whole_gradient_of_each_state_is_clamped() -> None:
     assert solution.d_hx[0].item() == pytest.approx(-1.0)  # that of the initial state is not
 
 
-def test_the_gradient_of_c_is_clamped_with_what_comes_through_h() -> None:
+def test_the_gradient_of_c_is_clamped_with_the_part_through_h() -> None:
     """All gates 1/2 and g = 0: c = c'/2, h = c/2; the gradient of c is 1/2 d_h + d_c."""
     options = Options("LSTM", bias=False, activation="identity", grad_clip=1.0)
     weights = [np.zeros((4, 1)), np.zeros((4, 1))]
@@ -76,8 +75,8 @@ def test_the_gradient_of_c_is_clamped_with_what_comes_through_h() -> None:
 
 
 @every_case
-def test_lengths_equal_each_sequence_alone(case: OptionCase) -> None:
-    problem = problem_of(case, layout="lengths and reset")
+def test_lengths_equal_each_sequence_alone(case: Case) -> None:
+    problem = full_problem(case, layout="lengths-reset")
     whole = problem.solve()
     total = [np.zeros_like(d) for d in (*whole.d_weights, *whole.d_reset)]
     for b, length in enumerate(problem.rows["lengths"]):
@@ -99,8 +98,8 @@ def test_lengths_equal_each_sequence_alone(case: OptionCase) -> None:
 
 
 @every_case
-def test_packed_equals_lengths(case: OptionCase) -> None:
-    packed = problem_of(case, layout="packed")
+def test_packed_equals_lengths(case: Case) -> None:
+    packed = full_problem(case, layout="packed")
     active = np.arange(packed.batch) < packed.rows["batch_sizes"][:, None]
 
     def pad(x: Any) -> Any:
@@ -127,7 +126,7 @@ def test_packed_equals_lengths(case: OptionCase) -> None:
 
 @pytest.mark.parametrize("first_step", [False, True])
 @pytest.mark.parametrize("case", ALONE, ids=str)
-def test_reset_equals_each_episode_alone(case: OptionCase, first_step: bool) -> None:
+def test_reset_equals_each_episode_alone(case: Case, first_step: bool) -> None:
     """Three episodes in one sequence, each begun with the state after a reset where it is not the
     one that a direction begins with."""
     options = replace(case.options, num_layers=1)
@@ -222,9 +221,9 @@ def test_block_diagonal_and_back() -> None:
     assert np.count_nonzero(whole) == blocks.size
 
 
-def test_zoneout_that_keeps_all_stands_still_and_that_keeps_none_is_absent(cell: Any) -> None:
-    case = OptionCase(Options(cell), "padded", ("zoneout_h", "zoneout_c"))
-    problem = problem_of(case)
+def test_zoneout_of_every_unit_keeps_the_state_and_of_none_changes_nothing(cell: Any) -> None:
+    case = Case(Options(cell), "padded", ("zoneout_h", "zoneout_c"))
+    problem = full_problem(case)
     for keep in (True, False):
         masks = tuple(np.full_like(m, keep) for m in problem.extras["zoneout_mask"])
         got = replace(problem, extras={"zoneout_mask": masks}).run()
@@ -234,7 +233,7 @@ def test_zoneout_that_keeps_all_stands_still_and_that_keeps_none_is_absent(cell:
 
 
 def test_zoneout_without_a_mask_is_the_expectation(cell: Any) -> None:
-    problem = problem_of(OptionCase(Options(cell), "padded"), T=1)
+    problem = full_problem(Case(Options(cell), "padded"), T=1)
     zoneout_c = 0.6 if cell == "LSTM" else 0.0
     options = replace(problem.options, zoneout_h=0.3, zoneout_c=zoneout_c)
     got, plain = replace(problem, options=options).run(), problem.run()
@@ -244,8 +243,8 @@ def test_zoneout_without_a_mask_is_the_expectation(cell: Any) -> None:
         assert_close(mixed, p * old + (1 - p) * new, "float64", "output")
 
 
-def test_recurrent_dropout_of_all_of_h_leaves_only_what_does_not_pass_the_weights() -> None:
-    problem = problem_of(OptionCase(Options("RNN"), "padded", ("dropout",)))
+def test_recurrent_dropout_of_every_unit_equals_zero_recurrent_weights() -> None:
+    problem = full_problem(Case(Options("RNN"), "padded", ("dropout",)))
     mask = np.zeros_like(problem.extras["dropout_mask"])
     got = replace(problem, extras={"dropout_mask": mask}).run()
     weights = [problem.weights[0], 0 * problem.weights[1], *problem.weights[2:]]

@@ -1,4 +1,4 @@
-"""`patch_torch`: torch.nn's names are ours meanwhile, and afterwards all is as it was."""
+"""`patch_torch`: torch.nn's names are ours while it is on, and are restored afterwards."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def some_input(name: str) -> torch.Tensor:
 # ---- the names --------------------------------------------------------------------------------
 
 
-def test_the_names_are_ours_meanwhile_and_torchs_afterwards() -> None:
+def test_torchs_names_are_ours_while_patched_and_restored_afterwards() -> None:
     before = bindings()
     with fastrnn.patch_torch():
         for home in HOMES:
@@ -188,7 +188,7 @@ def test_what_isinstance_answered_is_not_remembered(patched: None) -> None:
 # ---- users' classes ---------------------------------------------------------------------------
 
 
-def test_a_class_derived_meanwhile_is_over_ours(patched: None) -> None:
+def test_a_class_derived_while_patched_derives_from_ours(patched: None) -> None:
     class Doubled(nn.LSTM):
         def __init__(self, size: int) -> None:
             super().__init__(size, 4, 2, True, True, 0.0, True)  # torch's arguments, by position
@@ -224,7 +224,7 @@ def test_a_users_class_may_have_abc_and_a_base_of_torch_beside_it(patched: None)
 
 
 @pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN_TANH", "RNN_RELU"])
-def test_a_class_right_over_rnnbase_gets_its_weights_and_brings_its_forward(
+def test_a_direct_subclass_of_rnnbase_has_weights_and_runs_its_own_forward(
     patched: None, mode: str
 ) -> None:
     class Layer(nn.RNNBase):
@@ -258,7 +258,7 @@ def test_an_unknown_mode_of_rnnbase_is_torchs_error() -> None:
     assert raised[1] == raised[0]
 
 
-def test_a_class_right_over_rnncellbase_chooses_its_number_of_gates(patched: None) -> None:
+def test_a_direct_subclass_of_rnncellbase_chooses_its_number_of_gates(patched: None) -> None:
     class Cell(nn.RNNCellBase):
         def __init__(self) -> None:
             super().__init__(3, 4, bias=True, num_chunks=5, dtype=torch.float64)
@@ -396,7 +396,7 @@ def test_our_tools_know_torchs_layers_from_ours(patched: None) -> None:
     assert type(fastrnn.to_torch(nn.LSTM(3, 4))) is TORCHS["LSTM"]
 
 
-def test_torchs_modules_that_name_the_layers_are_imported_and_work_meanwhile() -> None:
+def test_torchs_modules_that_name_the_layers_work_while_patched() -> None:
     code = """
         import warnings
         warnings.simplefilter("ignore")

@@ -305,7 +305,7 @@ def test_random_numbers_of_torch_are_said_once() -> None:
         assert torch.equal(ours, fastrnn.scan(step, torch.zeros(B, H), torch.ones(T, B, H))[0])
 
 
-def test_random_numbers_are_the_loops_whatever_was_recorded() -> None:
+def test_random_numbers_equal_the_loops_whatever_ran_before() -> None:
     """A run on stand-ins draws none from the generators, also beside programs of like steps."""
     weight = torch.nn.Parameter(torch.randn(H, H))
 
@@ -320,7 +320,7 @@ def test_random_numbers_are_the_loops_whatever_was_recorded() -> None:
     _drawn_as_by_the_loop(dropped, xs, torch.manual_seed)
 
 
-def test_errors_of_a_changed_step_are_its_own() -> None:
+def test_a_changed_step_raises_its_own_errors() -> None:
     """What a step raises comes out of it as it runs on the caller's tensors."""
     wrong = []
 

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 import fastrnn
 from fastrnn._any_cell import Recurrent
 from pairs import LAYERS, STACKS, backward, outcome, tensors
+from steps import loop as loop_of_steps
 
 T, B, SIZE, H = 6, 4, 3, 5
 F64 = torch.float64
@@ -294,11 +295,8 @@ def call(cell: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:
 
 def loop(cell: Any, input: Tensor, state: Any = None) -> tuple[Tensor, Any]:
     """The specification: output (T, B, H), and the final state without an axis of layers."""
-    outputs = []
-    for x in input:
-        output, state = call(cell, x, state)
-        outputs.append(output)
-    return torch.stack(outputs), state
+    state, output = loop_of_steps(lambda state, x: call(cell, x, state)[::-1], state, input)
+    return output, state
 
 
 def with_layer_axis(state: Any) -> Any:
@@ -358,7 +356,7 @@ def test_an_episode_starts_with_the_learned_state_of_the_cell() -> None:
     torch.testing.assert_close(state_n, torch.stack([forwards[-1], backwards[0]]))
 
 
-def test_the_learned_state_of_the_cell_stands_where_a_sequence_starts() -> None:
+def test_a_sequence_starts_with_the_learned_state_of_the_cell() -> None:
     cell, other = Learned(), Learned()
     layer, input, lengths = Recurrent(cell, other), leaf(T, B, SIZE), [4, 1, T, 3]
     for reset in (None, torch.zeros(T, B, dtype=torch.bool)):
@@ -371,7 +369,7 @@ def test_the_learned_state_of_the_cell_stands_where_a_sequence_starts() -> None:
             torch.testing.assert_close(state_n[:, b], ends)
 
 
-def test_a_state_in_whose_place_the_cell_takes_its_own_may_hold_anything() -> None:
+def test_a_state_that_the_cell_replaces_may_hold_nan() -> None:
     layer, input = Recurrent(nn.GRUCell(SIZE, H, dtype=F64)), leaf(T, B, SIZE)
     state = torch.randn(1, B, H, dtype=F64)
     state[:, 1] = float("nan")
@@ -493,7 +491,7 @@ def test_one_cell_may_stand_in_several_places() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of an operation that only the loop knows
-def test_finding_how_a_cell_returns_its_state_draws_no_random_numbers() -> None:
+def test_probing_a_cell_for_its_state_draws_no_random_numbers() -> None:
     class Noisy(OutputAndPair):
         def forward(self, x: Tensor, state: Any = None) -> Any:
             return super().forward(nn.functional.dropout(x, 0.5), state)
@@ -559,7 +557,7 @@ def test_hooks_on_the_layer_run_once_a_call() -> None:
     assert seen[0] is result
 
 
-def test_hooks_of_a_cell_see_nothing_of_how_its_state_is_found() -> None:
+def test_hooks_of_a_cell_do_not_see_the_probe_of_its_state() -> None:
     cell, seen = OutputAndPair(), []
     cell.register_forward_hook(lambda module, args, result: seen.extend(tensors(result)))
     output, _ = Recurrent(cell)(leaf(1, B, SIZE))

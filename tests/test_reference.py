@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cases import LAYOUTS
 from differences import check_gradients
 from fastrnn import reference
 from fastrnn._options import GATES
 from fastrnn.reference import Cell, Options, Parameters
-from problems import LAYOUTS, Array, Gradients, Problem, Solution, only, random_problem
+from problems import Array, Gradients, Problem, Solution, only, random_problem
 from tolerances import assert_close
 
 MATHS = Path(__file__).parents[1] / "docs" / "maths.md"
@@ -84,7 +85,7 @@ def assert_same(actual: Solution, expected: Solution) -> None:
 
 @pytest.mark.parametrize("options", STACKS, ids=name)
 def test_lengths_equal_each_sequence_alone(options: Options) -> None:
-    problem = random_problem(options, layout="lengths and reset", d_states=True)
+    problem = random_problem(options, layout="lengths-reset", d_states=True)
     whole = problem.solve()
     total = [np.zeros_like(w) for w in problem.weights]
     for b, length in enumerate(problem.rows["lengths"]):

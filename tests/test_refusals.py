@@ -182,7 +182,7 @@ def test_sizes_of_layers_that_cannot_be(name: str, size: Any) -> None:
 
 
 @pytest.mark.parametrize("one", [True, np.int64(1)], ids=repr)
-def test_what_stands_for_an_int_is_one(cell: str, one: Any) -> None:
+def test_what_converts_to_an_int_is_accepted_as_one(cell: str, one: Any) -> None:
     torch.manual_seed(0)
     layer, x = getattr(fastrnn, cell)(3, 4, one), torch.randn(5, 2, 3)
     torch.manual_seed(0)

@@ -91,7 +91,7 @@ def test_where_reading_is_fast_the_roof_is_the_peak() -> None:
     assert training == pytest.approx(3 * seconds)
 
 
-def test_a_recurrence_waits_for_its_weights() -> None:
+def test_the_roof_of_a_recurrence_is_the_bandwidth_of_its_weights() -> None:
     """Two rows: 2·2 operations for the 4 bytes of a weight, hence as many GFLOP/s as GB/s."""
     forward = FLOPS_IH / PEAK + FLOPS_HH / 5.0
     assert roof_seconds(LSTM, "inference", PEAK, {BYTES_HH: 5.0}) == pytest.approx(forward / 1e9)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastrnn import _C, _by_torch, _engine, _recurrent
-from fastrnn._engine import NO_EXTRAS, CudaRoute, engine_options, scalars
+from fastrnn import _C, _by_torch, _call, _engine
+from fastrnn._engine import NO_EXTRAS, CudaRoute, engine_options
 from fastrnn._options import GATES, Options
 
 
@@ -41,11 +41,11 @@ def route(
     """engine, torch, torch as an operator, or composed."""
     weights = [SimpleNamespace(shape=(16, 3), requires_grad=False)] * 4
     steps = (batch_sizes, None, None, NO_EXTRAS._replace(**extras))
-    found = _recurrent._route(options, input, None, weights, steps, states)
+    found = _call._route(options, input, None, weights, steps, states)
     names = {
-        _recurrent._engine_route: "engine",
-        _recurrent._torch_as_operator: "torch as an operator",
-        _recurrent._composed_route: "composed",
+        _call._engine_route: "engine",
+        _call._torch_as_operator: "torch as an operator",
+        _call._composed_route: "composed",
         None: "torch",
     }
     return names[found]
@@ -99,11 +99,11 @@ def test_no_certificate_is_of_packed_sequences_or_of_all_states(
 def test_no_certificate_is_of_cells(
     cuda: Any, asked: CudaRoute | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (_by_torch, _recurrent):
+    for module in (_by_torch, _call):
         monkeypatch.setattr(module, "cuda_switch", lambda: asked)
     cuda.unsqueeze = lambda _: cuda
     weights: Any = [SimpleNamespace(shape=(16, 3), requires_grad=False)] * 4
-    assert _recurrent.cell_by_torch(Options("LSTM"), cuda, None, weights) == (asked is None)
+    assert _call.cell_by_torch(Options("LSTM"), cuda, None, weights) == (asked is None)
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
@@ -135,7 +135,7 @@ def test_torch_has_no_c_of_every_step(cuda: Any, monkeypatch: pytest.MonkeyPatch
     assert route(cuda, Options("LSTM"), states=True) == "composed"
 
 
-def test_a_graph_holds_torchs_call_as_one_operator(
+def test_a_traced_graph_has_torchs_call_as_one_operator(
     cuda: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_by_torch, "cuda_route", lambda *_: CudaRoute(False, "a test"))
@@ -176,5 +176,5 @@ def test_a_compiler_takes_the_cuda_route_for_a_constant(
 
 @pytest.mark.parametrize("cell", GATES)
 def test_options_and_the_engine_agree_on_the_gates(cell: Any) -> None:
-    engine: _C.Options = engine_options(*scalars(Options(cell)))
+    engine: _C.Options = engine_options(Options(cell))
     assert engine.gates == Options(cell).gates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 from fastrnn._explain import explain
 from fastrnn._scan import scan
 from pairs import backward
+from steps import loop, mapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,42 +75,27 @@ def leaf(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=F64, requires_grad=True)
 
 
-def loop(step: Step, init: Any, xs: Any, reverse: bool = False) -> tuple[Any, Any]:
-    """The specification, for at least one step."""
-    steps = next(x for x in pytree.tree_leaves(xs) if x is not None).shape[0]
-    carry, ys = init, []
-    for t in reversed(range(steps)) if reverse else range(steps):
-        carry, y = step(carry, mapped(lambda x: x[t], xs))  # noqa: B023
-        ys.append(y)
-    return carry, mapped(lambda *y: torch.stack(y), *(reversed(ys) if reverse else ys))
-
-
 def row_by_row(
     step: Step, init: Any, xs: Any, lengths: list[int], reset: Tensor | None, reverse: bool
 ) -> tuple[Any, Any]:
     """Each sequence by itself, as long as it is, and each of its episodes from `init`."""
     carries, ys = [], []
-    steps = next(x for x in pytree.tree_leaves(xs) if x is not None).shape[0]
     for b, length in enumerate(lengths):
         start = mapped(lambda leaf: leaf[b : b + 1], init)  # noqa: B023
-        carry, row = start, {}
-        for t in reversed(range(length)) if reverse else range(length):
-            at = t + 1 if reverse else t
-            if reset is not None and at < length and reset[at, b]:
-                carry = start
-            carry, row[t] = step(carry, mapped(lambda x: x[t, b : b + 1], xs))  # noqa: B023
-        some = row[0] if row else step(start, mapped(lambda x: x[0, b : b + 1], xs))[1]  # noqa: B023
-        padding = mapped(torch.zeros_like, some)
-        ys.append(mapped(lambda *y: torch.stack(y), *(row.get(t, padding) for t in range(steps))))
-        carries.append(carry)
+        row = mapped(lambda x: x[:, b : b + 1], xs)  # noqa: B023
+        resets = [] if reset is None else [t for t in range(1, length) if reset[t, b]]
+        parts = [
+            loop(step, start, mapped(lambda x: x[first:last], row), reverse)  # noqa: B023
+            for first, last in pairwise([0, *resets, length])
+            if first < last
+        ]
+        carries.append(parts[0 if reverse else -1][0] if parts else start)
+        padding = mapped(lambda y: torch.zeros_like(y[length:]), loop(step, start, row)[1])  # noqa: B023
+        ys.append(mapped(lambda *y: torch.cat(y), *(y for _, y in parts), padding))
     return (
         mapped(lambda *leaves: torch.cat(leaves), *carries),
         mapped(lambda *leaves: torch.cat(leaves, 1), *ys),
     )
-
-
-def mapped(function: Callable[..., Any], *values: Any) -> Any:
-    return pytree.tree_map(lambda *v: None if v[0] is None else function(*v), *values)
 
 
 def leaves(*values: Any) -> list[Tensor]:
@@ -237,7 +224,7 @@ def test_a_pair_may_be_a_list(weights: Weights) -> None:
     torch.testing.assert_close((carry, ys), scan(step, init, xs), rtol=0, atol=0)
 
 
-def test_every_call_sees_the_weights_of_its_time(weights: Weights) -> None:
+def test_every_call_uses_the_current_weights(weights: Weights) -> None:
     init, xs, scale = leaf(B, H), leaf(T, B, SIZE), [1.0]
     elman = plain(weights)
 
@@ -482,7 +469,7 @@ def test_a_none_in_the_carry_stays_none() -> None:
         scan(lambda c, x: ((c[0], x), None), (torch.zeros(B), None), torch.zeros(T, B))
 
 
-def test_y_is_alike_at_every_step() -> None:
+def test_y_must_have_the_same_structure_at_every_step() -> None:
     def step(n: Tensor, x: Tensor) -> Any:
         return n + 1, {"y": x[: int(n) + 1]}
 

@@ -430,3 +430,33 @@ def test_no_abort_at_exit() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# ---- conversion ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("source", ["float16", "float32", "float64"])
+def test_convert_is_numpys_over_any_strides(source: str, target: str) -> None:
+    x = np.random.default_rng(0).normal(size=(3, 8, 5)).astype(source)[:, ::2].transpose(2, 0, 1)
+    y = np.zeros((5, 4, 3), target).transpose(0, 2, 1)
+    _C.convert(x, y)
+    np.testing.assert_array_equal(y, x.astype(target))
+
+
+def test_convert_to_bfloat16_and_back_rounds_to_nearest() -> None:
+    half = _C.empty((4,), "bfloat16")
+    _C.convert(np.array([1.0, 1.00390625, 1.01171875, -2.5], np.float32), half)
+    back = np.zeros(4, np.float32)
+    _C.convert(half, back)
+    assert back.tolist() == [1.0, 1.0, 1.015625, -2.5]  # ties to even
+
+
+def test_convert_refuses_other_shapes_and_types() -> None:
+    x = np.zeros((2, 3), np.float32)
+    with pytest.raises(ValueError, match=r"^target: expected 3 elements along axis 1, .* got 4"):
+        _C.convert(x, np.zeros((2, 4), np.float32))
+    with pytest.raises(ValueError, match=r"^target: expected the axes of source"):
+        _C.convert(x, np.zeros(6, np.float32))
+    with pytest.raises(TypeError, match=r"^convert: expected float32, .*, got int64"):
+        _C.convert(x, np.zeros((2, 3), np.int64))

@@ -194,7 +194,7 @@ def test_fx_leaves_weights_that_are_computed_alone(kind: str) -> None:
 
 
 def test_fx_says_what_it_cannot_trace() -> None:
-    with pytest.raises(RuntimeError, match=r"fastrnn\.GRU by itself.*Sequential"):
+    with pytest.raises(RuntimeError, match=r"fastrnn\.GRU as the root module.*Sequential"):
         torch.fx.symbolic_trace(fastrnn.GRU(I, H))
     layer = _Twice(I, H)
     layer.register_full_backward_hook(lambda *_: None)
@@ -271,7 +271,7 @@ def test_script_takes_a_subclass_that_changes_nothing() -> None:
         (fastrnn.GRU(I, H, reset_after=False), r"fastrnn\.GRU: .*reset_after=False"),
         (fastrnn.LSTM(I, H, layer_norm=True), r"fastrnn\.LSTM: .*layer_norm=True"),
         (fastrnn.RNNCell(I, H, nonlinearity="sigmoid"), r"fastrnn\.RNNCell: .*'sigmoid'"),
-        (_Twice(I, H), r"_Twice, a subclass of fastrnn\.GRU with a forward of its own"),
+        (_Twice(I, H), r"_Twice, a subclass of fastrnn\.GRU with its own forward"),
     ],
     ids=["GRU", "LSTM", "RNNCell", "subclass"],
 )

@@ -31,13 +31,13 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
-from fastrnn import _C, _composed, _masks, _ops, functional
-from fastrnn._engine import Extras, scalars
+from cases import ALONE, EXTRAS, LAYOUTS, PAIRS, STACKS, Case
+from fastrnn import _C, _by_program, _composed, _masks, _operators, _program_torch, functional
+from fastrnn._call import recurrent
+from fastrnn._engine import NO_EXTRAS, Extras
 from fastrnn._options import Options
-from fastrnn._recurrent import recurrent
 from operators import opcheck
-from option_cases import ALONE, PAIRS, OptionCase
-from stacks import EXTRAS, STACKS, STEPS, Case, make
+from stacks import Arguments, make
 from tolerances import assert_close
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 
 SIZE = 3  # of a mapped axis
 every_stack = pytest.mark.parametrize("options", STACKS.values(), ids=STACKS.keys())
-every_step = pytest.mark.parametrize("steps", STEPS)
+every_step = pytest.mark.parametrize("steps", LAYOUTS)
 MAPPED = {
     "input": ("input",),
     "states": ("hx",),
@@ -62,12 +62,12 @@ every_option = pytest.mark.parametrize(
 )
 # Every option that has a derivative, in each cell.
 TOGETHER = [
-    OptionCase(
+    Case(
         Options(cell, layer_norm=True, heads=2, peephole=cell == "LSTM", zoneout_h=0.3),
         layout,
         EXTRAS if cell == "LSTM" else EXTRAS[:-1],
     )
-    for cell, layout in (("RNN", "packed"), ("LSTM", "reset"), ("GRU", "lengths and reset"))
+    for cell, layout in (("RNN", "packed"), ("LSTM", "reset"), ("GRU", "lengths-reset"))
 ]
 options_together = pytest.mark.parametrize("case", TOGETHER, ids=str)
 
@@ -75,7 +75,7 @@ options_together = pytest.mark.parametrize("case", TOGETHER, ids=str)
 # ---- A stack as a function of a dictionary of arguments ------------------------------------------
 
 
-def arguments_of(case: Case) -> dict[str, Any]:
+def arguments_of(case: Arguments) -> dict[str, Any]:
     extras = {name: x for name, x in case.extras._asdict().items() if x is not None}
     return {"input": case.input, "hx": case.hx, "weights": case.weights, **case.steps, **extras}
 
@@ -91,10 +91,10 @@ def several(options: Options, steps: str, size: int = SIZE, **how: Any) -> list[
     return found
 
 
-def several_with(case: OptionCase, size: int = SIZE, **how: Any) -> list[dict[str, Any]]:
+def several_with(case: Case, size: int = SIZE, **how: Any) -> list[dict[str, Any]]:
     """The same of a case with options; the masks and the states after a reset differ."""
     how = {"sizes": (4, 3, 2, 6), "extras": case.extras, **how}
-    return several(case.options, case.layout.replace(" and ", "-"), size, **how)
+    return several(case.options, case.layout, size, **how)
 
 
 def choose(several: Sequence[dict[str, Any]], mapped: str) -> tuple[list[dict[str, Any]], Any]:
@@ -155,22 +155,29 @@ def assert_near(got: Sequence[Tensor], expected: Sequence[Tensor], quantity: str
 
 @contextmanager
 def counted() -> Iterator[dict[str, int]]:
-    """How often the engine is entered meanwhile, and how often the composed route is taken."""
-    names = ("forward", "backward", "forward_members", "backward_members", "infer")
+    """How often the engine's cells or its programs are entered meanwhile, and how often the
+    composed route is taken."""
+    names = {"Call": "forward", "layer": "layer"}
+    names |= dict.fromkeys(("backward", "forward_members", "backward_members"), "")
     calls: dict[str, int] = {}
 
     def count(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **more: Any) -> Any:
             result = function(*arguments, **more)
-            if result is not None or name != "infer":  # None: the call goes another way
+            if result is not None or name != "layer":  # None: the call goes another way
                 calls[name] = calls.get(name, 0) + 1
             return result
 
         return call
 
     with (
-        patch.multiple(_C, **{name: count(name, getattr(_C, name)) for name in names}),
+        patch.multiple(_C, **{n: count(label or n, getattr(_C, n)) for n, label in names.items()}),
         patch.object(_composed, "forward", count("composed", _composed.forward)),
+        patch.multiple(
+            _program_torch,
+            _ProgramCall=count("program", _program_torch._ProgramCall),
+            _by_program=count("program_backward", _program_torch._by_program),
+        ),
     ):
         yield calls
 
@@ -179,8 +186,8 @@ class ByEach(TorchDispatchMode):
     """Sees to it that a kernel for one member after the other gives the bits of the ensemble's."""
 
     kernels: ClassVar = {
-        _ops.forward_members_op: _ops._forward_of_each,
-        _ops.backward_members_op: _ops._backward_of_each,
+        _operators.forward_members_op: _operators._forward_of_each,
+        _operators.backward_members_op: _operators._backward_of_each,
     }
     compared = 0
 
@@ -242,7 +249,7 @@ def test_gradients_through_vmap_equal_those_of_a_loop(cell: str, mapped: str) ->
 
 @every_option
 @pytest.mark.parametrize("mapped", ["rows", "everything"])
-def test_vmap_of_options_equals_a_loop(case: OptionCase, mapped: str) -> None:
+def test_vmap_of_options_equals_a_loop(case: Case, mapped: str) -> None:
     each, dims = choose(several_with(case), mapped)
     given = stacked(each, dims)
     leaves = leaves_of(given)
@@ -251,12 +258,32 @@ def test_vmap_of_options_equals_a_loop(case: OptionCase, mapped: str) -> None:
     with counted() as calls:
         got = vmap(partial(run, case.options), in_dims=(dims,))(given)
         found = torch.autograd.grad(weighted(got), leaves)
-    kind = "_members" if mapped == "everything" else ""
-    assert calls == {f"forward{kind}": 1, f"backward{kind}": 1}
+    assert calls == calls_of_options(case, mapped == "everything")
     part = partial(part_of, given, dims)
     loop = transposed([run(case.options, part(k)) for k in range(SIZE)])
     assert_equal(got, loop)
     assert_near(found, torch.autograd.grad(weighted(loop), leaves), "d_weight")
+
+
+def calls_of_options(case: Case, members: bool) -> dict[str, int]:
+    """Those of a case forward and backward."""
+    # h stands for both states after a reset.
+    names = ("reset_hx", "", "dropout", "zoneout_h", "zoneout_c")
+    given = Extras(*(name if name in case.extras else None for name in names))
+    return calls_of(case.options, given, members=members)
+
+
+def calls_of(
+    options: Options, extras: Extras = NO_EXTRAS, *, members: bool = True, backward: bool = True
+) -> dict[str, int]:
+    """How the engine is entered: for its cells once, for an ensemble of programs by each member."""
+    kind, times = ("_members", SIZE) if members else ("", 1)
+    by_program = _by_program.takes(options, extras)
+    calls = {"program": times} if by_program else {f"forward{kind}": 1}
+    if backward:
+        by_program = _by_program.takes_backward(options, extras)
+        calls |= {"program_backward": times} if by_program else {f"backward{kind}": 1}
+    return calls
 
 
 def leaves_of(given: dict[str, Any]) -> list[Tensor]:
@@ -275,7 +302,7 @@ def part_of(given: dict[str, Any], dims: dict[str, Any], k: int) -> dict[str, An
 
 
 @every_stack
-@every_step
+@pytest.mark.parametrize("steps", ["padded", "lengths-reset", "packed"])
 def test_second_derivatives_through_vmap(options: Options, steps: str) -> None:
     each, dims = choose(several(options, steps, 2, sizes=(3, 3, 2, 2)), "everything")
     given = stacked(each, dims)
@@ -295,7 +322,7 @@ def test_second_derivatives_through_vmap(options: Options, steps: str) -> None:
 
 
 @options_together
-def test_second_derivatives_through_vmap_of_options(case: OptionCase) -> None:
+def test_second_derivatives_through_vmap_of_options(case: Case) -> None:
     each, dims = choose(several_with(case, 2, sizes=(3, 3, 2, 4)), "everything")
     given = stacked(each, dims)
     names = ("input", "hx", "weights", *(n for n in ("reset_h", "reset_c") if n in given))
@@ -450,7 +477,9 @@ def test_is_grads_batched(cell: str, return_states: bool, own: dict[str, Any]) -
     loop = [torch.autograd.grad(output, case.leaves, d, retain_graph=True) for d in many]
     with counted() as calls:
         got = torch.autograd.grad(output, case.leaves, many, is_grads_batched=True)
-    assert calls["backward_members"] == 1
+    of_members = calls_of(case.options)
+    for name in {"backward_members", "program_backward"} & of_members.keys():
+        assert calls[name] == of_members[name]
     assert_near(got, transposed(loop), "d_weight")
 
     def function(x: Tensor) -> Tensor:
@@ -531,7 +560,7 @@ def test_an_ensemble_of_modules_equals_a_loop(name: str, shared_input: bool) -> 
     xs = [x] * SIZE if shared_input else list(x)
     with counted() as calls:
         got = vmap(one, in_dims=in_dims)(parameters, buffers, x)
-    assert calls == {"forward_members": 1}
+    assert calls == calls_of(models[0]._options, backward=False)
     assert_equal(got, transposed([flat(m(x)) for m, x in zip(models, xs, strict=True)]))
 
 
@@ -547,7 +576,7 @@ def test_an_ensemble_trains_as_each_model_by_itself(name: str) -> None:
     with counted() as calls:
         losses = vmap(loss, in_dims=(0, 0, None))(parameters, buffers, x)
         losses.sum().backward()
-    assert calls == {"forward_members": 1, "backward_members": 1}
+    assert calls == calls_of(models[0]._options)
     each = [torch.autograd.grad(weighted(flat(m(x))), tuple(m.parameters())) for m in models]
     got = [parameters[n].grad for n, _ in models[0].named_parameters()]
     assert_near(got, transposed(each), "d_weight")
@@ -564,13 +593,13 @@ def test_per_sample_gradients_equal_a_loop(name: str) -> None:
 
     with counted() as calls:
         got = vmap(grad(loss), in_dims=(None, 0))(parameters, many)
-    assert calls == {"forward_members": 1, "backward_members": 1}
+    assert calls == calls_of(model._options)
     own = tuple(model.parameters())
     each = [torch.autograd.grad(weighted(flat(model(x))), own) for x in many]
     assert_near(list(got.values()), transposed(each), "d_weight")
 
 
-def test_members_begin_anew_with_their_own_learned_states(cell: str) -> None:
+def test_members_restart_from_their_own_learned_states(cell: str) -> None:
     options = {"bidirectional": True, "learn_initial_state": True}
     models = [drawn(getattr(fastrnn, cell)(2, 3, **options)) for _ in range(SIZE)]
     parameters, _ = stack_module_state(models)
@@ -582,7 +611,7 @@ def test_members_begin_anew_with_their_own_learned_states(cell: str) -> None:
     with counted() as calls:
         got = vmap(one)(parameters, x, reset)
         got.sum().backward()
-    assert calls == {"forward_members": 1, "backward_members": 1}
+    assert calls == calls_of(models[0]._options, Extras(reset_h="given"))
     losses = [weighted(flat(m(x, reset=r))) for m, x, r in zip(models, x, reset, strict=True)]
     assert_near([got], [torch.stack(losses)], "output")
     each = [
@@ -686,7 +715,7 @@ def test_batch_sizes_cannot_be_mapped(cell: str) -> None:
 # ---- Derivatives ---------------------------------------------------------------------------------
 
 
-def loss_of(case: Case) -> Callable[..., Tensor]:
+def loss_of(case: Arguments) -> Callable[..., Tensor]:
     """A scalar of the leaves."""
 
     def loss(*leaves: Tensor) -> Tensor:
@@ -868,7 +897,7 @@ def test_per_sample_gradients_of_every_member(cell: str) -> None:
 
 
 @every_option
-def test_per_sample_gradients_of_options(case: OptionCase) -> None:
+def test_per_sample_gradients_of_options(case: Case) -> None:
     each, dims = choose(several_with(case), "rows")
     given = stacked(each, dims)
     shared = [name for name in ("weights", "reset_h", "reset_c") if name in given]
@@ -880,14 +909,14 @@ def test_per_sample_gradients_of_options(case: OptionCase) -> None:
     rest = {name: dims[name] for name in given}
     with counted() as calls:
         got = vmap(grad(loss), in_dims=(None, rest))(leaves, given)
-    assert calls == {"forward_members": 1, "backward_members": 1}
+    assert calls == calls_of_options(case, members=True)
     own = [x.requires_grad_() for x in flat(leaves.values())]
     loop = [torch.autograd.grad(loss(leaves, part_of(given, rest, k)), own) for k in range(SIZE)]
     assert_near(flat(got.values()), transposed(loop), "d_weight")
 
 
 @options_together
-def test_forward_mode_of_an_ensemble_with_options(case: OptionCase) -> None:
+def test_forward_mode_of_an_ensemble_with_options(case: Case) -> None:
     each, dims = choose(several_with(case), "everything")
     given = stacked(each, dims)
 
@@ -1041,7 +1070,7 @@ def test_masks_follow_the_randomness_of_vmap(cell: str) -> None:
         with counted() as calls:
             same = vmap(one, randomness="same")(many)
             different = vmap(one, randomness="different")(many)
-        assert calls == {"forward": 2}  # the masks join the rows
+        assert calls == {"program": 2}  # the masks join the rows
         torch.manual_seed(1)
         assert_equal(same, one(many[0]).expand_as(same))
         assert not torch.equal(different[0], different[1])
@@ -1088,7 +1117,7 @@ def test_masks_drawn_under_vmap_mask_as_those_of_a_loop(
     torch.manual_seed(3)
     with counted() as calls:
         got = vmap(grad(one), **over)(*given)
-    assert calls == {"forward_members": 1, "backward_members": 1}
+    assert calls == {"program": SIZE, "program_backward": SIZE}
     loop = [grad(by_hand)(*v, e) for v, e in zip(each, extras, strict=True)]
     assert_near(got, transposed(loop), "d_weight")
 
@@ -1148,8 +1177,13 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(
+    ("cell", "transform"),
+    [("LSTM", transform) for transform in TRANSFORMS]
+    + [(cell, transform) for cell in ("RNN", "GRU") for transform in ("per-sample", "hessian")],
+)
 def test_compiled_transforms_equal_eager(cell: str, transform: str) -> None:
+    """Each of the cell with two states; of the others one in reverse, one in forward mode too."""
     options = Options(cell)  # type: ignore[arg-type]
     members = several(options, "padded", sizes=(2, 2, 2, 2))
     weights, x = members[0]["weights"], members[0]["input"]
@@ -1193,7 +1227,7 @@ def test_a_compiled_ensemble_trains(cell: str) -> None:
 
 @pytest.mark.usefixtures("_fresh_compiler")
 @options_together
-def test_compiled_per_sample_gradients_of_options_equal_eager(case: OptionCase) -> None:
+def test_compiled_per_sample_gradients_of_options_equal_eager(case: Case) -> None:
     each, dims = choose(several_with(case), "everything")
     given = stacked(each, dims)
 
@@ -1223,7 +1257,7 @@ def members_arguments(each: list[dict[str, Any]], requires_grad: bool) -> tuple[
 
 def opcheck_backward_members(options: Options, each: list[dict[str, Any]]) -> None:
     arguments = members_arguments(each, requires_grad=False)
-    given = _ops.forward_members_op(*arguments, *scalars(options), True, True, False)
+    given = _operators.forward_members_op(*arguments, options.text, True, True, False)
     output, h_n, _, hidden, cell, gates = given
     two = options.cell == "LSTM"
     anew = [x is not None for x in arguments[7:9]]
@@ -1236,17 +1270,17 @@ def opcheck_backward_members(options: Options, each: list[dict[str, Any]]) -> No
         None,
     )
     opcheck(
-        _ops.backward_members_op,
-        (*arguments, hidden, cell, gates, *cotangents, *scalars(options), needs, False),
+        _operators.backward_members_op,
+        (*arguments, hidden, cell, gates, *cotangents, options.text, needs, False),
     )
 
 
 @options_together
 @pytest.mark.parametrize("recompute", [False, True])
-def test_opcheck_members_with_options(case: OptionCase, recompute: bool) -> None:
+def test_opcheck_members_with_options(case: Case, recompute: bool) -> None:
     options = replace(case.options, recompute=recompute)
     arguments = members_arguments(several_with(case), requires_grad=True)
-    opcheck(_ops.forward_members_op, (*arguments, *scalars(options), True, True, False))
+    opcheck(_operators.forward_members_op, (*arguments, options.text, True, True, False))
     opcheck_backward_members(options, several_with(case))
 
 
@@ -1255,7 +1289,7 @@ def test_opcheck_members_with_options(case: OptionCase, recompute: bool) -> None
 @pytest.mark.parametrize("save", [False, True])
 def test_opcheck_forward_members(options: Options, steps: str, save: bool) -> None:
     arguments = members_arguments(several(options, steps), requires_grad=True)
-    opcheck(_ops.forward_members_op, (*arguments, *scalars(options), True, save, False))
+    opcheck(_operators.forward_members_op, (*arguments, options.text, True, save, False))
 
 
 @every_stack

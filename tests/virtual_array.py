@@ -1,6 +1,6 @@
 """Arrays of the virtual CUDA device of cuda/tests/virtual, whose memory is the host's.
 
-To be imported once the module that runs on it stands in for fastrnn._C.
+Import it after the module that runs on that device has replaced _C.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import fastrnn
+from fastrnn import _C
 
 CUDA = 2  # DLPack's number of it
 ALIGNMENT = 256
@@ -21,10 +22,23 @@ pointer_of.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 class OnDevice:
-    """A host array that says of itself that it is the device's."""
+    """A host array that is exported as the device's."""
 
     def __init__(self, host: Any) -> None:
         self.host = host
+
+    def new_empty(self, shape: tuple[int, ...], dtype: str) -> OnDevice:
+        """NaN, so that an element that is left unwritten shows; of bfloat16, which NumPy lacks,
+        whatever the memory holds."""
+        if dtype == "bfloat16":
+            return OnDevice(_C.empty(shape, dtype))
+        return OnDevice(np.full(shape, np.nan, dtype))
+
+    def __getitem__(self, index: int) -> OnDevice:
+        return OnDevice(self.host[index])
+
+    def copy_(self, other: OnDevice) -> None:
+        _C.convert(other.host, self.host)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return CUDA, 0

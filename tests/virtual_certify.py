@@ -1,8 +1,8 @@
 """The child of `fastrnn certify` on a machine without a GPU, for test_certify.py.
 
-In the place of a CUDA device stands the virtual one of cuda/tests/virtual, whose kernels run on the
-CPU; in the place of torch's CUDA layers, those of its CPU. Times are invented: ours take half of
-torch's. Faults, given as JSON, put into the place of a kernel one that is wrong, hangs, dies:
+The virtual device of cuda/tests/virtual, whose kernels run on the CPU, replaces a CUDA device, and
+torch's CPU layers replace its CUDA layers. Times are invented: ours take half of torch's. Faults,
+given as JSON, replace a kernel by one that is wrong, hangs or dies:
 ``{"GRU training steps": FAULT, ...}``.
 
     python virtual_certify.py MODULE FAULTS DEVICE
@@ -27,7 +27,7 @@ load(sys.argv[1])
 import torch  # noqa: E402
 
 from fastrnn import _C, _certificate  # noqa: E402
-from fastrnn._engine import engine_options, saved_size, scalars  # noqa: E402
+from fastrnn._engine import engine_options  # noqa: E402
 from fastrnn.bench.data import Data, make_data  # noqa: E402
 from fastrnn.bench.providers import Fastrnn, Prepared, Torch  # noqa: E402
 from fastrnn.certify.child import RefusedError, serve  # noqa: E402
@@ -54,12 +54,8 @@ class Kernels:
 
     def __init__(self, case: Case, data: Data, pass_: Pass, persistent: bool) -> None:
         self.case, self.data, self.training = case, data, pass_ == "training"
-        self.engine = engine_options(*scalars(case.stack))
-        self.work = {"workspace": workspace, "stream": 0, "persistent": persistent}
-
-    def empty(self, *shape: int, compute: bool = False) -> Tensor:
-        dtype = torch.float32 if compute else self.data.d_output.dtype
-        return torch.full(shape, torch.nan, dtype=dtype)
+        self.engine = engine_options(case.stack)
+        self.work = (workspace, 0, False, persistent)
 
     def given(self) -> list[Any]:
         h0, c0 = (*self.data.hx, None)[:2]
@@ -69,51 +65,33 @@ class Kernels:
         return [self.engine, *arrays, weights, *map(on_device, rows)]
 
     def results(self) -> dict[str, Tensor]:
-        case, directions = self.case, self.case.directions
-        groups, steps = case.layers * directions, (case.layers, case.T, case.B)
-        self.hidden = self.empty(*steps, directions * case.H)
-        states = {"h_n": self.empty(groups, case.B, case.H)}
-        self.cell = self.gates = None
-        if case.cell == "LSTM":
-            states["c_n"] = self.empty(groups, case.B, case.H)
-            self.cell = self.empty(*steps, directions * case.H, compute=True)
-        size = saved_size(self.engine, case.H)
+        call = _C.Call(*self.given(), threads=1)
+        output, h_n, c_n, *saved = call.forward(False, self.training, False, self.work)
+        found = {"output": output.host, "h_n": h_n.host}
+        if c_n is not None:
+            found["c_n"] = c_n.host
+        found = {name: torch.from_dlpack(x) for name, x in found.items()}
         if self.training:
-            self.gates = self.empty(groups, case.T * case.B, size, compute=True)
-        saved = (self.hidden, states["h_n"], states.get("c_n"), self.cell, self.gates)
-        _C.forward(*self.given(), *map(on_device, saved), True, 1, **self.work)
-        found = {"output": self.hidden[-1], **states}
-        if self.training:
-            found |= self.gradients("", [None, None])
-            found |= self.gradients(" with d_h_n", [*self.data.hx, None][:2])
+            found |= self.gradients(saved, "", [None, None])
+            found |= self.gradients(saved, " with d_h_n", [*self.data.hx, None][:2])
         return found
 
-    def gradients(self, suffix: str, d_last: list[Tensor | None]) -> dict[str, Tensor]:
-        states = [torch.full_like(h, torch.nan) for h in self.data.hx]
-        weights = [torch.full_like(w, torch.nan) for w in self.data.weights]
-        d_input = torch.full_like(self.data.inputs[0], torch.nan)
-        d_h0, d_c0 = (*states, None)[:2]
-        # d_output, d_hidden, d_cell, d_h_n, d_c_n; then what is to be written
+    def gradients(
+        self, saved: list[Any], suffix: str, d_last: list[Tensor | None]
+    ) -> dict[str, Tensor]:
+        # d_output, d_hidden, d_cell, d_h_n, d_c_n
         starts = map(on_device, (self.data.d_output, None, None, *d_last))
-        saved = map(on_device, (self.hidden, self.cell, self.gates))
-        _C.backward(
-            *self.given(),
-            *saved,
-            *starts,
-            on_device(d_input),
-            on_device(d_h0),
-            on_device(d_c0),
-            list(map(on_device, weights)),
-            threads=1,
-            **self.work,
-        )
+        needs = (True,) * (3 + len(self.data.weights))
+        found = _C.backward(*self.given(), *saved, *starts, needs, False, 1, False, self.work)
         layer = getattr(torch.nn, self.case.cell)(
             1, 1, self.case.layers, bidirectional=self.case.bidirectional
         )
-        names = ["input", "h0", "c0"][: 1 + len(states)] + [n for n, _ in layer.named_parameters()]
+        names = ["input", "h0", "c0"][: 1 + len(self.data.hx)]
+        names += [n for n, _ in layer.named_parameters()]
+        gradients = [d for d in found if d is not None]
         return {
-            f"d_{name}{suffix}": d
-            for name, d in zip(names, [d_input, *states, *weights], strict=True)
+            f"d_{name}{suffix}": torch.from_dlpack(d.host)
+            for name, d in zip(names, gradients, strict=True)
         }
 
 

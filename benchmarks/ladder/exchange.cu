@@ -1,14 +1,15 @@
-// What the persistent kernels' estimates rest on, measured:
+// Measures the assumptions behind the persistent kernels' estimates:
 //
-//   1. one exchange of the state among 64 and all multiprocessors, by data that is its own flag
-//      (cuda/persistent/ring.h), by a flag barrier, by grid.sync: µs and clocks a step
-//   2. bytes a clock through distributed shared memory, clusters of 8 and 16: reads of the whole
-//      cluster's memory by each block, and asynchronous stores with a barrier
-//   3. how many clusters of 8 and 16 blocks run at once, with all of the shared memory
-//   4. whether a launch may be cooperative and have clusters, and be captured in a graph
+//   1. one exchange of the state among 64 and all multiprocessors: with data that is its own flag
+//      (cuda/persistent/ring.h), with a flag barrier, with grid.sync; in µs and clocks per step
+//   2. bytes per clock through distributed shared memory, for clusters of 8 and 16: each block
+//   reads
+//      the whole cluster's memory, or the blocks use asynchronous stores with a barrier
+//   3. the number of clusters of 8 and 16 blocks that run concurrently with all shared memory
+//   4. whether a launch can be cooperative with clusters, and captured in a graph
 //
-// Usage: exchange [FILE.json]. A step writes 16 units of 8 rows in 16 bits (256 bytes) for each
-// block, and each block reads what all have written, as the ring's kernels do.
+// Usage: exchange [FILE.json]. In a step each block writes 16 units of 8 rows in 16 bits (256
+// bytes) and reads the data of all blocks, as the ring's kernels do.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
@@ -26,16 +27,16 @@ namespace {
 
 using namespace fastrnn::resident;
 
-// ---- what is printed and written: rows of a table, and the same as JSON ------------------------
+// ---- output: rows of a table, and the same as JSON ----------------------------------------------
 
-// Ends the program where a call failed, naming it.
+// Exits if a call failed, with the name of the call.
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(status));
   std::exit(1);
 }
 
-// Exit code where there is no device: not a failure of the program.
+// The exit code if there is no device, which is not a failure of the program.
 constexpr int kNoDevice = 77;
 
 bool has_device() {
@@ -120,7 +121,8 @@ constexpr int kSteps = 4000;
 
 enum class Method { data_is_flag, flag_barrier, grid_sync };
 
-// Every step, what a thread has read goes into what it writes, so that nothing can be left out.
+// At every step a thread mixes what it has read into what it writes, so the compiler keeps the
+// reads.
 __device__ u32 mixed(u32 sum) { return (sum * 2654435761u) >> 1; }  // never the sentinel
 
 __device__ void step_ring(CudaMachine& machine, const Ring& ring, int message, int blocks,
@@ -271,7 +273,7 @@ __device__ int cluster_blocks() {
   return static_cast<int>(count);
 }
 
-// Each block reads the 32 KiB of every block of its cluster, again and again.
+// Each block repeatedly reads the 32 KiB of every block of its cluster.
 __global__ void __launch_bounds__(kThreads, 1) read_cluster(long long* clocks, u32* out) {
   extern __shared__ Words memory[];
   CudaMachine machine{reinterpret_cast<unsigned char*>(memory)};
@@ -299,7 +301,7 @@ __global__ void __launch_bounds__(kThreads, 1) read_cluster(long long* clocks, u
   out[blockIdx.x * kThreads + threadIdx.x] = sum;
 }
 
-// Each block sends 1 KiB to every block, and waits for what all have sent: one exchange by cluster.
+// Each block sends 1 KiB to every block and waits for the data of all blocks: one cluster exchange.
 __global__ void __launch_bounds__(kThreads, 1) send_cluster(long long* clocks, u32* out) {
   extern __shared__ Words memory[];
   __shared__ Barrier barriers[2];
@@ -331,7 +333,7 @@ __global__ void __launch_bounds__(kThreads, 1) send_cluster(long long* clocks, u
   machine.cluster_sync();
 }
 
-// Clocks of the slowest block, or a negative number with a note where the launch is refused.
+// The clocks of the slowest block; a negative number, with a note, if the launch fails.
 double cluster_clocks(Report& report, const void* kernel, int cluster, int clusters,
                       const std::string& what) {
   const int blocks = cluster * clusters, shared = kClusterWords * 4;
@@ -403,7 +405,7 @@ int clusters_at_once(int cluster, int shared) {
   return count;
 }
 
-// Blocks count themselves twice around a barrier of the grid: only true co-residency ends it.
+// Each block increments a counter twice around a grid barrier, which ends only with co-residency.
 __global__ void __launch_bounds__(kThreads, 1) meet(unsigned* counter, unsigned* out) {
   if (threadIdx.x == 0) atomicAdd(counter, 1u);
   cooperative_groups::this_grid().sync();
@@ -444,7 +446,7 @@ std::string launches(int blocks, int cluster, bool cooperative, bool captured) {
     check(cudaMemcpy(got.data(), out, got.size() * sizeof(unsigned), cudaMemcpyDeviceToHost),
           "copy");
     for (const unsigned seen : got)
-      if (seen != static_cast<unsigned>(blocks)) result = "runs, but a block went on too early";
+      if (seen != static_cast<unsigned>(blocks)) result = "runs, but a block continued too early";
   }
   cudaStreamDestroy(stream);
   cudaFree(counter);

@@ -125,10 +125,15 @@ const Array& Array::expect_dtype(dlpack::DataType dtype) const {
   return *this;
 }
 
-const Array& Array::expect_shape(Shape shape) const {
-  const auto ndim = static_cast<std::int64_t>(shape.size());
-  if (ndim_ != ndim || !std::equal(shape.begin(), shape.end(), shape_))
-    complain("shape " + text_of(shape.begin(), ndim), shape_text());
+Shape Array::shape() const {
+  Shape shape;
+  for (int axis = 0; axis < ndim_; ++axis) shape.sizes[shape.ndim++] = shape_[axis];
+  return shape;
+}
+
+const Array& Array::expect_shape(const Shape& shape) const {
+  if (ndim_ != shape.ndim || !std::equal(shape.begin(), shape.end(), shape_))
+    complain("shape " + text_of(shape.sizes, shape.ndim), shape_text());
   return *this;
 }
 

@@ -24,7 +24,19 @@ struct Name {
   std::string text() const;
 };
 
-using Shape = std::initializer_list<std::int64_t>;
+inline constexpr int kMostAxes = 5;  // (members, L, T, B, units)
+
+struct Shape {
+  std::int64_t sizes[kMostAxes] = {};
+  int ndim = 0;
+
+  Shape() = default;
+  Shape(std::initializer_list<std::int64_t> all) {
+    for (const std::int64_t size : all) sizes[ndim++] = size;
+  }
+  const std::int64_t* begin() const { return sizes; }
+  const std::int64_t* end() const { return sizes + ndim; }
+};
 
 // Keeps what was borrowed, until the call is over. Empty where nothing needs keeping.
 using Owners = std::vector<Owner>;
@@ -37,6 +49,7 @@ class Array {
 
   std::int64_t ndim() const { return ndim_; }
   std::int64_t shape(int axis) const { return shape_[axis]; }
+  Shape shape() const;
   std::int64_t stride(int axis) const { return strides_[axis]; }
   void* data() const { return data_; }  // never null
   dlpack::DataType dtype() const { return dtype_; }
@@ -50,7 +63,7 @@ class Array {
 
   // Each returns the array, so that they read as one sentence.
   const Array& expect_dtype(dlpack::DataType dtype) const;  // TypeError
-  const Array& expect_shape(Shape shape) const;             // ValueError, as all that follow
+  const Array& expect_shape(const Shape& shape) const;      // ValueError, as all that follow
   const Array& expect_axes(std::int64_t ndim, const char* meaning) const;
   const Array& expect_contiguous() const;
   const Array& expect_writable() const;
@@ -60,8 +73,6 @@ class Array {
   [[noreturn]] void complain(const std::string& expected, const std::string& got) const;
 
  private:
-  static constexpr int kMostAxes = 5;  // (members, L, T, B, units)
-
   bool contiguous() const;
   std::string shape_text() const;
   std::string memory_text() const;

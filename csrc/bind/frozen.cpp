@@ -32,10 +32,11 @@ bool same_packing(const Options& a, const Options& b) {
 
 Frozen::Frozen(const CheckedOptions& options, py::handle input, const py::tuple& weights)
     : options_(options.options) {
-  const CheckedWeights checked = check_weights(options, input, weights);
-  dtype_ = data_type(checked.problem.dtype);
-  for (std::size_t i = 0; i < checked.arrays.size(); ++i) {
-    const Array& a = checked.arrays[i];
+  Call call(options, 0);
+  call.set_weights_for(input, weights);
+  dtype_ = data_type(call.problem().dtype);
+  for (std::size_t i = 0; i < call.weights().size(); ++i) {
+    const Array& a = call.weights()[i];
     const py::object tensor = weights[i];
     Entry entry{a.data(), {}, {}, version_of(tensor), tensor.attr("detach")()};
     for (int axis = 0; axis < a.ndim(); ++axis) {
@@ -44,8 +45,8 @@ Frozen::Frozen(const CheckedOptions& options, py::handle input, const py::tuple&
     }
     entries_.push_back(std::move(entry));
   }
-  auto memory = std::make_shared<Memory>(cpu_backend().packed_size(checked.problem));
-  cpu_backend().pack(checked.problem, memory->data());
+  auto memory = std::make_shared<Memory>(cpu_backend().packed_size(call.problem()));
+  cpu_backend().pack(call.problem(), memory->data());
   packed_ = std::move(memory);
 }
 

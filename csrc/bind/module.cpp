@@ -2,15 +2,16 @@
 // first interpreter alone: types and what is remembered of them are the process's.
 #include <pybind11/pybind11.h>
 
-#include "call.h"
+#include "calls.h"
+#include "convert.h"
 #include "frozen.h"
-#include "infer.h"
 #include "info.h"
 #include "options.h"
 #include "program.h"
 #include "stand_in.h"
 #include "stream.h"
 #include "tensor.h"
+#include "torch.h"
 
 namespace {
 
@@ -28,11 +29,12 @@ PYBIND11_MODULE(_C_of_main, module) {
   fastrnn::bind::register_tensor(module);
   fastrnn::bind::register_options(module);
   fastrnn::bind::register_frozen(module);
-  fastrnn::bind::register_call(module);
-  fastrnn::bind::register_infer(module);
+  fastrnn::bind::register_calls(module);
+  fastrnn::bind::register_torch(module);
   fastrnn::bind::register_stream(module);
   fastrnn::bind::register_stand_in(module);
   fastrnn::bind::register_program(module);
+  fastrnn::bind::register_convert(module);
   fastrnn::bind::register_info(module);
 }
 

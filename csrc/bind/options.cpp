@@ -30,19 +30,6 @@ void expect_at_least(const char* argument, std::int64_t least, std::int64_t valu
                           " or more, got " + std::to_string(value));
 }
 
-void expect_probability(const char* argument, double value) {
-  if (!(value >= 0 && value <= 1))
-    throw py::value_error(std::string(argument) + ": expected a number from 0 to 1, got " +
-                          std::to_string(value));
-}
-
-// What only a cell with a c has.
-void expect_of_c(const char* argument, const CheckedOptions& checked, bool given) {
-  if (given && checked.traits.states < 2)
-    throw py::value_error(std::string(argument) + ": the " + checked.options.cell +
-                          " cell has no c");
-}
-
 void check_sizes(const Options& options) {
   const std::int64_t heads = options.maths.heads;
   expect_at_least("heads", 1, heads);
@@ -53,9 +40,8 @@ void check_sizes(const Options& options) {
 
 CheckedOptions make_options(const std::string& cell, std::int32_t num_layers, bool bidirectional,
                             std::int64_t proj_size, const std::string& activation,
-                            const std::string& gate_activation, bool reset_after, bool peephole,
-                            bool layer_norm, std::int64_t heads, double zoneout_h, double zoneout_c,
-                            double grad_clip, bool recompute) {
+                            const std::string& gate_activation, bool reset_after,
+                            std::int64_t heads, bool recompute) {
   CheckedOptions checked;
   Options& options = checked.options;
   expect_at_least("num_layers", 1, num_layers);
@@ -69,21 +55,9 @@ CheckedOptions make_options(const std::string& cell, std::int32_t num_layers, bo
       named<GateActivation>("gate_activation", kGateActivations, gate_activation);
   options.maths.reset_after = reset_after;
   options.recompute = recompute;
-  checked.traits = cell_traits(options);  // knows the names of the cells
-  expect_of_c("peephole", checked, peephole);
-  expect_probability("zoneout_h", zoneout_h);
-  expect_probability("zoneout_c", zoneout_c);
-  expect_of_c("zoneout_c", checked, zoneout_c > 0);
-  if (!(grad_clip >= 0))
-    throw py::value_error("grad_clip: expected 0 (none) or more, got " + std::to_string(grad_clip));
-  options.maths.peephole = peephole;
-  options.maths.layer_norm = layer_norm;
   options.maths.heads = heads;
-  options.maths.zoneout_h = zoneout_h;
-  options.maths.zoneout_c = zoneout_c;
-  options.maths.grad_clip = grad_clip;
+  checked.traits = cell_traits(options);  // knows the names of the cells
   check_sizes(options);
-  checked.traits = cell_traits(options);  // what is saved depends on them
   return checked;
 }
 
@@ -98,17 +72,13 @@ const char* gate_activation_name(const CheckedOptions& self) {
 std::string repr(const CheckedOptions& self) {
   const CellOptions& maths = self.options.maths;
   const auto truth = [](bool value) { return value ? "True" : "False"; };
-  const auto number = [](double value) { return py::repr(py::float_(value)).cast<std::string>(); };
   return "Options(cell='" + self.options.cell +
          "', num_layers=" + std::to_string(self.options.layers) +
          ", bidirectional=" + truth(self.options.directions == 2) +
          ", proj_size=" + std::to_string(self.options.proj_size) + ", activation='" +
          activation_name(self) + "', gate_activation='" + gate_activation_name(self) +
-         "', reset_after=" + truth(maths.reset_after) + ", peephole=" + truth(maths.peephole) +
-         ", layer_norm=" + truth(maths.layer_norm) + ", heads=" + std::to_string(maths.heads) +
-         ", zoneout_h=" + number(maths.zoneout_h) + ", zoneout_c=" + number(maths.zoneout_c) +
-         ", grad_clip=" + number(maths.grad_clip) + ", recompute=" + truth(self.options.recompute) +
-         ")";
+         "', reset_after=" + truth(maths.reset_after) + ", heads=" + std::to_string(maths.heads) +
+         ", recompute=" + truth(self.options.recompute) + ")";
 }
 
 }  // namespace
@@ -120,9 +90,7 @@ void register_options(py::module_& module) {
       .def(py::init(&make_options), py::kw_only(), py::arg("cell"), py::arg("num_layers") = 1,
            py::arg("bidirectional") = false, py::arg("proj_size") = 0,
            py::arg("activation") = "tanh", py::arg("gate_activation") = "sigmoid",
-           py::arg("reset_after") = true, py::arg("peephole") = false,
-           py::arg("layer_norm") = false, py::arg("heads") = 1, py::arg("zoneout_h") = 0.0,
-           py::arg("zoneout_c") = 0.0, py::arg("grad_clip") = 0.0, py::arg("recompute") = false)
+           py::arg("reset_after") = true, py::arg("heads") = 1, py::arg("recompute") = false)
       .def_property_readonly("cell", [](Self self) { return self.options.cell; })
       .def_property_readonly("num_layers", [](Self self) { return self.options.layers; })
       .def_property_readonly("bidirectional",
@@ -132,12 +100,7 @@ void register_options(py::module_& module) {
       .def_property_readonly("gate_activation", gate_activation_name)
       .def_property_readonly("reset_after",
                              [](Self self) { return self.options.maths.reset_after; })
-      .def_property_readonly("peephole", [](Self self) { return self.options.maths.peephole; })
-      .def_property_readonly("layer_norm", [](Self self) { return self.options.maths.layer_norm; })
       .def_property_readonly("heads", [](Self self) { return self.options.maths.heads; })
-      .def_property_readonly("zoneout_h", [](Self self) { return self.options.maths.zoneout_h; })
-      .def_property_readonly("zoneout_c", [](Self self) { return self.options.maths.zoneout_c; })
-      .def_property_readonly("grad_clip", [](Self self) { return self.options.maths.grad_clip; })
       .def_property_readonly("recompute", [](Self self) { return self.options.recompute; })
       .def_property_readonly("gates", [](Self self) { return self.traits.gates; })
       .def_property_readonly("states", [](Self self) { return self.traits.states; })

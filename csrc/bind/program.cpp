@@ -152,17 +152,24 @@ Product product_of(const Items& items) {
 }
 
 Reduce reduce_of(const Items& items) {
-  items.expect_size(10, 10);
+  items.expect_size(10, 12);
   Reduce r;
   const std::string kind = items.text(1);
-  if (kind != "sum" && kind != "max") items.fail("expected 'sum' or 'max', got '" + kind + "'");
-  r.maximum = kind == "max";
+  if (kind == "max")
+    r.kind = Reduce::Kind::maximum;
+  else if (kind == "moments")
+    r.kind = Reduce::Kind::moments;
+  else if (kind == "means")
+    r.kind = Reduce::Kind::means;
+  else if (kind != "sum")
+    items.fail("expected 'sum', 'max', 'moments' or 'means', got '" + kind + "'");
   r.out = items.row(2);
   r.in = items.row(4);
   r.G = items.number(6);
   r.segment = items.number(7);
   r.n = items.number(8);
   r.element = items.number(9);
+  if (items.size() > 10) r.second = items.row(10);
   return r;
 }
 

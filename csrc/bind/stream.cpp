@@ -10,7 +10,7 @@
 #include "call.h"
 #include "dtype.h"
 #include "gil.h"
-#include "infer.h"
+#include "torch.h"
 
 namespace fastrnn::bind {
 namespace {
@@ -64,7 +64,8 @@ class Busy {
 }  // namespace
 
 Stream::Stream(const CheckedOptions& options, py::handle weights, std::int64_t batch_size,
-               const std::string& dtype, bool int8, py::object threads, py::object view)
+               const std::string& dtype, bool int8, py::object threads, py::object view,
+               py::handle programs)
     : options_(options),
       storage_(type_named(dtype)),
       output_(Tensor::empty({0}, storage_)),
@@ -80,7 +81,7 @@ Stream::Stream(const CheckedOptions& options, py::handle weights, std::int64_t b
   problem_.I = columns_of_first(weights);
   problem_.int8 = int8;
   item_ = storage_.bits / 8;
-  pack(weights);
+  pack(weights, programs);
 
   const std::int64_t L = layers(), B = batch_size, O = output_size(), H = problem_.H;
   compute_ = data_type(problem_.dtype == DType::f64 ? DType::f64 : DType::f32);
@@ -109,14 +110,23 @@ Stream::Stream(const CheckedOptions& options, py::handle weights, std::int64_t b
   set_threads();
 }
 
-void Stream::pack(py::handle weights) {
+void Stream::pack(py::handle weights, py::handle programs) {
   expect_idle();
+  if (!programs.is_none()) {
+    ProgramSteps made(programs, problem_.B, storage_);
+    expect_hidden_size(made.hidden_size());
+    programs_ = std::move(made);
+    if (problem_.H == 0) problem_.threads = 0;
+    problem_.options = options_.options;
+    problem_.dtype = programs_.dtype();
+    problem_.H = programs_.hidden_size();
+    return;
+  }
   const py::object input = py::cast(Tensor::empty({1, 1, problem_.I}, storage_));
-  CheckedWeights checked = check_weights(options_, input, weights);
-  Problem& p = checked.problem;
-  if (problem_.H != 0 && problem_.H != p.H)
-    throw py::value_error("weights: expected those of " + std::to_string(problem_.H) +
-                          " hidden units, as before, got " + std::to_string(p.H));
+  Call call(options_, 0);
+  call.set_weights_for(input, weights);
+  Problem p = call.problem();
+  expect_hidden_size(p.H);
   p.int8 = problem_.int8;
   const std::int64_t widest = std::max(p.I, p.H);
   if (p.int8 && (p.dtype != DType::f32 || widest > kMostInt8Products))
@@ -137,33 +147,12 @@ void Stream::pack(py::handle weights) {
     large_ = problem_.B * rows * (p.I + O + (layers() - 1) * 2 * O) >= kLarge;
   }
   backend.pack(p, packed_.data());
-  if (p.options.maths.beyond_the_cell()) keep_vectors(p);
 }
 
-// What such a step reads of the parameters beside the packed matrices: copies of the vectors.
-void Stream::keep_vectors(const Problem& p) {
-  const std::int64_t H = p.H, rows = options_.traits.gates * H;
-  const struct {
-    Weight Parameters::* vector;
-    std::int64_t size;
-  } vectors[] = {
-      {&Parameters::bias_ih, rows}, {&Parameters::bias_hh, rows}, {&Parameters::norm_ih, rows},
-      {&Parameters::norm_hh, rows}, {&Parameters::weight_ci, H},  {&Parameters::weight_cf, H},
-      {&Parameters::weight_co, H},  {&Parameters::norm_c, H},     {&Parameters::norm_c_bias, H}};
-  std::int64_t each = 0;
-  for (const auto& v : vectors) each += v.size;
-  vectors_ = Memory(static_cast<std::size_t>(layers() * each) * item_);
-  parameters_.assign(static_cast<std::size_t>(layers()), {});
-  auto* to = static_cast<char*>(vectors_.data());
-  for (std::size_t l = 0; l < parameters_.size(); ++l)
-    for (const auto& v : vectors) {
-      const Weight& from = p.parameters[l].*v.vector;
-      if (from.data == nullptr) continue;
-      copy_row(to, static_cast<const char*>(from.data), from.unit, v.size, item_);
-      parameters_[l].*v.vector = {to, 0, 1};
-      to += static_cast<std::size_t>(v.size) * item_;
-    }
-  problem_.parameters = parameters_.data();
+void Stream::expect_hidden_size(std::int64_t H) const {
+  if (problem_.H != 0 && problem_.H != H)
+    throw py::value_error("weights: expected those of " + std::to_string(problem_.H) +
+                          " hidden units, as before, got " + std::to_string(H));
 }
 
 // ---- x ------------------------------------------------------------------------------------------
@@ -279,21 +268,32 @@ void Stream::set_threads() {
   Problem widest = problem_;
   widest.threads = static_cast<int>(threads);
   widest.input.unit = 0;  // strided rows of x are copied
-  const std::size_t bytes = cpu_backend().workspace_size(widest, Pass::forward);
+  const std::size_t bytes = programs_.empty() ? cpu_backend().workspace_size(widest, Pass::forward)
+                                              : programs_.workspace_size(widest.threads);
   if (workspace_.bytes() < bytes) workspace_ = Memory(bytes);
   problem_.threads = widest.threads;
   problem_.workspace = workspace_.data();
 }
 
 void Stream::run() {
-  const Busy busy(busy_);
+  if (!programs_.empty()) return run_programs();
   if (!large_) return cpu_backend().forward(problem_);
   const WithoutGil no_gil;
   cpu_backend().forward(problem_);
 }
 
+void Stream::run_programs() {
+  const int next = 1 - now_;
+  const Sequence& x = problem_.input;
+  const WithoutGil no_gil;
+  programs_.run({x.data, x.row, x.unit, h_[now_].data(), c_[now_].data(), h_[next].data(),
+                 c_[next].data(), output_.data()},
+                problem_.threads, workspace_.data());
+}
+
 py::object Stream::step(py::handle x) {
   expect_idle();
+  const Busy busy(busy_);  // from here: x may be an object whose methods let other threads run
   View view = view_of(x);
   const Reading reading(*this, x, view);
   if (!view.output) make_output(view, x);
@@ -413,11 +413,11 @@ void register_stream(py::module_& module) {
   using py::arg;
   py::class_<Stream>(module, "Stream", py::is_final())
       .def(py::init<const CheckedOptions&, py::handle, std::int64_t, const std::string&, bool,
-                    py::object, py::object>(),
+                    py::object, py::object, py::handle>(),
            arg("options"), arg("weights"), arg("batch_size"), arg("dtype"), arg("int8"),
-           arg("threads"), arg("view"))
+           arg("threads"), arg("view"), arg("programs"))
       .def_property_readonly("step", bound_step)
-      .def("pack", &Stream::pack, arg("weights"))
+      .def("pack", &Stream::pack, arg("weights"), arg("programs"))
       .def("reset", &Stream::reset, arg("mask"))
       .def("state", &Stream::state)
       .def("set_state", &Stream::set_state, arg("h"), arg("c"))

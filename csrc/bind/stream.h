@@ -19,6 +19,7 @@
 #include "memory.h"
 #include "options.h"
 #include "problem.h"
+#include "program_steps.h"
 #include "tensor.h"
 
 namespace fastrnn::bind {
@@ -27,11 +28,14 @@ class Stream {
  public:
   // dtype: of the arrays. threads: a function that gives how many a step may use, or None for
   // OpenMP's number. view(output, x): what a step returns for arrays of x's type.
+  // programs: of each layer of options beyond the cells its `_C.Program` and its shared arrays,
+  // which take the place of the weights; else None.
   Stream(const CheckedOptions& options, py::handle weights, std::int64_t batch_size,
-         const std::string& dtype, bool int8, py::object threads, py::object view);
+         const std::string& dtype, bool int8, py::object threads, py::object view,
+         py::handle programs);
 
   // Takes the weights anew; they must have the shapes and the dtype that they had.
-  void pack(py::handle weights);
+  void pack(py::handle weights, py::handle programs);
   // From x (B, I) to a view of the output (B, O).
   py::object step(py::handle x);
   // The rows where `mask` (B,) is true, or all for None, to the initial state.
@@ -60,7 +64,8 @@ class Stream {
   class Reading;
 
   void expect_idle() const;
-  void keep_vectors(const Problem& p);
+  void run_programs();
+  void expect_hidden_size(std::int64_t H) const;
   View view_of(py::handle x);
   void make_output(View& view, py::handle x);
   Place apart_from_output(const Place& x);
@@ -82,8 +87,8 @@ class Stream {
   bool large_ = false;         // worth letting the GIL go
   bool busy_ = false;
   int now_ = 0;  // which of the states is of the last step
-  Memory packed_, workspace_, h_[2], c_[2], narrow_c_, initial_h_, initial_c_, staged_, vectors_;
-  std::vector<Parameters> parameters_;  // of a step beyond the cell: its vectors, in vectors_
+  Memory packed_, workspace_, h_[2], c_[2], narrow_c_, initial_h_, initial_c_, staged_;
+  ProgramSteps programs_;
   Tensor output_;
   py::object threads_, view_;
   std::vector<View> views_;

@@ -6,17 +6,11 @@
 //   c' = f·c + i·g
 //   h' = o·φ(c')
 //
-// Peephole (Gers & Schmidhuber 2000): a_i += w_ci·c, a_f += w_cf·c, a_o += w_co·c'.
-// Layer norm: h' = o·φ(γ_c·norm(c') + β_c).
-//
 // Saved: i, f, g, o. c is kept by the caller, φ(c') is computed again.
 // Gradient, given dh' and dc' (from the step after):
 //   dc = dc' + dh'·o·φ'(c')
 //   da_i = dc·g·σ'(i)  da_f = dc·c·σ'(f)  da_g = dc·i·φ'(g)  da_o = dh'·φ(c')·σ'(o)
 //   to the step before: dc·f
-//   with peephole dc += da_o·w_co, and to the step before also da_i·w_ci + da_f·w_cf
-//
-// A step is two halves, the second being what follows c': options come in between.
 #pragma once
 
 #include "activation.h"
@@ -34,22 +28,6 @@ struct Lstm {
   static constexpr bool projects = true;
   static bool accepts(const CellOptions&) { return true; }
 
-  // What the gates see of c: before the first half, w = w_ci, w_cf; before the second, w_co.
-  static constexpr int peepholes = 3, output_gate = 3;
-  template <class V>
-  static FASTRNN_CELL void peep_before(const V* w, V c, V* a) {
-    a[0] = fma(w[0], c, a[0]);
-    a[1] = fma(w[1], c, a[1]);
-  }
-  template <class V>
-  static FASTRNN_CELL V peep_after(V w, V c_next, V a_output) {
-    return fma(w, c_next, a_output);
-  }
-  template <class V>
-  static FASTRNN_CELL V peep_backward(const V* w, const V* d_a, V d_c) {
-    return fma(d_a[0], w[0], fma(d_a[1], w[1], d_c));
-  }
-
   template <class V>
   static FASTRNN_CELL V forward_state(const CellOptions& o, const V* a, V c, V* saved) {
     saved[0] = gate(o.gate_activation, a[0]);
@@ -61,7 +39,6 @@ struct Lstm {
   static FASTRNN_CELL V next_state(const V* saved, V c) {
     return fma(saved[1], c, saved[0] * saved[2]);
   }
-  // c_next: or what layer norm makes of it.
   template <class V>
   static FASTRNN_CELL V forward_output(const CellOptions& o, V a_output, V c_next, V* saved) {
     saved[3] = gate(o.gate_activation, a_output);

@@ -347,10 +347,20 @@ class Checker {
     expect("n", r.n, 1, kMostElements);
     expect_stride("seg", r.segment);
     expect_stride("elem", r.element);
-    const Access in{r.in, r.G, r.segment, r.n, r.element, 1}, out{r.out, 1, 0, 1, 0, r.G};
+    const Access in{r.in, r.G, r.segment, r.n, r.element, 1};
+    const Access out{r.out, 1, 0, 1, 0, r.of_row() ? 2 : r.G};
     reads(in, "inp");
+    if (r.of_row()) {
+      expect("G", r.G, 1, 1);
+      expect("elem", r.element, 1, 1);
+    }
+    const bool two = r.kind == Reduce::Kind::means;
+    if (two != (r.second.value >= 0)) fail("second: expected of means, and of no other kind");
+    const Access second{r.second, 1, 0, r.n, 1, 1};
+    if (two) reads(second, "second");
     writes(out, "out");
     apart(out, in, "inp");
+    if (two) apart(out, second, "second");
   }
 
   void check_collect(const Collect& c) {

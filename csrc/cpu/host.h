@@ -1,5 +1,5 @@
-// What backend.cpp and int8.cpp share: memory cut into pieces, the barriers of a call, the costs by
-// which a team is sized. Compiled for the baseline of the architecture alone.
+// What the files compiled for the baseline of the architecture share: memory taken from a
+// workspace, the barriers of a call, and the costs by which a team is sized.
 #pragma once
 
 #include <cstddef>
@@ -14,14 +14,14 @@ namespace fastrnn {
 // The cell's place in AllCells. Throws std::invalid_argument where no such cell exists.
 int cell_index(const Options& options);
 
-// Takes memory piece by piece, 64-byte aligned; from nothing, it only counts.
-struct Pieces {
+// Hands out a workspace from its start, 64-byte aligned; with a null base it only counts the bytes.
+struct HostArena {
   char* base;
   std::size_t used = 0;
   void* take(std::size_t bytes) {
-    void* piece = base ? base + used : nullptr;
+    void* block = base ? base + used : nullptr;
     used += (bytes + 63) / 64 * 64;
-    return piece;
+    return block;
   }
 };
 
@@ -42,21 +42,22 @@ class Barriers {
   int count_;
 };
 
-// In nanoseconds of a core that adds two vectors of products a clock: good for choosing between
-// ways whose times differ by much.
+// Costs in nanoseconds, of a core that adds two vectors of products a clock. Good enough to choose
+// between plans whose times differ clearly.
 inline constexpr double kClock = 3.5;           // clocks a nanosecond
-inline constexpr double kInner = 150;           // bytes a nanosecond that a core reads from its own
-                                                // cache
-inline constexpr double kOuter = 80;            // and from the one it shares
+inline constexpr double kInner = 150;           // bytes a nanosecond from a core's own cache
+inline constexpr double kOuter = 80;            // bytes a nanosecond from the shared cache
 inline constexpr double kInnerBytes = 1 << 20;  // size of a core's own cache
 inline constexpr double kCell = 1.5;            // nanoseconds of a hidden unit's cell
-inline constexpr double kBarrier = 500;         // a meeting of the team
-inline constexpr double kRegion = 2000;         // waking it
-// More threads must be worth it: they are another's as well, and a busy one holds up the others.
+inline constexpr double kBarrier = 500;         // a barrier of the team
+inline constexpr double kRegion = 2000;         // waking the team
+// A larger team must be faster by this factor: its cores may be busy with other work, and one late
+// thread delays all.
 inline constexpr double kGain = 0.8;
-// And shared units worth their meetings: whichever thread is disturbed, all wait.
+// Splitting hidden units must be faster by this factor more, since the team then meets at every
+// step.
 inline constexpr double kGainOfUnits = 0.9;
-// Weights worth a parallel region to pack them.
+// From this many weights on, packing runs in parallel.
 inline constexpr std::int64_t kRegionWeights = 1 << 18;
 
 }  // namespace fastrnn

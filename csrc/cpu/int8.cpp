@@ -65,9 +65,9 @@ struct Workspace {
 };
 
 Workspace lay_out(const Problem& p, const Int8Kernels& kernels, void* base) {
-  Pieces pieces{static_cast<char*>(base)};
+  HostArena arena{static_cast<char*>(base)};
   Workspace w{};
-  w.team = static_cast<Barrier*>(pieces.take(sizeof(Barrier)));
+  w.team = static_cast<Barrier*>(arena.take(sizeof(Barrier)));
   std::size_t most = 0;
   for (std::int64_t l = 0; l < std::min<std::int64_t>(p.options.layers, 2); ++l) {
     Int8Layer layer = describe(p, l);
@@ -76,8 +76,8 @@ Workspace lay_out(const Problem& p, const Int8Kernels& kernels, void* base) {
     if (l == 0) layer.input.unit = 0;  // as large as for any strides
     most = std::max(most, kernels.scratch(layer));
   }
-  w.layer = pieces.take(most);
-  w.bytes = pieces.used;
+  w.layer = arena.take(most);
+  w.bytes = arena.used;
   return w;
 }
 

@@ -1,14 +1,13 @@
 // One step of one layer with int8 products.
 //
 // Weights       each row w of a matrix by itself: scale s_w = max|w| / 127, q_w = round(w / s_w).
-// Operands      each row x of the input, of h and of what a second product reads, anew at each
-// step:
-//               s_x = max|x| / 127, q_x = round(x / s_x). Both are within ±127; to nearest, ties to
-//               even. A row whose largest value is below 1e-30 counts as zeros.
+// Operands      at each step each row x of the input, of h and of what a second product reads:
+//               s_x = max|x| / 127, q_x = round(x / s_x), to nearest, ties to even, within ±127. A
+//               row whose largest value is below 1e-30 counts as zeros.
 // Sums          Σ q_x·q_w in 32 bits, exact, so the same on every instruction set and in any order,
 //               up to 2^17 products.
 // Maths         a = b + s_x·s_w·Σ q_x·q_w + s_h·s_v·Σ q_h·q_v in float, then the cell of
-//               csrc/cells/ in float. h and c stay float: only products see the rounding.
+//               csrc/cells/ in float. h and c stay float: only the products are rounded.
 // Not a number  a row of operands that holds NaN or an infinity gives NaN; so does such a row of
 //               weights.
 //
@@ -18,19 +17,17 @@
 // Layouts       weights [block of units][k / depth][tile][gate][lane][depth], as pack.h has it;
 //               scales, starts, biases [block][tile][gate][lane]
 //               operands [row][K up to a whole vector], each thread's own
-//               saved    [row][planes · Hp]: the cell's saved values of a step of two products,
-//               then the projected gates that the second one adds to; with projection the hidden
-//               units
-// Threads       all rows, a run of blocks of units each. Every thread makes the operands for
-// itself;
-//               they meet before a second product.
+//               saved    [row][planes · Hp]. Reset-before GRU: the cell's saved values, then the
+//               projected gates that the second product is added to. Projection: the hidden units
+// Threads       each computes a run of blocks of units, for all rows, and rounds the operands for
+//               itself. They meet before a second product.
 // Cost          per step and row G·H·(I + O) products, a byte each from the cache for each block of
 //               rows.
 #pragma once
 
 #include "../cells/list.h"
-#include "forward.h"
 #include "int8_layer.h"
+#include "tiling.h"
 
 namespace fastrnn::FASTRNN_ISA {
 
@@ -229,8 +226,8 @@ inline void pack_int8(const Int8Matrix& m, Index b, const Weight& w, Index units
 }
 
 template <class Cell>
-class Int8Packing : Shape<Cell, float> {
-  using K = Shape<Cell, float>;
+class Int8Packing : Tiling<Cell, float> {
+  using K = Tiling<Cell, float>;
   using K::lanes, K::gates, K::tiles, K::vectors, K::units, K::first, K::wide;
 
  public:
@@ -239,12 +236,12 @@ class Int8Packing : Shape<Cell, float> {
         blocks_(ceil_div(layer.H, units)),
         out_blocks_(layer.P ? ceil_div(layer.O, wide * lanes) : 0) {
     Arena arena(base);
-    x.lay_out(arena, blocks_, layer.I, vectors);
-    h.lay_out(arena, blocks_, layer.O, first * tiles);
+    ih.lay_out(arena, blocks_, layer.I, vectors);
+    hh.lay_out(arena, blocks_, layer.O, first * tiles);
     if (layer.P)
-      second.lay_out(arena, out_blocks_, layer.H, wide);
+      hr.lay_out(arena, out_blocks_, layer.H, wide);
     else if (K::two_products)
-      second.lay_out(arena, blocks_, layer.H, (gates - first) * tiles);
+      hn.lay_out(arena, blocks_, layer.H, (gates - first) * tiles);
     bias_x = arena.take<float>(blocks_ * vectors * lanes);
     bias_h = arena.take<float>(blocks_ * vectors * lanes);
     used_ = arena.used();
@@ -256,17 +253,16 @@ class Int8Packing : Shape<Cell, float> {
     const Parameters& p = *layer_.parameters;
     const Range blocks = split(blocks_, thread, threads);
     for (Index b = blocks.begin; b < blocks.end; ++b) {
-      pack_int8(x, b, p.weight_ih, layer_.H, 0, gates);
-      pack_int8(h, b, p.weight_hh, layer_.H, 0, first);
-      if constexpr (K::two_products)
-        pack_int8(second, b, p.weight_hh, layer_.H, first, gates - first);
+      pack_int8(ih, b, p.weight_ih, layer_.H, 0, gates);
+      pack_int8(hh, b, p.weight_hh, layer_.H, 0, first);
+      if constexpr (K::two_products) pack_int8(hn, b, p.weight_hh, layer_.H, first, gates - first);
       pack_biases(b);
     }
     const Range outs = split(out_blocks_, thread, threads);
-    for (Index b = outs.begin; b < outs.end; ++b) pack_int8(second, b, p.weight_hr, layer_.O, 0, 1);
+    for (Index b = outs.begin; b < outs.end; ++b) pack_int8(hr, b, p.weight_hr, layer_.O, 0, 1);
   }
 
-  Int8Matrix x, h, second;  // second: W_hn of a second product, or W_hr
+  Int8Matrix ih, hh, hn, hr;  // W_hh: the gates of the first product; W_hn: those of the second
   float *bias_x, *bias_h;
 
  private:
@@ -356,8 +352,8 @@ FASTRNN_INLINE void add_int8_product(Vec<float> (&sums)[R][N], const Int8Rows& r
 }
 
 template <class Cell>
-class Int8Step : Shape<Cell, float> {
-  using K = Shape<Cell, float>;
+class Int8Step : Tiling<Cell, float> {
+  using K = Tiling<Cell, float>;
   using K::lanes, K::gates, K::tiles, K::vectors, K::rows, K::units, K::first, K::wide;
   using typename K::V;
 
@@ -441,13 +437,13 @@ class Int8Step : Shape<Cell, float> {
       V x[R][vectors], a[R][N];
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < vectors; ++v) x[r][v] = V::load(bias_x + v * lanes);
-      add_int8_product(x, x_, j, packing_.x, b);
+      add_int8_product(x, x_, j, packing_.ih, b);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < N; ++v) {
           const int from = v / first * gates + v % first;
           a[r][v] = Cell::separate[v % first] ? V::load(bias_h + from * lanes) : x[r][from];
         }
-      add_int8_product(a, h_, j, packing_.h, b);
+      add_int8_product(a, h_, j, packing_.hh, b);
       for (int r = 0; r < R; ++r)
         for (int tile = 0; tile < tiles; ++tile) {
           const Index unit = b * units + tile * lanes;
@@ -490,7 +486,7 @@ class Int8Step : Shape<Cell, float> {
           a[r][v] =
               unit < layer_.H ? V::load(saved_ + (j + r) * width_ + plane * Hp_ + unit) : V(0);
         }
-      add_int8_product(a, x_, j, packing_.second, b);
+      add_int8_product(a, x_, j, packing_.hn, b);
       for (int r = 0; r < R; ++r)
         for (int tile = 0; tile < tiles; ++tile) {
           const Index unit = b * units + tile * lanes;
@@ -514,7 +510,7 @@ class Int8Step : Shape<Cell, float> {
       constexpr int R = decltype(count)::value;
       V h[R][wide];
       clear(h);
-      add_int8_product(h, x_, j, packing_.second, b);
+      add_int8_product(h, x_, j, packing_.hr, b);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < wide; ++v) {
           const Index unit = (b * wide + v) * lanes;
@@ -565,7 +561,7 @@ struct Int8Table;
 template <class... Cells>
 struct Int8Table<CellList<Cells...>> {
   static constexpr Int8Kernels kernels[] = {
-      {Vec<float>::lanes, Dot::depth, Shape<Cells, float>::rows, Shape<Cells, float>::units,
+      {Vec<float>::lanes, Dot::depth, Tiling<Cells, float>::rows, Tiling<Cells, float>::units,
        int8_packed_size<Cells>, int8_scratch<Cells>, int8_pack<Cells>, int8_step<Cells>}...};
 };
 

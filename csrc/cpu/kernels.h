@@ -1,50 +1,47 @@
-// The table of one instruction set: every cell and storage type that it serves. Included last by
-// each isa_*.cpp.
+// The kernels of one instruction set: a table of every cell and storage type. Included last by each
+// isa_*.cpp.
 #pragma once
 
 #include "../cells/list.h"
-#include "general_backward.h"
-#include "general_forward.h"
+#include "backward.h"
+#include "forward.h"
 #include "roof.h"
 
 namespace fastrnn::FASTRNN_ISA {
 
-template <class Plain, class General>
+template <class Pass>
 std::size_t scratch_of(const Layer& layer) {
-  return layer.general ? General(layer, nullptr).used() : Plain(layer, nullptr).used();
+  return Pass(layer, nullptr).used();
 }
 
-template <class Packing>
+template <class Weights>
 std::size_t packed_size(const Layer& layer) {
-  return Packing(layer, nullptr).used();
+  return Weights(layer, nullptr).used();
 }
 
-template <class Packing>
+template <class Weights>
 void pack(const Layer& layer, int thread, int threads) {
-  Packing(layer, layer.packed).run(thread, threads);
+  Weights(layer, layer.packed).pack(thread, threads);
 }
 
-template <class Plain, class General>
+template <class Pass>
 void run_pass(const Layer& layer, int thread, int threads) {
-  if (layer.general)
-    General(layer, layer.scratch).run(thread, threads);
-  else
-    Plain(layer, layer.scratch).run(thread, threads);
+  Pass(layer, layer.scratch).run(thread, threads);
 }
 
 template <class Cell, class S>
 struct KernelsOf {
-  using K = Shape<Cell, S>;
+  using K = Tiling<Cell, S>;
   static constexpr LayerKernels value = {K::lanes,
                                          Factor<typename K::E>::depth,
                                          K::rows,
                                          K::units,
-                                         packed_size<Packing<Cell, S>>,
-                                         scratch_of<Forward<Cell, S>, GeneralForward<Cell, S>>,
-                                         scratch_of<Backward<Cell, S>, GeneralBackward<Cell, S>>,
-                                         pack<Packing<Cell, S>>,
-                                         run_pass<Forward<Cell, S>, GeneralForward<Cell, S>>,
-                                         run_pass<Backward<Cell, S>, GeneralBackward<Cell, S>>};
+                                         packed_size<ForwardWeights<Cell, S>>,
+                                         scratch_of<Forward<Cell, S>>,
+                                         scratch_of<Backward<Cell, S>>,
+                                         pack<ForwardWeights<Cell, S>>,
+                                         run_pass<Forward<Cell, S>>,
+                                         run_pass<Backward<Cell, S>>};
 };
 template <class Cell>
 struct KernelsOf<Cell, void> {

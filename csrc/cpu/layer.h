@@ -1,4 +1,4 @@
-// One layer of a call as the kernels of an instruction set see it, and how its work is dealt out.
+// One layer of a call as the kernels of an instruction set see it, and the table of those kernels.
 #pragma once
 
 #include <cstddef>
@@ -10,9 +10,8 @@
 
 namespace fastrnn {
 
-// How a team of threads divides a layer. Directions first (they never wait for each other), then
-// rows (nor do rows), and only where there are too few rows the hidden units, with a barrier a
-// step.
+// How a team of threads divides a layer. Directions never wait for each other, nor do rows; hidden
+// units are split only where there are too few rows, since that takes a barrier a step.
 struct Plan {
   int threads = 1;
   int direction_threads = 1;  // 1 or 2
@@ -22,28 +21,25 @@ struct Plan {
 
 struct Layer {
   CellOptions maths;
-  bool general = false;  // something adds to the cell: general_forward.h, general_backward.h
   const Steps* steps = nullptr;
   std::int64_t directions = 1, I = 0, H = 0, P = 0, O = 0;
-  bool reverse = false;         // the only direction runs backwards in time: a part of a layer
-  Plan plan, single;            // with all the threads, and where only one can be had
-  Barrier* barriers = nullptr;  // [1 + threads]: everybody's, then one for each team
+  bool reverse = false;         // of one direction alone: it runs backwards in time
+  Plan plan, single;            // with all threads, and with one
+  Barrier* barriers = nullptr;  // [1 + threads]: of all threads, then one for each team
 
   Sequence input;                          // [.., I], storage
   State h0, c0;                            // [D, B, O], [D, B, H], storage
   State reset_h, reset_c;                  // [D, O], [D, H], storage
-  State dropout_mask;                      // [D, B, O], storage
-  Mask zoneout_h_mask, zoneout_c_mask;     // [D, ..]
   bool wide_c0 = false;                    // c0 is of compute type
   const Parameters* parameters = nullptr;  // [D]
   Sequence output;                         // [.., D·O], storage
-  Sequence copy;                           // forward: the same once more; absent: not wanted
+  Sequence copy;                           // forward: the output once more; absent: not wanted
   Sequence cell;                           // [.., D·H], compute type; absent: not kept
   void* h_n = nullptr;                     // [D, B, O], storage
   void* c_n = nullptr;                     // [D, B, H], storage
-  void* gates = nullptr;                   // [D, pairs, planes·Hp], compute type; null: not kept
-  std::int64_t gates_group = 0;            // elements between directions of `gates`
-  bool consume_gates = false;              // the gradients of the gates take their place
+  void* saved = nullptr;                   // [D, pairs, planes·Hp], compute type; null: not kept
+  std::int64_t saved_group = 0;            // elements between directions of `saved`
+  bool consume_saved = false;              // the gradients of the gates take its place
 
   Sequence d_output;                   // storage; absent for a layer below the last
   Sequence d_hidden;                   // storage; absent: zeros
@@ -55,34 +51,33 @@ struct Layer {
   Sequence d_input;                    // storage: the first layer's instead of d_below
   void* d_h0 = nullptr;                // [D, B, O], storage
   void* d_c0 = nullptr;                // [D, B, H], storage
-  void* d_reset_h = nullptr;           // [D, O], storage
-  void* d_reset_c = nullptr;           // [D, H], storage
   Parameters* d_parameters = nullptr;  // [D]
 
-  void* packed =
-      nullptr;  // the weights as the kernels read them; forward's null: packed in scratch
-  bool x_in_place = false;  // forward, not packed: W_ih is read where it lies (pack.h)
+  // The weights as the kernels read them. Null in forward: packed into scratch, or read in place.
+  void* packed = nullptr;
+  bool x_in_place = false;  // forward, not packed: W_ih is read in place (pack.h)
   bool h_in_place = false;  // W_hh and W_hr likewise
   void* scratch = nullptr;
 
   // ---- a part of a layer: some of the steps, in one direction (Options::recompute) ------------
   bool part = false;
-  bool starts_sums = true, ends_sums = true;  // the first or last part that adds to the weights'
+  bool starts_sums = true, ends_sums = true;  // the first or last part that adds to the sums
   std::int64_t rows = 0;                      // B of the call, of which the part may have fewer
-  // Sorted rows below these counts have steps before the part, in the order of the walk, or after.
+  // Sorted rows below these counts have steps before the part, and after it, in the order of the
+  // walk.
   std::int64_t rows_before = 0, rows_after = 0;
-  // Of the rows with steps before: their states, storage and compute type.
+  // The states before the part, of the rows with steps before it: storage and compute type.
   State h_before, c_before;
-  // [B, Op] and [B, Hp], compute type, sorted rows: of those with steps after the part, the
-  // gradient of the state between is read; of those with steps before, it is written.
+  // [B, Op] and [B, Hp], compute type, sorted rows: gradients of the states between parts. Read
+  // for rows with steps after the part, then written for rows with steps before it.
   void *carry_h = nullptr, *carry_c = nullptr;
-  void* d_input_before = nullptr;  // [pairs, I], compute type: the other direction's part of dx
+  void* d_input_before = nullptr;  // [pairs, I], compute type: dx of the other direction
 };
 
 // The kernels of one cell and storage type on one instruction set.
 struct LayerKernels {
   int lanes;            // of a vector of compute type
-  int depth;            // products that a lane of forward's micro-kernel adds at once
+  int depth;            // products that a lane of forward's micro-kernel adds in one instruction
   int rows_per_block;   // rows that one micro-kernel works on
   int units_per_block;  // hidden units of one block of packed weights
   std::size_t (*packed_size)(const Layer&);
@@ -93,13 +88,13 @@ struct LayerKernels {
   void (*backward)(const Layer&, int thread, int threads);
 };
 
-// One cell's, in the order of DType.
+// The kernels of one cell, in the order of DType.
 struct CellKernels {
   LayerKernels of[4];
 };
 
-// Loops that show what one thread can do at most (roof.h). What they return must be kept, or a
-// compiler may leave the work out.
+// Loops that measure what one thread can do at most (roof.h). The caller uses the returned value,
+// or a compiler may drop the work.
 struct MultiplyAdd {
   int flops;  // of one round
   double (*run)(std::int64_t rounds);
@@ -118,8 +113,8 @@ struct InstructionSet {
   const CellKernels* kernels;
   RoofLoops roof;
   const Int8Kernels* int8;
-  // A set that adds to another holds only what differs: kernels that it lacks, of a storage type or
-  // all of a kind (null), are the other's. Null: it has them all.
+  // The set that this one extends. Kernels that this one lacks, of a storage type or all of a kind
+  // (null), are those of the base. Null: this one has them all.
   const InstructionSet* base = nullptr;
   const ProgramKernels* programs = nullptr;
 };

@@ -30,15 +30,15 @@ FASTRNN_INLINE Range split(Index count, int thread, int threads) {
   return {count * thread / threads, count * (thread + 1) / threads};
 }
 
-// Takes memory piece by piece; from nothing, it only counts.
+// Hands out memory from its start, 64-byte aligned; with a null base it only counts the bytes.
 class Arena {
  public:
   FASTRNN_INLINE explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
   template <class T>
   FASTRNN_INLINE T* take(Index count) {
-    T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    T* block = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
     used_ += (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
-    return piece;
+    return block;
   }
   FASTRNN_INLINE std::size_t used() const { return used_; }
 

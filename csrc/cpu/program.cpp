@@ -214,12 +214,12 @@ ProgramTeam program_team(const ProgramCall& call) { return choose_team(call, fal
 
 void run_program(const ProgramCall& call) {
   Planned planned(call, choose_team(call, cores_are_crowded()));
-  Pieces pieces{static_cast<char*>(call.workspace)};
-  auto* const at = static_cast<Barrier*>(pieces.take(sizeof(Barrier)));
+  HostArena arena{static_cast<char*>(call.workspace)};
+  auto* const at = static_cast<Barrier*>(arena.take(sizeof(Barrier)));
   const Barriers barriers(at, 1);
   planned.plan.barrier = at;
   const ProgramKernels::Of& kernels = kernels_of(*call.program);
-  void* const scratch = static_cast<char*>(call.workspace) + pieces.used;
+  void* const scratch = static_cast<char*>(call.workspace) + arena.used;
   kernels.lay_out(planned.plan, scratch);
   Task task{kernels, scratch};
   run_threads(

@@ -21,6 +21,21 @@ struct PointArguments {  // of one operation on a tile
 template <class C>
 using PointFunction = void (*)(const PointArguments<C>&);
 
+// The value as a half type holds it.
+template <class S>
+FASTRNN_INLINE Vec<float> rounded_to(Vec<float> x) {
+  return rounded<S>(x);
+}
+template <class S>
+FASTRNN_INLINE Vec<double> rounded_to(Vec<double> x) {
+  for (int i = 0; i < Vec<double>::lanes; ++i) {
+    S half;
+    narrow(static_cast<float>(x.v[i]), &half);
+    x.v[i] = widen(half);
+  }
+  return x;
+}
+
 template <Point Code, class V>
 FASTRNN_INLINE V point(V a, V b, V c) {
   using Bits = typename V::Bits;
@@ -43,6 +58,8 @@ FASTRNN_INLINE V point(V a, V b, V c) {
   if constexpr (Code == Point::tanh) return fastrnn::tanh(a);
   if constexpr (Code == Point::relu) return maximum(a, V(0));
   if constexpr (Code == Point::softplus1) return softplus1(a);
+  if constexpr (Code == Point::bfloat16) return rounded_to<Bf16>(a);
+  if constexpr (Code == Point::float16) return rounded_to<F16>(a);
   if constexpr (Code == Point::add) return a + b;
   if constexpr (Code == Point::sub) return a - b;
   if constexpr (Code == Point::mul) return a * b;
@@ -57,6 +74,9 @@ FASTRNN_INLINE V point(V a, V b, V c) {
   if constexpr (Code == Point::ne) return truth<T>((Bits)(a.v != b.v));
   if constexpr (Code == Point::where) return select((Bits)(a.v != V(0).v), b, c);
   if constexpr (Code == Point::fma) return fma(a, b, c);
+  if constexpr (Code == Point::normalize) return (a - b) * c;
+  if constexpr (Code == Point::tanh_grad) return a * (V(1) - b * b);
+  if constexpr (Code == Point::sigmoid_grad) return a * (V(1) - b) * b;
 }
 
 template <class C, Point Code>

@@ -89,11 +89,80 @@ FASTRNN_INLINE void reduce_row(const Reduce& r, C* to, const C* from, const Rang
   }
 }
 
+// Σ value(j, lanes) over n elements side by side: four sums of vectors, then their lanes.
+template <class C, class Value>
+FASTRNN_INLINE C sum_side_by_side(Index n, Value value) {
+  using V = Vec<C>;
+  constexpr int lanes = V::lanes, most = 4;
+  V sum[most] = {V(0), V(0), V(0), V(0)};
+  Index j = 0;
+  for (; j + most * lanes <= n; j += most * lanes)
+#pragma GCC unroll 4
+    for (int k = 0; k < most; ++k) sum[k] = sum[k] + value(j + k * lanes, Index{lanes});
+  for (; j < n; j += lanes) sum[0] = sum[0] + value(j, n - j);
+  return merge_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]), [](C a, C b) { return a + b; });
+}
+
+// x − mean of a row's last elements, 0 beyond them.
+template <class C>
+FASTRNN_INLINE Vec<C> centred_first(const C* x, C mean, Index count) {
+  alignas(FASTRNN_VECTOR_BYTES) C lane[Vec<C>::lanes] = {};
+  for (Index i = 0; i < count; ++i) lane[i] = x[i] - mean;
+  return Vec<C>::load(lane);
+}
+
+template <class C>
+FASTRNN_INLINE void moments_of_row(C* to, const C* x, Index n) {
+  using V = Vec<C>;
+  const C count = static_cast<C>(n);
+  const C mean =
+      sum_side_by_side<C>(
+          n, [&](Index j, Index left) FASTRNN_INLINE_LAMBDA { return load_most(x + j, left); }) /
+      count;
+  const C variance = sum_side_by_side<C>(n,
+                                         [&](Index j, Index left) FASTRNN_INLINE_LAMBDA {
+                                           const V away = left >= V::lanes
+                                                              ? V::load(x + j) - V(mean)
+                                                              : centred_first(x + j, mean, left);
+                                           return away * away;
+                                         }) /
+                     count;
+  to[0] = mean;
+  to[1] = C(1) / __builtin_sqrt(variance + static_cast<C>(kMomentsEpsilon));
+}
+
+template <class C>
+FASTRNN_INLINE void means_of_row(C* to, const C* x, const C* y, Index n) {
+  const C count = static_cast<C>(n);
+  to[0] = sum_side_by_side<C>(n, [&](Index j, Index left)
+                                     FASTRNN_INLINE_LAMBDA { return load_most(x + j, left); }) /
+          count;
+  to[1] = sum_side_by_side<C>(n,
+                              [&](Index j, Index left) FASTRNN_INLINE_LAMBDA {
+                                return load_most(x + j, left) * load_most(y + j, left);
+                              }) /
+          count;
+}
+
+template <class C>
+FASTRNN_NOINLINE void run_norm(const Reduce& r, const Chunk& chunk, const Place<C>& to,
+                               const Place<C>& from, const Place<C>& second) {
+  for (Index i = 0; i < chunk.steps; ++i)
+    for (Index j = 0; j < chunk.rows; ++j) {
+      C* const out = to.at(i, j) + r.out.offset;
+      const C* const in = from.at(i, j) + r.in.offset;
+      if (r.kind == Reduce::Kind::moments)
+        moments_of_row(out, in, r.n);
+      else
+        means_of_row(out, in, second.at(i, j) + r.second.offset, r.n);
+    }
+}
+
 template <class C>
 FASTRNN_NOINLINE void run_reduce(const Reduce& r, const Chunk& chunk, const Place<C>& to,
                                  const Place<C>& from, const Range& outputs) {
   each_pair(chunk, to, from, [&](C* out, const C* in) FASTRNN_INLINE_LAMBDA {
-    if (r.maximum)
+    if (r.kind == Reduce::Kind::maximum)
       reduce_row<Merge<true>>(r, out + r.out.offset, in + r.in.offset, outputs);
     else
       reduce_row<Merge<false>>(r, out + r.out.offset, in + r.in.offset, outputs);

@@ -101,7 +101,10 @@ class Walk {
         if (local_offsets_) local_offsets_[v] = local_width_;
         local_width_ += ceil_div(value.width, lanes) * lanes;
       }
-      if (value.width > zeros) zeros = value.width;
+      // Where the caller's states may be absent.
+      const bool may_be_absent =
+          value.home == Home::carry || value.home == Home::next || value.home == Home::sequence;
+      if (may_be_absent && value.width > zeros) zeros = value.width;
     }
     for (Index k = 0; k < plan_->states.count; ++k) {
       C* const at = arena.take<C>(2 * B_ * plan_->states.data[k]);
@@ -379,6 +382,12 @@ class Walk {
       }
       case Instruction::Kind::reduce: {
         const Reduce& r = instruction.reduce;
+        if (r.of_row()) {
+          const Range whole = share(1, together);
+          if (whole.begin == whole.end) return;
+          return run_norm(r, chunk, places[r.out.value], places[r.in.value],
+                          r.second.value >= 0 ? places[r.second.value] : Place<C>{});
+        }
         return run_reduce(r, chunk, places[r.out.value], places[r.in.value], share(r.G, together));
       }
       case Instruction::Kind::collect: {

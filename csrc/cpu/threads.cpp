@@ -25,23 +25,23 @@
 namespace fastrnn {
 namespace {
 
-#if defined(FASTRNN_IMPATIENT)  // a test's: every wait is a long one, and forgotten at once
+#if defined(FASTRNN_IMPATIENT)  // in a test: every wait is long, and forgotten at once
 constexpr int kSpins = 0;
 constexpr std::chrono::microseconds kLate{0}, kLateStart{0}, kCrowdedLeast{20}, kCrowdedMost{20};
 #else
 constexpr int kSpins = 2000;  // about 40 µs
-// A thread without a core to itself keeps the others waiting for longer; to be woken takes time
-// too.
+// Longer waits are late. At the start of a region threads may first have to be woken.
 constexpr std::chrono::microseconds kLate{500}, kLateStart{3000};
 constexpr std::chrono::milliseconds kCrowdedLeast{2}, kCrowdedMost{1000};
 #endif
-// A late meeting is one more so soon after the last while, in lengths of that.
+// A late meeting counts as another of the same cause within this many spans of the last one.
 constexpr int kAgain = 8;
 
 using Clock = std::chrono::steady_clock;
 std::atomic<Clock::rep> crowded_until{0}, crowded_for{0};
 
-// From a late meeting on, for a while; where it has been so not long ago, for twice that while.
+// After a late meeting the cores count as oversubscribed for a span; after another one soon, for
+// twice that span.
 void note_crowding(Clock::time_point now) {
   const Clock::rep at = now.time_since_epoch().count(), last = crowded_for.load();
   const Clock::rep least = Clock::duration(kCrowdedLeast).count();
@@ -78,16 +78,15 @@ void open_region(int threads, void (*body)(void*, int, int), void* argument) {
 
 // ---- forks --------------------------------------------------------------------------------------
 //
-// GNU's OpenMP gives each thread that opens regions a pool of its own. Only the thread that forks
-// goes on in the child, and its pool's threads do not: the next region that it opens there, whoever
-// used the pool before, would wait for them for ever. Threads that the child starts are not
-// concerned: they begin without a pool.
+// GNU's OpenMP gives each thread that opens regions its own pool of threads. In a forked child only
+// the thread that forked exists, not its pool: its next region would wait for the pool for ever.
+// Threads that the child starts begin without a pool and are not affected.
 //
-// So the pool is given back before a fork, and made again by the next region, here and there. Where
-// that cannot be done (a fork inside a region), or was not done (a process forked before this
-// library was loaded), the thread's regions are opened by another one.
+// So we release the pool before a fork, and the next region makes a new one, in parent and child.
+// Where that is impossible (a fork inside a region) or did not happen (a process forked before this
+// library was loaded), another thread, the deputy, opens the regions.
 
-// The one thread of a process that lost its pool has another open its regions.
+// Opens the regions of the one thread of a process that lost its pool.
 class Deputy {
  public:
   // False where there can be no such thread.
@@ -114,7 +113,7 @@ class Deputy {
     for (;;) {
       std::unique_lock<std::mutex> lock(mutex_);
       changed_.wait(lock, [&] { return body_ != nullptr; });
-      lock.unlock();  // nobody else is in here until body_ is null
+      lock.unlock();  // the caller waits until body_ is null
       open_region(threads_, body_, argument_);
       lock.lock();
       body_ = nullptr;
@@ -122,7 +121,7 @@ class Deputy {
     }
   }
 
-  bool started_ = false;  // by the only thread that asks
+  bool started_ = false;  // written by the one thread that calls run()
   std::mutex mutex_;
   std::condition_variable changed_;
   int threads_ = 0;
@@ -132,8 +131,8 @@ class Deputy {
 
 Deputy* deputy = nullptr;  // never deleted: its thread waits until the process ends
 
-// Whether this process was forked, and has not become another program since: of what its parent did
-// before, nothing is known.
+// Whether this process was forked and has not executed another program since. What its parent did
+// before is unknown.
 bool only_forked() {
 #if defined(__linux__)
   constexpr unsigned long kForkedNotExecuted = 0x40;  // PF_FORKNOEXEC
@@ -199,8 +198,8 @@ bool Barrier::wait(int count, Wait kind) {
     arrived_.store(0);
     crowded_ = late_.load();
     generation_.fetch_add(1);
-    // A sleeper announces itself before it looks at the generation a last time, and this looks for
-    // sleepers after it has changed the generation: one of the two sees the other.
+    // A sleeper counts itself before it reads the generation a last time, and we read the number of
+    // sleepers after we change the generation: one of the two sees the other.
     if (sleepers_.load() > 0) {
       const std::lock_guard<std::mutex> lock(mutex_);
       wake_.notify_all();
@@ -239,9 +238,9 @@ void Barrier::forget() {
   calls_ = 0;
 }
 
-std::int64_t Barrier::rest(std::uint32_t recess) {
+std::int64_t Barrier::rest(std::uint32_t solo_phase) {
   std::unique_lock<std::mutex> lock(mutex_);
-  const auto called = [&] { return calls_ > recess; };
+  const auto called = [&] { return calls_ > solo_phase; };
   wake_.wait(lock, [&] { return asked_ || called(); });
   if (!called()) {
     ++here_;

@@ -1,7 +1,7 @@
 // The engine through its Backend table, in double: forward against plain loops, backward against
 // central differences of forward, over cells, directions, layers, projection, lengths, packed rows
-// and resets; the same for options that add to the cell, alone and in random company; then the
-// bits: on one thread and more, in ensembles, and of gates that backward makes again.
+// and resets; then the bits: on one thread and more, in ensembles, and of gates that backward makes
+// again.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -12,62 +12,23 @@
 #include "backend.h"
 #include "check.h"
 #include "cpu/isa.h"
+#include "reference.h"
 
 namespace {
 
 using namespace fastrnn;
-using Values = std::vector<double>;
+using namespace fastrnn::cases;
 
-long checks = 0;
+// A case with every array that its passes read or write.
+struct Call : Inputs {
+  Call() { T = 5, B = 3, I = 3, H = 5; }
 
-std::size_t size_of(std::int64_t n) { return static_cast<std::size_t>(n); }
-
-// One case: the sizes, and every array that a call reads or writes.
-struct Case {
-  Options options;
-  std::int64_t T = 5, B = 3, I = 3, H = 5;
-  int threads = 1;
-  bool consume_gates = false;
-  std::vector<std::int64_t> lengths, batch_sizes;
-  std::vector<unsigned char> reset, zoneout_h_mask, zoneout_c_mask;
-  Values reset_h, reset_c, dropout_mask;  // empty: not given
-
-  Values input, h0, c0, hidden, output, h_n, c_n, cell, gates;
-  std::vector<Values> weights;
-  Values d_output, d_h_n, d_c_n, d_input, d_h0, d_c0, d_reset_h, d_reset_c;
+  Values hidden, output, h_n, c_n, cell, saved;
+  Values d_output, d_h_n, d_c_n, d_input, d_h0, d_c0;
   std::vector<Values> d_weights;
-
-  std::int64_t D() const { return options.directions; }
-  std::int64_t L() const { return options.layers; }
-  std::int64_t O() const { return options.proj_size ? options.proj_size : H; }
-  std::int64_t pairs() const {
-    if (batch_sizes.empty()) return T * B;
-    std::int64_t n = 0;
-    for (const std::int64_t b : batch_sizes) n += b;
-    return n;
-  }
-  bool has_c() const { return cell_traits(options).states > 1; }
-  std::int64_t groups() const { return L() * D(); }
 };
 
-// The parameters of a group in the order of `weights`; those that a case does without are empty.
-enum {
-  kIh,
-  kHh,
-  kBiasIh,
-  kBiasHh,
-  kHr,
-  kCi,
-  kCf,
-  kCo,
-  kNormIh,
-  kNormHh,
-  kNormC,
-  kNormCBias,
-  kEach
-};
-
-void fill(Case& c, unsigned seed) {
+void fill(Call& c, unsigned seed) {
   std::mt19937 random(seed);
   std::uniform_real_distribution<double> uniform(-0.8, 0.8);
   const auto some = [&](std::int64_t n) {
@@ -75,21 +36,17 @@ void fill(Case& c, unsigned seed) {
     for (double& x : v) x = uniform(random);
     return v;
   };
-  const std::int64_t G = cell_traits(c.options).gates, groups = c.L() * c.D();
+  const std::int64_t G = c.G(), groups = c.L() * c.D();
   c.input = some(c.pairs() * c.I);
   c.h0 = some(groups * c.B * c.O());
   c.c0 = some(groups * c.B * c.H);
   c.d_output = some(c.pairs() * c.D() * c.O());
   c.d_h_n = some(groups * c.B * c.O());
   c.d_c_n = some(groups * c.B * c.H);
-  const CellOptions& maths = c.options.maths;
-  const std::int64_t peephole = maths.peephole ? c.H : 0, norm = maths.layer_norm ? c.H : 0;
-  const std::int64_t norm_c = c.has_c() ? norm : 0;
   for (std::int64_t g = 0; g < groups; ++g) {
-    const std::int64_t inputs = g < c.D() ? c.I : c.D() * c.O();
-    for (const std::int64_t n : {G * c.H * inputs, G * c.H * c.O() / maths.heads, G * c.H, G * c.H,
-                                 c.options.proj_size * c.H, peephole, peephole, peephole, G * norm,
-                                 G * norm, norm_c, norm_c})
+    const std::int64_t inputs = c.inputs(g);
+    for (const std::int64_t n :
+         {G * c.H * inputs, G * c.H * c.O(), G * c.H, G * c.H, c.options.proj_size * c.H})
       c.weights.push_back(some(n));
     // Sums of order one whatever the width: a chaotic recurrence would show rounding, not errors.
     for (const int which : {kHh, kHr})
@@ -99,31 +56,18 @@ void fill(Case& c, unsigned seed) {
 }
 
 Parameters parameters_of(std::vector<Values>& w, std::int64_t g, std::int64_t inputs,
-                         const Case& c) {
+                         const Call& c) {
   Values* at = &w[size_of(g * kEach)];
-  const auto vector = [&](int which) {
-    return at[which].empty() ? Weight{} : Weight{at[which].data(), 0, 1};
-  };
-  const std::int64_t columns = c.O() / c.options.maths.heads;
-  const std::int64_t rows = cell_traits(c.options).gates * c.H / c.options.maths.heads;
   Parameters p;
   p.weight_ih = {at[kIh].data(), inputs, 1};
-  p.weight_hh = {at[kHh].data(), columns, 1, rows * columns};
-  p.bias_ih = vector(kBiasIh);
-  p.bias_hh = vector(kBiasHh);
+  p.weight_hh = {at[kHh].data(), c.O(), 1};
+  p.bias_ih = {at[kBiasIh].data(), 0, 1};
+  p.bias_hh = {at[kBiasHh].data(), 0, 1};
   if (!at[kHr].empty()) p.weight_hr = {at[kHr].data(), c.H, 1};
-  p.weight_ci = vector(kCi), p.weight_cf = vector(kCf), p.weight_co = vector(kCo);
-  p.norm_ih = vector(kNormIh), p.norm_hh = vector(kNormHh);
-  p.norm_c = vector(kNormC), p.norm_c_bias = vector(kNormCBias);
   return p;
 }
 
-Mask mask_of(const std::vector<unsigned char>& mask, const Case& c, std::int64_t units) {
-  if (mask.empty()) return {};
-  return {reinterpret_cast<const bool*>(mask.data()), c.pairs() * units, c.B * units, units, 1};
-}
-
-Problem problem_of(Case& c, std::vector<Parameters>& parameters) {
+Problem problem_of(Call& c, std::vector<Parameters>& parameters) {
   Problem p;
   p.options = c.options;
   p.dtype = DType::f64;
@@ -140,14 +84,11 @@ Problem problem_of(Case& c, std::vector<Parameters>& parameters) {
   p.input = {c.input.data(), c.B * c.I, c.I, 1};
   p.h0 = {c.h0.data(), c.B * c.O(), c.O(), 1};
   if (c.has_c()) p.c0 = {c.c0.data(), c.B * c.H, c.H, 1};
-  for (std::int64_t g = 0; g < c.L() * c.D(); ++g)
-    parameters.push_back(parameters_of(c.weights, g, g < c.D() ? c.I : c.D() * c.O(), c));
+  for (std::int64_t g = 0; g < c.groups(); ++g)
+    parameters.push_back(parameters_of(c.weights, g, c.inputs(g), c));
   p.parameters = parameters.data();
   if (!c.reset_h.empty()) p.reset_h = {c.reset_h.data(), c.O(), 0, 1};
   if (!c.reset_c.empty()) p.reset_c = {c.reset_c.data(), c.H, 0, 1};
-  if (!c.dropout_mask.empty()) p.dropout_mask = {c.dropout_mask.data(), c.B * c.O(), c.O(), 1};
-  p.zoneout_h_mask = mask_of(c.zoneout_h_mask, c, c.O());
-  p.zoneout_c_mask = mask_of(c.zoneout_c_mask, c, c.H);
   p.all_layers = true;
   const std::int64_t groups = c.L() * c.D();
   c.hidden.assign(size_of(c.L() * c.pairs() * c.D() * c.O()), -7);
@@ -163,61 +104,51 @@ Problem problem_of(Case& c, std::vector<Parameters>& parameters) {
   return p;
 }
 
-// The workspace starts as NaN: what reads it before writing shows.
-struct Workspace {
-  Values memory;
-  void* take(const Problem& p, Pass pass) {
-    memory.assign(cpu_backend().workspace_size(p, pass) / sizeof(double) + 8, std::nan(""));
-    const auto at = reinterpret_cast<std::uintptr_t>(memory.data());
-    return reinterpret_cast<void*>((at + 63) / 64 * 64);
-  }
-};
-
-Problem forward_problem(Case& c, std::vector<Parameters>& parameters, bool save) {
+Problem forward_problem(Call& c, std::vector<Parameters>& parameters, bool save) {
   Problem p = problem_of(c, parameters);
   c.output.assign(size_of(c.pairs() * c.D() * c.O()), -7);
   p.output = c.output.data();
   if (save && !c.options.recompute) {
-    c.gates.assign(
-        size_of(c.L() * c.D() * c.pairs() * cell_traits(c.options).saved_planes * padded(c.H)),
+    c.saved.assign(
+        size_of(c.groups() * c.pairs() * cell_traits(c.options).saved_planes * padded(c.H)),
         std::nan(""));
-    p.gates = c.gates.data();
+    p.saved = c.saved.data();
   }
   return p;
 }
 
-void run_forward(Case& c, bool save) {
+void run_forward(Call& c, bool save) {
   std::vector<Parameters> parameters;
   Problem p = forward_problem(c, parameters, save);
   Workspace w;
-  p.workspace = w.take(p, Pass::forward);
+  p.workspace = w.take(cpu_backend().workspace_size(p, Pass::forward));
   cpu_backend().forward(p);
+  check::that("the end of forward's workspace", w.is_whole());
 }
 
 // With weights that were packed before the call.
-void run_packed(Case& c) {
+void run_packed(Call& c) {
   std::vector<Parameters> parameters;
   Problem p = forward_problem(c, parameters, true);
   const Backend& backend = cpu_backend();
-  Values memory(backend.packed_size(p) / sizeof(double) + 8, std::nan(""));
-  const auto at = reinterpret_cast<std::uintptr_t>(memory.data());
-  void* packed = reinterpret_cast<void*>((at + 63) / 64 * 64);
-  backend.pack(p, packed);
-  p.packed = packed;
+  Workspace packed;
+  void* const weights = packed.take(backend.packed_size(p));
+  backend.pack(p, weights);
+  p.packed = weights;
   Workspace w;
-  p.workspace = w.take(p, Pass::forward);
+  p.workspace = w.take(cpu_backend().workspace_size(p, Pass::forward));
   backend.forward(p);
 }
 
-Problem backward_problem(Case& c, std::vector<Parameters>& parameters,
+Problem backward_problem(Call& c, std::vector<Parameters>& parameters,
                          std::vector<Parameters>& d_parameters) {
   const Values hidden = c.hidden, h_n = c.h_n, c_n = c.c_n, cell = c.cell;
   Problem p = problem_of(c, parameters);
   c.hidden = hidden, c.h_n = h_n, c.c_n = c_n, c.cell = cell;
   p.hidden = c.hidden.data(), p.h_n = c.h_n.data();
   if (c.has_c()) p.c_n = c.c_n.data(), p.cell = c.cell.data();
-  p.gates = c.options.recompute ? nullptr : c.gates.data();
-  p.consume_gates = c.consume_gates;
+  p.saved = c.options.recompute ? nullptr : c.saved.data();
+  p.consume_saved = c.consume;
   p.d_output = {c.d_output.data(), c.B * c.D() * c.O(), c.D() * c.O(), 1};
   p.d_h_n = {c.d_h_n.data(), c.B * c.O(), c.O(), 1};
   if (c.has_c()) p.d_c_n = {c.d_c_n.data(), c.B * c.H, c.H, 1};
@@ -225,12 +156,8 @@ Problem backward_problem(Case& c, std::vector<Parameters>& parameters,
   c.d_h0.assign(c.h0.size(), -7);
   c.d_c0.assign(c.c0.size(), -7);
   c.d_weights = c.weights;
-  for (std::int64_t g = 0; g < c.L() * c.D(); ++g)
-    d_parameters.push_back(parameters_of(c.d_weights, g, g < c.D() ? c.I : c.D() * c.O(), c));
-  c.d_reset_h.assign(c.reset_h.size(), -7);
-  c.d_reset_c.assign(c.reset_c.size(), -7);
-  if (!c.reset_h.empty()) p.d_reset_h = c.d_reset_h.data();
-  if (!c.reset_c.empty()) p.d_reset_c = c.d_reset_c.data();
+  for (std::int64_t g = 0; g < c.groups(); ++g)
+    d_parameters.push_back(parameters_of(c.d_weights, g, c.inputs(g), c));
   p.d_input = c.d_input.data();
   p.d_h0 = c.d_h0.data();
   if (c.has_c()) p.d_c0 = c.d_c0.data();
@@ -238,16 +165,26 @@ Problem backward_problem(Case& c, std::vector<Parameters>& parameters,
   return p;
 }
 
-void run_backward(Case& c) {
+void run_backward(Call& c) {
   std::vector<Parameters> parameters, d_parameters;
   Problem p = backward_problem(c, parameters, d_parameters);
   Workspace w;
-  p.workspace = w.take(p, Pass::backward);
+  p.workspace = w.take(cpu_backend().workspace_size(p, Pass::backward));
   cpu_backend().backward(p);
+  check::that("the end of backward's workspace", w.is_whole());
+}
+
+// States that a reset puts in place, which forward alone takes.
+void fill_reset_states(Call& c, unsigned seed) {
+  std::mt19937 random(seed);
+  std::uniform_real_distribution<double> uniform(-0.8, 0.8);
+  for (std::int64_t i = 0; i < c.groups() * c.O(); ++i) c.reset_h.push_back(uniform(random));
+  for (std::int64_t i = 0; i < c.groups() * c.H && c.has_c(); ++i)
+    c.reset_c.push_back(uniform(random));
 }
 
 // The members of an ensemble, in one run for each pass.
-void run_together(std::vector<Case>& members) {
+void run_together(std::vector<Call>& members) {
   for (const Pass pass : {Pass::forward, Pass::backward}) {
     std::vector<std::vector<Parameters>> parameters(members.size()), d_parameters(members.size());
     std::vector<Problem> problems;
@@ -257,233 +194,10 @@ void run_together(std::vector<Case>& members) {
                              : backward_problem(members[i], parameters[i], d_parameters[i]));
     const auto count = static_cast<std::int64_t>(members.size());
     const std::size_t bytes = cpu_backend().ensemble_workspace_size(problems.data(), count, pass);
-    Values memory(bytes / sizeof(double) + 8, std::nan(""));
-    const auto at = reinterpret_cast<std::uintptr_t>(memory.data());
-    problems[0].workspace = reinterpret_cast<void*>((at + 63) / 64 * 64);
+    Workspace w;
+    problems[0].workspace = w.take(bytes);
     cpu_backend().run_ensemble(problems.data(), count, pass);
   }
-}
-
-// ---- plain loops ------------------------------------------------------------------------------
-
-double sigmoid_of(double x) { return 1 / (1 + std::exp(-x)); }
-
-double product(const Values& w, std::int64_t row, const double* x, std::int64_t n) {
-  double sum = 0;
-  for (std::int64_t k = 0; k < n; ++k) sum += w[size_of(row * n + k)] * x[k];
-  return sum;
-}
-
-// (x − mean) / √(variance + 1e-5) over all of them.
-Values normalized(Values x) {
-  double mean = 0, variance = 0;
-  for (const double v : x) mean += v / static_cast<double>(x.size());
-  for (const double v : x) variance += (v - mean) * (v - mean) / static_cast<double>(x.size());
-  for (double& v : x) v = (v - mean) / std::sqrt(variance + 1e-5);
-  return x;
-}
-
-// One step of one row: h (O) and c (H) in place.
-class PlainStep {
- public:
-  PlainStep(const Case& c, std::int64_t group, std::int64_t row, std::int64_t place)
-      : c_(c),
-        maths_(c.options.maths),
-        w_(&c.weights[size_of(group * kEach)]),
-        group_(group),
-        row_(row),
-        place_(place) {}
-
-  void run(const double* x, std::int64_t inputs, double* h, double* state_c) const {
-    const std::int64_t H = c_.H, O = c_.O();
-    const Values before(h, h + O), before_c(state_c, state_c + H);
-    Values seen(before);
-    for (std::int64_t o = 0; o < O && !c_.dropout_mask.empty(); ++o)
-      seen[size_of(o)] *= c_.dropout_mask[size_of((group_ * c_.B + row_) * O + o)];
-    const Values in = input_side(x, inputs);
-    Values hidden = c_.options.cell == "RNN"    ? rnn(in, seen)
-                    : c_.options.cell == "LSTM" ? lstm(in, seen, before_c, state_c)
-                                                : gru(in, seen, before);
-    for (std::int64_t o = 0; o < O; ++o)
-      h[o] = c_.options.proj_size ? product(w_[kHr], o, hidden.data(), H) : hidden[size_of(o)];
-    zoneout(c_.zoneout_h_mask, maths_.zoneout_h, before, h);
-    if (c_.has_c()) zoneout(c_.zoneout_c_mask, maths_.zoneout_c, before_c, state_c);
-  }
-
- private:
-  Values affine(Values sums, int gain, int bias, std::int64_t first) const {
-    if (maths_.layer_norm) sums = normalized(sums);
-    for (std::size_t i = 0; i < sums.size(); ++i) {
-      const std::size_t r = size_of(first) + i;
-      if (maths_.layer_norm) sums[i] *= w_[gain][r];
-      sums[i] += w_[bias][r];
-    }
-    return sums;
-  }
-  Values input_side(const double* x, std::int64_t inputs) const {
-    Values sums;
-    const std::int64_t rows = cell_traits(c_.options).gates * c_.H;
-    for (std::int64_t r = 0; r < rows; ++r) sums.push_back(product(w_[kIh], r, x, inputs));
-    return affine(sums, kNormIh, kBiasIh, 0);
-  }
-  // Gates first … last − 1.
-  Values hidden_side(const Values& operand, std::int64_t first, std::int64_t last) const {
-    const std::int64_t G = cell_traits(c_.options).gates, heads = maths_.heads;
-    const std::int64_t units = c_.H / heads, outputs = c_.O() / heads;
-    Values sums;
-    for (std::int64_t g = first; g < last; ++g)
-      for (std::int64_t u = 0; u < c_.H; ++u) {
-        const std::int64_t head = u / units, row = (head * G + g) * units + u % units;
-        sums.push_back(product(w_[kHh], row, &operand[size_of(head * outputs)], outputs));
-      }
-    return affine(sums, kNormHh, kBiasHh, first * c_.H);
-  }
-
-  Values rnn(const Values& in, const Values& seen) const {
-    Values out = hidden_side(seen, 0, 1);
-    for (std::size_t u = 0; u < out.size(); ++u) out[u] = std::tanh(in[u] + out[u]);
-    return out;
-  }
-  Values lstm(const Values& in, const Values& seen, const Values& before, double* c) const {
-    const std::size_t H = size_of(c_.H);
-    Values a = hidden_side(seen, 0, 4), out(H), next(H);
-    for (std::size_t i = 0; i < a.size(); ++i) a[i] += in[i];
-    for (std::size_t u = 0; u < H && maths_.peephole; ++u) {
-      a[u] += w_[kCi][u] * before[u];
-      a[H + u] += w_[kCf][u] * before[u];
-    }
-    for (std::size_t u = 0; u < H; ++u)
-      next[u] = sigmoid_of(a[H + u]) * before[u] + sigmoid_of(a[u]) * std::tanh(a[2 * H + u]);
-    Values shown = maths_.layer_norm ? normalized(next) : next;
-    for (std::size_t u = 0; u < H; ++u) {
-      if (maths_.layer_norm) shown[u] = w_[kNormC][u] * shown[u] + w_[kNormCBias][u];
-      if (maths_.peephole) a[3 * H + u] += w_[kCo][u] * next[u];
-      out[u] = sigmoid_of(a[3 * H + u]) * std::tanh(shown[u]);
-      c[u] = next[u];
-    }
-    return out;
-  }
-  Values gru(const Values& in, const Values& seen, const Values& before) const {
-    const std::size_t H = size_of(c_.H);
-    Values a = hidden_side(seen, 0, maths_.reset_after ? 3 : 2), operand(seen), out(H);
-    for (std::size_t u = 0; u < H; ++u) operand[u] *= sigmoid_of(in[u] + a[u]);
-    const Values n = maths_.reset_after ? Values() : hidden_side(operand, 2, 3);
-    for (std::size_t u = 0; u < H; ++u) {
-      const double r = sigmoid_of(in[u] + a[u]), z = sigmoid_of(in[H + u] + a[H + u]);
-      const double sum = maths_.reset_after ? r * a[2 * H + u] : n[u];
-      out[u] = (1 - z) * std::tanh(in[2 * H + u] + sum) + z * before[u];
-    }
-    return out;
-  }
-
-  void zoneout(const std::vector<unsigned char>& mask, double share, const Values& before,
-               double* next) const {
-    const auto units = static_cast<std::int64_t>(before.size());
-    for (std::int64_t u = 0; u < units; ++u) {
-      const double old_value = before[size_of(u)];
-      if (mask.empty())
-        next[u] = share * old_value + (1 - share) * next[u];
-      else if (mask[size_of((group_ * c_.pairs() + place_) * units + u)])
-        next[u] = old_value;
-    }
-  }
-
-  const Case& c_;
-  const CellOptions& maths_;
-  const Values* w_;
-  const std::int64_t group_, row_, place_;
-};
-
-std::int64_t length_of(const Case& c, std::int64_t b) {
-  if (!c.lengths.empty()) return c.lengths[size_of(b)];
-  if (c.batch_sizes.empty()) return c.T;
-  std::int64_t t = 0;
-  while (t < c.T && c.batch_sizes[size_of(t)] > b) ++t;
-  return t;
-}
-
-std::int64_t place_of(const Case& c, std::int64_t t, std::int64_t b) {
-  if (c.batch_sizes.empty()) return t * c.B + b;
-  std::int64_t n = b;
-  for (std::int64_t s = 0; s < t; ++s) n += c.batch_sizes[size_of(s)];
-  return n;
-}
-
-struct Plain {
-  Values output, h_n, c_n;
-};
-
-Plain plain_forward(const Case& c) {
-  Plain r;
-  Values layer_input = c.input;
-  std::int64_t inputs = c.I;
-  r.h_n = c.h0;
-  r.c_n = c.c0;
-  for (std::int64_t l = 0; l < c.L(); ++l) {
-    Values out(size_of(c.pairs() * c.D() * c.O()), 0);
-    for (std::int64_t d = 0; d < c.D(); ++d)
-      for (std::int64_t b = 0; b < c.B; ++b) {
-        const std::int64_t g = l * c.D() + d, n = length_of(c, b);
-        double* h = &r.h_n[size_of((g * c.B + b) * c.O())];
-        double* state_c = &r.c_n[size_of((g * c.B + b) * c.H)];
-        for (std::int64_t s = 0; s < n; ++s) {
-          const std::int64_t t = d ? n - 1 - s : s, boundary = d ? t + 1 : t;
-          if (!c.reset.empty() && boundary < n && c.reset[size_of(boundary * c.B + b)]) {
-            for (std::int64_t o = 0; o < c.O(); ++o)
-              h[o] = c.reset_h.empty() ? 0 : c.reset_h[size_of(g * c.O() + o)];
-            for (std::int64_t u = 0; u < c.H; ++u)
-              state_c[u] = c.reset_c.empty() ? 0 : c.reset_c[size_of(g * c.H + u)];
-          }
-          const std::int64_t place = place_of(c, t, b);
-          PlainStep(c, g, b, place).run(&layer_input[size_of(place * inputs)], inputs, h, state_c);
-          std::copy_n(h, c.O(), &out[size_of((place * c.D() + d) * c.O())]);
-        }
-      }
-    layer_input = out;
-    inputs = c.D() * c.O();
-  }
-  r.output = layer_input;
-  return r;
-}
-
-// ---- options that add to the cell ---------------------------------------------------------------
-
-enum Extra {
-  kPeephole = 1,
-  kLayerNorm = 2,
-  kHeads = 4,
-  kZoneout = 8,
-  kMasks = 16,
-  kDropout = 32,
-  kResetStates = 64,
-  kAllExtras = 127
-};
-
-// Fills a case with the options of `extras` on.
-void fill_with(Case& c, int extras, unsigned seed) {
-  std::mt19937 random(seed);
-  std::uniform_real_distribution<double> uniform(-0.8, 0.8);
-  CellOptions& maths = c.options.maths;
-  maths.peephole = c.has_c() && (extras & kPeephole);
-  maths.layer_norm = extras & kLayerNorm;
-  maths.heads = extras & kHeads ? 2 : 1;
-  if (extras & kZoneout) maths.zoneout_h = 0.3;
-  if (extras & kZoneout && c.has_c()) maths.zoneout_c = 0.4;
-  fill(c, seed);
-  const auto bits = [&](std::int64_t units) {
-    std::vector<unsigned char> mask(size_of(c.groups() * c.pairs() * units));
-    for (unsigned char& bit : mask) bit = random() % 3 == 0;
-    return mask;
-  };
-  if (extras & kMasks) c.zoneout_h_mask = bits(c.O());
-  if (extras & kMasks && c.has_c()) c.zoneout_c_mask = bits(c.H);
-  if (extras & kDropout)
-    for (std::int64_t i = 0; i < c.groups() * c.B * c.O(); ++i)
-      c.dropout_mask.push_back(random() % 4 == 0 ? 0 : 1.25);
-  if (!(extras & kResetStates)) return;
-  for (std::int64_t i = 0; i < c.groups() * c.O(); ++i) c.reset_h.push_back(uniform(random));
-  for (std::int64_t i = 0; i < c.groups() * c.H && c.has_c(); ++i)
-    c.reset_c.push_back(uniform(random));
 }
 
 // ---- the checks -------------------------------------------------------------------------------
@@ -493,11 +207,11 @@ void all_close(const char* what, const Values& got, const Values& expected, doub
     check::close(what, got[i], expected[i], tolerance);
 }
 
-Values last_layer(const Case& c) {
+Values last_layer(const Call& c) {
   return {c.hidden.end() - static_cast<std::ptrdiff_t>(c.pairs() * c.D() * c.O()), c.hidden.end()};
 }
 
-void check_forward(Case& c) {
+void check_forward(Call& c) {
   const Plain plain = plain_forward(c);
   for (const bool save : {false, true}) {
     run_forward(c, save);
@@ -508,7 +222,7 @@ void check_forward(Case& c) {
   }
 }
 
-double loss(const Case& c) {
+double loss(const Call& c) {
   const Plain r = plain_forward(c);
   double sum = 0;
   for (std::size_t i = 0; i < r.output.size(); ++i) sum += r.output[i] * c.d_output[i];
@@ -518,9 +232,8 @@ double loss(const Case& c) {
   return sum;
 }
 
-// A few entries of `values` moved either way, against the engine's gradient. A norm of few values
-// that are nearly alike bends more than differences show.
-void check_gradient(const char* what, Case& c, Values& values, const Values& gradient) {
+// A few entries of `values` moved either way, against the engine's gradient.
+void check_gradient(const char* what, Call& c, Values& values, const Values& gradient) {
   const std::size_t stride = values.size() / 7 + 1;
   for (std::size_t i = 0; i < values.size(); i += stride, ++checks) {
     const double at = values[i], h = 1e-6;
@@ -529,12 +242,11 @@ void check_gradient(const char* what, Case& c, Values& values, const Values& gra
     values[i] = at - h;
     const double below = loss(c);
     values[i] = at;
-    const double tolerance = c.options.maths.layer_norm ? 2e-7 : 2e-8;
-    check::close(what, gradient[i], (above - below) / (2 * h), tolerance);
+    check::close(what, gradient[i], (above - below) / (2 * h), 2e-8);
   }
 }
 
-void check_backward(Case& c) {
+void check_backward(Call& c) {
   run_forward(c, true);
   run_backward(c);
   check_gradient("d_input", c, c.input, c.d_input);
@@ -542,8 +254,6 @@ void check_backward(Case& c) {
   if (c.has_c()) check_gradient("d_c0", c, c.c0, c.d_c0);
   for (std::size_t w = 0; w < c.weights.size(); ++w)
     check_gradient("d_weight", c, c.weights[w], c.d_weights[w]);
-  check_gradient("d_reset_h", c, c.reset_h, c.d_reset_h);
-  check_gradient("d_reset_c", c, c.reset_c, c.d_reset_c);
 }
 
 void same(const char* what, const Values& a, const Values& b) {
@@ -551,7 +261,7 @@ void same(const char* what, const Values& a, const Values& b) {
   check::that(what, a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0);
 }
 
-void same_results(const Case& c, const Case& other) {
+void same_results(const Call& c, const Call& other) {
   same("hidden", c.hidden, other.hidden);
   same("h_n", c.h_n, other.h_n);
   same("c_n", c.c_n, other.c_n);
@@ -561,23 +271,21 @@ void same_results(const Case& c, const Case& other) {
 }
 
 // The same bits in everything.
-void same_everywhere(const char* where, const Case& c, const Case& other) {
+void same_everywhere(const char* where, const Call& c, const Call& other) {
   const std::string context = check::context();
   check::context() += where + std::to_string(other.threads) + " threads";
   same_results(c, other);
   for (std::size_t w = 0; w < c.d_weights.size(); ++w)
     same("d_weight", c.d_weights[w], other.d_weights[w]);
-  same("d_reset_h", c.d_reset_h, other.d_reset_h);
-  same("d_reset_c", c.d_reset_c, other.d_reset_c);
   check::context() = context;
 }
 
 // The same bits on one thread and on more, directions, rows or units being split.
-void check_threads(Case c, int threads = 2) {
+void check_threads(Call c, int threads = 2) {
   c.threads = 1;
   run_forward(c, true);
   run_backward(c);
-  Case other = c;
+  Call other = c;
   other.threads = threads;
   run_forward(other, true);
   run_backward(other);
@@ -585,9 +293,9 @@ void check_threads(Case c, int threads = 2) {
 }
 
 // The same bits whether the weights are packed before the call, in it, or read where they lie.
-void check_packed(Case c) {
+void check_packed(Call c) {
   run_forward(c, true);
-  Case other = c;
+  Call other = c;
   run_packed(other);
   same("hidden of packed weights", c.hidden, other.hidden);
   same("output of packed weights", c.output, other.output);
@@ -597,33 +305,32 @@ void check_packed(Case c) {
 }
 
 // The same bits in an ensemble, on one thread and shared out over several.
-void check_ensemble(std::vector<Case> apart) {
-  for (Case& c : apart) {
+void check_ensemble(std::vector<Call> apart) {
+  for (Call& c : apart) {
     run_forward(c, true);
     run_backward(c);
   }
   for (const int threads : {1, 2, 8}) {
-    std::vector<Case> together = apart;
-    for (Case& c : together) c.threads = threads;
+    std::vector<Call> together = apart;
+    for (Call& c : together) c.threads = threads;
     run_together(together);
     for (std::size_t i = 0; i < apart.size(); ++i)
       same_everywhere(" in an ensemble on ", apart[i], together[i]);
   }
 }
 
-// Members with the options of `extras` on.
-std::vector<Case> members_like(const Case& like, int extras, unsigned seed) {
-  std::vector<Case> members(5, like);
-  for (Case& c : members) fill_with(c, extras, ++seed);
+std::vector<Call> members_like(const Call& like, unsigned seed) {
+  std::vector<Call> members(5, like);
+  for (Call& c : members) fill(c, ++seed);
   return members;
 }
 
 // The same bits whether or not the gates' gradients take the gates' place.
-void check_consumed(Case c) {
+void check_consumed(Call c) {
   run_forward(c, true);
   run_backward(c);
-  Case other = c;
-  other.consume_gates = true;
+  Call other = c;
+  other.consume = true;
   run_backward(other);
   same_results(c, other);
   for (std::size_t w = 0; w < c.d_weights.size(); ++w)
@@ -632,10 +339,10 @@ void check_consumed(Case c) {
 
 // Gates that backward makes again have the bits that they had; sums over the pairs are added up in
 // another order.
-void check_recompute(Case c) {
+void check_recompute(Call c) {
   run_forward(c, true);
   run_backward(c);
-  Case other = c;
+  Call other = c;
   other.options.recompute = true;
   run_forward(other, true);
   run_backward(other);
@@ -644,8 +351,6 @@ void check_recompute(Case c) {
   same_results(c, other);
   for (std::size_t w = 0; w < c.d_weights.size(); ++w)
     all_close("d_weight", other.d_weights[w], c.d_weights[w], 1e-12);
-  all_close("d_reset_h", other.d_reset_h, c.d_reset_h, 1e-12);
-  all_close("d_reset_c", other.d_reset_c, c.d_reset_c, 1e-12);
   check::context() = context;
 }
 
@@ -665,29 +370,14 @@ std::vector<Options> all_options() {
   return all;
 }
 
-void name_case(const Case& c, const char* rows) {
-  const Options& o = c.options;
-  check::context() =
-      o.cell + " layers " + std::to_string(o.layers) + " directions " +
-      std::to_string(o.directions) + " proj_size " + std::to_string(o.proj_size) +
-      (o.maths.reset_after ? " " : " reset before ") + rows +
-      (o.maths.peephole ? " peephole" : "") + (o.maths.layer_norm ? " layer_norm" : "") +
-      " heads " + std::to_string(o.maths.heads) + " zoneout " + std::to_string(o.maths.zoneout_h) +
-      " " + std::to_string(o.maths.zoneout_c) + (c.zoneout_h_mask.empty() ? "" : " masked") +
-      (c.dropout_mask.empty() ? "" : " dropout") + (c.reset_h.empty() ? "" : " reset_h") +
-      (c.reset_c.empty() ? "" : " reset_c");
-}
+void name_case(const Call& c, const char* what) { check::context() = c.text() + " " + what; }
 
-void rows(Case& c, int kind) {
+void rows(Call& c, int kind) {
   if (kind == 1) c.lengths = {4, 0, 5};
   if (kind == 2) c.batch_sizes = {3, 3, 2, 1, 1};
   if (kind == 3 || kind == 4) c.reset = {0, 1, 0, 0, 0, 1, 1, 0, 1, 0, 0, 0, 0, 1, 0};
   if (kind == 4) c.lengths = {5, 2, 3};
 }
-
-}  // namespace
-
-namespace {
 
 constexpr const char* kRows[] = {"padded", "lengths", "packed", "reset", "lengths and reset"};
 
@@ -695,23 +385,27 @@ void check_plain() {
   unsigned seed = 0;
   for (const Options& options : all_options())
     for (int kind = 0; kind < 5; ++kind) {
-      Case c;
+      Call c;
       c.options = options;
       rows(c, kind);
       name_case(c, kRows[kind]);
-      check_ensemble(members_like(c, 0, seed));
+      check_ensemble(members_like(c, seed));
       fill(c, ++seed);
       check_forward(c);
       check_backward(c);
       check_consumed(c);
       check_recompute(c);
       check_packed(c);
+      fill_reset_states(c, seed);
+      name_case(c, "reset states");
+      check_forward(c);
+      check_packed(c);
     }
   for (Options options : all_options())  // few rows and steps: weights are read where they lie
     for (const std::int64_t H : {8, 20, 37})
       for (const std::int64_t T : {1, 3})
         for (const std::int64_t B : {1, 4}) {
-          Case c;
+          Call c;
           if (options.proj_size) options.proj_size = H - 3;
           c.options = options;
           c.T = T, c.B = B, c.I = 3 * H - 5, c.H = H;
@@ -719,19 +413,9 @@ void check_plain() {
           name_case(c, "few rows and steps");
           check_forward(c);
           check_packed(c);
-          for (const int heads : {2, 4}) {
-            if (H % heads != 0 || c.O() % heads != 0) continue;
-            Case split;
-            split.options = options;
-            split.options.maths.heads = heads;
-            split.T = T, split.B = B, split.I = 2 * H, split.H = H;
-            fill(split, ++seed);
-            check_forward(split);
-            check_packed(split);
-          }
         }
   for (const Options& options : all_options()) {
-    Case wide;  // enough work for a team, few rows: units are split, with barriers
+    Call wide;  // enough work for a team, few rows: units are split, with barriers
     wide.options = options;
     if (options.proj_size) wide.options.proj_size = 150;
     name_case(wide, "few rows");
@@ -740,10 +424,10 @@ void check_plain() {
     check_forward(wide);
     check_packed(wide);
     check_threads(wide);
-    Case like = wide;  // enough work to be shared out
+    Call like = wide;  // enough work to be shared out
     like.weights.clear();
-    check_ensemble(members_like(like, 0, seed));
-    Case tall;  // many rows of different lengths: rows are dealt
+    check_ensemble(members_like(like, seed));
+    Call tall;  // many rows of different lengths: rows are dealt
     tall.options = options;
     name_case(tall, "many rows");
     tall.T = 6, tall.B = 40, tall.I = 20, tall.H = 70;
@@ -754,86 +438,40 @@ void check_plain() {
   }
 }
 
-// Every option alone, then some together; ensembles of a few of these.
-void check_options() {
-  unsigned seed = 1000;
-  for (const Options& options : all_options())
-    for (int turn = 0; turn < 16; ++turn) {
-      std::mt19937 random(++seed);
-      const int extras = turn < 7    ? 1 << turn
-                         : turn == 7 ? int{kAllExtras}
-                                     : static_cast<int>(random() % (kAllExtras + 1));
-      const int kind = turn == 6 ? 3 : static_cast<int>(random() % 5);
-      Case c;
-      c.options = options;
-      c.H = 6;
-      rows(c, kind);
-      const Case like = c;
-      fill_with(c, extras, seed);
-      name_case(c, kRows[kind]);
-      if (turn % 4 == 3) check_ensemble(members_like(like, extras, seed));
-      check_forward(c);
-      check_backward(c);
-      check_consumed(c);
-      check_recompute(c);
-    }
-}
-
 // Enough steps for several parts, rows that end or begin anew anywhere in them.
 void check_parts() {
   unsigned seed = 2000;
   for (const Options& options : all_options())
-    for (const int extras : {0, int{kAllExtras}})
-      for (const bool packed : {false, true}) {
-        Case c;
-        c.options = options;
-        c.T = 70, c.B = 30, c.I = 4, c.H = 6;
-        std::mt19937 random(++seed);
-        for (std::int64_t b = 0; b < c.B && !packed; ++b)
-          c.lengths.push_back(b == 3 ? c.T : static_cast<std::int64_t>(random()) % (c.T + 1));
-        for (std::int64_t t = 0; t < c.T && packed; ++t) c.batch_sizes.push_back(c.B - t * 2 / 5);
-        for (std::int64_t i = 0; i < c.T * c.B && !packed; ++i)
-          c.reset.push_back(random() % 11 == 0);
-        fill_with(c, extras, seed);
-        c.options.maths.grad_clip = extras ? 0.05 : 0;
-        name_case(c, packed ? "parts of packed rows" : "parts");
-        check_recompute(c);
-        c.options.recompute = true;
-        check_threads(c);
-        if (options.layers > 1) check_ensemble({c, c, c});
-      }
-}
-
-// All the options on enough work for a team: rows are dealt, or units with barriers.
-void check_options_of_teams() {
-  unsigned seed = 3000;
-  for (Options options : all_options())
-    for (const bool many : {false, true}) {
-      Case c;
-      if (options.proj_size) options.proj_size = 50;
+    for (const bool packed : {false, true}) {
+      Call c;
       c.options = options;
-      c.T = 3, c.B = many ? 40 : 2, c.I = 20, c.H = many ? 70 : 300;
-      fill_with(c, kAllExtras, ++seed);
-      c.options.maths.grad_clip = 0.1;
-      name_case(c, many ? "many rows" : "few rows");
-      check_forward(c);
-      for (const int threads : {2, 3}) check_threads(c, threads);
+      c.T = 70, c.B = 30, c.I = 4, c.H = 6;
+      std::mt19937 random(++seed);
+      for (std::int64_t b = 0; b < c.B && !packed; ++b)
+        c.lengths.push_back(b == 3 ? c.T : static_cast<std::int64_t>(random()) % (c.T + 1));
+      for (std::int64_t t = 0; t < c.T && packed; ++t) c.batch_sizes.push_back(c.B - t * 2 / 5);
+      for (std::int64_t i = 0; i < c.T * c.B && !packed; ++i) c.reset.push_back(random() % 11 == 0);
+      fill(c, seed);
+      name_case(c, packed ? "parts of packed rows" : "parts");
+      check_recompute(c);
+      c.options.recompute = true;
+      check_threads(c);
+      if (options.layers > 1) check_ensemble({c, c, c});
     }
 }
 
 // Enough steps for a team to part and meet again several times.
 void check_recesses() {
   unsigned seed = 4000;
-  for (Options options : all_options())
-    for (const int extras : {0, int{kAllExtras}}) {
-      Case c;
-      if (options.proj_size) options.proj_size = 50;
-      c.options = options;
-      c.T = 150, c.B = 2, c.I = 20, c.H = 300;
-      fill_with(c, extras, ++seed);
-      name_case(c, "recesses");
-      for (const int threads : {2, 3}) check_threads(c, threads);
-    }
+  for (Options options : all_options()) {
+    Call c;
+    if (options.proj_size) options.proj_size = 50;
+    c.options = options;
+    c.T = 150, c.B = 2, c.I = 20, c.H = 300;
+    fill(c, ++seed);
+    name_case(c, "recesses");
+    for (const int threads : {2, 3}) check_threads(c, threads);
+  }
 }
 
 }  // namespace
@@ -850,9 +488,7 @@ int main(int count, char** arguments) {
     check_recesses();
   } else {
     check_plain();
-    check_options();
     check_parts();
-    check_options_of_teams();
   }
   return check::result("engine_test", checks);
 }

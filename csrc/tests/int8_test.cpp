@@ -9,18 +9,17 @@
 #include <vector>
 
 #include "backend.h"
+#include "case.h"
 #include "check.h"
 #include "cpu/isa.h"
 
 namespace {
 
 using namespace fastrnn;
+using namespace fastrnn::cases;
 
-long checks = 0;
 constexpr float kUntouched = -7.5f;
 constexpr std::int64_t kBorder = 40;
-
-std::size_t size_of(std::int64_t n) { return static_cast<std::size_t>(n); }
 
 struct Written {
   std::vector<float> memory;
@@ -38,16 +37,13 @@ struct Written {
   }
 };
 
-struct Case {
-  Options options;
-  std::int64_t B = 3, I = 5, H = 7;
+// A case of one step with the arrays that it reads.
+struct Step : Case {
   std::vector<std::vector<float>> weights;  // five to a layer
   std::vector<float> input, h0, c0;
-
-  std::int64_t O() const { return options.proj_size ? options.proj_size : H; }
 };
 
-void fill(Case& c, unsigned seed) {
+void fill(Step& c, unsigned seed) {
   std::mt19937 random(seed);
   const auto some = [&](std::int64_t n, double size) {
     std::uniform_real_distribution<float> uniform(static_cast<float>(-size),
@@ -56,7 +52,7 @@ void fill(Case& c, unsigned seed) {
     for (float& x : v) x = uniform(random);
     return v;
   };
-  const std::int64_t G = cell_traits(c.options).gates, L = c.options.layers;
+  const std::int64_t G = c.G(), L = c.options.layers;
   const double bound = 1 / std::sqrt(static_cast<double>(c.H));
   c.input = some(c.B * c.I, 1);
   c.h0 = some(L * c.B * c.O(), 1);
@@ -71,7 +67,7 @@ struct Results {
   Written hidden, h_n, c_n;
 };
 
-Results run(Case& c, bool int8, int threads, std::int64_t unit) {
+Results run(Step& c, bool int8, int threads, std::int64_t unit) {
   const std::int64_t L = c.options.layers, O = c.O();
   std::vector<Parameters> parameters;
   for (std::int64_t l = 0; l < L; ++l) {
@@ -99,25 +95,21 @@ Results run(Case& c, bool int8, int threads, std::int64_t unit) {
   p.h0 = {c.h0.data(), c.B * O, O, 1};
   p.hidden = r.hidden.of(c.B * O);
   p.h_n = r.h_n.of(L * c.B * O);
-  if (cell_traits(c.options).states > 1) {
+  if (c.has_c()) {
     p.c0 = {c.c0.data(), c.B * c.H, c.H, 1};
     p.c_n = r.c_n.of(L * c.B * c.H);
   }
-  const auto aligned = [](std::vector<float>& memory, std::size_t bytes) -> void* {
-    memory.assign(bytes / sizeof(float) + 16, std::nanf(""));
-    const auto at = reinterpret_cast<std::uintptr_t>(memory.data());
-    return reinterpret_cast<void*>((at + 63) / 64 * 64);
-  };
-  std::vector<float> packed, workspace;
+  Workspace packed, workspace;
   p.parameters = parameters.data();
-  void* to = aligned(packed, cpu_backend().packed_size(p));
+  void* const to = packed.take(cpu_backend().packed_size(p));
   cpu_backend().pack(p, to);
   p.packed = to;
   p.parameters = nullptr;
-  p.workspace = aligned(workspace, cpu_backend().workspace_size(p, Pass::forward));
+  p.workspace = workspace.take(cpu_backend().workspace_size(p, Pass::forward));
   cpu_backend().forward(p);
   for (const Written* w : {&r.hidden, &r.h_n, &r.c_n})
     if (w->count) w->check_border();
+  check::that("the end of the workspace", workspace.is_whole());
   return r;
 }
 
@@ -140,8 +132,8 @@ void same(const char* what, const Results& a, const Results& b) {
 }
 
 // The middle row of a batch by itself.
-Case row_of(const Case& c, std::int64_t row) {
-  Case one = c;
+Step row_of(const Step& c, std::int64_t row) {
+  Step one = c;
   one.B = 1;
   const auto take = [&](const std::vector<float>& from, std::int64_t layers, std::int64_t units) {
     std::vector<float> taken;
@@ -157,7 +149,7 @@ Case row_of(const Case& c, std::int64_t row) {
   return one;
 }
 
-void check_case(Case c, unsigned seed) {
+void check_case(Step c, unsigned seed) {
   fill(c, seed);
   const Results exact = run(c, false, 1, 1), rough = run(c, true, 1, 1);
   close("hidden", rough.hidden, exact.hidden);
@@ -166,7 +158,7 @@ void check_case(Case c, unsigned seed) {
   same("three threads", run(c, true, 3, 1), rough);
   same("strided input", run(c, true, 1, 3), rough);
   const std::int64_t row = c.B / 2, O = c.O();
-  Case one = row_of(c, row);
+  Step one = row_of(c, row);
   const Results alone = run(one, true, 1, 1);
   check::that("a row alone", std::memcmp(alone.hidden.begin(), rough.hidden.begin() + row * O,
                                          size_of(O) * sizeof(float)) == 0);
@@ -190,7 +182,7 @@ int main() {
         for (const std::int64_t B : {1, 4, 9})
           for (const std::int64_t H : {1, 16, 37, 400}) {
             if (H == 400 && layers * B > 9) continue;
-            Case c;
+            Step c;
             c.options.cell = cell;
             c.options.layers = layers;
             c.options.maths.reset_after = !other;

@@ -74,7 +74,7 @@ ProgramText text_of(DType dtype, const Sizes& s) {
   }));
   t.phases[kStep].push_back(instruction([&](Instruction& i) {
     i.kind = Instruction::Kind::reduce;
-    i.reduce = {false, {kMean, 0}, {kSum, 0}, 1, 0, H, 1};
+    i.reduce = {Reduce::Kind::sum, {kMean, 0}, {kSum, 0}, 1, 0, H, 1, {}};
   }));
   t.constants = {-1.0 / static_cast<double>(H)};
   t.phases[kStep].push_back(instruction([&](Instruction& i) {

@@ -1,13 +1,14 @@
-// In place of launch.cu where the persistent kernels are not compiled (FASTRNN_CUDA_PERSISTENT):
-// no case has one.
+// Replaces launch.cu in builds without the persistent kernels (FASTRNN_CUDA_PERSISTENT): no case
+// has a kernel.
 #include <stdexcept>
 
 #include "persistent.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 namespace {
 
-constexpr const char* kAbsent = "this build has no persistent kernels: FASTRNN_CUDA_PERSISTENT";
+constexpr const char* kAbsent =
+    "this build has no persistent kernels; build with FASTRNN_CUDA_PERSISTENT=ON";
 
 Plan no_plan() {
   Plan plan;
@@ -31,4 +32,4 @@ void launch_forward(const Plan&, Forward<float>, void*, void*) { refuse(); }
 void launch_backward(const Plan&, Backward<std::uint16_t>, void*, void*) { refuse(); }
 void launch_backward(const Plan&, Backward<float>, void*, void*) { refuse(); }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

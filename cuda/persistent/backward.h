@@ -1,25 +1,25 @@
 // The recurrence backward: all steps of a sequence in one launch, W_hh loaded once.
 //
-// Maths        from the last step to the first:  dh = d_output + what comes from the step after;
-//              the cell's backward gives d_gates and what passes the cell by (a GRU's dh·z, an
-//              LSTM's dc·f);  dh of the step before = d_gates·W_hh + what passes by
-// Read         weight_hh storage [groups][gates·H][H]; what forward wrote: hidden, cell, saved; h0,
-//              c0; gradients, absent: zeros: d_output (storage) and d_above (float), which are
+// Maths        from the last step to the first:  dh = d_output + the contribution of step t+1;
+//              the cell's backward gives d_gates and the part that bypasses the product (a GRU's
+//              dh·z, an LSTM's dc·f);  dh of step t-1 = d_gates·W_hh + that part
+// Read         weight_hh storage [groups][gates·H][H]; forward's results: hidden, cell, saved; h0,
+//              c0; gradients (absent: zeros): d_output (storage) and d_above (float), which are
 //              added; d_cell (float); d_h_n, d_c_n
-// Written      d_gates   storage, the cell's gradients plane after plane, for every active pair
-//              d_h0, d_c0  storage, where wanted
+// Written      d_gates   storage, the cell's gradients in planes, for every active pair
+//              d_h0, d_c0  storage, if requested
 //              The gradients of weights, biases and input are products of d_gates with hidden and x
-//              over all steps at once, and are not made here.
-// Owner        of a (row, unit): one thread, for the whole sequence. It keeps dh past the product
-//              and dc, in float, in shared memory that no other thread touches.
-// Steps        at a step at which a row is not active its gradients wait. Where a row starts anew,
-//              the gradient of the state before is zero: the row's d_gates go out as zeros.
-// Exchange     message s is the d_gates of loop step s, rounded to the operand, one field for each
-//              gate: what loop step s + 1 multiplies. After the last one comes d_h0.
-// Cost         gates times forward's message: gathering d_gates rather than h. The weights in
-//              registers and the products are as many as forward's. A split of K over a cluster's
-//              blocks, with the partial sums added through distributed shared memory, would read 1
-//              / cluster of it.
+//              over all steps, and are computed elsewhere.
+// Owner        of a (row, unit): one thread, for the whole sequence. It keeps the part of dh that
+//              bypasses the product, and dc, as float in shared memory that no other thread uses.
+// Steps        an inactive row keeps its gradients at the step. Where a row starts an episode, the
+//              gradient of the previous state is zero: the row sends zeros for d_gates.
+// Exchange     message s contains the d_gates of loop step s, rounded to the operand type, with one
+//              field for each gate; loop step s + 1 multiplies it. d_h0 follows the last message.
+// Cost         the message is `gates` times as large as forward's, because it contains d_gates
+//              instead of h. The weights in registers and the products are as many as forward's. A
+//              split of K over a cluster's blocks, with partial sums added through distributed
+//              shared memory, would read 1 / cluster of the message.
 #pragma once
 
 #include "cells/elman.h"
@@ -27,9 +27,9 @@
 #include "cells/lstm.h"
 #include "persistent/exchange.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
-template <class S>  // of storage
+template <class S>  // the storage type
 struct Backward {
   Team team;
   StepTable steps;
@@ -48,14 +48,14 @@ struct Backward {
   StateOf<S> d_h0, d_c0;
 };
 
-// What a thread reads for one item before it waits.
+// The values that a thread reads for one item before it waits.
 template <class Cell>
 struct StepValues {
   bool active, fresh;
   float saved[Cell::saved], previous[Cell::states], next[Cell::states], d_next[Cell::states];
 };
 
-// The state before step t of an active row: the step's before, or the initial one.
+// The state before step t of an active row: that of the previous step, or the initial state.
 template <class C, class S>
 FASTRNN_ON_MACHINE void read_previous(const Backward<S>& p, const Position& me, int t, int row,
                                       int unit, StepValues<typename C::Cell>& v) {
@@ -63,7 +63,7 @@ FASTRNN_ON_MACHINE void read_previous(const Backward<S>& p, const Position& me, 
   const int before = me.group >= p.reverse_from ? t + 1 : t - 1;
   const bool first = !p.steps.is_active(before, row);
   v.previous[0] = 0.0f;
-  if constexpr (Cell::carries) {  // else no cell's backward reads h
+  if constexpr (Cell::carries) {  // otherwise the cell's backward does not read h
     if (!v.fresh && !first) {
       v.previous[0] = C::Operand::load(*p.hidden.at(p.steps, me.group, before, row, unit));
     } else if (!v.fresh && p.h0.data) {
@@ -104,8 +104,8 @@ FASTRNN_ON_MACHINE void read_values(const Backward<S>& p, const Position& me, in
   }
 }
 
-// The cell's backward on one item. `passing` holds dh past the product and dc: of the step after on
-// entry, for the step before on return. `out` is what the hidden product multiplies.
+// The cell's backward on one item. `d_h` and `d_c` hold the part of dh that bypasses the product,
+// and dc: from step t+1 on entry, for step t-1 on return. `out` is the operand of the product.
 template <class C, int fields, class S>
 FASTRNN_ON_MACHINE void run_cell_backward(const Backward<S>& p, const Position& me, int t,
                                           const Item& x, const StepValues<typename C::Cell>& v,
@@ -173,8 +173,7 @@ FASTRNN_ON_MACHINE void write_first_gradients(const Backward<S>& p, const Positi
   }
 }
 
-// Loop step s of a pass: totals holds what comes from the product of the step after; d_gates go
-// out.
+// Loop step s of a pass: `totals` holds the product of step t+1; sends d_gates.
 template <class C, class Machine, class S>
 FASTRNN_ON_MACHINE void step_backward(Machine& machine, const Backward<S>& p, const Position& me,
                                       const Exchange& exchange, const CarriedStates& states, int s,
@@ -205,7 +204,7 @@ FASTRNN_ON_MACHINE void backward(Machine& machine, const Backward<S>& p) {
   using Cell = typename C::Cell;
   static_assert(C::M == 1);
   const Position me = position_of<C>(machine, p.team);
-  const SharedLayout at = shared_layout(shape_of<C>(), p.team, Cell::states);
+  const SharedLayout at = shared_layout(runtime_config<C>(), p.team, Cell::states);
   unsigned char* const shared = machine.shared();
   const CarriedStates states{reinterpret_cast<float*>(shared + at.states), p.team.passes, C::items};
   const bool reverse = me.group >= p.reverse_from;
@@ -222,7 +221,7 @@ FASTRNN_ON_MACHINE void backward(Machine& machine, const Backward<S>& p) {
   const Exchange exchange = open_exchange<C>(machine, p.team, me, at, T);
   read_last_gradients<C>(p, me, states);
   unsigned turn = 0;
-  for (int s = 0; s <= T; ++s) {  // loop step T makes d_h0 alone
+  for (int s = 0; s <= T; ++s) {  // loop step T computes only d_h0
     const int t = reverse ? s : T - 1 - s;
     for (int pass = 0; pass < p.team.passes; ++pass) {
       const Position here = made_anew(machine, me);
@@ -250,4 +249,4 @@ FASTRNN_ON_MACHINE void backward(Machine& machine, const Backward<S>& p) {
   if constexpr (C::via == Via::cluster) machine.cluster_sync();
 }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

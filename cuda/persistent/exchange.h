@@ -1,23 +1,23 @@
-// Messages as both passes of the recurrence use them: opening the exchange, waiting for a message,
-// and summing it. The three ways differ here and in product.h, nowhere else.
+// Messages for both passes of the recurrence: opening the exchange, waiting for a message, and
+// summing it. The three ways of exchange differ only here and in product.h.
 #pragma once
 
 #include "persistent/product.h"
 #include "persistent/steps.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
-// What a message travels by: the ring, or two buffers and their barriers.
+// The medium of messages: the ring, or two buffers and their barriers.
 struct Exchange {
   Ring ring;
   u32* messages;
   Barrier* barriers;
 };
 
-// Rows of the pass, by tile, whose h is not to be multiplied at step t: an episode starts there.
+// The rows of the pass, by tile, whose h is not multiplied at step t because an episode starts.
 template <class C>
-FASTRNN_RESIDENT void rows_dropped(const StepTable& steps, const Position& me, int t, bool reverse,
-                                   int pass, bool (&drop)[C::batch]) {
+FASTRNN_HOST_DEVICE void rows_dropped(const StepTable& steps, const Position& me, int t,
+                                      bool reverse, int pass, bool (&drop)[C::batch]) {
   FASTRNN_UNROLL
   for (int n = 0; n < C::batch; ++n) {
     const int row = (pass * C::batch + n) * kRows + group_of(me.lane);
@@ -25,7 +25,7 @@ FASTRNN_RESIDENT void rows_dropped(const StepTable& steps, const Position& me, i
   }
 }
 
-// The two buffers of messages, empty, and their barriers; the team meets.
+// Clears the two message buffers, initialises their barriers, and synchronises the team.
 template <class C, class Machine>
 FASTRNN_ON_MACHINE void empty_messages(Machine& machine, const Team& team, const Position& me,
                                        const Exchange& exchange, int messages) {
@@ -54,7 +54,7 @@ FASTRNN_ON_MACHINE Exchange open_exchange(Machine& machine, const Team& team, co
   return exchange;
 }
 
-// Message m of `messages` is there for this thread to read.
+// Waits until this thread can read message m of `messages`.
 template <class C, class Machine>
 FASTRNN_ON_MACHINE void await_message(Machine& machine, const Team& team, const Position& me,
                                       const Exchange& exchange, int m, int messages) {
@@ -68,7 +68,7 @@ FASTRNN_ON_MACHINE void await_message(Machine& machine, const Team& team, const 
   }
 }
 
-// The sums of message m for a pass.
+// Computes the sums of message m for a pass.
 template <class C, class Machine>
 FASTRNN_ON_MACHINE void sum_message(Machine& machine, const Team& team, const Position& me,
                                     const Weights<C>& weights, const Exchange& exchange, int m,
@@ -89,4 +89,4 @@ FASTRNN_ON_MACHINE void sum_message(Machine& machine, const Team& team, const Po
                        sums);
 }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

@@ -1,23 +1,24 @@
 // The recurrence forward: all steps of a sequence in one launch, W_hh loaded once.
 //
 // Maths        for each step:  a = x_gates + h·W_hhᵀ, then the cell (csrc/cells/)
-// Read         x_gates   float [N][gates·H] by strides: x·W_ihᵀ and the biases, but not the hidden
-//                        bias of a gate that the cell keeps apart (the GRU's b_hn): hidden_bias
+// Read         x_gates   float [N][gates·H] with strides: x·W_ihᵀ and the biases, without the
+//                        hidden bias of a gate that the cell keeps separate (the GRU's b_hn), which
+//                        is in hidden_bias
 //              weight_hh storage [groups][gates·H][H]
 //              h0, c0    storage, absent: zeros
 // Written      hidden    storage, every h;  cell (float, every c) and saved (float, the cell's
-//              values) where wanted;  h_n, c_n. Pairs that are not active are not written.
-// Saved        what Cell::forward puts into `saved`, plane after plane, as problem.h says of
-//              `gates`.
+//              values) if requested;  h_n, c_n. Inactive pairs are not written.
+// Saved        the values that Cell::forward writes to `saved`, in planes, as described for `gates`
+//              in problem.h.
 // Owner        of a (row, unit): one thread, for the whole sequence. It keeps h and c in shared
-//              memory that no other thread touches, h rounded to storage, c in float.
-// Steps        a row that is not active at a step carries its state through it; a row that starts
-//              anew takes zeros for h and c. So lengths, packed rows and resets in either direction
-//              are data.
-// Exchange     message s is the h that step s multiplies (product.h says by what way); message
-//              0 is h0.
-// Cost         product.h's product, one message, and per item gates loads of x_gates that are
-//              asked for before the wait, and for the step after brought into L2.
+//              memory that no other thread uses, h rounded to storage, c as float.
+// Steps        an inactive row carries its state through the step; a row that starts an episode
+//              uses zeros for h and c. So lengths, packed rows and resets in both directions are
+//              data.
+// Exchange     message s is the h that step s multiplies (product.h has the ways of exchange);
+//              message 0 is h0.
+// Cost         product.h's product, one message, and `gates` loads of x_gates per item, which are
+//              issued before the wait; those of the next step are prefetched into L2.
 #pragma once
 
 #include "cells/elman.h"
@@ -25,9 +26,9 @@
 #include "cells/lstm.h"
 #include "persistent/exchange.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
-template <class S>  // of storage
+template <class S>  // the storage type
 struct Forward {
   Team team;
   StepTable steps;
@@ -44,7 +45,7 @@ struct Forward {
   StateOf<S> h_n, c_n;
 };
 
-// What a thread reads for its items of a pass before it waits.
+// The values that a thread reads for its items of a pass before it waits.
 template <class C>
 struct StepInputs {
   float x[C::items][C::M];
@@ -77,7 +78,7 @@ FASTRNN_ON_MACHINE void read_inputs(Machine& machine, const Forward<S>& p, const
   }
 }
 
-// The cell on one item: its state goes on to the next step, its outputs to memory.
+// The cell on one item: updates its state, and writes its outputs to memory.
 template <class C, class S>
 FASTRNN_ON_MACHINE float run_cell(const Forward<S>& p, const Position& me, int t, const Item& x,
                                   bool fresh, const float (&input)[C::M], const float (&sum)[C::M],
@@ -160,7 +161,7 @@ template <class C, class Machine, class S>
 FASTRNN_ON_MACHINE void forward(Machine& machine, const Forward<S>& p) {
   using Cell = typename C::Cell;
   const Position me = position_of<C>(machine, p.team);
-  const SharedLayout at = shared_layout(shape_of<C>(), p.team, Cell::states);
+  const SharedLayout at = shared_layout(runtime_config<C>(), p.team, Cell::states);
   unsigned char* const shared = machine.shared();
   const CarriedStates states{reinterpret_cast<float*>(shared + at.states), p.team.passes, C::items};
   const bool reverse = me.group >= p.reverse_from;
@@ -205,4 +206,4 @@ FASTRNN_ON_MACHINE void forward(Machine& machine, const Forward<S>& p) {
   if constexpr (C::via == Via::cluster) machine.cluster_sync();
 }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

@@ -1,8 +1,8 @@
 // The persistent kernels of one cell and operand.
 #include "persistent/kernels.cuh"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
 const Kernel* gru_tf32_kernels(int* count) { return Kernels<Gru, Tf32>::list(count); }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

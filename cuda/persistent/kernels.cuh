@@ -1,14 +1,14 @@
-// The kernels and their list: one unit of compilation for each cell and operand (*_*.cu).
+// The kernels and their list: one translation unit for each cell and operand (*_*.cu).
 #pragma once
 
 #include "persistent.h"
 #include "persistent/machine.cuh"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
 template <class C>
 __global__ void __launch_bounds__(kThreads, 1)
-    resident_forward(const __grid_constant__ Forward<Storage<typename C::Operand>> p) {
+    persistent_forward(const __grid_constant__ Forward<Storage<typename C::Operand>> p) {
 #if defined(__CUDA_ARCH__)
   if constexpr (C::via != Via::cluster || __CUDA_ARCH__ >= 900) {
     extern __shared__ Words shared[];
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class C>
 __global__ void __launch_bounds__(kThreads, 1)
-    resident_backward(const __grid_constant__ Backward<Storage<typename C::Operand>> p) {
+    persistent_backward(const __grid_constant__ Backward<Storage<typename C::Operand>> p) {
 #if defined(__CUDA_ARCH__)
   if constexpr (C::via != Via::cluster || __CUDA_ARCH__ >= 900) {
     extern __shared__ Words shared[];
@@ -32,17 +32,17 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class C>
 Kernel forward_entry() {
-  return kernel_of<C>(Pass::forward, reinterpret_cast<const void*>(&resident_forward<C>));
+  return kernel_of<C>(Pass::forward, reinterpret_cast<const void*>(&persistent_forward<C>));
 }
 
 template <class C>
 Kernel backward_entry() {
-  return kernel_of<C>(Pass::backward, reinterpret_cast<const void*>(&resident_backward<C>));
+  return kernel_of<C>(Pass::backward, reinterpret_cast<const void*>(&persistent_backward<C>));
 }
 
-// A cell's kernels with one operand. How many chunks fit: product.h says what each takes of
-// the registers; a 16-bit operand has 32 places of K in a chunk, float32 16, so that the same sizes
-// of H need twice the chunks; one block holds half the units then, backward.
+// A cell's kernels with one operand. The number of chunks is limited by the registers (product.h
+// has the formula). A chunk has 32 values of K for a 16-bit operand and 16 for float32, so the same
+// H needs twice as many chunks; therefore one block holds half the units in backward.
 template <class Cell, class Operand>
 struct Kernels;
 
@@ -51,7 +51,7 @@ using ForwardConfig = Config<Cell, Operand, via, Cell::gates, tiles, registers, 
 template <class Cell, class Operand, Via via, int tiles, int registers, int shared, int batch>
 using BackwardConfig = Config<Cell, Operand, via, 1, tiles, registers, shared, batch>;
 
-// Three products of a float32 take more registers on their way than one: a chunk less stays there.
+// The three products of float32 need more temporary registers than one product: one chunk less.
 template <class Operand>
 inline constexpr int kLess = std::is_same_v<Operand, Float32> ? 1 : 0;
 
@@ -125,4 +125,4 @@ struct Kernels<Elman, Operand> {
   }
 };
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

@@ -1,4 +1,4 @@
-// Persistent kernels: what the device can hold, and the launches (persistent.h).
+// Persistent kernels: the device's limits, and the launches (persistent.h).
 #include <cuda_runtime_api.h>
 
 #include <map>
@@ -11,9 +11,9 @@
 #include "persistent.h"
 #include "status.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
-// Of *_*.cu, one for each cell and operand.
+// The translation units *_*.cu, one for each cell and operand.
 #define FASTRNN_UNITS(f)                                                                          \
   f(lstm_bf16) f(lstm_f16) f(lstm_tf32) f(lstm_f32) f(gru_bf16) f(gru_f16) f(gru_tf32) f(gru_f32) \
       f(rnn_bf16) f(rnn_f16) f(rnn_tf32) f(rnn_f32)
@@ -42,7 +42,7 @@ void check(cudaError_t status, const char* what) {
   cuda::require(status, "persistent kernels: ", what);
 }
 
-// A launch, with room for its attributes.
+// A launch configuration with its attributes.
 struct Launch {
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute attributes[1]{};
@@ -67,25 +67,25 @@ struct Launch {
   Launch(const Launch&) = delete;
 };
 
-// Whether this build has code of the kernel that the current device runs, and, of a cluster's, not
-// the empty one of an architecture without clusters.
+// Whether this build has code of the kernel for the current device; for a cluster kernel, not the
+// empty code of an architecture without clusters.
 bool has_code(const Kernel& kernel) {
   cudaFuncAttributes found{};
   if (cudaFuncGetAttributes(&found, kernel.function) != cudaSuccess) {
     cudaGetLastError();
     return false;
   }
-  return kernel.shape.via != Via::cluster || found.ptxVersion >= 90;
+  return kernel.config.via != Via::cluster || found.ptxVersion >= 90;
 }
 
-// All of the shared memory that a block may have, and clusters of 16 blocks.
+// Allows the maximum of shared memory per block, and clusters of 16 blocks.
 void allow(const Kernel& kernel, const DeviceFacts& facts) {
   check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              facts.shared_bytes),
         "their shared memory");
-  if (kernel.shape.via == Via::cluster && facts.compute_major >= 9)
+  if (kernel.config.via == Via::cluster && facts.compute_major >= 9)
     check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-          "clusters of 16");
+          "cannot allow clusters of 16");
 }
 
 int clusters_at_once(const Kernel& kernel, int blocks, int shared_bytes) {
@@ -98,12 +98,12 @@ int clusters_at_once(const Kernel& kernel, int blocks, int shared_bytes) {
   return count;
 }
 
-// Clusters by a kernel that takes all of a multiprocessor, as all of them do.
+// Reads the number of clusters with a kernel that uses a whole multiprocessor, as all kernels do.
 void ask_clusters(DeviceFacts* facts) {
   int count = 0;
   const Kernel* const all = kernels(&count);
   for (int i = 0; i < count; ++i) {
-    if (all[i].shape.via != Via::cluster) continue;
+    if (all[i].config.via != Via::cluster) continue;
     if (!has_code(all[i])) return;
     allow(all[i], *facts);
     facts->clusters_of_16 = clusters_at_once(all[i], 16, facts->shared_bytes);
@@ -116,7 +116,7 @@ DeviceFacts read_facts(int device) {
   DeviceFacts facts;
   int cooperative = 0, cache = 0;
   const auto read = [&](int* to, cudaDeviceAttr which) {
-    check(cudaDeviceGetAttribute(to, which, device), "what the device is");
+    check(cudaDeviceGetAttribute(to, which, device), "cannot read a device attribute");
   };
   read(&facts.multiprocessors, cudaDevAttrMultiProcessorCount);
   read(&facts.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
@@ -129,8 +129,8 @@ DeviceFacts read_facts(int device) {
   return facts;
 }
 
-// The plan without its kernel where the device cannot run it after all: no code for it, or, of a
-// ring, too little room for all of its blocks at once.
+// Removes the kernel from the plan if the device cannot run it: no code for the device, or, for a
+// ring, not enough space for all blocks to be co-resident.
 void check_runs(Plan* plan, const DeviceFacts& facts) {
   const Kernel& kernel = *plan->kernel;
   const auto refuse = [&](const char* why) {
@@ -139,21 +139,21 @@ void check_runs(Plan* plan, const DeviceFacts& facts) {
   };
   if (!has_code(kernel)) return refuse("this build has no code for the device");
   allow(kernel, facts);
-  if (kernel.shape.via != Via::ring) return;
+  if (kernel.config.via != Via::ring) return;
   int each = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel.function, kThreads,
                                                       static_cast<std::size_t>(plan->shared_bytes)),
-        "how many blocks run at once");
+        "cannot read the number of co-resident blocks");
   if (each * facts.multiprocessors < plan->blocks)
     refuse("its blocks cannot all run at once on this device");
 }
 
-// What has been asked of the devices, and the plans made by it.
+// A cache of device properties, and of the plans derived from them.
 class Plans {
  public:
   Plan find(const Sizes& s) {
     int device = 0;
-    check(cudaGetDevice(&device), "the current device");
+    check(cudaGetDevice(&device), "cannot determine the current device");
     const Case wanted{device, s.cell,  static_cast<int>(s.operand), static_cast<int>(s.pass), s.B,
                       s.H,    s.groups};
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -164,7 +164,7 @@ class Plans {
   }
 
  private:
-  // Device, cell, operand, pass, B, H, groups: T changes no plan.
+  // Device, cell, operand, pass, B, H, groups: a plan does not depend on T.
   using Case = std::tuple<int, std::string, int, int, int, int, int>;
   static constexpr std::size_t kMost = 4096;
 
@@ -196,17 +196,17 @@ void launch(const Plan& plan, Arrays& arrays, void* workspace, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   arrays.team = plan.team;
   arrays.team.ring_words = static_cast<u32*>(workspace);
-  if (plan.workspace_bytes)  // every word the sentinel
-    check(cudaMemsetAsync(workspace, 0xff, plan.workspace_bytes, on), "the ring");
+  if (plan.workspace_bytes)  // sets every word to the sentinel
+    check(cudaMemsetAsync(workspace, 0xff, plan.workspace_bytes, on), "cannot clear the ring");
   const Kernel& kernel = *plan.kernel;
-  Launch launch(kernel.shape.via, plan.blocks, plan.team.blocks, plan.shared_bytes, on);
+  Launch launch(kernel.config.via, plan.blocks, plan.team.blocks, plan.shared_bytes, on);
   void* arguments[] = {&arrays};
   check(cudaLaunchKernelExC(&launch.config, kernel.function, arguments), plan.why.c_str());
 }
 
-// Before a pointer to arrays of one kind is read as another.
+// Checks that the plan matches the type of the arrays.
 void expect(const Plan& plan, Pass pass, bool half) {
-  if (!plan.kernel || plan.kernel->pass != pass || (plan.kernel->shape.per_word == 2) != half)
+  if (!plan.kernel || plan.kernel->pass != pass || (plan.kernel->config.per_word == 2) != half)
     throw std::invalid_argument("persistent kernels: the plan is not of these arrays");
 }
 
@@ -236,4 +236,4 @@ void launch_backward(const Plan& plan, Backward<float> arrays, void* workspace, 
   launch(plan, arrays, workspace, stream);
 }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

@@ -1,27 +1,27 @@
-// What the persistent kernels ask of a machine, on a GPU. cuda/persistent/tests/host_machine.h is
-// the same on a CPU; the two have the same members.
+// The machine interface of the persistent kernels, on a GPU. cuda/persistent/tests/host_machine.h
+// implements the same members on a CPU.
 //
-//   thread, block        the number of the thread in its block, of the block in the launch
+//   thread, block        the index of the thread in its block, of the block in the launch
 //   shared               the block's shared memory
 //   sync, converge       barriers of the block and of the warp
 //   multiply             one product of the warp (words.h)
 //   shuffle…             a value of another lane
 //   load, store, fence   words of the ring: relaxed at device scope, and the fence of that scope
-//   waiting              called each time that a word or a barrier has not come yet
-//   barrier_…, send, cluster_sync   the cluster's (cluster.h); sm_90 and later
-//   prefetch             brings an address into L2
-//   opaque               its argument, of which the compiler knows nothing: what is computed from
-//                        it is computed where it stands, not kept in registers over all steps
+//   waiting              called whenever a word or a barrier has not arrived yet
+//   barrier_…, send, cluster_sync   operations of a cluster (cluster.h); sm_90 and later
+//   prefetch             prefetches an address into L2
+//   opaque               returns its argument and hides its value from the compiler, so that values
+//                        computed from it are recomputed at each step, not kept in registers
 //
-// With FASTRNN_WATCHDOG defined, a wait of so many turns as no healthy launch needs stops the
-// kernel with an error: a word that never comes must not hang the device.
+// If FASTRNN_WATCHDOG is defined, a wait with more iterations than any valid launch needs stops the
+// kernel with an error, so that a missing word does not hang the device.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "persistent/cluster.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
 struct CudaMachine {
   unsigned char* memory;
@@ -118,8 +118,8 @@ struct CudaMachine {
   }
   static __device__ __forceinline__ u32 address_of(int block, const void* at) {
     u32 there;
-    // Volatile: the compiler must not ask for a block that the cluster lacks, ahead of the branch
-    // that keeps it from sending there.
+    // Volatile, so that the compiler does not map the address of a missing block before the branch
+    // that excludes it.
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
                  : "=r"(there)
                  : "r"(address(at)), "r"(block));
@@ -170,4 +170,4 @@ struct CudaMachine {
 #endif
 };
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

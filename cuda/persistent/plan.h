@@ -1,15 +1,15 @@
-// Which kernel, how many teams, how large a message: plain arithmetic, so that it is tested on a
-// CPU.
+// The choice of the kernel, the number of teams and the size of a message, in plain arithmetic, so
+// that it can be tested on a CPU.
 //
-// The estimate of a step, in clocks, for a team's rows R (padded to 8) and a message of b bytes a
-// row:
-//   products   gates·16·tiles·K·R / rate, K = H forward and gates·H (gates: 1) backward; the rate
-//              in multiply-adds of a multiprocessor and clock: 16-bit 1280, TF32 640, three TF32
-//              213
+// The estimated time of a step, in clocks, for a team of R rows (padded to 8) and a message of b
+// bytes per row:
+//   products   gates·16·tiles·K·R / rate, with K = H forward and gates·H (gates: 1) backward; the
+//              rate in multiply-adds per multiprocessor and clock: 16-bit 1280, TF32 640, three
+//              TF32 213
 //   exchange   ring 600 + R·b / 34, cluster 240 + R·b / 16, block 60
-//   sums       their way through shared memory, 128 bytes a clock, there and back
+//   sums       written to and read from shared memory at 128 bytes per clock
 //   cell       200 for each item of a thread
-//   passes     each after the first waits for its words once more: 400 by the ring, 60 otherwise
+//   passes     each pass after the first waits for its words again: ring 400, otherwise 60
 #pragma once
 
 #include <cstddef>
@@ -19,10 +19,9 @@
 #include "backend.h"
 #include "persistent/product.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
-// What an operand multiplies as: float32 in one TF32 product where the user allows it, else in
-// three.
+// The type of the products: float32 uses one TF32 product if the user allows it, else three.
 enum class OperandKind { bfloat16, float16, tf32, float32 };
 
 // A compiled kernel.
@@ -30,7 +29,7 @@ struct Kernel {
   const char* cell;  // as in csrc/cells/list.h
   OperandKind operand;
   Pass pass;
-  Shape shape;
+  RuntimeConfig config;
   int gates, states;
   const void* function;
 };
@@ -47,7 +46,7 @@ inline constexpr OperandKind kind_of<Tf32> = OperandKind::tf32;
 template <class C>
 Kernel kernel_of(Pass pass, const void* function) {
   return {C::Cell::name,  kind_of<typename C::Operand>,
-          pass,           shape_of<C>(),
+          pass,           runtime_config<C>(),
           C::Cell::gates, C::Cell::states,
           function};
 }
@@ -59,18 +58,18 @@ struct Sizes {
   int T = 0, B = 0, H = 0, groups = 1;
 };
 
-// What the choice needs to know of a device.
+// The properties of a device that the choice depends on.
 struct DeviceFacts {
   int multiprocessors = 0;
-  int shared_bytes = 0;  // of a block, at most
+  int shared_bytes = 0;  // the maximum per block
   int compute_major = 0;
   bool cooperative = false;
-  int clusters_of_16 = 0, clusters_of_8 = 0;  // that run at once; zero: none
-  std::size_t cache_bytes = 0;                // of L2
+  int clusters_of_16 = 0, clusters_of_8 = 0;  // that run concurrently; zero: none
+  std::size_t cache_bytes = 0;                // the size of the L2
 };
 
-// An H200, as far as its data sheet goes. How many clusters it runs at once is assumed: no kernel
-// has been seen there.
+// An H200, according to its data sheet. The number of concurrent clusters is an assumption: no
+// kernel has run there.
 inline DeviceFacts h200() {
   DeviceFacts d;
   d.multiprocessors = 132;
@@ -88,15 +87,15 @@ struct Plan {
   Team team;
   int blocks = 0;  // of the launch
   int shared_bytes = 0;
-  std::size_t workspace_bytes = 0;  // 16-byte aligned; what it holds does not matter
-  double clocks = 0;                // of a step, by estimate (docs/kernels-cuda-persistent.md)
-  std::string why;                  // the kernel and its teams in words, or why there is none
+  std::size_t workspace_bytes = 0;  // 16-byte aligned; its content is ignored
+  double clocks = 0;                // estimate for a step (docs/kernels-cuda-persistent.md)
+  std::string why;                  // the kernel and its teams, or why there is none
 };
 
 inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 inline double step_clocks(const Kernel& k, const Team& team) {
-  const Shape& c = k.shape;
+  const RuntimeConfig& c = k.config;
   const int rows = divide_up(team.rows_per_team, kRows) * kRows,
             used = team.chunks * kChunk * c.per_word;
   const bool half = c.per_word == 2;
@@ -131,14 +130,14 @@ inline const char* name_of(OperandKind operand) {
   return "3xTF32";
 }
 
-// Blocks of a team, or 0 with the reason in `why`.
+// The blocks of a team, or 0 with the reason in `why`.
 inline int blocks_of_team(const Kernel& k, const Sizes& s, const DeviceFacts& d, std::string* why) {
-  const int needed = divide_up(s.H, kUnits * k.shape.tiles);
-  if (k.shape.via == Via::block) {
+  const int needed = divide_up(s.H, kUnits * k.config.tiles);
+  if (k.config.via == Via::block) {
     if (needed > 1) *why = "more units than a block has";
     return needed > 1 ? 0 : 1;
   }
-  if (k.shape.via == Via::ring) {
+  if (k.config.via == Via::ring) {
     if (!d.cooperative)
       *why = "the device has no cooperative launches";
     else if (needed * s.groups > d.multiprocessors)
@@ -156,16 +155,16 @@ inline int blocks_of_team(const Kernel& k, const Sizes& s, const DeviceFacts& d,
   return why->empty() ? blocks : 0;
 }
 
-// Teams that run at once.
+// The number of teams that run concurrently.
 inline int teams_at_once(const Kernel& k, int blocks, const DeviceFacts& d) {
-  if (k.shape.via == Via::cluster) {
+  if (k.config.via == Via::cluster) {
     if (blocks == 16) return d.clusters_of_16;
     return d.clusters_of_8 * (8 / blocks);
   }
   return d.multiprocessors / blocks;
 }
 
-// The team's sizes with so many rows.
+// The team's sizes for this number of rows.
 inline Team team_of(const Kernel& k, const Sizes& s, int blocks, int rows) {
   const int fields = k.pass == Pass::forward ? 1 : k.gates;
   Team team;
@@ -174,11 +173,11 @@ inline Team team_of(const Kernel& k, const Sizes& s, int blocks, int rows) {
   team.teams_per_group = divide_up(s.B, rows);
   team.blocks = blocks;
   team.units = s.H;
-  team.row_words = fields * blocks * k.shape.tiles * k.shape.unit_words();
-  const int used = fields > 1 ? team.row_words : divide_up(s.H, k.shape.per_word);
+  team.row_words = fields * blocks * k.config.tiles * k.config.unit_words();
+  const int used = fields > 1 ? team.row_words : divide_up(s.H, k.config.per_word);
   team.chunks = divide_up(used, kChunk);  // of one field the padding at the end is left out
   team.stride = kChunk * (divide_up(team.row_words, kChunk) | 1);
-  team.passes = divide_up(divide_up(rows, kRows), k.shape.batch);
+  team.passes = divide_up(divide_up(rows, kRows), k.config.batch);
   return team;
 }
 
@@ -186,22 +185,23 @@ inline std::int64_t message_bytes(const Team& team) {
   return std::int64_t(team.rows_per_team) * team.row_words * 4;
 }
 
-// The kernel for the case, or a plan without one that says why not.
+// The plan with this kernel for the case, or a plan without a kernel and with the reason.
 inline Plan plan_for(const Kernel& k, const Sizes& s, const DeviceFacts& d) {
   Plan plan;
   const int blocks = blocks_of_team(k, s, d, &plan.why);
   if (!blocks) return plan;
   int teams = teams_at_once(k, blocks, d) / s.groups;
-  if (teams < 1) teams = 1;  // clusters and blocks queue; a ring has been seen to fit
+  if (teams < 1) teams = 1;  // clusters and blocks queue; a ring was checked to fit
   int rows = divide_up(divide_up(s.B, teams), kRows) * kRows;
   plan.team = team_of(k, s, blocks, rows);
-  if (plan.team.chunks > k.shape.chunks() * k.shape.slices()) {
+  if (plan.team.chunks > k.config.chunks() * k.config.slices()) {
     plan.why = "more weights than a block keeps";
     return plan;
   }
   // Where the rows of a team do not fit in shared memory, more teams with fewer rows queue.
-  while ((plan.shared_bytes = shared_layout(k.shape, plan.team, k.states).bytes) > d.shared_bytes) {
-    if (rows == kRows || k.shape.via == Via::ring) {
+  while ((plan.shared_bytes = shared_layout(k.config, plan.team, k.states).bytes) >
+         d.shared_bytes) {
+    if (rows == kRows || k.config.via == Via::ring) {
       plan.why = "more shared memory than a block has";
       return plan;
     }
@@ -209,7 +209,7 @@ inline Plan plan_for(const Kernel& k, const Sizes& s, const DeviceFacts& d) {
     plan.team = team_of(k, s, blocks, rows);
   }
   const int all = s.groups * plan.team.teams_per_group;
-  if (k.shape.via == Via::ring) {
+  if (k.config.via == Via::ring) {
     plan.team.period = 8;
     const std::int64_t most = std::int64_t(d.cache_bytes / 4);
     while (plan.team.period > 1 &&
@@ -223,14 +223,14 @@ inline Plan plan_for(const Kernel& k, const Sizes& s, const DeviceFacts& d) {
   const int waves =
       divide_up(all, teams_at_once(k, blocks, d) > 0 ? teams_at_once(k, blocks, d) : 1);
   plan.clocks = step_clocks(k, plan.team) * waves;
-  plan.why = std::string(name_of(k.shape.via)) + ", " + name_of(k.operand) + ", " +
+  plan.why = std::string(name_of(k.config.via)) + ", " + name_of(k.operand) + ", " +
              std::to_string(all) + " team" + (all == 1 ? "" : "s") + " of " +
              std::to_string(blocks) + " block" + (blocks == 1 ? "" : "s") + ", " +
              std::to_string(plan.team.rows_per_team) + " rows each";
   return plan;
 }
 
-// The fastest of the kernels that fit, by estimate.
+// The kernel with the least estimated time of those that fit.
 inline Plan choose_kernel(const Sizes& s, const DeviceFacts& d, const Kernel* kernels, int count) {
   Plan best;
   best.why = "no persistent kernel of this cell and type";
@@ -248,4 +248,4 @@ inline Plan choose_kernel(const Sizes& s, const DeviceFacts& d, const Kernel* ke
   return best;
 }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

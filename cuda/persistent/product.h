@@ -1,32 +1,32 @@
 // One step's product of a persistent kernel: the state of a few rows of the batch, times the
-// weights that a block keeps for the whole sequence. Forward multiplies h by the rows of W_hh that
-// make the gates of the block's units; backward multiplies the gates' gradients by their columns.
+// weights that a block keeps for the whole sequence. Forward multiplies h by the rows of W_hh for
+// the gates of the block's units; backward multiplies the gates' gradients by the columns of W_hh.
 //
 // Maths        sums[m][unit][row] = Σ_k A[m][unit][k] · B[k][row]
 //                forward   m: the gates, K = H:    A = W_hh[m·H + unit][k],  B = h[row][k]
 //                backward  m: one,  K = gates·H:   A = W_hh[k][unit],        B = d_gates[row][k]
 // Teams        the rows of the batch are independent, so blocks form teams, each with all of the
 //              weights and its own rows. A team's blocks divide the hidden units: block `rank` has
-//              units rank·tiles·16 and on. Groups (directions, heads) have teams of their own.
+//              the units from rank·tiles·16 on. Each group (direction, head) has its own teams.
 // A block      8 warps: `tiles` tiles of 16 units × `slices` slices of K (tiles · slices = 8).
-//              Slice i takes chunks i, i + slices, … A warp keeps its part of A in registers
-//              (`registers` chunks) and what does not fit in shared memory (`shared` chunks), as
-//              fragments, so that a step reads no weights from anywhere else.
-// Messages     B comes as words [row][row_words], row_words = fields · blocks · tiles · 16 /
-//              per_word: field f, unit u at f·unit_words + u / per_word. Forward has one field,
-//              backward one for each gate. All units up to the padding are sent, those above H as
-//              zeros.
+//              Slice i takes chunks i, i + slices, … A warp keeps its part of A as fragments, in
+//              registers (`registers` chunks) and the rest in shared memory (`shared` chunks), so a
+//              step reads no weights from other memory.
+// Messages     B is received as words [row][row_words], row_words = fields · blocks · tiles · 16 /
+//              per_word, with field f, unit u at f·unit_words + u / per_word. Forward has one
+//              field, backward one for each gate. All units up to the padding are sent; units
+//              beyond H are zeros.
 //                ring     through L2 (ring.h): the words that a lane polls are its operand
 //                cluster  into the shared memory of every block of the cluster (cluster.h)
 //                block    a team of one block: its own shared memory, and the block's barrier
-// A pass       `batch` tiles of 8 rows at a time. Its sums over the slices meet in shared memory,
-//              added slice after slice: the order depends on H alone. Two buffers take turns, so
-//              one barrier a pass is enough: whoever writes a buffer again has passed the barrier
-//              that comes after its last reading.
-// Any size     rows beyond the batch, units beyond H and words beyond K are zeros that nobody waits
-//              for and nobody stores.
+// A pass       processes `batch` tiles of 8 rows. The sums over the slices are added in shared
+//              memory, slice by slice, in an order that depends only on H. Two buffers alternate,
+//              so one barrier per pass suffices: before a thread overwrites a buffer, it passes the
+//              barrier after the last read of that buffer.
+// Any size     rows beyond the batch, units beyond H and words beyond K are zeros; no thread waits
+//              for them or stores them.
 //
-// Registers of a lane: registers·M·8 for weights, batch·M·4 for sums, 32 for words on their way.
+// Registers of a lane: registers·M·8 for weights, batch·M·4 for sums, 32 for words in flight.
 #pragma once
 
 #include <type_traits>
@@ -36,11 +36,11 @@
 #include "persistent/ring.h"
 #include "persistent/words.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
 enum class Via { ring, cluster, block };
 
-// What is fixed when a kernel is compiled. M: tiles of A of one warp.
+// The compile-time configuration of a kernel. M: tiles of A per warp.
 template <class Cell_, class Operand_, Via via_, int M_, int tiles_, int registers_, int shared_,
           int batch_>
 struct Config {
@@ -50,30 +50,30 @@ struct Config {
   static constexpr int M = M_, tiles = tiles_, registers = registers_, shared = shared_;
   static constexpr int batch = batch_;
   static constexpr int slices = kWarps / tiles;
-  static constexpr int chunks = registers + shared;              // of a warp, at most
+  static constexpr int chunks = registers + shared;              // the maximum per warp
   static constexpr int unit_words = kUnits / Operand::per_word;  // of a tile
   static constexpr int fragments = batch * tiles;                // of a pass, for each m
   static constexpr int items = (fragments * kFragment + kThreads - 1) / kThreads;  // of a thread
   static_assert(tiles * slices == kWarps && registers > 0 && batch > 0);
   static_assert(via != Via::ring || slices > 1, "the ring needs the barrier of each pass");
-  static_assert(via != Via::cluster || slices > 1, "a warp sends what it has read from the sums");
+  static_assert(via != Via::cluster || slices > 1, "a warp sends the sums that it has read");
 };
 
 // A configuration as the launcher reads it.
-struct Shape {
+struct RuntimeConfig {
   Via via;
   int per_word, M, tiles, registers, shared, batch;
 
-  FASTRNN_RESIDENT int slices() const { return kWarps / tiles; }
-  FASTRNN_RESIDENT int chunks() const { return registers + shared; }  // of a warp, at most
-  FASTRNN_RESIDENT int unit_words() const { return kUnits / per_word; }
-  FASTRNN_RESIDENT int items() const {
+  FASTRNN_HOST_DEVICE int slices() const { return kWarps / tiles; }
+  FASTRNN_HOST_DEVICE int chunks() const { return registers + shared; }  // of a warp, at most
+  FASTRNN_HOST_DEVICE int unit_words() const { return kUnits / per_word; }
+  FASTRNN_HOST_DEVICE int items() const {
     return (batch * tiles * kFragment + kThreads - 1) / kThreads;
   }
 };
 
 template <class C>
-FASTRNN_RESIDENT Shape shape_of() {
+FASTRNN_HOST_DEVICE RuntimeConfig runtime_config() {
   return {C::via, C::Operand::per_word, C::M, C::tiles, C::registers, C::shared, C::batch};
 }
 
@@ -82,9 +82,9 @@ struct Team {
   int rows_total = 0;     // B
   int rows_per_team = 0;  // a multiple of 8
   int teams_per_group = 1;
-  int blocks = 1;     // of a team
+  int blocks = 1;     // per team
   int units = 0;      // H
-  int chunks = 0;     // of K, all slices together
+  int chunks = 0;     // of K, over all slices
   int row_words = 0;  // of a message
   int stride = 0;     // of a row in shared memory: 16 · an odd number
   int passes = 1;
@@ -93,11 +93,11 @@ struct Team {
 };
 
 template <class C>
-FASTRNN_RESIDENT int words_per_field(const Team& team) {
+FASTRNN_HOST_DEVICE int words_per_field(const Team& team) {
   return team.blocks * C::tiles * C::unit_words;
 }
 
-// Where a thread stands.
+// The position of a thread in the launch.
 struct Position {
   int team, group, rank, first_row, rows, warp, lane, tile, slice, thread;
 };
@@ -119,7 +119,8 @@ FASTRNN_ON_MACHINE Position position_of(const Machine& machine, const Team& team
   return me;
 }
 
-// The same, but so that addresses made from it are not kept in registers from step to step.
+// The same position, such that the compiler recomputes addresses at each step instead of keeping
+// them in registers.
 template <class Machine>
 FASTRNN_ON_MACHINE Position made_anew(Machine& machine, const Position& me) {
   Position now = me;
@@ -133,7 +134,7 @@ FASTRNN_ON_MACHINE Position made_anew(Machine& machine, const Position& me) {
 }
 
 template <class C>
-FASTRNN_RESIDENT Ring ring_of(const Team& team, const Position& me) {
+FASTRNN_HOST_DEVICE Ring ring_of(const Team& team, const Position& me) {
   Ring ring;
   ring.period = team.period;
   ring.message_words = static_cast<std::int64_t>(team.rows_per_team) * team.row_words;
@@ -148,14 +149,14 @@ struct Item {
   int tile;  // tile of units
   int row;   // of the team
   int unit;  // of the group, up to the padding
-  int at;    // in the fragment as it stands in shared memory
+  int at;    // in the fragment's layout in shared memory
 };
 
 template <class C>
-FASTRNN_RESIDENT Item item_of(int item, int pass, const Position& me) {
+FASTRNN_HOST_DEVICE Item item_of(int item, int pass, const Position& me) {
   Item x{};
   int row, unit;
-  if constexpr (C::slices == 1) {  // what the thread's own sums are of
+  if constexpr (C::slices == 1) {  // the items of the thread's own sums
     x.exists = true;
     x.n = item / 4;
     x.tile = me.tile;
@@ -188,7 +189,8 @@ struct SharedLayout {
   int bytes = 0;
 };
 
-FASTRNN_RESIDENT SharedLayout shared_layout(const Shape& c, const Team& team, int states) {
+FASTRNN_HOST_DEVICE SharedLayout shared_layout(const RuntimeConfig& c, const Team& team,
+                                               int states) {
   SharedLayout at;
   at.sums = c.shared * c.M * 2 * kThreads * 16;
   at.states = at.sums + (c.slices() > 1 ? 2 * kWarps * c.batch * c.M * kLanes * 16 : 0);
@@ -200,22 +202,22 @@ FASTRNN_RESIDENT SharedLayout shared_layout(const Shape& c, const Team& team, in
 
 // ---- weights ----------------------------------------------------------------------------------
 
-// W_hh of one group, row-major [gates·H][H]. `aligned`: H is a multiple of the values of 16 bytes,
-// and so is the address.
+// W_hh of one group, row-major [gates·H][H]. `aligned`: the rows and the address are aligned to 16
+// bytes.
 template <class Operand>
 struct Matrix {
   const Storage<Operand>* data;
   int units;
   bool aligned;
 
-  FASTRNN_RESIDENT float at(int gate, int unit, int k) const {
+  FASTRNN_HOST_DEVICE float at(int gate, int unit, int k) const {
     if (unit >= units || k >= units) return 0.0f;
     return Operand::load(data[(static_cast<std::int64_t>(gate) * units + unit) * units + k]);
   }
 };
 
 template <class Operand>
-FASTRNN_RESIDENT Words words_from(const float (&values)[4 * Operand::per_word]) {
+FASTRNN_HOST_DEVICE Words words_from(const float (&values)[4 * Operand::per_word]) {
   Words words;
   FASTRNN_UNROLL
   for (int i = 0; i < 4; ++i)
@@ -224,12 +226,12 @@ FASTRNN_RESIDENT Words words_from(const float (&values)[4 * Operand::per_word]) 
   return words;
 }
 
-// Rows of W_hh: gate m of the unit, K along the units of the step before.
+// Rows of W_hh: gate m of the unit, K along the units of the previous step.
 template <class Operand>
 struct ForwardWeights {
   Matrix<Operand> matrix;
 
-  FASTRNN_RESIDENT Words words(int m, int unit, int word) const {
+  FASTRNN_HOST_DEVICE Words words(int m, int unit, int word) const {
     constexpr int kValues = 4 * Operand::per_word;
     const int k = word * Operand::per_word;
     if (matrix.aligned && unit < matrix.units && k + kValues <= matrix.units) {
@@ -246,7 +248,7 @@ struct ForwardWeights {
     return words_from<Operand>(values);
   }
 
-  static FASTRNN_RESIDENT Words words_of_floats(const float (&values)[4]) {
+  static FASTRNN_HOST_DEVICE Words words_of_floats(const float (&values)[4]) {
     Words words;
     FASTRNN_UNROLL
     for (int i = 0; i < 4; ++i) words.v[i] = word_of<Operand>(values[i], 0.0f);
@@ -254,13 +256,13 @@ struct ForwardWeights {
   }
 };
 
-// Columns of W_hh: K along the gates' gradients, field after field.
+// Columns of W_hh: K along the gates' gradients, field by field.
 template <class Operand>
 struct BackwardWeights {
   Matrix<Operand> matrix;
   int fields, words_per_field;
 
-  FASTRNN_RESIDENT Words words(int, int unit, int word) const {
+  FASTRNN_HOST_DEVICE Words words(int, int unit, int word) const {
     float values[4 * Operand::per_word];
     FASTRNN_UNROLL
     for (int i = 0; i < 4; ++i) {
@@ -282,7 +284,7 @@ struct Weights {
   const Words* more;  // this thread's: more[((chunk·M + m)·2 + product)·kThreads]
 
   template <int chunk>
-  FASTRNN_RESIDENT Words fragment(int m, int product) const {
+  FASTRNN_HOST_DEVICE Words fragment(int m, int product) const {
     if constexpr (chunk < C::registers)
       return kept[chunk][m][product];
     else
@@ -290,8 +292,8 @@ struct Weights {
   }
 };
 
-// One chunk after the other: the barrier keeps the compiler from asking for all of them at once,
-// which would take the registers that the weights are to stay in.
+// Loads one chunk after another: the barrier prevents the compiler from issuing all loads at once,
+// which would use the registers that are needed for the weights.
 template <class C, class Machine, class Source>
 FASTRNN_ON_MACHINE void load_weights(Machine& machine, const Source& source, const Position& me,
                                      Words* shared, Weights<C>& weights) {
@@ -342,8 +344,8 @@ FASTRNN_ON_MACHINE void each(F&& f) {
   }
 }
 
-// From the ring. A lane asks for `kWindow` pieces of 16 bytes at a time, the next ones before it
-// waits for these; while it waits it asks again for all that have not come.
+// From the ring. A lane loads `kWindow` pieces of 16 bytes at a time, and issues the next loads
+// before it waits for the current ones; while it waits it repeats the loads of missing pieces.
 template <class C, class Machine>
 FASTRNN_ON_MACHINE void sum_from_ring(Machine& machine, const Team& team, const Position& me,
                                       const Weights<C>& weights, const Ring& ring, int message,
@@ -477,7 +479,7 @@ FASTRNN_ON_MACHINE void total(Machine& machine, const Position& me, unsigned tur
 
 // ---- sending ----------------------------------------------------------------------------------
 
-// Values of a thread's items of a pass go out as words of a message: values[item][field].
+// Sends the values of a thread's items of a pass as words of a message: values[item][field].
 template <class C, int fields, class Machine>
 FASTRNN_ON_MACHINE void send(Machine& machine, const Team& team, const Position& me,
                              const Ring& ring, u32* messages, Barrier* barriers, int message,
@@ -493,13 +495,13 @@ FASTRNN_ON_MACHINE void send(Machine& machine, const Team& team, const Position&
     FASTRNN_UNROLL
     for (int f = 0; f < fields; ++f) {
       const int at = f * words_per_field<C>(team) + x.unit / kPer;
-      if constexpr (C::slices == 1) {  // a pair of neighbours is in one thread
+      if constexpr (C::slices == 1) {  // one thread has both neighbours
         if (valid && i % kPer == 0)
           buffer[x.row * team.stride + at] =
               word_of<Operand>(values[i][f], values[i / kPer * kPer + kPer - 1][f]);
       } else {
         const float other = kPer == 2 ? machine.shuffle_xor(values[i][f], 1) : 0.0f;
-        const u32 word = word_of<Operand>(values[i][f], other);  // of even lanes, where kPer is 2
+        const u32 word = word_of<Operand>(values[i][f], other);  // valid in even lanes if kPer is 2
         if constexpr (C::via == Via::ring) {
           if (valid && me.lane % kPer == 0)
             publish(machine, ring, message, static_cast<std::int64_t>(x.row) * team.row_words + at,
@@ -518,4 +520,4 @@ FASTRNN_ON_MACHINE void send(Machine& machine, const Team& team, const Position&
   }
 }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

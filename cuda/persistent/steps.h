@@ -1,10 +1,10 @@
-// Which rows a step concerns, and where their values stand: csrc/steps.h as kernels read it, and
-// the arrays of one pass of a persistent kernel.
+// The active rows of a step and the addresses of their values: csrc/steps.h for kernels, and the
+// arrays of one pass of a persistent kernel.
 #pragma once
 
 #include "persistent/words.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
 // The table of steps on the device. Each pointer may be null: a full batch.
 struct StepTable {
@@ -15,16 +15,16 @@ struct StepTable {
   const std::int64_t* order = nullptr;     // [B] the caller's row; null: i
   const std::uint8_t* fresh = nullptr;     // [N] an episode starts at the pair's step; null: none
 
-  FASTRNN_RESIDENT bool is_active(int t, int i) const {
+  FASTRNN_HOST_DEVICE bool is_active(int t, int i) const {
     return t >= 0 && t < T && (!active || i < active[t]);
   }
-  FASTRNN_RESIDENT std::int64_t row(int i) const { return order ? order[i] : i; }
+  FASTRNN_HOST_DEVICE std::int64_t row(int i) const { return order ? order[i] : i; }
   // Its number, as the arrays of pairs have it: in the caller's order of rows.
-  FASTRNN_RESIDENT std::int64_t pair(int t, int i) const {
+  FASTRNN_HOST_DEVICE std::int64_t pair(int t, int i) const {
     return (offset ? offset[t] : static_cast<std::int64_t>(t) * B) + row(i);
   }
   // Nothing crosses from the step before into row i at step t.
-  FASTRNN_RESIDENT bool starts_fresh(int t, int i, bool reverse) const {
+  FASTRNN_HOST_DEVICE bool starts_fresh(int t, int i, bool reverse) const {
     const int boundary = reverse ? t + 1 : t;
     return fresh && is_active(boundary, i) && fresh[pair(boundary, i)];
   }
@@ -36,7 +36,7 @@ struct SequenceOf {
   T* data = nullptr;
   std::int64_t group = 0, step = 0, row = 0;
 
-  FASTRNN_RESIDENT T* at(const StepTable& steps, int g, int t, int i, int u) const {
+  FASTRNN_HOST_DEVICE T* at(const StepTable& steps, int g, int t, int i, int u) const {
     const std::int64_t position = steps.position ? steps.position[t] : t;
     return data + g * group + position * step + steps.row(i) * row + u;
   }
@@ -48,7 +48,7 @@ struct PlanesOf {
   T* data = nullptr;
   std::int64_t group = 0, row = 0, plane = 0;
 
-  FASTRNN_RESIDENT T* at(int g, std::int64_t n, int p, int u) const {
+  FASTRNN_HOST_DEVICE T* at(int g, std::int64_t n, int p, int u) const {
     return data + g * group + n * row + p * plane + u;
   }
 };
@@ -59,7 +59,7 @@ struct StateOf {
   T* data = nullptr;
   std::int64_t group = 0, row = 0;
 
-  FASTRNN_RESIDENT T* at(const StepTable& steps, int g, int i, int u) const {
+  FASTRNN_HOST_DEVICE T* at(const StepTable& steps, int g, int i, int u) const {
     return data + g * group + steps.row(i) * row + u;
   }
 };
@@ -69,9 +69,9 @@ struct CarriedStates {
   float* values;
   int passes, items;
 
-  FASTRNN_RESIDENT float& at(int state, int pass, int item, int thread) const {
+  FASTRNN_HOST_DEVICE float& at(int state, int pass, int item, int thread) const {
     return values[((state * passes + pass) * items + item) * kThreads + thread];
   }
 };
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

@@ -1,76 +1,24 @@
-// Random stacks, and how they are run on a device of the engine: what the tests of the CUDA kernels
-// share, those of their source on the CPU (kernels_test.cpp) and those of their PTX on the virtual
-// device (virtual/virtual_test.cpp).
+// Random stacks and functions to run them on a device of the engine, shared by the tests of the
+// CUDA kernels' source on the CPU (kernels_test.cpp) and of their PTX on the virtual device
+// (virtual/virtual_test.cpp).
 #pragma once
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <numeric>
 #include <random>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "../../csrc/tests/case.h"
 #include "../../csrc/tests/check.h"
 #include "backend.h"
-#include "cells/list.h"
 #include "storage.h"
 
 namespace fastrnn::cases {
 
-inline long checks = 0;
-
-inline std::size_t size_of(std::int64_t n) { return static_cast<std::size_t>(n); }
-
-// ---- one case -----------------------------------------------------------------------------------
-
 enum Kind { kPadded, kLengths, kPacked, kReset, kLengthsAndReset, kKinds };
-
-struct Case {
-  Options options;
-  std::int64_t T = 1, B = 1, I = 1, H = 1;
-  std::vector<std::int64_t> lengths, batch_sizes;
-  std::vector<unsigned char> reset;
-  bool training = true, every_layer = true, consume = false;
-  bool biases = true, states = true;         // given
-  bool turned = false, batch_first = false;  // strides
-  bool persistent = false, tf32 = false;     // asked for and allowed
-  bool d_output = true, d_states = true, d_finals = true, d_input = true, d_weights = true;
-
-  std::int64_t D() const { return options.directions; }
-  std::int64_t L() const { return options.layers; }
-  std::int64_t P() const { return options.proj_size; }
-  std::int64_t O() const { return P() ? P() : H; }
-  std::int64_t heads() const { return options.maths.heads; }
-  std::int64_t G() const { return cell_traits(options).gates; }
-  std::int64_t kept_layers() const { return every_layer || training ? L() : 1; }
-  std::int64_t pairs() const {
-    if (batch_sizes.empty()) return T * B;
-    return std::accumulate(batch_sizes.begin(), batch_sizes.end(), std::int64_t{0});
-  }
-  bool has_c() const { return cell_traits(options).states > 1; }
-  bool packed() const { return !batch_sizes.empty(); }
-
-  std::string text() const {
-    const char* rows = packed()           ? "packed"
-                       : !lengths.empty() ? (reset.empty() ? "lengths" : "lengths and reset")
-                       : !reset.empty()   ? "reset"
-                                          : "padded";
-    char text[400];
-    std::snprintf(text, sizeof(text),
-                  "%s L%d D%d P%d T%d B%d I%d H%d K%d %s%s act %d gate %d%s%s%s%s%s%s%s",
-                  options.cell.c_str(), int(L()), int(D()), int(P()), int(T), int(B), int(I),
-                  int(H), int(heads()), rows, options.maths.reset_after ? "" : " reset-before",
-                  int(options.maths.activation), int(options.maths.gate_activation),
-                  training ? "" : " inference", consume ? " consume" : "", turned ? " turned" : "",
-                  batch_first ? " batch-first" : "", biases ? "" : " no-bias",
-                  states ? "" : " no-hx", persistent ? " persistent" : "");
-    return text;
-  }
-};
 
 using Random = std::mt19937;
 
@@ -92,18 +40,8 @@ inline void choose_rows(Case& c, Kind kind, Random& random) {
     for (std::int64_t b = 0; b < c.B; ++b) c.lengths.push_back(between(random, 0, c.T));
   if (kind == kReset || kind == kLengthsAndReset)
     for (std::int64_t n = 0; n < c.T * c.B; ++n) c.reset.push_back(chance(random, 0.3));
-  // Presence is said by the arrays, which an empty batch leaves empty.
+  // Non-empty arrays indicate presence, but for an empty batch they are empty too.
   if (c.B == 0) c.lengths.clear(), c.reset.clear();
-}
-
-// Some, which the sizes then are multiples of; now and then one for each unit.
-inline void choose_heads(Case& c, Random& random) {
-  std::int64_t& heads = c.options.maths.heads;
-  heads = chance(random, 0.2) && !c.P() ? c.H : between(random, 2, 5);
-  c.H = (c.H + heads - 1) / heads * heads;
-  if (!c.P()) return;
-  c.options.proj_size = (c.P() + heads - 1) / heads * heads;
-  if (c.P() >= c.H) c.H = c.P() + heads;
 }
 
 inline Case random_case(Random& random, bool smooth, bool many_rows) {
@@ -126,7 +64,8 @@ inline Case random_case(Random& random, bool smooth, bool many_rows) {
   c.H = between(random, 1, 37);
   if (c.options.cell == "LSTM" && c.H > 1 && chance(random, 0.4))
     c.options.proj_size = between(random, 1, c.H - 1);
-  if (chance(random, 0.3)) choose_heads(c, random);
+  // One head: the CPU engine, with which results are compared, has no others. Heads on CUDA are
+  // compared with NumPy's reference (tests/virtual_check.py).
   choose_rows(c, static_cast<Kind>(between(random, 0, kKinds - 1)), random);
   c.training = chance(random, 0.8);
   c.every_layer = chance(random, 0.5);
@@ -149,7 +88,7 @@ struct Arrays {
   std::vector<std::vector<S>> weights;
   // Written:
   std::vector<S> hidden, h_n, c_n, d_input, d_h0, d_c0;
-  std::vector<C> cell, gates;
+  std::vector<C> cell, saved;
   std::vector<std::vector<S>> d_weights;
 };
 
@@ -165,8 +104,8 @@ std::vector<S> some(Random& random, std::int64_t count, double scale) {
 inline std::vector<std::pair<std::int64_t, std::int64_t>> shapes(const Case& c) {
   std::vector<std::pair<std::int64_t, std::int64_t>> all;
   const std::int64_t rows = c.G() * c.H;
-  for (std::int64_t g = 0; g < c.L() * c.D(); ++g) {
-    all.emplace_back(rows, g < c.D() ? c.I : c.D() * c.O());
+  for (std::int64_t g = 0; g < c.groups(); ++g) {
+    all.emplace_back(rows, c.inputs(g));
     all.emplace_back(rows, c.O() / c.heads());
     all.emplace_back(c.biases ? rows : 0, 1);
     all.emplace_back(c.biases ? rows : 0, 1);
@@ -178,7 +117,7 @@ inline std::vector<std::pair<std::int64_t, std::int64_t>> shapes(const Case& c) 
 template <class S>
 Arrays<S> random_arrays(const Case& c, Random& random) {
   Arrays<S> a;
-  const std::int64_t groups = c.L() * c.D(), N = c.pairs();
+  const std::int64_t groups = c.groups(), N = c.pairs();
   a.input = some<S>(random, N * c.I, 1);
   a.h0 = some<S>(random, groups * c.B * c.O(), 1);
   a.c0 = some<S>(random, groups * c.B * c.H, 1);
@@ -189,7 +128,7 @@ Arrays<S> random_arrays(const Case& c, Random& random) {
   a.d_c_n = some<S>(random, groups * c.B * c.H, 1);
   for (const auto& [rows, columns] : shapes(c))
     a.weights.push_back(some<S>(random, rows * columns, 1 / std::sqrt(static_cast<double>(c.H))));
-  // What stands in the padding of the input must not reach anything.
+  // The padding of the input must not affect any result.
   for (std::int64_t b = 0; b < static_cast<std::int64_t>(c.lengths.size()); ++b)
     for (std::int64_t t = c.lengths[size_of(b)]; t < c.T; ++t)
       for (std::int64_t u = 0; u < c.I; ++u) {
@@ -199,7 +138,7 @@ Arrays<S> random_arrays(const Case& c, Random& random) {
   return a;
 }
 
-// ---- running it ---------------------------------------------------------------------------------
+// ---- running a case -----------------------------------------------------------------------------
 
 template <class S>
 Weight matrix(std::vector<S>& w, std::int64_t rows, std::int64_t columns, bool turned) {
@@ -213,7 +152,7 @@ template <class S>
 std::vector<Parameters> parameters_of(const Case& c, std::vector<std::vector<S>>& w, bool turned) {
   const auto sizes = shapes(c);
   std::vector<Parameters> all;
-  for (std::int64_t g = 0; g < c.L() * c.D(); ++g) {
+  for (std::int64_t g = 0; g < c.groups(); ++g) {
     const auto weight = [&](std::int64_t k) {
       const auto& [rows, columns] = sizes[size_of(g * 5 + k)];
       return matrix(w[size_of(g * 5 + k)], rows, columns, turned && columns != 1);
@@ -259,7 +198,7 @@ inline DType dtype_of<F16>() {
   return DType::f16;
 }
 
-// A pointer that is not null even to nothing.
+// A pointer that is not null, even for an empty array.
 template <class T>
 void* place(std::vector<T>& values) {
   static T nothing[1];
@@ -287,29 +226,9 @@ Problem problem_of(const Case& c, Arrays<S>& a) {
   p.hidden = place(a.hidden), p.h_n = place(a.h_n);
   if (c.has_c()) p.c_n = place(a.c_n);
   if (c.has_c() && p.all_layers) p.cell = place(a.cell);
-  if (c.training) p.gates = place(a.gates);
+  if (c.training) p.saved = place(a.saved);
   return p;
 }
-
-// The workspace starts as NaN, and ends with what nobody may write.
-struct Workspace {
-  std::vector<unsigned char> memory;
-  std::size_t bytes = 0;
-  unsigned char* at = nullptr;
-
-  void* take(std::size_t size) {
-    bytes = size;
-    memory = std::vector<unsigned char>(size + 128, 0xff);  // fresh: not as the last call left it
-    const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
-    at = reinterpret_cast<unsigned char*>((address + 63) / 64 * 64);
-    return at;
-  }
-  bool whole() const {
-    const unsigned char* end = memory.data() + memory.size();
-    return std::all_of<const unsigned char*>(at + bytes, end,
-                                             [](unsigned char x) { return x == 0xff; });
-  }
-};
 
 // A device that keeps no packed weights and runs no ensembles, as CUDA's does not.
 constexpr Backend backend_of(std::size_t (*workspace_size)(const Problem&, Pass),
@@ -319,20 +238,20 @@ constexpr Backend backend_of(std::size_t (*workspace_size)(const Problem&, Pass)
 
 template <class S>
 void run(const Backend& backend, const Case& c, Arrays<S>& a) {
-  const std::int64_t groups = c.L() * c.D(), N = c.pairs();
+  const std::int64_t groups = c.groups(), N = c.pairs();
   blank(a.hidden, c.kept_layers() * N * c.D() * c.O());
   blank(a.h_n, groups * c.B * c.O());
   blank(a.c_n, c.has_c() ? groups * c.B * c.H : 0);
   const bool all = c.every_layer || c.training;
   blank(a.cell, c.has_c() && all ? c.L() * N * c.D() * c.H : 0);
-  blank(a.gates, c.training ? groups * N * cell_traits(c.options).saved_planes * padded(c.H) : 0);
+  blank(a.saved, c.training ? groups * N * cell_traits(c.options).saved_planes * padded(c.H) : 0);
   std::vector<Parameters> parameters = parameters_of(c, a.weights, c.turned), d_parameters;
   Problem p = problem_of(c, a);
   p.parameters = parameters.data();
   Workspace w;
   p.workspace = w.take(backend.workspace_size(p, Pass::forward));
   backend.forward(p);
-  check::that("the end of forward's workspace", w.whole());
+  check::that("the end of forward's workspace", w.is_whole());
   if (!c.training) return;
 
   blank(a.d_input, c.d_input ? N * c.I : 0);
@@ -341,7 +260,7 @@ void run(const Backend& backend, const Case& c, Arrays<S>& a) {
   a.d_weights = a.weights;
   for (auto& d : a.d_weights) blank(d, static_cast<std::int64_t>(d.size()));
   d_parameters = parameters_of(c, a.d_weights, false);
-  p.consume_gates = c.consume;
+  p.consume_saved = c.consume;
   const std::int64_t width = c.D() * c.O();
   if (c.d_output) p.d_output = {place(a.d_output), c.B * width, width, 1};
   if (c.d_states) {
@@ -358,10 +277,10 @@ void run(const Backend& backend, const Case& c, Arrays<S>& a) {
   if (c.states) p.d_h0 = place(a.d_h0);
   if (c.states && c.has_c()) p.d_c0 = place(a.d_c0);
   if (c.d_weights) p.d_parameters = d_parameters.data();
-  p.workspace = nullptr;  // forward's is too small to be laid out for backward
+  p.workspace = nullptr;  // forward's workspace is too small for backward
   p.workspace = w.take(backend.workspace_size(p, Pass::backward));
   backend.backward(p);
-  check::that("the end of backward's workspace", w.whole());
+  check::that("the end of backward's workspace", w.is_whole());
 }
 
 // ---- the checks ---------------------------------------------------------------------------------
@@ -410,7 +329,7 @@ void same_bits_of_all(const Case& c, const Arrays<S>& a, const Arrays<S>& b) {
   same_bits("c_n in another order", a.c_n, b.c_n);
   same_bits("cell in another order", a.cell, b.cell);
   // Where backward may use their place, it does so or not as their memory is aligned.
-  if (!c.consume) same_bits("gates in another order", a.gates, b.gates);
+  if (!c.consume) same_bits("saved values in another order", a.saved, b.saved);
   same_bits("d_input in another order", a.d_input, b.d_input);
   same_bits("d_h0 in another order", a.d_h0, b.d_h0);
   same_bits("d_c0 in another order", a.d_c0, b.d_c0);

@@ -1,7 +1,7 @@
-// Stands in for cuBLASLt in tests: the same functions, computed by plain loops as its documentation
-// says, D = alpha·op(A)·op(B) + beta·C on matrices stored by columns. What a caller may not do is
-// an error here: shapes that do not fit, leading dimensions that are too short, attributes of the
-// wrong size, memory less aligned than was promised.
+// A test double of cuBLASLt: the same functions, implemented with plain loops according to its
+// documentation, D = alpha·op(A)·op(B) + beta·C on column-major matrices. Invalid calls are errors:
+// shapes that do not match, leading dimensions that are too small, attributes of the wrong size,
+// memory with less alignment than declared.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -32,7 +32,7 @@ struct Preference {
   std::uint32_t alignment[4] = {256, 256, 256, 256};
 };
 struct Algorithm {
-  std::uint64_t data[8];  // the alignments of A, B and D that were promised, and a mark
+  std::uint64_t data[8];  // the declared alignments of A, B and D, and a mark
 };
 struct Found {
   Algorithm algorithm;
@@ -92,13 +92,13 @@ void multiply(const Description& d, const Sizes& s, const Layout& a, const void*
                value(b, b_data, d.transposed[1] != 0, k, j);
       const std::int64_t n =
           static_cast<std::int64_t>(j) * c.leading + static_cast<std::int64_t>(i);
-      // What C holds must not be read where beta is zero.
+      // C must not be read if beta is zero.
       const C before = beta == C(0) ? C(0) : beta * static_cast<const C*>(c_data)[n];
       static_cast<C*>(to)[n] = alpha * static_cast<C>(sum) + before;
     }
 }
 
-// Matrix n of those that a layout stands for.
+// Matrix n of a batched layout.
 void* moved(const Layout& l, const void* data, std::int64_t n) {
   const std::int64_t bytes = l.type == 1 ? 8 : l.type == 0 ? 4 : 2;
   return const_cast<char*>(static_cast<const char*>(data)) + n * l.batch * bytes;
@@ -183,7 +183,7 @@ PUBLIC int cublasLtMatmulAlgoGetHeuristic(void*, void* description, void* a, voi
       !fits(*static_cast<Description*>(description), *static_cast<Layout*>(a),
             *static_cast<Layout*>(b), *static_cast<Layout*>(c), sizes))
     return kInvalid;
-  if (p->reductions & 1) return kUnsupported;  // sums in place come in any order
+  if (p->reductions & 1) return kUnsupported;  // in-place reductions have no fixed order
   *found = Found{};
   found->algorithm.data[0] = p->alignment[0];
   found->algorithm.data[1] = p->alignment[1];

@@ -1,8 +1,8 @@
-// Kernels on the CPU: every thread of every block, one after the other, phase by phase.
+// Runs kernels on the CPU: every thread of every block, one after another, phase by phase.
 //
-// The order of threads and blocks is chosen, so that a test can run the same kernels in several: a
-// result whose bits depend on it betrays a missing barrier or a race between blocks. Shared memory
-// and registers start as NaNs, which shows what is read before it is written.
+// The test selects the order of threads and blocks, and can run the same kernels in several orders:
+// if the bits of a result depend on the order, a barrier is missing or blocks race. Shared memory
+// and registers are filled with NaN, which exposes reads before writes.
 #pragma once
 
 #include <algorithm>

@@ -6,12 +6,12 @@
 #include "../persistent/tests/host_launch.h"
 #include "persistent.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 namespace {
 
 long launches = 0;
 
-// A kernel, and how it is launched; one of the two is null.
+// The launch functions of a kernel; one of the two is null.
 template <class S>
 struct Launcher {
   void (*forward)(const Plan&, const Forward<S>&, u32* ring) = nullptr;
@@ -39,7 +39,7 @@ void add(std::vector<Kernel>& all) {
   all.push_back(kernel_of<B>(Pass::backward, &back));
 }
 
-// Each operand has a way of its own; cuda/persistent/tests has all of them for each.
+// Each operand type uses one way of exchange; cuda/persistent/tests tests all combinations.
 template <class Cell>
 void add_cell(std::vector<Kernel>& all) {
   constexpr int G = Cell::gates;
@@ -67,7 +67,7 @@ const std::vector<Kernel>& list() {
 template <class S>
 const Launcher<S>& launcher(const Plan& plan, Pass pass) {
   if (!plan.kernel || plan.kernel->pass != pass ||
-      (plan.kernel->shape.per_word == 2) != (sizeof(S) == 2))
+      (plan.kernel->config.per_word == 2) != (sizeof(S) == 2))
     throw std::invalid_argument("the plan is not of these arrays");
   ++launches;
   return *static_cast<const Launcher<S>*>(plan.kernel->function);
@@ -100,4 +100,4 @@ void launch_backward(const Plan& plan, Backward<float> arrays, void* workspace, 
   launcher<float>(plan, Pass::backward).backward(plan, arrays, static_cast<u32*>(workspace));
 }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

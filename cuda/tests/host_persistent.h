@@ -1,10 +1,10 @@
-// The persistent kernels as a route of the layers on a CPU: persistent.h by fibers
-// (cuda/persistent/tests/host_machine.h), with kernels of small configurations.
+// The persistent kernels for layers on a CPU: persistent.h implemented with fibers
+// (cuda/persistent/tests/host_machine.h), and kernels of small configurations.
 #pragma once
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
-// Since the program began.
+// The number of launches since the start of the program.
 long persistent_launches();
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

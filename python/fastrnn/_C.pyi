@@ -62,6 +62,12 @@ class Tensor:
 def empty(shape: Sequence[int], dtype: str) -> Tensor:
     """Contiguous host memory, 64-byte aligned, contents undefined."""
 
+def convert(source: _Array, target: _Array) -> None:
+    """Write the elements of one array to another of the same shape, of any floating types.
+
+    Rounds to nearest, ties to even. Raises TypeError for other types, ValueError for other shapes.
+    """
+
 def from_dlpack(x: _Array) -> Tensor:
     """The memory of any array as a Tensor, without a copy.
 
@@ -87,12 +93,7 @@ class Options:
         activation: str = "tanh",
         gate_activation: str = "sigmoid",
         reset_after: bool = True,
-        peephole: bool = False,
-        layer_norm: bool = False,
         heads: int = 1,
-        zoneout_h: float = 0.0,
-        zoneout_c: float = 0.0,
-        grad_clip: float = 0.0,
         recompute: bool = False,
     ) -> None: ...
     @property
@@ -110,17 +111,7 @@ class Options:
     @property
     def reset_after(self) -> bool: ...
     @property
-    def peephole(self) -> bool: ...
-    @property
-    def layer_norm(self) -> bool: ...
-    @property
     def heads(self) -> int: ...
-    @property
-    def zoneout_h(self) -> float: ...
-    @property
-    def zoneout_c(self) -> float: ...
-    @property
-    def grad_clip(self) -> float: ...
     @property
     def recompute(self) -> bool: ...
     @property
@@ -149,76 +140,81 @@ def set_torch(
     tensor: type,
     parameter: type,
     get_num_threads: Callable[[], int],
-    listening: list[Callable[[], Any]],
-    listening_variables: list[tuple[dict[str, Any], str]],
-    changing: list[Callable[[], Any]],
-    changing_variables: list[tuple[dict[str, Any], str]],
+    is_grad_enabled: Callable[[], bool],
+    dtypes: list[Any],
+    observers: list[Callable[[], Any]],
+    observer_variables: list[tuple[dict[str, Any], str]],
+    transforms: list[Callable[[], Any]],
+    transform_variables: list[tuple[dict[str, Any], str]],
 ) -> None:
-    """What is asked of torch: its own types, whose memory is what it says; whether anything listens
-    to a call (traces, fakes, profiles); whether anything changes it (records, casts, transforms).
-    Where not, the functions give False, None or 0, the variables are False or negative."""
+    """What the binding asks torch before a call; once, when fastrnn's torch side is imported.
 
-def nothing_listens(tensors: tuple[Any, ...]) -> bool:
-    """Whether calling a kernel itself cannot be told from going through torch's dispatcher.
-
-    So it is where the tensors are plain ones in this machine's memory or a GPU's, and nothing
-    traces, fakes or profiles. The short way costs an LSTM of one step and 16 units less than half
-    of the long one.
+    ``dtypes``: torch's float32, float64, bfloat16, float16. Observers would notice that a call
+    bypasses torch's dispatcher; transforms change what a call means. Both are functions that return
+    False, None, 0 or (), and variables (a module's dictionary and a name) that are False or
+    negative, while there are none.
     """
 
-def infer(
-    options: Options,
-    frozen: Frozen | None,
-    parameters: dict[str, Any],
-    names: tuple[str, ...],
-    input: Any,
-    hx: tuple[Any, ...] | None,
-    batch_first: bool,
-    cell: bool,
-) -> Any:
-    """Runs a layer, or a cell, on torch tensors without a gradient.
+def set_apply(apply: Callable[..., Any]) -> None:
+    """The apply of the autograd Function (_autograd.py) that `layer` calls."""
 
-    Gives (output, h_n) or (output, h_n, c_n), of a cell without the output; None for what does not
-    fit or is unusual, which the long way then takes or refuses.
+def bypass_is_unobservable(tensors: tuple[Any, ...]) -> bool:
+    """Whether a call that bypasses torch's dispatcher gives what one through it does.
+
+    No observer, and each of the tensors (or None) is a plain torch.Tensor or Parameter on a CPU or
+    a CUDA device whose sign is settled.
     """
 
-# reset_h, reset_c, dropout_mask, zoneout_h_mask, zoneout_c_mask.
-_Extras = tuple[_Array | None, _Array | None, _Array | None, _Array | None, _Array | None]
+_Results = tuple[Any, Any, Any, Any, Any, Any]  # output, h_n, c_n, hidden, cell, saved
 
-# Shapes stand in csrc/problem.h. Arguments by position are passed about 2 µs faster than by name.
-def forward(
-    options: Options,
-    input: _Array,
-    h0: _Array | None,
-    c0: _Array | None,
-    weights: Sequence[_Array],
-    batch_sizes: _Array | None,
-    lengths: _Array | None,
-    reset: _Array | None,
-    hidden: _Array,
-    h_n: _Array,
-    c_n: _Array | None,
-    cell: _Array | None,
-    gates: _Array | None,
-    all_layers: bool,
-    threads: int = 0,
-    workspace: _Array | Callable[[int], _Array] | None = None,
-    frozen: Frozen | None = None,
-    extras: _Extras | None = None,
-    stream: int = 0,
-    allow_tf32: bool = False,
-    persistent: bool = False,
-    output: _Array | None = None,
-) -> None:
-    """Runs the stack; writes `hidden`, `h_n` and, where given, `c_n`, `cell`, `gates`.
+class Call:
+    """A checked call of a stack; or, with ``cell``, of one step without the axes of steps and
+    layers.
 
-    All arrays are the host's, or all but `batch_sizes` are on one CUDA device: then `workspace`
-    must be given, an array there or a function that makes one of so many bytes, and the work is
-    done in the order of `stream`, a cudaStream_t as an integer, without waiting for it.
-    With `persistent`, whole sequences run in one launch where there is such a kernel.
+    Arguments:
+        input: (T, B, I); with ``batch_sizes`` (N, I); of a cell (B, I).
+        h0, c0: (L·D, B, ·), of a cell (B, ·); None: zeros.
+        weights: the flat list.
+        batch_sizes, lengths, reset: as in csrc/problem.h.
+        reset_hx: the states after a reset, (h, c), (L·D, ·) each; None: zeros.
+        threads: at most so many; 0: as many as OpenMP gives.
+        frozen: the weights as they were packed, used where they are still the same.
 
-    Raises TypeError or ValueError, naming the argument, for what does not fit.
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
+
+    def __init__(
+        self,
+        options: Options,
+        input: _Array,
+        h0: _Array | None,
+        c0: _Array | None,
+        weights: Sequence[_Array],
+        batch_sizes: _Array | None = None,
+        lengths: _Array | None = None,
+        reset: _Array | None = None,
+        reset_hx: Sequence[_Array | None] | None = None,
+        threads: int = 0,
+        cell: bool = False,
+        frozen: Frozen | None = None,
+    ) -> None: ...
+    def forward(
+        self,
+        states: bool = False,
+        save: bool = False,
+        zeros: bool = False,
+        device: tuple[Any, ...] | None = None,
+    ) -> _Results:
+        """Run it, once. Results are of the kind of the input; None where not asked for.
+
+        Arguments:
+            states: whether h and c of every layer and step are wanted: hidden and cell.
+            save: whether a backward follows: hidden, cell and saved.
+            zeros: whether the parts of saved that the engine never writes are zeroed.
+            device: on a GPU (workspace, stream, allow_tf32, persistent): a function from a number
+                of bytes to an array, a cudaStream_t as an int, and two flags.
+        """
 
 def backward(
     options: Options,
@@ -230,37 +226,25 @@ def backward(
     lengths: _Array | None,
     reset: _Array | None,
     hidden: _Array,
-    cell: _Array | None,
-    gates: _Array | None,
+    cell_state: _Array | None,
+    saved: _Array | None,
     d_output: _Array | None,
     d_hidden: _Array | None,
     d_cell: _Array | None,
     d_h_n: _Array | None,
     d_c_n: _Array | None,
-    d_input: _Array | None,
-    d_h0: _Array | None,
-    d_c0: _Array | None,
-    d_weights: Sequence[_Array | None] | None,
-    consume_gates: bool = False,
+    needs: tuple[bool, ...],
+    consume_saved: bool = False,
     threads: int = 0,
-    workspace: _Array | Callable[[int], _Array] | None = None,
-    extras: _Extras | None = None,
-    d_reset_h: _Array | None = None,
-    d_reset_c: _Array | None = None,
-    stream: int = 0,
-    allow_tf32: bool = False,
-    persistent: bool = False,
-) -> None:
-    """Gradients of what `forward` computed, written where an array is given for them.
+    cell: bool = False,
+    device: tuple[Any, ...] | None = None,
+) -> list[Any]:
+    """The gradients of input, h0, c0 and each weight; None where not needed.
 
-    With `consume_gates` they take the place of `gates`, which is then of no further use. With
-    `Options.recompute` there are no `gates`.
-
-    Raises TypeError or ValueError, naming the argument, for what does not fit.
+    The first arguments are those of `Call`, then its results, then their gradients (None: zeros).
+    With ``consume_saved`` ``saved`` is overwritten.
     """
 
-# Of an ensemble: every array but `batch_sizes` has a leading axis, the members; those that are read
-# may have a stride of 0 there, which shares one array among them all. One run of the engine.
 def forward_members(
     options: Options,
     members: int,
@@ -271,20 +255,13 @@ def forward_members(
     batch_sizes: _Array | None,
     lengths: _Array | None,
     reset: _Array | None,
-    hidden: _Array,
-    h_n: _Array,
-    c_n: _Array | None,
-    cell: _Array | None,
-    gates: _Array | None,
-    all_layers: bool,
+    reset_hx: Sequence[_Array | None] | None,
+    states: bool,
+    save: bool,
     threads: int = 0,
-    extras: _Extras | None = None,
-    output: _Array | None = None,
-) -> None:
-    """`forward` for each of the members, 1 or more, which the threads share out among them.
-
-    Raises TypeError or ValueError, naming the argument, for what does not fit.
-    """
+    zeros: bool = False,
+) -> _Results:
+    """`Call` and its ``forward`` for an ensemble: arrays but batch_sizes have a leading axis."""
 
 def backward_members(
     options: Options,
@@ -297,28 +274,41 @@ def backward_members(
     lengths: _Array | None,
     reset: _Array | None,
     hidden: _Array,
-    cell: _Array | None,
-    gates: _Array | None,
+    cell_state: _Array | None,
+    saved: _Array | None,
     d_output: _Array | None,
     d_hidden: _Array | None,
     d_cell: _Array | None,
     d_h_n: _Array | None,
     d_c_n: _Array | None,
-    d_input: _Array | None,
-    d_h0: _Array | None,
-    d_c0: _Array | None,
-    d_weights: Sequence[_Array | None] | None,
+    needs: tuple[bool, ...],
     threads: int = 0,
-    extras: _Extras | None = None,
-    d_reset_h: _Array | None = None,
-    d_reset_c: _Array | None = None,
-) -> None:
-    """`backward` for each of the members.
+) -> list[Any]:
+    """`backward` for an ensemble."""
 
-    Raises TypeError or ValueError, naming the argument, for what does not fit.
+def layer(
+    own: Any,
+    options: Options,
+    frozen: Frozen | None,
+    parameters: dict[str, Any],
+    names: tuple[str, ...],
+    input: Any,
+    hx: Any,
+    batch_first: bool,
+    cell: bool,
+) -> tuple[Any, ...] | None:
+    """The whole call of a torch layer or cell, recorded by autograd where a gradient is.
+
+    Returns:
+        ``(output, hx_n, None)`` of a layer, ``hx_n`` of a cell; None where anything is unusual, or
+        an argument does not fit: the caller then takes the other way, which says what is wrong.
     """
 
-@final
+def fill_new_arrays(byte: int) -> int:
+    """For tests: what every byte of a new array is, or -1 for whatever is there; returns the
+    value before.
+    """
+
 class Stream:
     """A stack fed one step at a time (csrc/bind/stream.h)."""
 
@@ -331,8 +321,12 @@ class Stream:
         int8: bool,
         threads: Callable[[], int] | None,
         view: Callable[[Tensor, Any], Any],
+        programs: Sequence[tuple[Program, Sequence[_Array]]] | None,
     ) -> None:
         """Packs the weights, whose dtype must be `dtype`; with `int8`, float32.
+
+        `programs` of a layer with options beyond the cells: of each layer its program and its
+        shared arrays, which take the place of the weights.
 
         `threads` gives how many a step may use, None: as many as OpenMP says. `view(output, x)`
         gives what steps return for arrays of the type of x.
@@ -344,7 +338,11 @@ class Stream:
         Raises TypeError or ValueError, naming x, for what does not fit; RuntimeError while another
         thread is in the middle of a step, as all methods here do.
         """
-    def pack(self, weights: Sequence[_Array]) -> None:
+    def pack(
+        self,
+        weights: Sequence[_Array],
+        programs: Sequence[tuple[Program, Sequence[_Array]]] | None,
+    ) -> None:
         """Takes weights of the same shapes and dtype anew."""
     def reset(self, mask: _Array | None) -> None:
         """The rows where the bools (B,) are true, or all, to the initial state."""

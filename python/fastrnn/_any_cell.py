@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleList, RNNBase
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from . import _checks, program
+from . import _checks
 from ._layer import RecurrentLayer
 from ._options import check_bool, check_probability
 from ._scan import (
@@ -27,6 +27,7 @@ from ._scan import (
     walk,
     zero_past,
 )
+from .program import api as program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

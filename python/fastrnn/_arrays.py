@@ -21,9 +21,13 @@ from ._arguments import (
     is_torch,
     weight_names,
 )
-from ._engine import Extras, States, engine_options, saved_size, scalars
+from ._by_program import Call, Cotangents, Given, Gradients, Outputs, takes, takes_backward
+from ._engine import Extras, States, engine_options
+from ._program_numpy import NumPyArrays, writable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ._options import Options
 
 
@@ -40,7 +44,7 @@ class Saved(NamedTuple):
     gates: _C.Tensor | None  # None with `recompute`
 
 
-class Outputs(NamedTuple):
+class Results(NamedTuple):
     output: _C.Tensor
     hx_n: tuple[_C.Tensor, ...]
     states: States | None
@@ -59,7 +63,7 @@ def forward(
     batch_first: bool,
     return_states: bool,
     return_saved: bool,
-) -> Outputs:
+) -> Results:
     given = _taken(options, arguments(options, input, hx, weights, lengths, reset, extras))
     if given.input.device.startswith("cuda"):
         raise ValueError(
@@ -67,46 +71,23 @@ def forward(
         )
     check(options, given, _describe, batch_first=batch_first)
     given = _time_major(given, batch_first)
-    engine = engine_options(*scalars(options))
-    T, B, _ = given.input.shape
-    L, D = options.num_layers, options.directions
-    H = given.weights[0].shape[0] // engine.gates  # of weight_ih_l0
-    out = options.proj_size or H
-    dtype = given.input.dtype
-    compute = "float64" if dtype == "float64" else "float32"
-    every, two = return_states or return_saved, engine.states == 2
-
-    output = _C.empty((T, B, D * out), dtype)
-    hidden = _C.empty((L, T, B, D * out), dtype) if every else None
-    h_n = _C.empty((L * D, B, out), dtype)
-    c_n = _C.empty((L * D, B, H), dtype) if two else None
-    cell = _C.empty((L, T, B, D * H), compute) if two and every else None
-    gates = None
-    if return_saved and not options.recompute:
-        gates = _C.empty((L * D, T * B, saved_size(engine, H)), compute)
-    h0, c0 = _pair(given.hx)
-    _C.forward(
-        engine,
-        given.input,
-        h0,
-        c0,
-        given.weights,
-        None,
-        given.lengths,
-        given.reset,
-        output if hidden is None else hidden,
-        h_n,
-        c_n,
-        cell,
-        gates,
-        all_layers=every,
-        extras=given.extras,
-        output=None if hidden is None else output,
-    )
+    program = _program(options, given, takes)
+    if program is not None:
+        written = _new_outputs(options, given, program, return_states, return_saved)
+        program.forward(Outputs(*map(writable, written)))
+    else:
+        h0, c0 = _pair(given.hx)
+        rows, resets = (None, given.lengths, given.reset), given.extras[:2]
+        call = _C.Call(engine_options(options), given.input, h0, c0, given.weights, *rows, resets)
+        # A backward pass that is one of programs computes again what the cells would save.
+        again = takes_backward(options, given.extras)
+        flags = (return_states or return_saved, False) if again else (return_states, return_saved)
+        written = Outputs(*call.forward(*flags))
+    output, h_n, c_n, hidden, cell, gates = written
     saved = None
     if return_saved and hidden is not None:
         saved = Saved(options, batch_first, given, hidden, h_n, c_n, cell, gates)
-    return Outputs(
+    return Results(
         output.transpose(0, 1) if batch_first else output,
         (h_n,) if c_n is None else (h_n, c_n),
         States(hidden, cell) if return_states else None,
@@ -129,38 +110,92 @@ def backward(
         d_output = d_output.transpose(0, 1)
     d_h_n, d_c_n = _pair(d_hx_n)
     d_h, d_c = d_states
-    dtype = given.input.dtype
-    d_input = _C.empty(given.input.shape, dtype)
-    d_hx = tuple(_C.empty(state.shape, dtype) for state in given.hx or ())
-    d_weights = [_C.empty(weight.shape, dtype) for weight in given.weights]
-    d_reset = tuple(None if x is None else _C.empty(x.shape, dtype) for x in given.extras[:2])
-    _C.backward(
-        engine_options(*scalars(options)),
-        given.input,
-        *_pair(given.hx),
-        given.weights,
-        None,
-        given.lengths,
-        given.reset,
-        hidden,
-        cell,
-        gates,
+    h0, c0 = _pair(given.hx)
+    cotangents = Cotangents(
         d_output,
         _gradient("d_states.h", d_h, hidden),
         _gradient("d_states.c", d_c, cell),
         _gradient("d_h_n", d_h_n, h_n),
         _gradient("d_c_n", d_c_n, c_n),
-        d_input,
-        *_pair(d_hx),
-        d_weights,
-        extras=given.extras,
-        d_reset_h=d_reset[0],
-        d_reset_c=d_reset[1],
     )
+    program = _program(options, given, takes_backward)
+    if program is not None:
+        leaves = (given.input, h0, c0, *given.extras[:2], *given.weights)
+        gradients: list[Any] = [
+            x if x is None else _C.empty(x.shape, given.input.dtype) for x in leaves
+        ]
+        program.backward(
+            Outputs(None, None, hidden=hidden, cell=cell, gates=writable(gates)),
+            cotangents,
+            _writable(gradients),
+        )
+        d_input, d_h0, d_c0, *d_reset = gradients[:5]
+        d_weights = gradients[5:]
+    else:
+        d_reset = [None, None]
+        d_input, d_h0, d_c0, *d_weights = _C.backward(
+            engine_options(options),
+            given.input,
+            h0,
+            c0,
+            given.weights,
+            None,
+            given.lengths,
+            given.reset,
+            hidden,
+            cell,
+            gates,
+            *cotangents,
+            (True, *(x is not None for x in (h0, c0)), *(True,) * len(given.weights)),
+        )
+    d_hx = tuple(d for d in (d_h0, d_c0) if d is not None)
     if batch_first:
         d_input = d_input.transpose(0, 1)
     has_reset = any(d is not None for d in d_reset)
-    return d_input, d_hx or None, d_weights, d_reset if has_reset else None
+    return d_input, d_hx or None, d_weights, tuple(d_reset) if has_reset else None
+
+
+def _program(
+    options: Options, given: Arguments, takes: Callable[[Options, Extras], bool]
+) -> Call | None:
+    """The call as one of programs; None: the engine's cells compute the pass."""
+    if not takes(options, given.extras):
+        return None
+    dtype = str(given.input.dtype)
+    arguments = Given(
+        given.input,
+        *_pair(given.hx),
+        given.weights,
+        lengths=given.lengths,
+        reset=given.reset,
+        extras=given.extras,
+    )
+    return Call(NumPyArrays(dtype), options, dtype, arguments)
+
+
+def _writable(gradients: list[Any]) -> Gradients:
+    d_input, d_h0, d_c0, d_reset_h, d_reset_c, *d_weights = map(writable, gradients)
+    return Gradients(d_input, d_h0, d_c0, d_reset_h, d_reset_c, d_weights)
+
+
+def _new_outputs(
+    options: Options, given: Arguments, program: Call, return_states: bool, return_saved: bool
+) -> Outputs:
+    """Arrays for what a program writes."""
+    T, B, _ = given.input.shape
+    L, D, two = options.num_layers, options.directions, options.cell == "LSTM"
+    H = given.weights[0].shape[0] // options.gates  # of weight_ih_l0
+    out, dtype = options.proj_size or H, given.input.dtype
+    compute = "float64" if dtype == "float64" else "float32"
+    every, keeps = return_states or return_saved, return_saved and not options.recompute
+    return Outputs(
+        _C.empty((T, B, D * out), dtype),
+        _C.empty((L * D, B, out), dtype),
+        _C.empty((L * D, B, H), dtype) if two else None,
+        _C.empty((L, T, B, D * out), dtype) if every else None,
+        _C.empty((L, T, B, D * H), compute) if two and every else None,
+        _C.empty((L * D, T * B, program.kept_width), compute) if keeps else None,
+    )
 
 
 def _taken(options: Options, given: Arguments) -> Arguments:

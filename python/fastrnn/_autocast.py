@@ -68,5 +68,5 @@ def _onednn_computes(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-# A constant of the graph, as torch.compile cannot trace the questions; see _recurrent.py.
+# A constant of the graph, as torch.compile cannot trace the questions; see _call.py.
 _onednn_computes._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,23 +1,23 @@
-"""torch's own call of a recurrent layer, for tensors on a GPU and every other device but the CPU.
+"""torch's own operators of recurrent layers, for tensors on a GPU or any device other than the CPU.
 
-Whatever torch.nn can compute goes through the function that torch.nn itself calls
-(``torch._VF.lstm`` and its like): cuDNN on an NVIDIA GPU, MIOpen on an AMD one, or what torch has
-where these do not serve, so that changing over from torch.nn never costs speed. Not by cuDNN's
-operator (``aten::_cudnn_rnn``): which library computes, autocast, dropout's state and the layout of
-weights stay torch's affair, as in torch.nn, and the same code runs on a CPU, where it is tested.
+Everything that torch.nn can compute goes through the function that torch.nn itself calls
+(``torch._VF.lstm`` etc.): cuDNN on an NVIDIA GPU, MIOpen on an AMD GPU, or torch's own kernels if
+neither applies. So switching from torch.nn never costs speed. This module does not call cuDNN's
+operator (``aten::_cudnn_rnn``): as in torch.nn, torch chooses the library and handles autocast,
+dropout's state and the layout of the weights, and the same code runs on a CPU, where it is tested.
 
-What torch.nn does not do, around that call:
+It adds what torch.nn does not support:
 
 - lengths and resets: as episodes of a packed batch (_episodes.py);
 - h of every layer: layer by layer;
-- a gradient in ``eval()``: cuDNN is asked for training mode wherever a gradient is recorded;
-- a gradient of the gradient, which cuDNN does not have: composed operations, from inside backward;
-- weights that do not lie as cuDNN wants them are copied without a warning;
-- T ≥ 65,536, where cuDNN gives up: torch's own kernels.
+- a gradient in ``eval()``: cuDNN runs in training mode whenever a gradient is recorded;
+- a gradient of the gradient, which cuDNN does not have: composed operations, inside backward;
+- weights that are not in cuDNN's layout: copied, without a warning;
+- T ≥ 65,536, which cuDNN does not support: torch's own kernels.
 
-Calls come by two ways. By itself a call records torch's graph, as torch.nn's does (`run`). In a
-graph of torch.compile or torch.export, or where a mode listens, it is one node, our operator, whose
-kernels are then those of _by_torch_operators.py.
+There are two ways to call it. An eager call records torch's graph, as torch.nn's does (`run`). In a
+graph of torch.compile or torch.export, or under a dispatch mode, the call is one node, fastrnn's
+operator, with the kernels of _torch_kernels.py.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ from ._engine import (
     each_layer,
     graphs_take_kernels,
     no_kernels,
-    scalars,
 )
 
 if TYPE_CHECKING:
@@ -52,12 +51,12 @@ if TYPE_CHECKING:
 
 States = tuple[Tensor, ...]  # (h,), or (h, c) of an LSTM
 Rows = tuple[Tensor | None, Tensor | None, Tensor | None]  # batch_sizes, lengths, reset
-Steps = tuple[Tensor | None, Tensor | None, Tensor | None, Extras]  # and what options ask for
+Steps = tuple[Tensor | None, Tensor | None, Tensor | None, Extras]  # Rows, and arrays of options
 Found = tuple[Tensor, States, Tensor | None]  # output, final states, h of every layer
 
 
 def has(options: Options, extras: Extras, return_states: bool) -> bool:
-    """Whether torch.nn has what the options of a call ask for: c of every step it has not."""
+    """Whether torch.nn supports the options of a call; it does not return c of every step."""
     masks = extras[2:]
     return (
         options.in_torch_nn
@@ -75,18 +74,19 @@ def kernels(
     training: bool,
     states: bool = False,
 ) -> CudaRoute:
-    """Whether the engine's own CUDA kernels compute a call, which they can and `cuda_route` lets
-    them, and by which of them.
+    """Whether the engine's own CUDA kernels compute a call, and which kind: they must support it,
+    and `cuda_route` must allow it.
     """
-    if options.beyond_the_cell or options.recompute or any(x is not None for x in extras):
-        return CudaRoute(False, "no CUDA kernel has what the options ask for")
+    more = options.beyond_heads or options.grad_clip > 0 or options.recompute
+    if more or any(x is not None for x in extras):
+        return CudaRoute(False, "no CUDA kernel supports the options")
     if torch.compiler.is_compiling():
         return CudaRoute(_kernels_of_graphs(), "a graph's sizes are not known")
     device = input.get_device()
     if no_kernels(device):
-        return CudaRoute(False, "none is trusted on this device")
+        return CudaRoute(False, "no kernel is trusted on this device")
     if (batch_sizes is not None or states) and cuda_switch() is None:
-        return CudaRoute(False, "no certificate is of packed sequences, or of all states")
+        return CudaRoute(False, "certificates do not cover packed sequences or all states")
     steps, rows = input.shape[0], input.shape[1]
     if batch_sizes is not None:
         steps, rows = len(batch_sizes), int(batch_sizes[0])
@@ -98,10 +98,10 @@ def kernels(
 
 
 def allows_tf32() -> bool:
-    """Whether torch lets cuDNN's recurrent layers round float32 factors to TF32."""
+    """Whether torch allows cuDNN's recurrent layers to round float32 factors to TF32."""
     try:
         return bool(torch.backends.cudnn.allow_tf32)
-    except RuntimeError:  # set by operator, which this setting does not know
+    except RuntimeError:  # the precision was set per operator, which allow_tf32 does not support
         return bool(torch._C._get_fp32_precision_getter("cuda", "rnn") == "tf32")
 
 
@@ -109,13 +109,14 @@ def _kernels_of_graphs() -> bool:
     return graphs_take_kernels()
 
 
-# torch.compile asks when it traces: what the environment says then is a constant of the graph. The
-# mark is that of `torch.compiler.assume_constant_result`, which would import the compiler here.
+# torch.compile evaluates this while it traces, so the environment variable's value is a constant of
+# the graph. The attribute is that of `torch.compiler.assume_constant_result`, which would import
+# the compiler.
 _kernels_of_graphs._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_one_node() -> bool:
-    """Whether a graph or a mode is to see the call as one operator."""
+    """Whether the call must be one operator, for a graph or a dispatch mode."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -140,12 +141,12 @@ def call(
     dropout: float,
     train: bool,
 ) -> tuple[Tensor, States]:
-    """The output and the final states, by torch's function.
+    """The output and the final states, computed by torch's function.
 
     Arguments:
         input: (T, B, I), or with ``batch_sizes`` packed, (N, I).
         hx: (L·D, B, units) each, or None for zeros.
-        train: whether a gradient may be asked for, or values are dropped.
+        train: whether a gradient may be needed or dropout is applied.
     """
     rows = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
     hx = zeros(options, input, rows, weights) if hx is None else hx
@@ -165,7 +166,7 @@ def call(
 
 @contextmanager
 def _without_cudnn() -> Iterator[None]:
-    """The switch is the process's: by one thread at a time, so that each puts back what was."""
+    """Disable cuDNN. The setting is global, so a lock lets each thread restore the old value."""
     with _switching:
         enabled = torch._C._get_cudnn_enabled()
         torch._C._set_cudnn_enabled(False)
@@ -179,7 +180,7 @@ _switching = threading.Lock()
 
 
 def name_of(options: Options) -> str:
-    """What torch calls the layer's function."""
+    """torch's name of the layer's function."""
     return f"rnn_{options.activation}" if options.cell == "RNN" else options.cell.lower()
 
 
@@ -192,7 +193,7 @@ def zeros(options: Options, input: Tensor, rows: Any, weights: Sequence[Tensor])
 
 
 def cell(options: Options, input: Tensor, hx: States | None, weights: Sequence[Tensor]) -> States:
-    """One step by torch's function: the new states (B, H), of input (B, I) and hx (B, H) each."""
+    """One step with torch's function: new states (B, H) from input (B, I) and hx, (B, H) each."""
     if hx is None:
         h = input.new_zeros(input.shape[0], weights[1].shape[1])
         hx = (h, h) if options.cell == "LSTM" else (h,)
@@ -207,20 +208,18 @@ _flatten = torch.nn.RNNBase.flatten_parameters
 
 
 def flatten(layer: Any) -> None:
-    """Lay a layer's weights in one piece of memory, where cuDNN computes; by torch.nn's own way.
+    """Flatten a layer's weights into contiguous memory for cuDNN, with torch.nn's own method.
 
-    Where weights are computed at every call, from parameters of another name, there is nothing to
-    lay down.
+    It does nothing if the weights are computed at every call, from parameters with other names.
     """
     if all(name in layer._parameters for name in layer._flat_weights_names):
         _flatten(layer)
 
 
 def _laid_flat(options: Options, weights: Sequence[Tensor], input: Tensor) -> list[Tensor]:
-    """The weights in one piece of memory, in cuDNN's order: where they are not, copies.
+    """The weights in contiguous memory, in cuDNN's order; copies if they are not so already.
 
-    Of what autocast casts, torch makes such copies by itself; what torch.jit traces is to hold the
-    weights.
+    Under autocast torch makes these copies itself. A trace of torch.jit must refer to the weights.
     """
     flat, first = list(weights), weights[0]
     traced = torch._C._get_tracing_state() is not None
@@ -237,7 +236,7 @@ def _laid_flat(options: Options, weights: Sequence[Tensor], input: Tensor) -> li
     return copies
 
 
-# Where cuDNN has each weight of a kind of stack, in bytes; learnt from the copies it makes.
+# cuDNN's offset in bytes of each weight, for a kind of stack; read from the copies that it makes.
 _places: dict[tuple[Any, ...], list[int]] = {}
 
 
@@ -253,7 +252,7 @@ def _autocast_copies(weight: Tensor) -> bool:
 
 
 class _Flat(torch.autograd.Function):
-    """Copies of the weights, laid in one piece."""
+    """Copies of the weights in contiguous memory, differentiable."""
 
     @staticmethod
     def forward(
@@ -272,7 +271,7 @@ def flat_copies(
     """Copies of the weights in one buffer, and the buffer."""
     from torch.backends.cudnn.rnn import get_cudnn_mode
 
-    # Of the same memory, but not the same tensors: torch gives them other memory.
+    # New tensors on the same memory, because torch replaces the memory of the tensors that it gets.
     copies: list[Any] = [w.detach().resolve_neg() for w in weights]
     copies = [w.new_empty(0).set_(w) for w in copies]
     kind = name_of(options).upper()
@@ -304,10 +303,10 @@ def compute(
     dropout: float,
     train: bool,
 ) -> Found | None:
-    """Output, final states and, with ``states``, h of every layer, (L, …) as the output.
+    """Output, final states and, with ``states``, h of every layer: the output's shape after (L, …).
 
-    None where composed operations must serve: no row has a step, or lengths and resets stand in a
-    CUDA graph that is being captured, whose values cannot be waited for.
+    None if composed operations must compute the call: no row has a step, or a CUDA graph is being
+    captured, during which the values of lengths and resets cannot be read.
     """
     batch_sizes, lengths, reset, extras = steps
     if lengths is not None or reset is not None:
@@ -341,7 +340,7 @@ def _is_capturing(input: Tensor) -> bool:
     return input.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-# ---- by itself -----------------------------------------------------------------------------------
+# ---- an eager call -------------------------------------------------------------------------------
 
 
 def run(
@@ -353,10 +352,11 @@ def run(
     states: bool,
     dropout: float,
 ) -> Found | None:
-    """As `compute`, in torch's graph; a gradient of the gradient comes from composed operations.
+    """As `compute`, in torch's graph; composed operations compute a gradient of the gradient.
 
-    But with dropout between layers, whose mask cuDNN keeps to itself: there torch says how to do
-    without cuDNN. The output is a tensor of its own, which may be written to before backward.
+    Exception: with dropout between layers cuDNN does not expose the mask, so for a gradient of the
+    gradient torch raises its error, which says how to do without cuDNN. The output owns its memory
+    and may be written in place before backward.
     """
     h0, c0 = (*(hx or ()), None, None)[:2]
     leaves = (input, h0, c0, *steps[3][:2], *weights)
@@ -375,10 +375,10 @@ def run(
 
 
 class _Twice(torch.autograd.Function):
-    """Hands on what torch computed, and its gradients.
+    """Passes through torch's results, and their gradients to torch's graph.
 
-    Where these are to be differentiated in turn, or carry tangents, torch's graph gets none, and
-    the leaves get theirs from composed operations.
+    If these gradients are differentiated again, or carry tangents, torch's graph gets no gradients,
+    and composed operations compute the gradients of the leaves.
     """
 
     @staticmethod
@@ -388,7 +388,7 @@ class _Twice(torch.autograd.Function):
         ctx.options, ctx.count = options, count
         ctx.save_for_backward(*rows, *tensors[count:])
         ctx.set_materialize_grads(False)
-        # Not views, which could not be detached in place.
+        # Clones, because views cannot be detached in place.
         return tuple(y.clone() for y in tensors[:count] if y is not None)
 
     @staticmethod
@@ -408,7 +408,7 @@ class _Twice(torch.autograd.Function):
         if tangents:
             from ._transforms import ONE, gradients_of
 
-            found = gradients_of(ONE, scalars(ctx.options), arguments, needs, cotangents)
+            found = gradients_of(ONE, ctx.options, arguments, needs, cotangents)
         else:
             found = _composed.gradients(ctx.options, arguments, cotangents, needs)
         return *(None,) * (3 + ctx.count), *found

@@ -15,17 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import (
-    _autocast,
-    _by_torch,
-    _checks,
-    _inference,
-    _masks,
-    _onnx_export,
-    _recurrent,
-    _tools,
-)
-from ._engine import NO_EXTRAS
+from . import _C, _autocast, _by_torch, _checks, _masks, _onnx_export, _tools
+from ._call import cell_by_torch, recurrent
+from ._engine import NO_EXTRAS, Prepared
 from ._layer import (
     COMMON_OPTIONS,
     OUTSIDE_THE_STEP,
@@ -45,7 +37,6 @@ from ._options import (
     make_options,
 )
 from ._surface import DERIVED, Recognising, state_of
-from .functional import recurrent
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -119,14 +110,21 @@ class RecurrentCell(_tools.SeenByTools, metaclass=Recognising):
     def _describe(self) -> None:
         """Derive the options and the shapes of all weights, biases too, from the attributes."""
         self._options: Options | None = None
+        self._prepared: Prepared | None = None
         self._weight_shapes = {}
         if not hasattr(type(self), "_cell"):  # a class of the user's right over this one
             return
         self._options = self._make_options()
         own = {name: self._own[name] for name in ("layer_norm", "heads")}
         whole = make_options(self._cell, peephole=self._own.get("peephole", False), **own)
-        shapes = whole.weight_shapes(self.input_size, self.hidden_size)
-        self._weight_shapes = shapes
+        self._weight_shapes = whole.weight_shapes(self.input_size, self.hidden_size)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Bring the options into the engine's form; None where torch.nn refuses to run them."""
+        self._prepared = None
+        if self._options is not None:
+            self._prepared = Prepared(self._options, self._flat_weights_names, cell=True)
 
     def _make_options(self) -> Options | None:
         return make_options(self._cell, bias=bool(self.bias), **self._maths())
@@ -172,14 +170,18 @@ class RecurrentCell(_tools.SeenByTools, metaclass=Recognising):
         """The names of the weights, in order."""
         return tuple(n for n in self._weight_shapes if bias or not n.startswith("bias"))
 
+    def _thaw(self) -> None:
+        if self._prepared is not None:
+            self._prepared.frozen = None
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        _inference.forget(self)
+        self._thaw()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def train(self, mode: bool = True) -> Self:
         """As torch.nn's; training thaws a frozen cell."""
         if mode:
-            _inference.forget(self)
+            self._thaw()
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -196,21 +198,33 @@ class RecurrentCell(_tools.SeenByTools, metaclass=Recognising):
         """Whether the cell is in training mode; it may have lost the attribute, as torch.nn's."""
         return getattr(self, "training", False)
 
-    def _draws(self) -> bool:
-        """Whether the call draws anything at random."""
-        own = self._options
-        return self._trains() and own is not None and (own.zoneout_h > 0 or own.zoneout_c > 0)
-
-    def _run(self, input: Tensor, hx: tuple[Tensor, ...] | None) -> tuple[Any, ...]:
+    def _run(self, input: Tensor, given: Any) -> tuple[Any, ...]:
         """One step: the new states, each (B, H) or, for an unbatched input, (H,).
 
-        Of a call that torch.fx traces, its proxy and, for an LSTM, None.
+        Of a call that torch.fx traces, its proxy and, for an LSTM, None. ``given``: hx as the
+        caller gave it.
         """
-        learned = hx is None and self._own["learn_initial_state"]
-        if self._options is not None and not learned and not self._draws() and self.hidden_size:
-            found = _inference.run(self, input, hx, False, True)
-            if found is not None:
-                return found
+        learned = given is None and self._own["learn_initial_state"]
+        own = self._prepared
+        if own is not None and not learned and not torch.compiler.is_dynamo_compiling():
+            by_cells = own.by_cells and (own.gradient_by_cells or not torch.is_grad_enabled())
+            if by_cells and self.hidden_size:
+                found: tuple[Any, ...] | None = _C.layer(
+                    own,
+                    own.engine,
+                    own.frozen,
+                    self._parameters,
+                    own.names,
+                    input,
+                    given,
+                    False,
+                    True,
+                )
+                if found is not None:
+                    return found
+        x: Any = input
+        batch = isinstance(x, Tensor) and x.dim() == 2
+        hx = _tools.states_of(self._cell, given, "lstm_cell", *((2, 3) if batch else ()))
         if _tools.is_traced(input, hx):
             traced = _tools.call_whole(self, input, hx)
             return (traced, None) if self._cell == "LSTM" else (traced,)
@@ -241,7 +255,7 @@ class RecurrentCell(_tools.SeenByTools, metaclass=Recognising):
     ) -> tuple[Tensor, ...]:
         """Call the engine, under autocast in the dtype that autocast asks for."""
         weights, options = self._weights(options)
-        if self.hidden_size and _recurrent.cell_by_torch(options, input, hx, weights):
+        if self.hidden_size and cell_by_torch(options, input, hx, weights):
             if _autocast.requested(input) is None:
                 _checks.check_cell_companions(input, hx or (), weights, self._names(options.bias))
             return _by_torch.cell(options, input, hx, weights)
@@ -258,7 +272,7 @@ class RecurrentCell(_tools.SeenByTools, metaclass=Recognising):
             return hx_n if wide is None else tuple(state.to(wide) for state in hx_n)
         if hx is not None:
             hx = tuple(state.unsqueeze(0) for state in hx)
-        frozen = None if half is not None else _inference.frozen(self)
+        frozen = None if half is not None or self._prepared is None else self._prepared.frozen
         input, extras = input.unsqueeze(0), NO_EXTRAS
         if self._trains():
             extras = _masks.draw(options, input, input.shape[1], self.hidden_size, dropout=0.0)
@@ -404,7 +418,8 @@ class RNNCell(RecurrentCell):
         """
         if self._options is None or self._options.activation != self.nonlinearity:
             self._options = self._make_options()
-        h: Tensor = self._run(input, None if hx is None else (hx,))[0]
+            self._prepare()
+        h: Tensor = self._run(input, hx)[0]
         return h
 
 
@@ -525,10 +540,7 @@ class LSTMCell(RecurrentCell):
             RuntimeError: sizes, dtypes or devices do not fit, or hx does not hold two tensors.
             TypeError: hx is one tensor beside a batch.
         """
-        both: Any = isinstance(hx, Tensor) and isinstance(input, Tensor)
-        if both and input.dim() == 2 and hx.dim() in (2, 3):  # type: ignore[union-attr]
-            raise TypeError("hx must be a tuple or list of two tensors (h_0, c_0), got one Tensor")
-        h, c = self._run(input, _tools.two_states(hx, "lstm_cell"))
+        h, c = self._run(input, hx)
         return h if c is None else (h, c)  # None: torch.fx traces the call
 
 
@@ -639,5 +651,5 @@ class GRUCell(RecurrentCell):
             ValueError: input or hx is neither 1-D nor 2-D.
             RuntimeError: sizes, dtypes or devices do not fit.
         """
-        h: Tensor = self._run(input, None if hx is None else (hx,))[0]
+        h: Tensor = self._run(input, hx)[0]
         return h

@@ -1,7 +1,7 @@
-"""The certificate of a device: what `fastrnn certify` found there, and what may be trusted of it.
+"""The certificate of a device: the results of `fastrnn certify`, and the kernels they allow.
 
-One JSON file for each kind of device, in the user's cache folder or in the one that
-FASTRNN_CERTIFICATES names. It is the report of `fastrnn certify` whole::
+There is one JSON file for each kind of device, in the user's cache folder or in the folder that
+FASTRNN_CERTIFICATES names. It is the complete report of `fastrnn certify`::
 
     {"format": 1,
      "key": {"device", "capability", "driver", "cuda", "torch", "fastrnn", "kernels"},
@@ -10,8 +10,8 @@ FASTRNN_CERTIFICATES names. It is the report of `fastrnn certify` whole::
                   "trusted", "steps", "ratio", "why"}, ...],
      ...}
 
-Whatever the key names must be what is here, to the hash of the compiled kernels: a file of another
-device, driver, torch or fastrnn says nothing about this one, and is ignored with a warning.
+Every field of the key must equal that of this machine, including the hash of the compiled kernels.
+A file for another device, driver, torch or fastrnn is ignored with a warning.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 
 class Key(NamedTuple):
-    """What a certificate holds for, and for nothing else. None: not known."""
+    """The configuration for which a certificate is valid. None: unknown."""
 
     device: str  # its name
     capability: str  # "9.0"
@@ -52,21 +52,21 @@ class Key(NamedTuple):
 
 
 class Trusted(NamedTuple):
-    """Sizes for which a kind of kernels was right and faster, bounds included."""
+    """Sizes, bounds included, for which a kind of kernels was correct and faster."""
 
     hidden: tuple[int, int]
     rows: tuple[int, int]
-    steps: int  # from this T on
-    ratio: float  # time of torch's / time of ours, in the worst case
+    steps: int  # the smallest T
+    ratio: float  # torch's time / fastrnn's time, in the worst case
     persistent: bool
 
 
 class Certificate(NamedTuple):
-    """What is known of one device: the classes that are trusted there, and the state in words."""
+    """The trusted classes of one device, and the state of its certificate as text."""
 
     state: str
     classes: dict[tuple[str, str, bool, bool], list[Trusted]] = {}  # noqa: RUF012 - never written
-    ignored: bool = False  # there is a file, of no use
+    ignored: bool = False  # there is a file, but it is not valid here
 
     def find(
         self,
@@ -77,7 +77,7 @@ class Certificate(NamedTuple):
         training: bool,
         steps: int | None,
     ) -> Trusted | None:
-        """The class that a call belongs to, of several the fastest; None: it is not trusted."""
+        """The fastest trusted class that covers a call; None if there is none."""
         if not _is_certified(options):
             return None
         name = (options.cell, dtype, options.bidirectional, training)
@@ -90,7 +90,7 @@ class Certificate(NamedTuple):
 
 
 def _is_certified(options: Options) -> bool:
-    """Whether `fastrnn certify` runs such stacks; the docstring of fastrnn.certify says why."""
+    """Whether `fastrnn certify` tests stacks with these options (see fastrnn.certify)."""
     return (
         options.in_torch_nn
         and options.bias
@@ -102,7 +102,7 @@ def _is_certified(options: Options) -> bool:
 
 @lru_cache(maxsize=64)
 def of_device(device: int) -> Certificate:
-    """The certificate of a CUDA device, read once in a process; warns of a file of no use."""
+    """The certificate of a CUDA device, read once per process; warns if the file is not valid."""
     found = read(device)
     if found.ignored:
         warnings.warn(found.state, stacklevel=4)
@@ -110,8 +110,8 @@ def of_device(device: int) -> Certificate:
 
 
 def read(device: int) -> Certificate:
-    """The certificate of a CUDA device, as its file is now."""
-    if not any(folder().glob("*.json")):  # before anything is asked of CUDA
+    """Read the certificate of a CUDA device from its file."""
+    if not any(folder().glob("*.json")):  # return before the first CUDA call
         return Certificate(NONE)
     key = key_of(device)
     path = path_of(key)
@@ -124,10 +124,10 @@ def read(device: int) -> Certificate:
     try:
         written, classes = _parse(text)
     except (KeyError, TypeError, ValueError, AttributeError):
-        return _ignored(path, "it is damaged or of another format")
+        return _ignored(path, "it is damaged or has another format")
     for name, here, there in zip(Key._fields, key, written, strict=True):
         if here != there:
-            return _ignored(path, f"it was made for {name} {there}, and here is {here}")
+            return _ignored(path, f"it was made for {name} {there}, but this machine has {here}")
     count = sum(map(len, classes.values()))
     return Certificate(f"{path}: {count} class{'es' * (count != 1)} trusted", classes)
 
@@ -142,7 +142,7 @@ def _ignored(path: Path, what: str) -> Certificate:
 def _parse(
     text: str,
 ) -> tuple[Key, dict[tuple[str, str, bool, bool], list[Trusted]]]:
-    """The key and the trusted classes of a certificate, the fastest first."""
+    """The key and the trusted classes of a certificate, fastest first."""
     document = json.loads(text)
     if document["format"] != FORMAT:
         raise ValueError(document["format"])
@@ -179,7 +179,7 @@ def _integer(value: Any) -> int:
 
 
 def write(document: dict[str, Any]) -> Path:
-    """Puts a report of `fastrnn certify` where the route looks for it, whole or not at all.
+    """Write a report of `fastrnn certify` to the path where the route reads it, atomically.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -197,7 +197,7 @@ def write(document: dict[str, Any]) -> Path:
 
 
 def folder() -> Path:
-    """Where certificates are: what FASTRNN_CERTIFICATES names, else the user's cache folder."""
+    """The folder of certificates: that in FASTRNN_CERTIFICATES, else the user's cache folder."""
     if chosen := os.environ.get(FOLDER_VARIABLE):
         return Path(chosen)
     import platformdirs
@@ -206,20 +206,21 @@ def folder() -> Path:
 
 
 def path_of(key: Key) -> Path:
-    """The file of a device, by its name and capability."""
+    """The path of a device's certificate, from the device's name and capability."""
     words = re.sub(r"[^a-z0-9]+", "-", f"{key.device} sm {key.capability}".lower()).strip("-")
     return folder() / f"{words}.json"
 
 
 def key_of(device: int) -> Key:
-    """The key of a CUDA device here.
+    """The key of a CUDA device of this machine.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: there is no device with this index.
     """
     info = _C.cuda_info()
     if info is None or device >= len(info["devices"]):
-        raise ValueError(f"cuda:{device}: there is no such device")
+        count = len(info["devices"]) if info else 0
+        raise ValueError(f"cuda:{device}: there is no such device; CUDA finds {count}")
     known = info["devices"][device]
     torch: Any = None
     if importlib.util.find_spec("torch") is not None:
@@ -236,7 +237,7 @@ def key_of(device: int) -> Key:
 
 
 def _driver() -> str | None:
-    """The driver's own version, which CUDA does not tell: of Linux's kernel module."""
+    """The version of Linux's kernel module, which CUDA does not report."""
     try:
         found = re.search(r"\b\d+\.\d+(\.\d+)?\b", DRIVER.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The recurrent stack in plain torch operations: the readable specification.
+"""The recurrent stack in plain torch operations, over the steps of _step.py.
 
 It runs on any device and any floating or complex dtype, differentiates to any order, and works
 under the transforms of ``torch.func``. The engine computes the same numbers faster; this route
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import _checks
 from ._engine import NO_EXTRAS, Extras
+from ._step import Masks, Parameters, State, project, step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,24 +28,8 @@ if TYPE_CHECKING:
     from ._options import Options
 
 
-def _hardsigmoid(a: Tensor) -> Tensor:
-    """clip(a/6 + 1/2, 0, 1). F.hardsigmoid's gradient holds 1/6 in float32, whatever the dtype."""
-    return torch.where(a.abs() >= 3, (a > 0).to(a.dtype), a / 6 + 0.5)
-
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
-    "relu": torch.relu,
-    "sigmoid": torch.sigmoid,
-    "identity": lambda a: a,
-    "hardsigmoid": _hardsigmoid,
-}
-
-
-State = tuple[Tensor, ...]  # (h,), or (h, c) of an LSTM, each (B, units)
-
 # Who is shown each new state: the step, the state, whether it is that of the reverse direction.
-# While there is anybody, layers that record a gradient take this route (`_recurrent.py`).
+# While there is anybody, layers that record a gradient take this route (`_call.py`).
 watchers: ContextVar[tuple[Callable[[int, State, bool], None], ...]] = ContextVar(
     "watchers", default=()
 )
@@ -187,26 +172,11 @@ def pulled(
     return [next(found) if need else None for need in needs]
 
 
-class _Parameters(NamedTuple):
-    weight_ih: Tensor  # (G·H, I of the layer)
-    weight_hh: Tensor  # (G·H, O), of several heads (heads, G·H/heads, O/heads)
-    bias_ih: Tensor | None = None  # (G·H,)
-    bias_hh: Tensor | None = None  # (G·H,)
-    weight_hr: Tensor | None = None  # (P, H)
-    weight_ci: Tensor | None = None  # (H,)
-    weight_cf: Tensor | None = None  # (H,)
-    weight_co: Tensor | None = None  # (H,)
-    norm_ih: Tensor | None = None  # (G·H,)
-    norm_hh: Tensor | None = None  # (G·H,)
-    norm_c: Tensor | None = None  # (H,)
-    norm_c_bias: Tensor | None = None  # (H,)
-
-
-def _parameters(options: Options, weights: Sequence[Tensor]) -> list[_Parameters]:
+def _parameters(options: Options, weights: Sequence[Tensor]) -> list[Parameters]:
     """One entry per layer and direction, in the dtype of the computation."""
     kinds = options.weight_kinds
     return [
-        _Parameters(**dict(zip(kinds, map(_compute, weights[k : k + len(kinds)]), strict=True)))
+        Parameters(**dict(zip(kinds, map(_compute, weights[k : k + len(kinds)]), strict=True)))
         for k in range(0, len(weights), len(kinds))
     ]
 
@@ -228,21 +198,13 @@ class _Extras(NamedTuple):
         )
 
 
-class _Masks(NamedTuple):
-    """Of one step."""
-
-    dropout: Tensor | None  # (B, O), compute dtype
-    keep_h: Tensor | None  # (B, O)
-    keep_c: Tensor | None  # (B, H)
-
-
 def _compute(x: Tensor) -> Tensor:
     """``x`` in the dtype of the computation: float32 for half types, its own otherwise."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _initial(
-    options: Options, rows: int, x: Tensor, p: _Parameters, hx: State | None, group: int
+    options: Options, rows: int, x: Tensor, p: Parameters, hx: State | None, group: int
 ) -> State:
     """h, in the storage dtype, and c, in the compute dtype, before the first step."""
     if hx is None:
@@ -283,17 +245,16 @@ def _recurrence(
     options: Options,
     x: Tensor,
     state: State,
-    p: _Parameters,
+    p: Parameters,
     steps: _Steps,
     extras: _Extras,
     reverse: bool,
 ) -> tuple[list[Tensor], State]:
     """One direction of one layer: its states at every step, shaped as ``x``, and the last one."""
-    gates = options.gates
-    # The projection of all steps at once.
-    a = _side(_compute(x), p.weight_ih, p.bias_ih, p.norm_ih, gates)
+    ops = _TorchOperations(x.dtype)
+    a = project(ops, options, _compute(x), p)  # of all steps at once
     if steps.batch_sizes is not None:
-        return _packed_recurrence(options, a, state, p, steps.batch_sizes, extras, reverse)
+        return _packed_recurrence(ops, options, a, state, p, steps.batch_sizes, extras, reverse)
     dropout = None if extras.dropout is None else _compute(extras.dropout)
     anew = extras.after_reset(state)
     T = x.shape[0]
@@ -308,7 +269,7 @@ def _recurrence(
                 torch.where(here, start, s) for start, s in zip(anew, state, strict=True)
             )
         keep = (None if k is None else k[t] for k in (extras.keep_h, extras.keep_c))
-        new = _cell(options, a[t], entering, p, _Masks(dropout, *keep))
+        new = step(ops, options, a[t], entering, p, Masks(dropout, *keep))
         _show(t, new, reverse)
         if steps.active is None:
             state = states[t] = new
@@ -320,10 +281,11 @@ def _recurrence(
 
 
 def _packed_recurrence(
+    ops: _TorchOperations,
     options: Options,
     a: Tensor,
     initial: State,
-    p: _Parameters,
+    p: Parameters,
     batch_sizes: list[int],
     extras: _Extras,
     reverse: bool,
@@ -346,133 +308,74 @@ def _packed_recurrence(
         elif size < running:  # rows that ended one step before
             finished.append(tuple(s[size:] for s in state))
             state = tuple(s[:size] for s in state)
-        masks = _Masks(
+        masks = Masks(
             None if dropout is None else dropout[:size],
             None if keep_h is None else keep_h[t],
             None if keep_c is None else keep_c[t],
         )
-        state = states[t] = _cell(options, projected[t], state, p, masks)
+        state = states[t] = step(ops, options, projected[t], state, p, masks)
         _show(t, state, reverse)
     last = zip(*(state, *reversed(finished)), strict=True)
     every = zip(*states, strict=True)
     return [torch.cat(parts) for parts in every], tuple(torch.cat(parts) for parts in last)
 
 
-# ---- One step ------------------------------------------------------------------------------------
+# ---- The operations of a step --------------------------------------------------------------------
 
 
-def _cell(options: Options, a: Tensor, state: State, p: _Parameters, masks: _Masks) -> State:
-    """One step: ``a`` is the projected input (B, G·H), ``state`` that of the step before."""
-    h = _compute(state[0])
-    seen = h if masks.dropout is None else masks.dropout * h  # by W_hh
-    c: Sequence[Tensor] = ()
-    if options.cell == "RNN":
-        b = _side(seen, p.weight_hh, p.bias_hh, p.norm_hh, 1)
-        new = _ACTIVATIONS[options.activation](a + b)
-    elif options.cell == "GRU":
-        new = _gru_cell(options, a, h, seen, p)
-    else:
-        new, *c = _lstm_cell(options, a, seen, state[1], p, masks.keep_c)
-    h = _clipped(_zoneout(new, h, masks.keep_h, options.zoneout_h), options.grad_clip)
-    return (h.to(state[0].dtype), *c)
+class _TorchOperations:
+    """`Operations` on tensors, in a call whose h is kept in ``dtype``."""
 
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
 
-def _lstm_cell(
-    options: Options, a: Tensor, seen: Tensor, c: Tensor, p: _Parameters, keep_c: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """h before zoneout, and the new c."""
-    act = _ACTIVATIONS[options.activation]
-    gate = _ACTIVATIONS[options.gate_activation]
-    i, f, g, o = (a + _side(seen, p.weight_hh, p.bias_hh, p.norm_hh, 4)).chunk(4, -1)
-    if p.weight_ci is not None and p.weight_cf is not None:
-        i, f = i + p.weight_ci * c, f + p.weight_cf * c
-    new = gate(f) * c + gate(i) * act(g)
-    if keep_c is None and options.zoneout_c == 0:
-        c = new = _clipped(new, options.grad_clip)  # of its gradient also what comes through h
-    else:
-        c = _clipped(_zoneout(new, c, keep_c, options.zoneout_c), options.grad_clip)
-    if p.weight_co is not None:
-        o = o + p.weight_co * new
-    if p.norm_c is not None and p.norm_c_bias is not None:
-        new = p.norm_c * _normalized(new) + p.norm_c_bias
-    h = gate(o) * act(new)
-    if p.weight_hr is not None:
-        h = F.linear(h, p.weight_hr)
-    return h, c
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
 
+    def by_head(self, x: Tensor, weight: Tensor, gates: int) -> Tensor:
+        heads, rows, units = weight.shape
+        y = torch.einsum("bki,kri->bkr", x.reshape(-1, heads, units), weight)
+        by_gate = y.reshape(-1, heads, gates, rows // gates).transpose(1, 2)
+        return by_gate.reshape(-1, heads * rows)
 
-def _gru_cell(options: Options, a: Tensor, h: Tensor, seen: Tensor, p: _Parameters) -> Tensor:
-    """h before zoneout."""
-    act = _ACTIVATIONS[options.activation]
-    gate = _ACTIVATIONS[options.gate_activation]
-    if options.reset_after:
-        a_r, a_z, a_n = a.chunk(3, -1)
-        b_r, b_z, b_n = _side(seen, p.weight_hh, p.bias_hh, p.norm_hh, 3).chunk(3, -1)
-        n = act(a_n + gate(a_r + b_r) * b_n)
-        z = gate(a_z + b_z)
-    else:
-        size = h.shape[-1]
-        a_rz, a_n = torch.split(a, [2 * size, size], -1)
-        r, z = gate(a_rz + _side(seen, *_of_gates(p, 0, 2), 2)).chunk(2, -1)
-        n = act(a_n + _side(r * seen, *_of_gates(p, 2, 3), 1))
-    return (1 - z) * n + z * h
+    def activation(self, name: str, a: Tensor) -> Tensor:
+        if name == "identity":
+            return a
+        if name == "hardsigmoid":
+            # F.hardsigmoid's gradient holds 1/6 in float32, whatever the dtype.
+            return torch.where(a.abs() >= 3, (a > 0).to(a.dtype), a / 6 + 0.5)
+        found: Tensor = getattr(torch, name)(a)
+        return found
 
+    def normalized(self, a: Tensor) -> Tensor:
+        centred = a - a.mean(-1, keepdim=True)
+        variance = (centred * centred.conj()).real.mean(-1, keepdim=True)
+        return centred * torch.rsqrt(variance + 1e-5)
 
-def _of_gates(p: _Parameters, first: int, last: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A GRU's W_hh, b_hh and γ_hh for the gates ``first`` … ``last`` - 1."""
+    def split(self, a: Tensor, parts: int) -> Sequence[Tensor]:
+        return a.chunk(parts, -1)
 
-    def cut(x: Tensor, axis: int = 0) -> Tensor:
-        size = x.shape[axis] // 3
-        return x.narrow(axis, first * size, (last - first) * size)
+    def rows(self, weight: Tensor, first: int, last: int, of: int) -> Tensor:
+        axis = max(weight.dim() - 2, 0)
+        size = weight.shape[axis] // of
+        return weight.narrow(axis, first * size, (last - first) * size)
 
-    bias, gain = (None if x is None else cut(x) for x in (p.bias_hh, p.norm_hh))
-    return cut(p.weight_hh, p.weight_hh.dim() - 2), bias, gain
+    def where(self, condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+        return torch.where(condition, yes, no)
 
+    def clipped(self, x: Tensor, limit: float) -> Tensor:
+        function = _Clipped if torch.compiler.is_compiling() else _ClippedForward
+        clipped: Tensor = function.apply(x, limit)  # type: ignore[no-untyped-call]
+        return clipped
 
-def _side(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, gates: int
-) -> Tensor:
-    """W x + b, or under layer norm γ norm(W x) + b; W may have a block for each head."""
-    if weight.dim() == 2 and gain is None:
-        return F.linear(x, weight, bias)
-    y = F.linear(x, weight) if weight.dim() == 2 else _by_head(x, weight, gates)
-    if gain is not None:
-        y = gain * _normalized(y)
-    return y if bias is None else y + bias
+    def wide(self, h: Tensor) -> Tensor:
+        return _compute(h)
 
-
-def _by_head(h: Tensor, weight: Tensor, gates: int) -> Tensor:
-    """The block-diagonal product (B, G·H): the rows of each head are gate-major, so are all."""
-    heads, rows, units = weight.shape
-    y = torch.einsum("bki,kri->bkr", h.reshape(-1, heads, units), weight)
-    by_gate = y.reshape(-1, heads, gates, rows // gates).transpose(1, 2)
-    return by_gate.reshape(-1, heads * rows)
-
-
-def _normalized(a: Tensor) -> Tensor:
-    """(a - mean) / sqrt(variance + 1e-5) over the last axis (Ba et al. 2016)."""
-    centred = a - a.mean(-1, keepdim=True)
-    variance = (centred * centred.conj()).real.mean(-1, keepdim=True)
-    return centred * torch.rsqrt(variance + 1e-5)
-
-
-def _zoneout(new: Tensor, old: Tensor, keep: Tensor | None, probability: float) -> Tensor:
-    """The old value where ``keep``; without a mask the expectation (Krueger et al. 2017)."""
-    if keep is not None:
-        return torch.where(keep, old, new)
-    return probability * old + (1 - probability) * new if probability > 0 else new
+    def stored(self, h: Tensor) -> Tensor:
+        return h.to(self.dtype)
 
 
 # ---- Clamped gradients ---------------------------------------------------------------------------
-
-
-def _clipped(x: Tensor, limit: float) -> Tensor:
-    """``x``, whose gradient is clamped to ±limit (Graves 2013); 0 stands for no limit."""
-    if limit == 0:
-        return x
-    function = _Clipped if torch.compiler.is_compiling() else _ClippedForward
-    clipped: Tensor = function.apply(x, limit)  # type: ignore[no-untyped-call]
-    return clipped
 
 
 class _Clipped(torch.autograd.Function):

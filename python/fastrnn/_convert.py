@@ -1,4 +1,4 @@
-"""Swapping torch.nn's recurrent layers inside a model for fastrnn's, and back."""
+"""Replace torch.nn's recurrent layers inside a model by fastrnn's, and back."""
 
 from __future__ import annotations
 
@@ -30,43 +30,44 @@ if TYPE_CHECKING:
 
 _TORCHS = {ours: torchs for torchs, ours in COUNTERPARTS.items()}
 
-# What torch derives from the rest of a layer's attributes, and what Module.compile() made of it.
+# Attributes that torch derives from a layer's other attributes, and the result of Module.compile().
 _TORCH_DERIVED = ("_flat_weights", "_flat_weight_refs", "_compiled_call_impl")
 _OUR_DERIVED = (*DERIVED, GIVEN, "_compiled_call_impl")
 
-# Own options that change nothing of what a layer computes, so that torch's needs no equal of them.
+# Options that do not change a layer's results, so torch's layer needs no equivalent.
 _COMPUTE_THE_SAME = ("forget_bias", "recompute")
 
 
 def convert(model: Module) -> Module:
-    """Swap every torch.nn recurrent layer and cell in a model for fastrnn's.
+    """Replace every torch.nn recurrent layer and cell in a model by fastrnn's.
 
-    The new layers hold the same Parameter objects, so that optimisers, weight sharing and
-    ``requires_grad`` stay as they are; hooks, parametrizations, weight norm and the training mode
-    are carried over. A layer that stands in several places of the model is swapped for one.
+    The new layers hold the same Parameter objects, so optimisers, weight sharing and
+    ``requires_grad`` do not change. Hooks, parametrizations, weight norm and the training mode are
+    kept. A layer that occurs in several places of the model is replaced by one new layer.
 
-    A class of the user's over one of torch.nn's changes over too, where its forward is torch's own
-    or calls ``super().forward``: the module keeps its class's name and methods, isinstance of the
-    class holds, and what the methods reach by ``super()`` is fastrnn's. What is left is named in
-    one warning, with the reason: a forward that computes by itself, an override of what torch's
-    forward calls (``check_input``, ``permute_hidden``, …), a name that fastrnn's layer uses.
+    A user's subclass of one of torch.nn's layers is converted too, if its forward is torch's own
+    or calls ``super().forward``: the module keeps its class's name and methods, ``isinstance`` of
+    the class still holds, and ``super()`` in the methods refers to fastrnn's layer. One warning
+    names every module that is not converted, with the reason: a forward with its own computation,
+    an override of a method that torch's forward calls (``check_input``, ``permute_hidden``, …), or
+    an attribute name that fastrnn's layer uses.
 
-    Packages that construct models when they load their files construct torch.nn's layers again:
-    convert after loading, or call `fastrnn.patch_torch` before importing the package.
+    Packages that construct models when they load their files construct torch.nn's layers again.
+    Convert after loading, or call `fastrnn.patch_torch` before you import the package.
 
     Arguments:
-        model: any module. It is changed in place. Modules whose ``compile()`` was called are to be
-            compiled anew.
+        model: any module; it is changed in place. If you have called ``compile()`` on a module in
+            it, compile that module again.
 
     Returns:
-        The model; where the model itself is one of torch.nn's recurrent layers or cells, the layer
-        that takes its place.
+        The model; if the model itself is one of torch.nn's recurrent layers or cells, the new
+        layer.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a torch.nn.Module.
 
     Warns:
-        UserWarning: a recurrent module was left as it is.
+        UserWarning: a recurrent module was not converted.
 
     >>> import torch
     >>> model = torch.nn.ModuleDict({"rnn": torch.nn.LSTM(3, 4), "out": torch.nn.Linear(4, 1)})
@@ -75,7 +76,7 @@ def convert(model: Module) -> Module:
     >>> type(model["rnn"]).__module__
     'fastrnn.nn'
 
-    A user's class keeps its name and what it does around the forward:
+    A user's class keeps its name and the code around ``super().forward``:
 
     >>> import fastrnn
     >>> class Halved(torch.nn.GRU):
@@ -97,7 +98,7 @@ def convert(model: Module) -> Module:
         if reason is None:
             try:
                 return COUNTERPARTS.get(cls) or over_ours(cls)
-            except TypeError as error:  # its __init_subclass__ or its metaclass refuses
+            except TypeError as error:  # from its __init_subclass__ or its metaclass
                 reason = f"no class can be derived from it: {error}"
         where = repr(path) if path else "the model itself"
         left.setdefault(where, f"{where} ({cls.__module__}.{cls.__qualname__}): {reason}")
@@ -113,22 +114,21 @@ def convert(model: Module) -> Module:
 
 
 def to_torch(model: Module) -> Module:
-    """Swap every fastrnn layer and cell in a model for torch.nn's: the way back from `convert`.
+    """Replace every fastrnn layer and cell in a model by torch.nn's: the inverse of `convert`.
 
     Arguments:
-        model: any module. It is changed in place. Users' classes that `convert` changed over are
-            changed back; classes derived from fastrnn's layers may compute something else and are
-            left alone.
+        model: any module; it is changed in place. Users' classes that `convert` converted are
+            converted back. Classes derived from fastrnn's layers may compute something else, so
+            they are not changed.
 
     Returns:
-        The model; where the model itself is one of fastrnn's layers or cells, the layer that takes
-        its place.
+        The model; if the model itself is one of fastrnn's layers or cells, the new layer.
 
     Raises:
-        TypeError: model is no module.
-        ValueError: a layer has an option that torch.nn does not have; the message names both. The
-            model is then as it was. ``forget_bias`` and ``recompute`` stand in no way: what a layer
-            computes is the same without them.
+        TypeError: model is not a torch.nn.Module.
+        ValueError: a layer has an option that torch.nn does not have; the message names both, and
+            the model is not changed. ``forget_bias`` and ``recompute`` are allowed, because they
+            do not change a layer's results.
 
     >>> import fastrnn
     >>> to_torch(fastrnn.GRU(3, 4))
@@ -155,7 +155,7 @@ def _swap(
     target: Callable[[str, Module], type[Module] | None],
     change: Callable[[Module, type[Module]], Module],
 ) -> Module:
-    """Change every module that has a target, everywhere it stands."""
+    """Change every module that has a target, in all places where it occurs."""
     swapped: dict[Module, Module] = {}
     for path, module in list(model.named_modules()):
         cls = target(path, module)
@@ -180,9 +180,9 @@ def _to_ours(module: Module, target: type[Module]) -> Module:
     ours: Any = _build(module, target)
     state = _shared_state(module, _TORCH_DERIVED)
     base = RecurrentLayer if is_a(ours, RecurrentLayer) else RecurrentCell
-    base.__setstate__(ours, state)  # not a user's own
+    base.__setstate__(ours, state)  # not the user's override
     if users_class(target):
-        for name in _own_options(ours).keys() - state.keys():  # a user's class does not read them
+        for name in _own_options(ours).keys() - state.keys():  # the user's class does not read them
             vars(ours).pop(name, None)
     return _rebind_hooks(ours)
 
@@ -200,10 +200,10 @@ def _to_torchs(module: Module, target: type[Module]) -> Module:
 
 
 def _shared_state(module: Module, dropped: Iterable[str]) -> dict[str, Any]:
-    """The module's attributes; its tensors are shared, what holds them is not.
+    """The module's attributes; the tensors are shared, the dictionaries that hold them are copies.
 
-    The dictionaries of hooks are the same objects, so that the handles that users keep still
-    remove their hooks.
+    The dictionaries of hooks are the same objects, so that handles that users hold still remove
+    their hooks.
     """
     state = {name: value for name, value in vars(module).items() if name not in dropped}
     for name in ("_parameters", "_buffers", "_modules"):
@@ -212,7 +212,7 @@ def _shared_state(module: Module, dropped: Iterable[str]) -> dict[str, Any]:
 
 
 def _build(module: Module, target: type[Module]) -> Module:
-    """An empty instance of the target class, parametrized where the module is."""
+    """An empty instance of the target class, parametrized if the module is."""
     cls = type(module)
     if parametrize.is_parametrized(module):
         own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
@@ -221,8 +221,8 @@ def _build(module: Module, target: type[Module]) -> Module:
 
 
 def _rebind_functions(module: Module, swapped: dict[Module, Module]) -> None:
-    """Point functions on a module, such as another forward, at the new modules."""
-    if module in swapped:  # an old one, which goes on as it was
+    """Make functions stored on a module, for example a forward, refer to the new modules."""
+    if module in swapped:  # a replaced module, which stays as it was
         return
     for name, value in vars(module).items():
         if callable(value):
@@ -230,7 +230,7 @@ def _rebind_functions(module: Module, swapped: dict[Module, Module]) -> None:
 
 
 def _rebind_hooks(module: Module) -> Module:
-    """Point the hooks that remember their module at the one that took its place."""
+    """Make hooks that hold their module hold the new module."""
     hooks: Iterable[Any] = module._load_state_dict_pre_hooks.values()
     for hook in hooks:
         if getattr(hook, "with_module", False):

@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ._options import parse
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
+
+    from ._options import Options
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -54,21 +58,21 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 def _forward(operators: Any, *arguments: Any) -> tuple[Any, ...]:
     from . import _transforms
 
-    *given, states, save, _ = arguments
+    *given, options, states, save, _ = arguments
     _check(operators, given)
     count = len(_transforms._FORWARD)
     # What the gradient needs besides, it computes again: `_backward` reads no gates.
-    scalars = (*given[count:], states or save, False, False)
+    scalars = (options, states or save, False, False)
     return _transforms._composed_outputs(operators, given[:count], scalars)
 
 
 def _backward(operators: Any, *arguments: Any) -> list[Any]:
     from . import _transforms
 
-    *given, needs, _ = arguments
+    *given, text, needs, _ = arguments
     _check(operators, given)
     count = len(_transforms._BACKWARD)
-    forward, options = given[: len(_transforms._FORWARD)], given[count:]
+    forward, options = given[: len(_transforms._FORWARD)], parse(text)
     cotangents = given[count - len(_transforms._COTANGENTS) : count]
     if not operators.members:
         return _gradients(options, needs, forward, cotangents)
@@ -86,15 +90,15 @@ def _backward(operators: Any, *arguments: Any) -> list[Any]:
 
 
 def _gradients(
-    options: Sequence[Any], needs: Sequence[bool], arguments: Sequence[Any], cotangents: Any
+    options: Options, needs: Sequence[bool], arguments: Sequence[Any], cotangents: Any
 ) -> list[Tensor]:
     """What the operator ``backward`` gives, by autograd through the composed operations."""
-    from . import _by_torch_operators, _transforms
+    from . import _torch_kernels, _transforms
 
     input = arguments[0]
     flat = list(_transforms._flat(arguments))
     needed = [place for place, need in enumerate(needs) if need]
-    with _by_torch_operators.recording(), torch.enable_grad():
+    with _torch_kernels.recording(), torch.enable_grad():
         leaves = [flat[place].detach().requires_grad_() for place in needed]  # type: ignore[union-attr]
         for place, leaf in zip(needed, leaves, strict=True):
             flat[place] = leaf

@@ -14,11 +14,6 @@ if TYPE_CHECKING:
 
     from ._options import Options
 
-# The fields of Options, in order.
-Scalars = tuple[
-    str, int, bool, bool, int, str, str, bool, bool, bool, int, float, float, float, bool
-]
-
 
 class States(NamedTuple):
     """The states of every layer at every step, zero at padding, or their gradients.
@@ -64,62 +59,48 @@ def each_layer(
         yield one, states, weights[layer * size : (layer + 1) * size]
 
 
-def scalars(options: Options) -> Scalars:
-    """The fields of ``options``, as the operators take them."""
-    return (
-        options.cell,
-        options.num_layers,
-        options.bidirectional,
-        options.bias,
-        options.proj_size,
-        options.activation,
-        options.gate_activation,
-        options.reset_after,
-        options.peephole,
-        options.layer_norm,
-        options.heads,
-        options.zoneout_h,
-        options.zoneout_c,
-        options.grad_clip,
-        options.recompute,
-    )
-
-
 @lru_cache(maxsize=256)
-def engine_options(
-    cell: str,
-    num_layers: int,
-    bidirectional: bool,
-    bias: bool,
-    proj_size: int,
-    activation: str,
-    gate_activation: str,
-    reset_after: bool,
-    peephole: bool,
-    layer_norm: bool,
-    heads: int,
-    zoneout_h: float,
-    zoneout_c: float,
-    grad_clip: float,
-    recompute: bool,
-) -> _C.Options:
-    """The engine's own form of the same; whether there are biases it sees by the weights."""
+def engine_options(options: Options) -> _C.Options:
+    """The options that the engine's cells support; the weights show whether there are biases."""
     return _C.Options(
-        cell=cell,
-        num_layers=num_layers,
-        bidirectional=bidirectional,
-        proj_size=proj_size,
-        activation=activation,
-        gate_activation=gate_activation,
-        reset_after=reset_after,
-        peephole=peephole,
-        layer_norm=layer_norm,
-        heads=heads,
-        zoneout_h=zoneout_h,
-        zoneout_c=zoneout_c,
-        grad_clip=grad_clip,
-        recompute=recompute,
+        cell=options.cell,
+        num_layers=options.num_layers,
+        bidirectional=options.bidirectional,
+        proj_size=options.proj_size,
+        activation=options.activation,
+        gate_activation=options.gate_activation,
+        reset_after=options.reset_after,
+        heads=options.heads,
+        recompute=options.recompute,
     )
+
+
+class Prepared:
+    """A stack or a cell as the engine takes it: kept by a module from call to call, never copied.
+
+    It holds nothing that a call could change, but the packed weights of a frozen module.
+    """
+
+    __slots__ = ("by_cells", "cell", "engine", "frozen", "gradient_by_cells", "names", "options")
+
+    def __init__(
+        self, options: Options, names: tuple[str, ...] = (), *, cell: bool = False
+    ) -> None:
+        self.options = options
+        self.names = names  # of the module's weights, in the order of the flat list
+        self.engine = engine_options(options)
+        self.cell = cell  # whether it is one step without the axes of steps and layers
+        # Which passes are those of the fused cells, where a call brings no arrays of its own; the
+        # others are programs.
+        self.by_cells = not options.beyond_the_cells
+        self.gradient_by_cells = self.by_cells and options.grad_clip == 0
+        self.frozen: Any = None  # by fastrnn.freeze: _C.Frozen, or the weights of a program
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Prepared:
+        return Prepared(self.options, self.names, cell=self.cell)
+
+
+prepared = lru_cache(maxsize=256)(Prepared)  # of options alone, where there is no module
 
 
 def saved_size(engine: _C.Options, hidden_size: int) -> int:

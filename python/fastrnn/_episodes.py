@@ -1,13 +1,14 @@
-"""Rows with lengths and resets as the rows of a packed batch, as torch's own call takes them.
+"""Convert rows with lengths and resets to the packed batch that torch's own operator takes.
 
-An episode is what a row computes from one reset to the next, or to its length. Each becomes a row
-of a packed batch, the longest first; its output is put back where it came from. Its first state is
-the row's initial one, or what a reset puts in its place, and a row's final state is that of its
-last episode; of the reverse direction, which meets the last episode first, it is the other way
-round. Sample Factory and RLlib run their policies so.
+An episode is the part of a row from one reset to the next, or to the row's length. Each episode
+becomes a row of a packed batch, the longest first; its output is copied back to its steps. In the
+forward direction, the row's first episode starts from the row's initial state, every other episode
+from the state after a reset, and the row's final state is that of its last episode. The reverse
+direction processes the last episode first, so there first and last are exchanged. Sample Factory
+and RLlib run their policies in the same way.
 
-The order and the sizes are found where the lengths and resets lie. cuDNN wants the sizes on the
-host, so values on a device cost one wait for it; lengths on the CPU cost none.
+The order and the sizes are computed on the device of the lengths and resets. cuDNN needs the sizes
+on the host, so values on a device cost one host synchronisation; lengths on the CPU cost none.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ if TYPE_CHECKING:
 class Episodes(NamedTuple):
     """E episodes of N steps in all, in a batch of T steps and B rows."""
 
-    batch_sizes: Tensor  # int64 (S,), on the CPU: how many episodes have a step 0, 1, …
-    source: Tensor  # (N,): the place t·B + b of each packed step
-    entry: Tensor  # (T·B,): the packed step of each place, 0 where there is none
-    idle: Tensor  # bool (T·B, 1): where there is none
+    batch_sizes: Tensor  # int64 (S,), on the CPU: the number of episodes with a step 0, 1, …
+    source: Tensor  # (N,): the position t·B + b of each packed step
+    entry: Tensor  # (T·B,): the packed step of each position, 0 if there is none
+    idle: Tensor  # bool (T·B, 1): whether the position has no packed step
     row: Tensor  # (E,): the row of each episode
-    first: Tensor  # (B,): the first episode of each row; 0 where it has none
-    last: Tensor  # (B,): the last one
-    empty: Tensor  # bool (B, 1): rows without any
-    cut: Tensor | None  # bool (2, E, 1): it enters by a reset, forwards and in reverse; None: none
+    first: Tensor  # (B,): the first episode of each row; 0 if it has none
+    last: Tensor  # (B,): the last episode of each row; 0 if it has none
+    empty: Tensor  # bool (B, 1): whether the row has no episode
+    cut: Tensor | None  # bool (2, E, 1): starts from a reset, forward and reverse; None: no resets
 
     def pack(self, x: Tensor) -> Tensor:
         """(T, B, I) as packed (N, I)."""
@@ -44,7 +45,7 @@ class Episodes(NamedTuple):
         return packed
 
     def unpack(self, y: Tensor) -> Tensor:
-        """Packed (N, O) as (T, B, O), zero where nothing runs."""
+        """Packed (N, O) as (T, B, O), zero at inactive steps."""
         steps = self.entry.shape[0] // self.empty.shape[0]
         places: Tensor = _Moved.apply(  # type: ignore[no-untyped-call]
             y, self.entry, self.idle, self.source, None
@@ -54,11 +55,11 @@ class Episodes(NamedTuple):
     def initial(
         self, options: Options, hx: tuple[Tensor, ...], anew: Sequence[Tensor | None]
     ) -> tuple[Tensor, ...]:
-        """The states (L·D, E, units) with which the episodes begin.
+        """The initial states (L·D, E, units) of the episodes.
 
         Arguments:
-            hx: those of the rows, (L·D, B, units).
-            anew: what a reset puts in their place, (L·D, units) each, or None for zeros.
+            hx: the initial states of the rows, (L·D, B, units).
+            anew: the states after a reset, (L·D, units) each, or None for zeros.
         """
         of_rows = [state.index_select(1, self.row) for state in hx]
         if self.cut is None:
@@ -72,9 +73,9 @@ class Episodes(NamedTuple):
     def final(
         self, options: Options, hx_n: tuple[Tensor, ...], hx: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        """The states (L·D, B, units) with which the rows end, of those of the episodes."""
+        """The final states (L·D, B, units) of the rows, from those of the episodes."""
         index = self._of_groups(options, self.last.unsqueeze(1), self.first.unsqueeze(1))
-        # Contiguous as torch.nn's are, whatever hx is.
+        # Contiguous like torch.nn's results, independently of hx.
         return tuple(
             torch.where(
                 self.empty, before, after.gather(1, index.expand(-1, -1, after.shape[2]))
@@ -84,19 +85,18 @@ class Episodes(NamedTuple):
 
     @staticmethod
     def _of_groups(options: Options, forwards: Tensor, reverse: Tensor) -> Tensor:
-        """One of each layer and direction, (L·D, …)."""
+        """The value of each layer and direction, (L·D, …)."""
         return torch.stack((forwards, reverse)[: options.directions]).repeat(
             options.num_layers, *(1,) * forwards.dim()
         )
 
 
 def find(input: Tensor, lengths: Tensor | None, reset: Tensor | None) -> Episodes | None:
-    """The episodes of a batch; None where no row has a step.
+    """The episodes of a batch; None if no row has a step.
 
     Arguments:
         input: (T, B, I).
-        lengths: int64 (B,), on the input's device or on the CPU; what lies outside of 0…T counts as
-            the nearest of these. None: T.
+        lengths: int64 (B,), on the input's device or on the CPU, clamped to 0…T. None: T.
         reset: bool (T, B), True where an episode starts, or None.
     """
     T, B = input.shape[:2]
@@ -109,7 +109,7 @@ def find(input: Tensor, lengths: Tensor | None, reset: Tensor | None) -> Episode
         lengths = torch.full((B,), T, device=where) if lengths is None else lengths.clamp(0, T)
         lengths = _on(where, lengths)
         found = _of_resets(lengths, reset)
-    batch_sizes = found.batch_sizes.cpu()  # of values on a device, this waits
+    batch_sizes = found.batch_sizes.cpu()  # synchronises with the device of the values
     E, N = int(batch_sizes[0]), int(batch_sizes.sum())
     if N == 0:
         return None
@@ -120,7 +120,7 @@ def find(input: Tensor, lengths: Tensor | None, reset: Tensor | None) -> Episode
     time = torch.arange(T, device=device).unsqueeze(1)
     idle = (time >= lengths).flatten()
     entry = torch.where(idle, 0, (offset[step] + rank).flatten())
-    # Places in the order of their entries. What is idle goes to an entry that is not kept.
+    # Positions in the order of their entries; idle positions go to an extra entry that is dropped.
     places = torch.empty(T * B + 1, dtype=torch.int64, device=device)
     places.scatter_(0, torch.where(idle, T * B, entry), torch.arange(T * B, device=device))
     row = order[:E] % B
@@ -128,7 +128,7 @@ def find(input: Tensor, lengths: Tensor | None, reset: Tensor | None) -> Episode
     cut = None
     if reset is not None:
         episode = torch.arange(E, device=device)
-        # The row's state enters its first episode, but for a reset there; in reverse the last one.
+        # The row's state enters its first episode, unless a reset is there; in reverse its last.
         by_reset = reset.flatten()[order[:E]] | (order[:E] >= B)
         cut = torch.stack([by_reset, last[row] != episode]).unsqueeze(-1)
     empty = lengths == 0
@@ -146,20 +146,20 @@ def find(input: Tensor, lengths: Tensor | None, reset: Tensor | None) -> Episode
 
 
 def _on(device: torch.device, x: Tensor) -> Tensor:
-    """``x`` on a device, without a wait where that is safe: CUDA takes pageable memory in at once,
-    where others may read it after it was freed.
+    """``x`` on a device, without synchronisation where that is safe: CUDA copies pageable memory
+    before the call returns, while other devices may read it after it was freed.
     """
     return x.to(device, non_blocking=device.type == "cuda")
 
 
 class _Found(NamedTuple):
-    """What has a shape that values do not decide."""
+    """The tensors whose shapes do not depend on values."""
 
-    batch_sizes: Tensor  # (T,), zeros at its end
+    batch_sizes: Tensor  # (T,), with zeros at the end
     offset: Tensor  # (T,): the first packed entry of each step
-    order: Tensor  # the episodes, the longest first: start time · B + row; then anything
-    rank: Tensor  # (T, B) or (B,): the place in that order of the episode that runs
-    step: Tensor  # (T, B) or (T, 1): its step
+    order: Tensor  # the episodes, longest first: start time · B + row; the rest is undefined
+    rank: Tensor  # (T, B) or (B,): the position in that order of the current episode
+    step: Tensor  # (T, B) or (T, 1): the step within the current episode
 
 
 def _of_lengths(lengths: Tensor, T: int) -> _Found:
@@ -173,8 +173,8 @@ def _of_resets(lengths: Tensor, reset: Tensor) -> _Found:
     T, B = reset.shape
     time = torch.arange(T, device=reset.device).unsqueeze(1)
     start = (time < lengths) & (reset | (time == 0))
-    began = torch.where(start, time, 0).cummax(0).values  # of the episode that runs
-    next_start = torch.where(start, time, T).flip(0).cummin(0).values.flip(0)  # here or later
+    began = torch.where(start, time, 0).cummax(0).values  # the start of the current episode
+    next_start = torch.where(start, time, T).flip(0).cummin(0).values.flip(0)  # at this t or later
     end = torch.cat([next_start[1:], next_start.new_full((1, B), T)]).minimum(lengths)
     length = torch.where(start, end - time, 0).flatten()
     length, order = length.sort(descending=True, stable=True)
@@ -189,9 +189,9 @@ def _before(sizes: Tensor) -> Tensor:
 
 
 class _Moved(torch.autograd.Function):
-    """The rows of ``x`` at ``index``, zero where ``idle``; no two come from one place.
+    """The rows of ``x`` at ``index``, zero where ``idle``; no index occurs twice.
 
-    So the gradient is read too (``back``), where torch's of an index adds.
+    So the gradient is a gather too (``back``), while torch's gradient of an index accumulates.
     """
 
     @staticmethod

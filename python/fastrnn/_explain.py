@@ -6,9 +6,10 @@ from typing import Any
 
 from torch.nn import Module
 
-from . import _checks, program
+from . import _checks
 from ._any_cell import Cell, Run
 from ._scan import Calls, Tree, check_step, count_steps
+from .program import api as program
 
 
 def explain(step: Any, init: Any, xs: Any) -> program.Explanation:

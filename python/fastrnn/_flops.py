@@ -1,22 +1,21 @@
-"""The formulas by which ``torch.utils.flop_counter.FlopCounterMode`` counts our operators.
+"""The formulas with which ``torch.utils.flop_counter.FlopCounterMode`` counts fastrnn's operators.
 
-As for torch's own operators, products of matrices count, two operations for a multiplication and
-its addition, and nothing else does. For R rows (T·B, the rows of packed data, or the sum of the
-lengths):
+As for torch's own operators, only matrix products count, with two operations for each
+multiplication and addition. With R rows (T·B, the rows of packed data, or the sum of the lengths):
 
 - forward: 2·R for each element of W_ih, W_hh and W_hr;
-- backward: the same for the gradient of each such weight that is wanted; of W_hr and of W_hh for
-  the gradient that goes through them, of W_hh without the first step where no gradient of the
-  initial states is wanted; of W_ih for the gradient of the input, in the first layer only where
-  that is wanted. With ``recompute`` forward's products come on top.
+- backward: 2·R for each element of each of these weights whose gradient is needed; 2·R for each
+  element of W_hr and W_hh for the gradient of the states, where W_hh is counted without the first
+  step if no gradient of the initial states is needed; 2·R for each element of W_ih for the gradient
+  of the input, in the first layer only if that is needed. With ``recompute`` forward's products
+  are added.
 
-The counter is told when it is there, and not imported for this.
+The formulas are registered if the counter has been imported; this module does not import it.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from ._options import Options
+from ._options import parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,10 +35,10 @@ _MATRICES = ("weight_ih", "weight_hh", "weight_hr")
 
 
 def register() -> None:
-    """Give the counter our formulas, where it has been imported, and each one that counts now.
+    """Register the formulas, if the counter module has been imported, also with active counters.
 
-    A counter copies the formulas when it is made, which may have been before this package was
-    imported.
+    A counter copies the formulas when it is constructed, which may have happened before this
+    package was imported.
     """
     counter: Any = sys.modules.get(_COUNTER)
     if counter is None:
@@ -63,16 +62,16 @@ def _formulas() -> dict[Any, Callable[..., int]]:
 
 
 class _Call:
-    """A call of an operator; ``members`` is how many axes every tensor has before its own."""
+    """A call of an operator; ``members`` is the number of leading axes of ensemble members."""
 
     def __init__(self, operator: Any, members: int, arguments: Sequence[Any]) -> None:
         names = (argument.name for argument in operator._schema.arguments)
         self.given = dict(zip(names, arguments, strict=False))
-        self.options = Options(**{f.name: self.given[f.name] for f in fields(Options)})
+        self.options = parse(self.given["options"])
         self.rows, self.first = self._rows(members)
         kinds = self.options.weight_kinds
         self.names = [kind for _ in range(self._groups()) for kind in kinds]
-        # 2·R for each element, of the weights that are factors of a product.
+        # 2·R for each element of the weights that are factors of a product.
         self.products = [
             2 * self.rows * prod(weight.shape[members:]) if name in _MATRICES else 0
             for name, weight in zip(self.names, self.given["weights"], strict=True)
@@ -82,7 +81,7 @@ class _Call:
         return self.options.num_layers * self.options.directions
 
     def _rows(self, members: int) -> tuple[int, int]:
-        """How many rows run, and how many of them in a first step."""
+        """The number of rows over all steps, and the number of rows in first steps."""
         shape = self.given["input"].shape
         batch_sizes, lengths, h0 = (self.given[n] for n in ("batch_sizes", "lengths", "h0"))
         if batch_sizes is not None:
@@ -109,7 +108,7 @@ def _backward(operator: Any, members: int, *arguments: Any, **_: Any) -> int:
     states, weights = any(needs[1:5]), needs[5:]
     per_layer = len(weights) // call.options.num_layers
     flops = sum(call.products) if call.options.recompute else 0
-    wanted = needs[0]  # the gradient of the layer's input
+    wanted = needs[0]  # whether the gradient of the layer's input is needed
     for first in range(0, len(weights), per_layer):
         own = slice(first, first + per_layer)
         if wanted or states or any(weights[own]):

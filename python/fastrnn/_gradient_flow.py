@@ -1,8 +1,8 @@
-"""What becomes of the gradient on its way back through the steps of recurrent layers.
+"""Record the norms of the states' gradients over the steps of recurrent layers.
 
-While a flow is open, the layers of its model run by the composed route (`_composed.py`), which
-shows each new state; a hook on the state then sees its whole gradient during backward. Hooks on the
-layers say which one a state belongs to. Outside of it nothing is hooked.
+While a flow is open, the layers of its model use the composed route (`_composed.py`), which passes
+each new state to a callback. A hook on the state then receives its whole gradient during backward.
+Hooks on the layers tell which layer a state belongs to. When no flow is open, there are no hooks.
 """
 
 from __future__ import annotations
@@ -28,58 +28,59 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-VANISHING, EXPLODING = 1e-3, 1e3  # the ratio below which, and above which, it is called so
+VANISHING, EXPLODING = 1e-3, 1e3  # vanishing: the ratio is below; exploding: it is above
 
 
 class Summary(NamedTuple):
-    """One curve of norms in short."""
+    """The summary of one curve of norms."""
 
     steps: int
     first: float  # the norm at the first step
-    last: float  # and at the last
-    entering: float  # the norm of the gradient of what the layer gave, of several calls the last
-    ratio: float  # the norm at the step where the way back ends over what entered
+    last: float  # the norm at the last step
+    entering: float  # the norm of the gradient of the layer's outputs (of its last call)
+    ratio: float  # the norm at the step where backward ends, divided by entering
     verdict: str  # "vanishing", "exploding", "steady" or "no gradient"
 
 
 def gradient_flow(model: Module) -> GradientFlow:
     """Record the norm of the gradient of each recurrent layer's states, step by step.
 
-    A model that cannot learn what lies far back shows it here: over the steps of backpropagation
-    through time the gradient vanishes, or it explodes (Pascanu et al. 2013). What is recorded for
-    a step t is the Frobenius norm of the whole gradient ∂loss/∂h_t, of an LSTM also ∂loss/∂c_t:
-    what comes from the output, from the layer above and from the step after, over all rows of the
-    batch and all layers of the stack.
+    It shows why a model does not learn long-range dependencies: over the steps of backpropagation
+    through time the gradient vanishes or explodes (Pascanu et al. 2013). For each step t it records
+    the Frobenius norm of the whole gradient ∂loss/∂h_t, for an LSTM also of ∂loss/∂c_t. The whole
+    gradient is the sum of the contributions of the output, of the layer above and of step t+1; the
+    norm is over all rows of the batch and all layers of the stack.
 
-    The forward pass must run inside the ``with`` block; backward may follow it, but must run inside
-    too where ``torch.utils.checkpoint`` has it run forward again. Inside, layers and cells run in
-    plain torch operations, so that each state has its gradient: the same results within rounding,
-    and the same dropout, but slower; compiled models are not compiled there. Outside, nothing is
-    changed. A layer or cell that is called several times before one backward gives one curve, its
-    calls one after another. Calls without a gradient and under ``torch.func`` are not recorded.
+    The forward pass must run inside the ``with`` block. Backward may run after the block, except
+    with ``torch.utils.checkpoint``, which runs forward again. Inside the block layers and cells run
+    in plain torch operations, so that each state has its gradient. The results are the same up to
+    rounding, with the same dropout masks, but the calls are slower, and compiled models run without
+    compilation. Outside the block nothing changes. If a layer or cell is called several times
+    before one backward, the curves of its calls are concatenated. Calls without a gradient and
+    calls under ``torch.func`` are not recorded.
 
     Arguments:
-        model: a module with fastrnn's layers or cells in it, or one of them. torch.nn's are not
-            recorded; `convert` makes them ours.
+        model: a module that contains fastrnn's layers or cells, or one of them. Layers of torch.nn
+            are not recorded; `convert` converts them.
 
     Returns:
         A context manager:
 
-        - ``flow.norms``: of the last backward pass, ``{name: norms}``, norms float64 (T,). A name
-          is the layer's path in the model (of the model itself its class), ``.h`` or ``.c``, and
-          ``_reverse`` for the backward direction.
-        - ``flow.passes``: the same of every backward pass, in their order.
-        - ``flow.summary``: for each name the norm at the first and at the last step, and of the
-          gradient that entered the layer through its outputs; the ratio of the norm where the way
-          back ends, at the first step or in reverse at the last, to what entered; and the verdict:
-          vanishing (below 1/1000), exploding (above 1000) or steady.
+        - ``flow.norms``: the norms of the last backward pass, ``{name: norms}``, norms float64
+          (T,). A name consists of the layer's path in the model (for the model itself its class
+          name), ``.h`` or ``.c``, and ``_reverse`` for the backward direction.
+        - ``flow.passes``: the norms of every backward pass, in order.
+        - ``flow.summary``: for each name the norm at the first and at the last step, and the norm
+          of the gradient that entered the layer through its outputs; the ratio of the norm at the
+          step where backward ends (the first step; in reverse the last) to the norm that entered;
+          and the verdict: vanishing (ratio below 1/1000), exploding (above 1000) or steady.
         - ``flow.table()``: the summary as text.
-        - ``flow.plot(path)``: the norms as a picture, written to a file.
-        - ``flow.log(writer, step)``: the summary and the picture for TensorBoard.
+        - ``flow.plot(path)``: a plot of the norms, written to a file.
+        - ``flow.log(writer, step)``: the summary and the plot for TensorBoard.
 
     Raises:
-        TypeError: model is no module.
-        ValueError: there is no layer or cell of fastrnn in the model.
+        TypeError: model is not a torch.nn.Module.
+        ValueError: the model contains no layer or cell of fastrnn.
 
     >>> import torch, fastrnn
     >>> layer = fastrnn.RNN(3, 4)
@@ -93,7 +94,7 @@ def gradient_flow(model: Module) -> GradientFlow:
 
 
 class GradientFlow:
-    """What `gradient_flow` gives."""
+    """The context manager that `gradient_flow` returns."""
 
     def __init__(self, model: Module) -> None:
         self._names: dict[Module, str] = {
@@ -103,24 +104,27 @@ class GradientFlow:
         }
         if not self._names:
             raise ValueError(
-                "model must hold a recurrent layer or cell of fastrnn "
-                f"(fastrnn.convert makes torch.nn's into such), got {type(model).__name__}"
+                "model must contain a recurrent layer or cell of fastrnn (fastrnn.convert converts "
+                f"torch.nn's), got {type(model).__name__} without one"
             )
         self._open: ExitStack | None = None
         self._calls = 0
         self._passes: list[dict[_Call, _Seen]] = []
-        self._task = -1  # the backward pass that the last of these belongs to
+        self._task = -1  # the id of the backward pass of the last entry
 
     def __enter__(self) -> GradientFlow:
         if self._open is not None:
-            raise RuntimeError("this gradient_flow is open already")
+            raise RuntimeError(
+                "this gradient_flow is open already: call fastrnn.gradient_flow again for a "
+                "second with block"
+            )
         self._open = ExitStack()
         for module in self._names:
             before = module.register_forward_pre_hook(_Hook(self._before))
             after = module.register_forward_hook(_Hook(self._after), always_call=True)
             self._open.callback(before.remove)
             self._open.callback(after.remove)
-        # Compiled code would see no hook.
+        # Compiled code would not run the hooks.
         self._open.enter_context(torch.compiler.set_stance("force_eager"))
         return self
 
@@ -152,7 +156,7 @@ class GradientFlow:
         return own
 
     def _this_pass(self) -> dict[_Call, _Seen]:
-        """What has been seen in the backward pass that runs now."""
+        """The gradients recorded in the current backward pass."""
         task = torch._C._current_graph_task_id()
         if not self._passes or task != self._task:
             self._passes.append({})
@@ -168,12 +172,12 @@ class GradientFlow:
 
     @property
     def norms(self) -> dict[str, Tensor]:
-        """The norms of the last backward pass; empty where there was none."""
+        """The norms of the last backward pass; empty if there was none."""
         return _curves(self._passes[-1]) if self._passes else {}
 
     @property
     def summary(self) -> dict[str, Summary]:
-        """The norms of the last backward pass in short."""
+        """The summary of the last backward pass."""
         if not self._passes:
             return {}
         entering = _entering(self._passes[-1])
@@ -183,7 +187,7 @@ class GradientFlow:
         }
 
     def table(self) -> str:
-        """The summary as a table of plain text, a line for each layer, state and direction."""
+        """The summary as a plain-text table, with one line for each layer, state and direction."""
         rows = [["state", "steps", "first step", "last step", "entering", "ratio", "verdict"]]
         for name, found in self._recorded().items():
             numbers = [f"{x:.2e}" for x in found[1:5]]
@@ -196,19 +200,19 @@ class GradientFlow:
         return "\n".join(lines)
 
     def figure(self) -> Figure:
-        """The norms over the steps, on a logarithmic scale, as a matplotlib figure."""
+        """A matplotlib figure of the norms over the steps, on a logarithmic scale."""
         try:
             from matplotlib.figure import Figure
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                "the picture of a gradient flow needs matplotlib: pip install matplotlib",
+                "plotting a gradient flow needs matplotlib: pip install matplotlib",
                 name=error.name,
             ) from error
         self._recorded()
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         for name, norms in self.norms.items():
-            seen = norms.where(norms > 0, math.nan)  # zero has no place on the scale
+            seen = norms.where(norms > 0, math.nan)  # a logarithmic scale has no zero
             marker = "." if len(norms) <= 30 else None
             style = "--" if name.endswith("_reverse") else "-"
             axes.plot(seen.numpy(), style, marker=marker, label=name)
@@ -218,17 +222,17 @@ class GradientFlow:
         return figure
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Write the norms over the steps as a picture: PNG, or what the path's suffix says."""
+        """Write a plot of the norms over the steps: PNG, or the format of the path's suffix."""
         self.figure().savefig(path, dpi=130)
 
     def log(self, writer: Any, step: int | None = None, *, figure: bool = True) -> None:
         """Write the last backward pass to TensorBoard.
 
         Arguments:
-            writer: a ``torch.utils.tensorboard.SummaryWriter``, or what has its ``add_scalar``
+            writer: a ``torch.utils.tensorboard.SummaryWriter``, or an object with ``add_scalar``
                 and ``add_figure``.
             step: the global step.
-            figure: whether to write the picture too, which takes a tenth of a second.
+            figure: whether to also write the plot, which takes a tenth of a second.
         """
         for name, found in self._recorded().items():
             for quantity in ("first", "last", "entering", "ratio"):
@@ -241,13 +245,14 @@ class GradientFlow:
         found = self.summary
         if not found:
             raise RuntimeError(
-                "no gradient has been recorded: run the model inside the with block, then backward"
+                "no gradient has been recorded: run the model inside the with block, then call "
+                "backward"
             )
         return found
 
 
 class _Hook:
-    """A hook of a layer, of which a copy of the layer, or a pickled one, gets an idle one."""
+    """A hook of a layer; a copied or pickled layer gets one that does nothing."""
 
     def __init__(self, call: Callable[..., None]) -> None:
         self.call = call
@@ -264,15 +269,15 @@ def _nothing(*arguments: Any) -> None:
 
 
 class _Seen:
-    """What one backward pass has shown of one call."""
+    """The norms that one backward pass has recorded for one call."""
 
     def __init__(self) -> None:
-        self.entering: list[Tensor] = []  # norms, of each output of the layer
-        self.states: dict[tuple[str, int], list[Tensor]] = {}  # kind and step: of each layer
+        self.entering: list[Tensor] = []  # one norm for each output of the layer
+        self.states: dict[tuple[str, int], list[Tensor]] = {}  # by kind and step, one per layer
 
 
 class _Call:
-    """One call of a layer: shown its states by the forward pass, their gradients by backward."""
+    """One call of a layer: it receives the states in forward and their gradients in backward."""
 
     def __init__(self, flow: GradientFlow, name: str, number: int) -> None:
         self.flow = flow
@@ -290,7 +295,7 @@ class _Call:
                 x.register_hook(partial(self.see, kind, step))  # type: ignore[no-untyped-call]
 
     def leave(self, output: Any) -> None:
-        """The call is over: take note of the gradient of what it gave."""
+        """At the end of the call: record the gradient of its outputs."""
         if isinstance(output, torch.Tensor):
             if output.requires_grad:
                 output.register_hook(self.see_entering)  # type: ignore[no-untyped-call]
@@ -314,7 +319,7 @@ def _norm(gradient: Tensor) -> Tensor:
 
 
 def _curves(calls: dict[_Call, _Seen]) -> dict[str, Tensor]:
-    """The norms of each layer and kind, its calls one after another."""
+    """The norms of each layer and kind; the curves of several calls are concatenated."""
     curves: dict[str, list[Tensor]] = {}
     for call in sorted(calls, key=lambda call: call.number):
         for kind in call.kinds:
@@ -328,7 +333,7 @@ def _curves(calls: dict[_Call, _Seen]) -> dict[str, Tensor]:
 
 
 def _entering(calls: dict[_Call, _Seen]) -> dict[str, float]:
-    """The norm of what entered each layer at the last of its calls that it entered from outside."""
+    """The norm of the gradient that entered each layer, at its last call with such a gradient."""
     return {
         call.name: float(torch.linalg.vector_norm(torch.stack(calls[call].entering)))
         for call in sorted(calls, key=lambda call: call.number)
@@ -345,6 +350,6 @@ def _summary(name: str, norms: Tensor, entering: float) -> Summary:
         verdict = "vanishing"
     elif ratio <= EXPLODING:
         verdict = "steady"
-    else:  # also where it is not a number: both have left the range
+    else:  # also if the ratio is NaN, because both norms have overflowed
         verdict = "exploding"
     return Summary(len(norms), float(norms[0]), float(norms[-1]), entering, ratio, verdict)

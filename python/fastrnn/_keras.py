@@ -1,7 +1,7 @@
-"""Weights of Keras's recurrent layers brought into ours.
+"""Import the weights of Keras's recurrent layers.
 
-Keras multiplies from the right and stacks the gates as columns: ``kernel`` is (I, G·H) and
-``recurrent_kernel`` (H, G·H), where we have (G·H, I) and (G·H, H). Its gates stand in the order
+Keras multiplies from the right and stacks the gates as columns: its ``kernel`` is (I, G·H) and its
+``recurrent_kernel`` (H, G·H); fastrnn's weights are (G·H, I) and (G·H, H). Keras orders the gates
 i, f, c, o (LSTM) and z, r, h (GRU). The formulas are those of keras.layers.LSTM, GRU, SimpleRNN.
 """
 
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 _LAYERS = {"LSTM": LSTM, "GRU": GRU, "SimpleRNN": RNN}
-_ORDER = {  # the place in Keras's order of each of our gates
+_ORDER = {  # the position of each of fastrnn's gates in Keras's order
     "LSTM": (0, 1, 2, 3),
     "GRU": (1, 0, 2),
     "SimpleRNN": (0,),
 }
-_SIGMOIDS = {"LSTM": (0, 1, 3), "GRU": (0, 1), "SimpleRNN": ()}  # of ours, the gates proper
+_SIGMOIDS = {"LSTM": (0, 1, 3), "GRU": (0, 1), "SimpleRNN": ()}  # gates with the gate activation
 _ACTIVATIONS = {"tanh": "tanh", "relu": "relu", "sigmoid": "sigmoid", "linear": "identity"}
 _GATE_ACTIVATIONS = {"sigmoid": "sigmoid", "hard_sigmoid": "hardsigmoid"}
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class _Direction(NamedTuple):
-    """The weights of one layer and direction, as Keras has them."""
+    """The weights of one layer and direction, in Keras's layout."""
 
     kernel: Array  # (I, G·H)
     recurrent_kernel: Array  # (H, G·H)
-    bias: Array | None  # (G·H,), of a GRU with reset_after (2, G·H)
+    bias: Array | None  # (G·H,); for a GRU with reset_after (2, G·H)
 
 
 def from_keras(
@@ -53,35 +53,35 @@ def from_keras(
     device: Device = None,
     dtype: torch.dtype | None = None,
 ) -> RecurrentLayer:
-    """Make a layer of the weights of Keras's LSTM, GRU or SimpleRNN.
+    """Make a layer from the weights of Keras's LSTM, GRU or SimpleRNN.
 
-    The layer has ``batch_first=True``, as Keras has. Its output is what Keras gives with
-    ``return_sequences=True``, also of ``Bidirectional`` with ``merge_mode="concat"``; without
-    ``return_sequences`` Keras gives ``h_n``, of ``Bidirectional`` both directions side by side.
-    Where Keras masks the padding at the end of a sequence, give ``lengths``.
+    The layer has ``batch_first=True``, as in Keras. Its output equals that of Keras with
+    ``return_sequences=True``, also for ``Bidirectional`` with ``merge_mode="concat"``. Without
+    ``return_sequences`` Keras returns ``h_n``; ``Bidirectional`` concatenates both directions.
+    If Keras masks padding at the end of sequences, pass ``lengths``.
 
     Arguments:
-        weights: what ``layer.get_weights()`` gives: kernel (I, G·H), recurrent_kernel (H, G·H)
-            and, with ``use_bias``, bias (G·H,), of a GRU with ``reset_after`` (2, G·H); of
-            ``Bidirectional`` those of the forward layer, then those of the backward layer. Of a
-            stack of equal layers a list of such lists, from the input up.
+        weights: the result of ``layer.get_weights()``: kernel (I, G·H), recurrent_kernel (H, G·H)
+            and, with ``use_bias``, bias (G·H,); for a GRU with ``reset_after`` bias is (2, G·H).
+            For ``Bidirectional``, the arrays of the forward layer, then those of the backward
+            layer. For a stack of equal layers, a list of these lists, from the lowest layer up.
         cell: ``"LSTM"``, ``"GRU"`` or ``"SimpleRNN"``.
         activation: Keras's argument: ``"tanh"``, ``"relu"``, ``"sigmoid"`` or ``"linear"``.
         recurrent_activation: Keras's argument: ``"sigmoid"`` or ``"hard_sigmoid"``; LSTM and GRU.
-        reset_after: of a GRU, Keras's argument. The shape of the bias says which; without a bias
-            None stands for Keras's default, True.
+        reset_after: Keras's argument of a GRU. With a bias, its shape determines the value;
+            without a bias, None means Keras's default, True.
         keras_version: 3, where hard_sigmoid is clip(x/6 + 1/2, 0, 1); or 2, where it was
-            clip(x/5 + 1/2, 0, 1), for which the weights of the gates are made 6/5 as large.
-        device: where the parameters are made.
-        dtype: the dtype of the parameters; that of the first kernel where None.
+            clip(x/5 + 1/2, 0, 1) and the weights of the gates are multiplied by 6/5.
+        device: the device of the parameters.
+        dtype: the dtype of the parameters; None: that of the first kernel.
 
     Returns:
         `LSTM`, `GRU` or `RNN`.
 
     Raises:
-        ValueError: an argument is out of its range, arrays do not have the shapes that belong
-            together, or the layers of a stack are not equal in units, bias and directions.
-        TypeError: weights is no list of arrays of real floating numbers.
+        ValueError: an argument has an invalid value, the shapes of the arrays do not match, or the
+            layers of a stack differ in units, bias or directions.
+        TypeError: weights is not a list of arrays of real floating-point numbers.
 
     >>> import numpy as np
     >>> kernel, recurrent_kernel, bias = np.ones((3, 16)), np.ones((4, 16)), np.zeros(16)
@@ -105,9 +105,12 @@ def from_keras(
     if cell == "GRU":
         own["reset_after"] = _reset_after(first.bias, reset_after)
     elif reset_after is not None:
-        raise ValueError(f"reset_after is for cell 'GRU' alone, got it with {cell!r}")
+        raise ValueError(f"reset_after must be None for cell {cell!r}: only cell 'GRU' has it")
     elif cell == "SimpleRNN" and recurrent_activation != "sigmoid":
-        raise ValueError("recurrent_activation is not for cell 'SimpleRNN', which has no gates")
+        raise ValueError(
+            "recurrent_activation must be left out for cell 'SimpleRNN', which has no gates, "
+            f"got {recurrent_activation!r}"
+        )
     layer: RecurrentLayer = _LAYERS[cell](
         first.kernel.shape[0],
         first.recurrent_kernel.shape[0],
@@ -134,7 +137,7 @@ def _check_choice(argument: str, value: Any, choices: dict[str, Any]) -> None:
 
 
 def _layers(weights: Any, cell: str) -> list[list[_Direction]]:
-    """The layers of the stack, of each its one or two directions."""
+    """The layers of the stack, each with its one or two directions."""
     if not isinstance(weights, (list, tuple)) or not weights:
         raise TypeError(f"weights must be a list of arrays, got {type(weights).__name__}")
     if all(isinstance(part, (list, tuple)) for part in weights):
@@ -147,8 +150,8 @@ def _layers(weights: Any, cell: str) -> list[list[_Direction]]:
 def _directions(name: str, weights: Sequence[Any], cell: str) -> list[_Direction]:
     if len(weights) not in (2, 3, 4, 6):
         raise ValueError(
-            f"{name} must hold kernel, recurrent_kernel and, with a bias, bias, of a Bidirectional "
-            f"twice; got {len(weights)} arrays"
+            f"{name} must hold kernel, recurrent_kernel and, with a bias, bias (twice for "
+            f"Bidirectional), got {len(weights)} arrays"
         )
     each = len(weights) if len(weights) < 4 else len(weights) // 2
     directions = []
@@ -164,7 +167,8 @@ def _directions(name: str, weights: Sequence[Any], cell: str) -> list[_Direction
 def _array(name: str, value: Any) -> Array:
     array = np.asarray(value)
     if array.dtype.name not in _DTYPES:
-        raise TypeError(f"{name} must be an array of {', '.join(_DTYPES)}, got {array.dtype}")
+        names = ", ".join(_DTYPES)
+        raise TypeError(f"{name} must be an array with dtype {names}, got {array.dtype}")
     return array
 
 
@@ -179,8 +183,8 @@ def _check_shapes(name: str, start: int, cell: str, part: _Direction) -> None:
     units = gates * shape[0]
     if part.kernel.ndim != 2 or part.kernel.shape[1] != units:
         raise ValueError(
-            f"{name}[{start}], the kernel, must have the shape (I, {units}) beside a "
-            f"recurrent_kernel {shape}, got {part.kernel.shape}"
+            f"{name}[{start}], the kernel, must have the shape (I, {units}) to match the "
+            f"recurrent_kernel of shape {shape}, got {part.kernel.shape}"
         )
     biases = [(units,), (2, units)] if cell == "GRU" else [(units,)]
     if part.bias is not None and part.bias.shape not in biases:
@@ -191,7 +195,7 @@ def _check_shapes(name: str, start: int, cell: str, part: _Direction) -> None:
 
 
 def _check_equal(layers: list[list[_Direction]]) -> None:
-    """Refuse layers and directions that do not fit into one stack of ours."""
+    """Raise an error for layers and directions that do not fit into one fastrnn stack."""
 
     def form(part: _Direction) -> tuple[Any, ...]:
         return part.recurrent_kernel.shape, None if part.bias is None else part.bias.shape
@@ -201,14 +205,14 @@ def _check_equal(layers: list[list[_Direction]]) -> None:
     for k, layer in enumerate(layers):
         if len(layer) != len(first) or any(form(part) != form(first[0]) for part in layer):
             raise ValueError(
-                "weights must be of layers equal in units, bias and directions, but "
-                f"weights[{k}] differs from weights[0]; make a layer of each by itself"
+                "weights: all layers must have the same units, bias and directions, but "
+                f"weights[{k}] differs from weights[0]; call from_keras for each layer separately"
             )
         for part in layer:
             if part.kernel.shape[0] != width:
                 raise ValueError(
-                    f"weights[{k}][0], the kernel, must have {width} rows, one for each value "
-                    f"that enters the layer, got {part.kernel.shape[0]}"
+                    f"weights[{k}][0], the kernel, must have {width} rows, one for each input "
+                    f"feature of the layer, got {part.kernel.shape[0]}"
                 )
         width = len(layer) * first[0].recurrent_kernel.shape[0]
 
@@ -219,18 +223,18 @@ def _reset_after(bias: Array | None, given: bool | None) -> bool:
     shown = bias.ndim == 2
     if given is not None and bool(given) != shown:
         raise ValueError(
-            f"reset_after={given} does not fit a bias of shape {bias.shape}: it is (2, 3·H) with "
-            "reset_after=True, (3·H,) without"
+            f"reset_after={given} does not match a bias of shape {bias.shape}: the bias is "
+            "(2, 3·H) with reset_after=True and (3·H,) with reset_after=False"
         )
     return shown
 
 
 def _converted(cell: str, part: _Direction, steeper: bool) -> list[npt.NDArray[np.float64]]:
-    """``weight_ih, weight_hh``, and ``bias_ih, bias_hh`` where there is a bias."""
+    """``weight_ih, weight_hh`` and, with a bias, ``bias_ih, bias_hh``."""
     order = _ORDER[cell]
 
     def ours(columns: Array) -> npt.NDArray[np.float64]:
-        """Gates in our order, as rows."""
+        """Gates in fastrnn's order, as rows."""
         gates = np.split(np.asarray(columns, np.float64).T, len(order))
         blocks = [gates[k] for k in order]
         if steeper:

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _autocast, _by_torch, _checks, _inference, _masks, _onnx_export, _tools
-from ._engine import NO_EXTRAS, Extras
+from . import _C, _autocast, _by_torch, _checks, _masks, _onnx_export, _tools
+from ._call import casts_by_itself, recurrent, usual_layer
+from ._engine import NO_EXTRAS, Extras, Prepared, States
 from ._options import (
     Cell,
     Options,
@@ -30,9 +31,7 @@ from ._options import (
     check_probability,
     make_options,
 )
-from ._recurrent import casts_by_itself, usual_layer
-from ._surface import DERIVED, RNNSurface, state_of
-from .functional import States, recurrent
+from ._surface import DERIVED, GIVEN, RNNSurface, state_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -204,6 +203,7 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
                 self._all_weights.append([f"{name}_l{layer}{suffix}" for name in shapes])
                 self._weight_shapes += shapes.values()
         self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._prepared = Prepared(self._options, tuple(self._flat_weights_names))
 
     def _learned_shapes(self) -> dict[str, Shape]:
         """The parameters that `learn_initial_state` asks for."""
@@ -235,11 +235,11 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
     def train(self, mode: bool = True) -> Self:
         """As torch.nn's; training thaws a frozen layer."""
         if mode:
-            _inference.forget(self)
+            self._prepared.frozen = None
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        _inference.forget(self)
+        self._prepared.frozen = None
         applied = super()._apply(fn, recurse)
         self.flatten_parameters()
         return applied
@@ -281,22 +281,39 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
     def _run(
         self,
         input: Tensor | PackedSequence,
-        hx: tuple[Tensor, ...] | None,
+        given: Any,
         lengths: _checks.Lengths | None,
         reset: Tensor | None,
         return_states: bool,
     ) -> Result:
-        """Bring the arguments into the engine's layout, call it, and bring the result back."""
-        plain = lengths is None and reset is None and return_states is False and not self._draws()
-        if plain and not self._given() and not (hx is None and self._own["learn_initial_state"]):
-            found = _inference.run(self, input, hx, self.batch_first, False)
+        """Check the arguments, run the stack, and return its results in the layout of the input.
+
+        Arguments:
+            given: hx as the caller gave it; the others as in ``forward``.
+        """
+        plain = (
+            lengths is None
+            and reset is None
+            and return_states is False
+            and not torch.compiler.is_dynamo_compiling()
+            and self._needs_weights_alone(given)
+        )
+        if plain:
+            own = self._prepared
+            plain = own.by_cells and (own.gradient_by_cells or not torch.is_grad_enabled())
+        if plain:
+            found: Result | None = _C.layer(
+                own, own.engine, own.frozen, self._parameters, own.names, input, given,
+                self.batch_first, False,
+            )  # fmt: skip
             if found is not None:
-                return found[0], found[1:], None
-            result = usual_layer(self, input, hx)
-            if result is not None:
-                return result
-        usual = plain and hx is None and isinstance(input, Tensor)
-        if not usual and _tools.is_traced(input, hx, lengths, reset):
+                return found
+        hx = _tools.states_of(self._cell, given, "lstm", 4)
+        if plain:
+            found = usual_layer(self, input, hx)
+            if found is not None:
+                return found
+        if _tools.is_traced(input, hx, lengths, reset):
             options = {"lengths": lengths, "reset": reset, "return_states": return_states}
             return _tools.call_whole(self, input, hx, **options), None, None
         check_bool("return_states", return_states)
@@ -339,17 +356,24 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
             output = output.transpose(0, 1)
         return output, hx_n, states
 
+    def _needs_weights_alone(self, hx: Any) -> bool:
+        """Whether a call reads nothing but input, states and parameters, and draws no numbers."""
+        if GIVEN in self.__dict__ or (hx is None and self._own["learn_initial_state"]):
+            return False
+        own = self._options
+        return not self.training or (
+            (self.dropout == 0 or self.num_layers == 1)
+            and own.zoneout_h == 0
+            and own.zoneout_c == 0
+            and (
+                self._own["recurrent_dropout"] == self.__dict__.get("recurrent_dropout", 0) == 0
+                or self._recurrent_dropout() == 0
+            )
+        )
+
     def _drops(self) -> bool:
         """Whether values are dropped between layers now."""
         return self.training and self.dropout > 0 and self.num_layers > 1
-
-    def _draws(self) -> bool:
-        """Whether the call draws anything at random."""
-        if not self.training:
-            return False
-        own = self._options
-        inside = self._recurrent_dropout() > 0 or own.zoneout_h > 0 or own.zoneout_c > 0
-        return inside or self._drops()
 
     def _recurrent_dropout(self) -> float:
         """The attribute, which may change; a user's class may mean something else by it."""
@@ -436,7 +460,7 @@ class RecurrentLayer(RNNSurface, _tools.SeenByTools):
             weights,
             extras=self._extras(input, batch, anew if steps.get("reset") is not None else ()),
             dropout=dropout,
-            frozen=None if half is not None or self._given() else _inference.frozen(self),
+            frozen=None if half is not None or self._given() else self._prepared.frozen,
             **steps,
         )
         if wide is not None:

@@ -1,9 +1,9 @@
-"""Our operator in ONNX's words: one LSTM, GRU or RNN node for each layer of a stack.
+"""The translation of fastrnn's operator to ONNX: one LSTM, GRU or RNN node for each layer.
 
-ONNX has the weights of a node as W [D, G·H, I], R [D, G·H, H] and B [D, 2·G·H], its gates in the
-order i, o, f, c (LSTM) and z, r, h (GRU), its output as [T, D, B, H]; see
-https://onnx.ai/onnx/operators/onnx__LSTM.html and its neighbours. What differs is turned round in
-the graph, by nodes on the weights that a runtime folds away when it loads the model.
+An ONNX node has the weights W [D, G·H, I], R [D, G·H, H] and B [D, 2·G·H], the gates in the order
+i, o, f, c (LSTM) or z, r, h (GRU), and an output of shape [T, D, B, H]; see
+https://onnx.ai/onnx/operators/onnx__LSTM.html and the pages of GRU and RNN. Nodes in the graph
+convert the weights to this layout; a runtime folds them into constants when it loads the model.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ._options import Options
+from ._options import Options, parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 Value = Any  # onnx_ir.Value
 
-ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}  # the gates of ours, in ONNX's order
+ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}  # fastrnn's gates in ONNX's order
 UNROLLED = (
     "export torch.export.export(model, args).run_decompositions(fastrnn.decompositions()), which "
-    "has the steps unrolled"
+    "unrolls the steps"
 )
 _FUNCTIONS: dict[str, tuple[str, tuple[float, float] | None]] = {  # name, alpha and beta
     "tanh": ("Tanh", None),
@@ -30,9 +30,9 @@ _FUNCTIONS: dict[str, tuple[str, tuple[float, float] | None]] = {  # name, alpha
     "identity": ("Affine", (1.0, 0.0)),
     "hardsigmoid": ("HardSigmoid", (1 / 6, 0.5)),
 }
-# Arguments of the operator that ONNX has, and states after a reset, which it never reaches.
+# Arguments that ONNX supports, and states after a reset, which are unused because reset is refused.
 _ARRAYS = ("input", "h0", "c0", "weights", "lengths", "reset_h", "reset_c")
-_TRANSLATED = (  # options that ONNX has
+_TRANSLATED = (  # options that ONNX supports
     "cell",
     "num_layers",
     "bidirectional",
@@ -40,29 +40,31 @@ _TRANSLATED = (  # options that ONNX has
     "activation",
     "gate_activation",
     "reset_after",
-    "grad_clip",  # of no effect on inference, as the next
+    "grad_clip",  # grad_clip and recompute have no effect on inference
     "recompute",
 )
 
 
 def onnx_translation_table() -> dict[Any, Callable[..., Any]]:
-    """What ``torch.onnx.export`` needs to export programs that hold fastrnn's layers.
+    """Return the table with which ``torch.onnx.export`` exports programs with fastrnn's layers.
 
-    A model is exported without it. It is needed for what ``torch.export.export`` has made of a
-    model before.
+    You do not need it to export a model. You need it to export a program that
+    ``torch.export.export`` has made from a model.
 
-    Each layer of a stack becomes one LSTM, GRU or RNN node of standard ONNX, both directions
-    together; ``lengths`` become its ``sequence_lens``. T and B may be dynamic.
+    Each layer of a stack becomes one LSTM, GRU or RNN node of standard ONNX, with both directions
+    in one node; ``lengths`` becomes its ``sequence_lens``. T and B may be dynamic.
 
-    ONNX has no equal for ``proj_size``, ``reset``, a PackedSequence (give ``lengths``), and of an
-    LSTM with ``return_states`` the c of every step: the export then fails and names it. Float64 and
-    half types are valid ONNX, but ONNX Runtime computes these nodes in float32 alone.
+    ONNX has no equivalent for ``proj_size``, ``reset``, a PackedSequence (pass ``lengths``
+    instead), and an LSTM's c of every step (``return_states``): the export then fails with an error
+    that names the feature. Float64 and half types are valid ONNX, but ONNX Runtime computes these
+    nodes only in float32.
 
     Returns:
         The ``custom_translation_table`` of ``torch.onnx.export(…, dynamo=True)``.
 
     Raises:
-        ModuleNotFoundError: onnxscript is not installed; ``pip install 'fastrnn[onnx]'`` does.
+        ModuleNotFoundError: onnxscript is not installed; ``pip install 'fastrnn[onnx]'`` installs
+            it.
 
     >>> import torch, fastrnn
     >>> layer = fastrnn.GRU(3, 4, num_layers=2).eval()
@@ -81,18 +83,18 @@ def onnx_translation_table() -> dict[Any, Callable[..., Any]]:
         raise ModuleNotFoundError(
             "export to ONNX needs onnxscript: pip install 'fastrnn[onnx]'", name=error.name
         ) from error
-    from ._ops import forward_op
+    from ._operators import forward_op
 
     return {forward_op: _translate}
 
 
 def _translate(*arguments: Any) -> Any:
     """``fastrnn::forward`` as ONNX nodes, called by torch's exporter with the values of a graph."""
-    from ._ops import forward_op
+    from ._operators import forward_op
 
     names = [argument.name for argument in forward_op._schema.arguments]
     given = dict(zip(names, arguments, strict=True))
-    options = Options(**{field.name: given.pop(field.name) for field in fields(Options)})
+    options = parse(given.pop("options"))
     states, save, _ = (given.pop(name) for name in ("states", "save", "by_torch"))
     check_options(options, states)
     check_arrays(given)
@@ -115,7 +117,7 @@ def check_options(options: Options, states: bool) -> None:
             )
     if states and options.cell == "LSTM":
         raise ValueError(
-            "return_states=True has no equal in ONNX's LSTM, which gives no c but the last: "
+            "return_states=True has no equal in ONNX's LSTM, which returns only the last c: "
             f"{UNROLLED}"
         )
 
@@ -123,12 +125,12 @@ def check_options(options: Options, states: bool) -> None:
 def check_arrays(given: dict[str, Any]) -> None:
     for name, value in given.items():
         if name not in _ARRAYS and value is not None:
-            known = {"batch_sizes": "a PackedSequence (give lengths= instead)", "reset": "reset="}
+            known = {"batch_sizes": "a PackedSequence (pass lengths= instead)", "reset": "reset="}
             raise ValueError(f"{known.get(name, name)} has no equal in ONNX: {UNROLLED}")
 
 
 def attributes(options: Options) -> dict[str, Any]:
-    """The node's attributes, those left out that would say what ONNX takes anyway."""
+    """The node's attributes, without those that equal ONNX's defaults."""
     found: dict[str, Any] = {"direction": "bidirectional"} if options.bidirectional else {}
     if options.cell == "GRU":
         found["linear_before_reset"] = int(options.reset_after)
@@ -136,7 +138,7 @@ def attributes(options: Options) -> dict[str, Any]:
     if options.cell != "RNN":
         names.insert(0, options.gate_activation)
     if options.cell == "LSTM":
-        names.append(options.activation)  # of the candidate, then of the cell's output
+        names.append(options.activation)  # first for the candidate, then for the cell's output
     if names not in (["tanh"], ["sigmoid", "tanh"], ["sigmoid", "tanh", "tanh"]):
         functions = [_FUNCTIONS[name] for name in names] * options.directions
         found["activations"] = [name for name, _ in functions]
@@ -165,7 +167,7 @@ class _Stack:
     def run(
         self, x: Value, h0: Value | None, c0: Value | None
     ) -> tuple[list[Value], list[list[Value]]]:
-        """The outputs of each layer (T, B, D·H), and its last states (D, B, H)."""
+        """The output of each layer (T, B, D·H), and its final states (D, B, H)."""
         op, D, options = self.op, self.directions, self.options
         lengths = None if self.lengths is None else op.Cast(self.lengths, to=6)  # int32
         starts = [self.of_layers(state) for state in (h0, c0)]
@@ -183,7 +185,7 @@ class _Stack:
         return outputs, finals
 
     def of_layers(self, state: Value | None) -> Sequence[Value] | None:
-        """(L·D, B, H) as a (D, B, H) for each layer."""
+        """(L·D, B, H) split into one (D, B, H) per layer."""
         layers = self.options.num_layers
         if state is None or layers == 1:
             return None if state is None else [state]
@@ -218,7 +220,7 @@ class _Stack:
         return op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, self.directions * self.hidden])
 
     def final(self, last: Value, initial: Value | None) -> Value:
-        """The last state; of a sequence of length 0 the initial one, where ONNX has zeros."""
+        """The final state; for a sequence of length 0 the initial state, where ONNX has zeros."""
         op = self.op
         if self.lengths is None or initial is None:
             return last
@@ -226,9 +228,9 @@ class _Stack:
         return op.Where(op.Unsqueeze(none, [0, 2]), initial, last)
 
     def joined(self, parts: Sequence[Value]) -> Value:
-        """The parts one after another on the first axis."""
+        """The parts concatenated along the first axis."""
         return parts[0] if len(parts) == 1 else self.op.Concat(*parts, axis=0)
 
     def empty(self, like: Value) -> Value:
-        """What stands for an output that is not wanted: (0,)."""
+        """The placeholder for an unused output: shape (0,)."""
         return self.op.CastLike(self.op.ConstantOfShape([0]), like)

@@ -1,11 +1,11 @@
-"""What layers and cells record while ``torch.onnx.export`` traces a model, without a table.
+"""The operations that layers and cells record while ``torch.onnx.export`` traces a model.
 
-The exporter on torch.export is given the LSTM, GRU or RNN node of standard ONNX by
-``torch.onnx.ops.symbolic_multi_out``, one for each layer of a stack; what stands around the nodes
-is torch's. The older one (``dynamo=False``) traces by torch.jit, and knows torch's own recurrent
-functions: it gets these.
+For the exporter based on torch.export, each layer of a stack records an LSTM, GRU or RNN node of
+standard ONNX with ``torch.onnx.ops.symbolic_multi_out``, and torch operations around the nodes. The
+older exporter (``dynamo=False``) traces with torch.jit and supports torch's own recurrent
+functions, so the layers call these. Neither needs a translation table.
 
-A program that ``torch.export.export`` made before holds our operator, and needs
+A program that ``torch.export.export`` made earlier contains fastrnn's operator, and needs
 `fastrnn.onnx_translation_table`.
 """
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 Result = tuple[Tensor, tuple[Tensor, ...], States | None]
 
-# Options of the step that torch's own functions have.
+# Options that torch's own functions support.
 _OF_TORCH = ("cell", "num_layers", "bidirectional", "bias", "grad_clip", "recompute")
 
 
 def route(usual: Callable[..., Result]) -> Callable[..., Result]:
-    """``usual``, or what takes its place while torch.onnx.export traces."""
+    """``usual``, or the function that replaces it while torch.onnx.export traces."""
     if torch.compiler.is_compiling():
         return _symbolic if _is_exporting() else usual
     if torch._C._get_tracing_state() is not None and _is_exporting():
@@ -46,7 +46,7 @@ def _is_exporting() -> bool:
     return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
-_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in _recurrent.py
+_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in _call.py
 
 
 def _symbolic(
@@ -63,7 +63,7 @@ def _symbolic(
     dropout: float = 0.0,
     **_: Any,
 ) -> Result:
-    """As `recurrent`, by a node of ONNX for each layer."""
+    """As `recurrent`, with one ONNX node for each layer."""
     _onnx.check_options(options, return_states)
     _onnx.check_arrays({**extras._asdict(), "batch_sizes": batch_sizes, "reset": reset})
     D, layers = options.directions, options.num_layers
@@ -91,7 +91,7 @@ def _symbolic(
         x = y.squeeze(1) if D == 1 else y.permute(0, 2, 1, 3).flatten(2)
         outputs.append(x)
         if lengths is not None and initial:
-            none = (lengths == 0).unsqueeze(-1)  # ONNX has zeros there
+            none = (lengths == 0).unsqueeze(-1)  # where ONNX returns zeros
             last = [torch.where(none, s0, s) for s0, s in zip(initial, last, strict=True)]
         finals.append(last)
     hx_n = tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
@@ -118,7 +118,7 @@ def _torchs(
     dropout: float = 0.0,
     **_: Any,
 ) -> Result:
-    """As `recurrent`, by torch's own function."""
+    """As `recurrent`, with torch's own function."""
     _check_torch_has_it(options, lengths=lengths, reset=reset, return_states=return_states)
     train = dropout > 0
     return *_by_torch.call(options, input, hx, weights, batch_sizes, dropout, train), None
@@ -135,5 +135,5 @@ def _check_torch_has_it(options: Options, **call: Any) -> None:
     for name, value in found.items():
         raise ValueError(
             f"torch.onnx.export(dynamo=False) has no equal for {name}{value} of fastrnn's "
-            f"{options.cell}: try dynamo=True, which has more, or {_onnx.UNROLLED}"
+            f"{options.cell}: use dynamo=True, which supports more, or {_onnx.UNROLLED}"
         )

@@ -1,11 +1,11 @@
-"""Gradients of each sample for Opacus, from all that a layer or a cell takes and returns.
+"""Per-sample gradients for Opacus, from all arguments and results of a layer or a cell.
 
-Opacus puts two hooks on a module: one keeps the positional inputs of each call, one computes, in
-backward, the gradients of each sample from these and from the gradient of the first output. That
-holds for modules with one input and one output. Of ours it would lose the gradients of h_n, c_n
-and the states, and fail at hx and lengths. So a layer or a cell that is given Opacus' hooks takes
-`_Calls` in their place, which sees every argument and every gradient, and leaves to Opacus what to
-do with the gradients of the samples. No part of Opacus is imported.
+Opacus registers two hooks on a module. One stores the positional inputs of each call; the other
+computes, in backward, the per-sample gradients from these inputs and the gradient of the first
+output. This works for modules with one input and one output. For fastrnn's layers it would lose the
+gradients of h_n, c_n and the states, and fail for hx and lengths. So a layer or a cell replaces
+Opacus' hooks by `_Calls`, which receives every argument and every gradient, and passes the
+per-sample gradients to Opacus. This module does not import Opacus.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
 
 
 def forward_hook(hook: Any) -> _Calls | None:
-    """What takes the place of a forward hook, where it is Opacus'."""
+    """The replacement of a forward hook of Opacus; None for any other hook."""
     return _Calls(hook) if _is_of_opacus(hook, "capture_activations_hook") else None
 
 
 def backward_hook(module: Module, hook: Any) -> RemovableHandle | None:
-    """Bring a backward hook of Opacus to the forward hook that took its place; else None."""
+    """Attach a backward hook of Opacus to the replaced forward hook; None for any other hook."""
     if not _is_of_opacus(getattr(hook, "func", None), "capture_backprops_hook"):
         return None
     owner = hook.func.__self__
     for calls in module._forward_hooks.values():
         if isinstance(calls, _Calls) and calls.capture_inputs.__self__ is owner:
             calls.capture_gradients = hook
-            # Removed with the forward hook, so that there is nothing left to remove.
+            # It is removed with the forward hook, so this handle has nothing to remove.
             return RemovableHandle(OrderedDict())
     return None
 
@@ -55,7 +55,7 @@ def _is_of_opacus(hook: Any, name: str) -> bool:
 
 
 class _Calls:
-    """The forward hook: every call of the module, until its backward.
+    """The forward hook: it stores every call of the module until its backward.
 
     Arguments:
         capture_inputs: Opacus' forward hook.
@@ -69,11 +69,11 @@ class _Calls:
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> Any:
         call = _Call(module, args, kwargs)
-        # What Opacus is to keep has only to tell it how many samples there are.
+        # From the tensor that it stores, Opacus only reads the number of samples.
         samples = torch.ones(call.batch, 1, device=call.device)
         kept = len(getattr(module, "activations", ()))
         self.capture_inputs(module, (self._laid_out(samples),), result)
-        if len(getattr(module, "activations", ())) == kept:  # not training, no gradient, disabled
+        if len(getattr(module, "activations", ())) == kept:  # eval, no gradient, or disabled hooks
             return None
         _check_draws(module)
         packed = result[0] if isinstance(result[0], PackedSequence) else None
@@ -89,7 +89,7 @@ class _Calls:
         return parts if packed is None else (packed._replace(data=parts[0]), *parts[1:])
 
     def _laid_out(self, samples: Tensor) -> Tensor:
-        """(B, 1) as Opacus asks for batches, (1, B) where it was told that time comes first."""
+        """(B, 1), Opacus' layout of batches, or (1, B) if Opacus expects time first."""
         return samples if self.capture_gradients.keywords["batch_first"] else samples.t()
 
     def _backward(
@@ -104,7 +104,7 @@ class _Calls:
         found = call.gradients(cotangents)
 
         def of_samples(parameters: list[Tensor], _: Tensor, factors: Tensor) -> list[Any]:
-            # The factor of the loss's reduction, which Opacus puts on what it takes for gradients.
+            # The factors of the loss's reduction, which Opacus multiplies into the gradients.
             shaped = {n: factors.reshape(-1, *(1,) * (d.dim() - 1)) for n, d in found.items()}
             names = [name for name, _ in module.named_parameters()]
             return [found[n] * shaped[n].to(found[n]) if n in found else None for n in names]
@@ -126,14 +126,14 @@ def _check_draws(module: Any) -> None:
     options = ("dropout", "recurrent_dropout", "zoneout")
     drawn = [f"{n}={getattr(module, n)}" for n in options if getattr(module, n, 0)]
     raise RuntimeError(
-        "Opacus needs a layer computed again for the gradients of each sample, and then "
-        f"{type(module).__name__} draws other masks, with {', '.join(drawn)}: set that to 0; in "
-        "place of dropout put torch.nn.Dropout between layers of num_layers=1"
+        "per-sample gradients for Opacus compute a layer a second time, and then "
+        f"{type(module).__name__} with {', '.join(drawn)} would draw other masks: set these to 0; "
+        "in place of dropout put torch.nn.Dropout between layers of num_layers=1"
     )
 
 
 class _Seen(torch.autograd.Function):
-    """The identity, which shows the gradients of all outputs of a call at once."""
+    """The identity; its backward passes the gradients of all outputs of a call to ``show``."""
 
     @staticmethod
     def forward(ctx: Any, show: Callable[[Any], None], *outputs: Tensor) -> tuple[Tensor, ...]:
@@ -148,14 +148,14 @@ class _Seen(torch.autograd.Function):
 
 
 class _Axes(NamedTuple):
-    """Where a call has its samples."""
+    """The axis of the samples in the arguments and results of a call."""
 
     arguments: dict[str, int]
-    result: tuple[int, ...]  # of output, h_n, c_n, states.h, states.c, those there are
+    result: tuple[int, ...]  # for output, h_n, c_n, states.h, states.c, as far as they exist
 
 
 def _axes(module: Any, input: Tensor, packed: bool) -> _Axes | None:
-    """None where the call is of one sample, without an axis for it."""
+    """The axes; None if the call has one sample, without an axis for it."""
     if not isinstance(getattr(module, "num_layers", None), int):
         return None if input.dim() == 1 else _Axes({"input": 0, "hx": 0}, (0, 0))
     if input.dim() == 2:
@@ -166,7 +166,7 @@ def _axes(module: Any, input: Tensor, packed: bool) -> _Axes | None:
 
 
 class _Call:
-    """One call: its arguments, detached, and what is needed to compute it again."""
+    """One call: its detached arguments, and everything needed to compute it again."""
 
     def __init__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
@@ -190,10 +190,10 @@ class _Call:
             self.autocast = torch.get_autocast_dtype(input.device.type)
 
     def gradients(self, cotangents: dict[int, Tensor]) -> dict[str, Tensor]:
-        """Of every parameter that wants one, the gradient of each sample, (B, …).
+        """The per-sample gradients, (B, …), of every parameter that requires a gradient.
 
         Arguments:
-            cotangents: the gradients of what the call returned, by the places in `_Axes.result`.
+            cotangents: the gradients of the call's results, by their index in `_Axes.result`.
         """
         wanted = {n: p.detach() for n, p in self.module.named_parameters() if p.requires_grad}
         if self.batch == 0 or not cotangents:
@@ -201,7 +201,7 @@ class _Call:
         bare, places = _without_hooks(self.module), list(cotangents)
 
         def of_one(given: dict[str, Any], gradients: list[Tensor]) -> dict[str, Tensor]:
-            """Of one sample, without an axis for it."""
+            """The gradients of one sample, without an axis for it."""
 
             def outputs(parameters: dict[str, Tensor]) -> list[Tensor]:
                 again = torch.func.functional_call(bare, parameters, (), given | self.options)
@@ -235,7 +235,7 @@ class _Call:
         return torch.autocast(self.device.type, self.autocast)
 
     def _padded(self, place: int, gradient: Tensor) -> Tensor:
-        """The gradient of packed rows, (N, ·) or (L, N, ·), as (T, B, ·) or (L, T, B, ·)."""
+        """A gradient with packed rows, (N, ·) or (L, N, ·), as (T, B, ·) or (L, T, B, ·)."""
         if self.packed is None or (self.axes and self.axes.result[place] == 1 and place > 0):
             return gradient
 
@@ -247,7 +247,7 @@ class _Call:
 
 
 def _without_hooks(module: Module) -> Module:
-    """The same module, on the same tensors, whose hooks are left alone."""
+    """A copy of the module with the same tensors and without hooks."""
     bare = type(module).__new__(type(module))
     own = vars(bare)
     own.update(vars(module))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 Cell = Literal["RNN", "LSTM", "GRU"]
@@ -89,6 +90,20 @@ class Options:
         check_heads(self.heads, proj_size=self.proj_size)
 
     @property
+    def text(self) -> str:
+        """The options by name, without those at their defaults; `parse` reads it.
+
+        >>> Options("LSTM", num_layers=2, bidirectional=True).text
+        'LSTM num_layers=2 bidirectional=True'
+        """
+        parts: list[str] = [self.cell]
+        for name, default in _DEFAULTS:
+            value = getattr(self, name)
+            if value != default:
+                parts.append(f"{name}={value}")
+        return " ".join(parts)
+
+    @property
     def gates(self) -> int:
         """G, how many pre-activations a hidden unit has."""
         return GATES[self.cell]
@@ -99,10 +114,14 @@ class Options:
         return 2 if self.bidirectional else 1
 
     @property
-    def beyond_the_cell(self) -> bool:
-        """Whether a step is more than the cell on two products, of however many heads."""
-        own = (self.zoneout_h, self.zoneout_c, self.grad_clip)
-        return self.peephole or self.layer_norm or any(own)
+    def beyond_the_cells(self) -> bool:
+        """Whether a forward step is more than one of the CPU engine's fused cells."""
+        return self.heads > 1 or self.beyond_heads
+
+    @property
+    def beyond_heads(self) -> bool:
+        """The same, with heads, which the CUDA kernels support."""
+        return self.peephole or self.layer_norm or self.zoneout_h > 0 or self.zoneout_c > 0
 
     @property
     def in_torch_nn(self) -> bool:
@@ -112,8 +131,8 @@ class Options:
             self.activation in activations
             and self.gate_activation == "sigmoid"
             and self.reset_after
-            and self.heads == 1
-            and not self.beyond_the_cell
+            and not self.beyond_the_cells
+            and self.grad_clip == 0
         )
 
     def weight_shapes(self, width: int, hidden_size: int) -> dict[str, Shape]:
@@ -142,6 +161,34 @@ class Options:
     def weight_kinds(self) -> tuple[str, ...]:
         """The names of `weight_shapes`."""
         return tuple(self.weight_shapes(0, 0))
+
+
+# Every field but the cell with its default.
+_DEFAULTS: tuple[tuple[str, Any], ...] = tuple(
+    (field.name, field.default) for field in fields(Options)[1:]
+)
+_PARSERS: dict[type, Any] = {bool: "True".__eq__, int: int, float: float, str: str}
+
+
+@lru_cache(maxsize=256)
+def parse(text: str) -> Options:
+    """The options that `Options.text` describes.
+
+    Raises:
+        ValueError: a name or a value that `Options` does not have.
+
+    >>> parse("GRU reset_after=False").reset_after
+    False
+    """
+    cell, *parts = text.split(" ")
+    kinds = {name: type(default) for name, default in _DEFAULTS}
+    values = {}
+    for part in parts:
+        name, _, value = part.partition("=")
+        if name not in kinds:
+            raise ValueError(f"options: expected names of {', '.join(kinds)}, got {part!r}")
+        values[name] = _PARSERS[kinds[name]](value)
+    return Options(cell, **values)  # type: ignore[arg-type]
 
 
 def make_options(

@@ -1,4 +1,4 @@
-"""Putting our classes in the place of torch.nn's, for packages whose source nobody changes."""
+"""Replace torch.nn's classes by fastrnn's, for packages whose source you cannot change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 if TYPE_CHECKING:
     from types import TracebackType
 
-# Ours by torch's names, and torch's own as they were when this module was imported.
+# fastrnn's classes by torch's names, and torch's own classes at the import of this module.
 OURS: dict[str, type[torch.nn.Module]] = {
     "RNNBase": RecurrentLayer,
     "RNN": RNN,
@@ -33,14 +33,14 @@ OURS: dict[str, type[torch.nn.Module]] = {
 }
 TORCHS: dict[str, type[torch.nn.Module]] = {name: getattr(rnn, name) for name in OURS}
 
-_HOMES = (torch.nn, torch.nn.modules, rnn)  # where torch keeps the names
+_HOMES = (torch.nn, torch.nn.modules, rnn)  # the modules with these names
 
 _lock = threading.RLock()
-_patched: ExitStack | None = None  # what puts back, while torch is patched
+_patched: ExitStack | None = None  # the callbacks that undo the patch, while torch is patched
 
 
 class TorchPatch(AbstractContextManager[None]):
-    """What `patch_torch` returns: leaving its ``with`` block ends what the call began."""
+    """The context manager of `patch_torch`: leaving its ``with`` block undoes the patch."""
 
     def __init__(self) -> None:
         self._began = _patch()
@@ -60,33 +60,34 @@ class TorchPatch(AbstractContextManager[None]):
 
 
 def patch_torch() -> TorchPatch:
-    """Bind torch.nn's names to fastrnn's classes: every layer made from now on is fastrnn's.
+    """Bind torch.nn's names to fastrnn's classes: layers constructed from now on are fastrnn's.
 
-    ``RNN``, ``LSTM``, ``GRU``, ``RNNCell``, ``LSTMCell``, ``GRUCell``, ``RNNBase`` and
-    ``RNNCellBase`` are replaced in ``torch.nn``, ``torch.nn.modules`` and
-    ``torch.nn.modules.rnn``. Call it before importing the packages that it shall reach: a class
-    that was derived from ``torch.nn.LSTM``, or a name that was imported from torch.nn, is from
-    before and stays torch's; `fastrnn.convert` changes models made of these.
+    The call replaces ``RNN``, ``LSTM``, ``GRU``, ``RNNCell``, ``LSTMCell``, ``GRUCell``,
+    ``RNNBase`` and ``RNNCellBase`` in ``torch.nn``, ``torch.nn.modules`` and
+    ``torch.nn.modules.rnn``. Call it before you import the packages that should use fastrnn:
+    classes derived from ``torch.nn.LSTM`` before the call, and names imported from torch.nn before
+    the call, still refer to torch's classes. `fastrnn.convert` converts models made from these.
 
     While torch is patched:
 
-    - Layers constructed inside packages are fastrnn's, also those that a package constructs when it
-      loads its own files, and classes derived from ``torch.nn.LSTM`` derive from ``fastrnn.LSTM``.
-      Its forward checks by itself: it does not call their ``check_input``, ``permute_hidden`` and
-      the like.
-    - Whole models that torch.nn's layers were pickled in are loaded with fastrnn's layers
+    - Layers that packages construct are fastrnn's, also when a package loads its own files.
+      New classes derived from ``torch.nn.LSTM`` derive from ``fastrnn.LSTM``. Its forward has its
+      own checks: it does not call ``check_input``, ``permute_hidden`` and similar methods of these
+      classes.
+    - Models pickled as a whole with torch.nn's layers load with fastrnn's layers
       (``torch.load(file, weights_only=False)``).
-    - ``isinstance(m, torch.nn.LSTM)`` is True for fastrnn's layers, and for those that torch made
-      before; so is ``issubclass`` for their classes.
-    - torch's layers made before work, and are copied and pickled, as always.
-    - ``torch.compile(fullgraph=True)`` takes fastrnn's layers: dynamo's ``allow_rnn`` is set.
+    - ``isinstance(m, torch.nn.LSTM)`` is True for fastrnn's layers, and for torch's layers
+      constructed earlier; the same holds for ``issubclass`` of their classes.
+    - torch's layers constructed earlier work as before, and can be copied and pickled.
+    - ``torch.compile(fullgraph=True)`` supports fastrnn's layers: the call sets dynamo's
+      ``allow_rnn``.
 
-    The effect is on the whole process. A second call does nothing, and one `unpatch_torch` ends
-    all. As a context manager, ``with patch_torch():``, the block ends what its own call began: an
+    The patch affects the whole process. A second call does nothing, and one `unpatch_torch` undoes
+    all calls. A block ``with patch_torch():`` undoes the patch only if its own call began it: an
     inner block, or a block in a patched process, leaves torch patched.
 
     Returns:
-        A context manager. Nobody needs to keep it.
+        A context manager, which you may ignore.
 
     >>> import fastrnn, torch
     >>> with fastrnn.patch_torch():
@@ -100,9 +101,9 @@ def patch_torch() -> TorchPatch:
 
 
 def unpatch_torch() -> None:
-    """Put back what `patch_torch` replaced; without a `patch_torch` before, do nothing.
+    """Undo `patch_torch`: restore torch.nn's classes. Does nothing if torch is not patched.
 
-    Layers and classes that were made meanwhile stay as they are.
+    Layers and classes that were created while torch was patched do not change.
 
     >>> import fastrnn, torch
     >>> _ = fastrnn.patch_torch()
@@ -118,7 +119,7 @@ def unpatch_torch() -> None:
 
 
 def _patch() -> bool:
-    """Whether torch was not patched before this call."""
+    """Patch torch; return whether this call did so, False if torch was patched already."""
     global _patched
     with _lock, ExitStack() as undo:
         if _patched is not None:
@@ -138,14 +139,14 @@ def _patch() -> bool:
 
 
 def _allow_rnn(undo: ExitStack) -> None:
-    """Let dynamo trace what torch.nn.LSTM and the like name, in every thread."""
-    from torch._dynamo import config as module  # here, as its import takes a second
+    """Let dynamo trace the classes that torch.nn.LSTM etc. now refer to, in every thread."""
+    from torch._dynamo import config as module  # imported here, because it takes a second
 
     config: Any = module
     entry = config._config["allow_rnn"]
     undo.callback(setattr, entry, "default", entry.default)
-    entry.default = True  # what is set by the public name holds in one thread alone
-    if not config.allow_rnn:  # the user set it in this one
+    entry.default = True  # setting the public name would affect only this thread
+    if not config.allow_rnn:  # the user has set it to False in this thread
         undo.callback(setattr, config, "allow_rnn", False)
         config.allow_rnn = True
 
@@ -154,10 +155,10 @@ def _allow_rnn(undo: ExitStack) -> None:
 
 
 class _Named:
-    """One of torch's classes, pickled by its name alone, which is ours while torch is patched.
+    """One of torch's classes, pickled by its name, which is fastrnn's while torch is patched.
 
-    pickle itself refuses a class whose name is bound to another. What is written needs no fastrnn
-    to be read.
+    pickle itself refuses a class whose name is bound to another class. Reading the pickle does not
+    need fastrnn.
     """
 
     def __init__(self, cls: type[torch.nn.Module]) -> None:
@@ -168,7 +169,7 @@ class _Named:
 
 
 class _Maker:
-    """Makes an empty layer, when copied one of torch's, when unpickled one of the class's name."""
+    """Makes an empty layer: of torch's class when copied, of the name's class when unpickled."""
 
     def __init__(self, cls: type[torch.nn.Module]) -> None:
         self.cls = cls

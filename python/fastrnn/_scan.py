@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import _checks, program
+from . import _checks
 from ._options import check_bool
+from .program import api as program
 
 Leaves = list[Tensor]
 # A step on leaves: (carry, x) -> (carry, y).

@@ -1,7 +1,8 @@
-"""`Stream`: a stack of recurrent layers fed one step at a time.
+"""`Stream`: a stack of recurrent layers that runs one step per call.
 
-The work of a step is C++ (csrc/bind/stream.h); here are the checks of what a stream is made of. No
-torch is imported: a stream of a layer has it already, one of NumPy weights needs none.
+A step runs in C++ (csrc/bind/stream.h); this module checks the arguments of a stream. It does not
+import torch: for a stream of a layer torch is imported already, and a stream of NumPy weights does
+not need it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import numpy as np
 
 from . import _C
 from ._arguments import REAL, check_number_of_weights, is_torch, weight_names
-from ._engine import engine_options, scalars
+from ._by_program import step_programs
+from ._engine import engine_options
 from ._options import Options, check_integers, make_options
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 DTYPES = (*REAL, "int8")
 _MOST_ROWS = 2**31 - 1  # the engine's limit
-# What int8 kernels compute, and what no inference computes.
+# Options that int8 kernels support, and options that have no effect on inference.
 _INT8_OPTIONS = {
     "cell",
     "num_layers",
@@ -38,34 +40,36 @@ _INT8_OPTIONS = {
 
 
 class Stream:
-    """Layers fed one step at a time: weights packed once, states kept, nothing allocated in a step.
+    """Runs layers one step per call: weights packed once, states kept, no allocation in a step.
 
-    For live data: each call of `step` takes the next input of every row and gives the output of the
-    last layer. In the layer's own dtype, or another floating one that the weights are converted to,
-    the outputs are to the last bit those of the layer, in that dtype and in ``eval()``, over the
-    whole sequence. With int8 they are close to them, at a quarter of the memory to read.
+    For live data: each call of `step` takes the next input of every row and returns the output of
+    the last layer. In the layer's dtype, or another floating dtype to which the weights are
+    converted, the outputs equal, to the last bit, those of the layer in that dtype and in
+    ``eval()`` over the whole sequence. With int8 they approximate them, with a quarter of the
+    memory to read.
 
     Arguments:
-        layer: `fastrnn.RNN`, `LSTM` or `GRU` on the CPU, in one direction. A stream infers: it
-            records no gradient and drops nothing, also where the layer is in training mode.
-        batch_size: B, how many rows step side by side.
+        layer: `fastrnn.RNN`, `LSTM` or `GRU` on the CPU, in one direction. A stream always runs
+            inference, even if the layer is in training mode: it records no gradient and applies no
+            dropout.
+        batch_size: B, the number of rows.
         dtype: None for the layer's; ``torch.float32``, ``float64``, ``bfloat16`` or ``float16``, as
-            torch's or by name; or ``"int8"``: int8 weights with a scale for each of their rows,
-            x and h rounded to int8 for each product with a scale for each row, exact integer sums,
-            and states, biases and the cell in float32. x is then float32.
+            torch's dtype or by name; or ``"int8"``: int8 weights with one scale per row; for each
+            product x and h are quantised to int8 with one scale per row; integer sums are exact;
+            states, biases and the cell are float32. x is then float32.
 
     Attributes:
         batch_size: B.
-        dtype: by its name, ``"float32"``.
+        dtype: its name, for example ``"float32"``.
 
-    The weights are packed when the stream is made; `refresh` takes them as they are then. One
-    thread at a time may use a stream; streams of one layer are independent of each other.
+    The stream packs the weights when it is constructed; `refresh` packs the current weights. Only
+    one thread at a time may use a stream; streams of one layer are independent of each other.
 
     Raises:
-        TypeError: layer is none of ours, batch_size no int, dtype no dtype.
-        ValueError: the layer is bidirectional, not on the CPU, or has an option that int8 lacks;
-            batch_size is below 1 or above 2³¹ - 1; dtype is another one.
-        MemoryError: so many rows do not fit into memory.
+        TypeError: layer is not a fastrnn layer, batch_size is not an int, dtype is not a dtype.
+        ValueError: the layer is bidirectional, not on the CPU, or has an option that int8 does not
+            support; batch_size is below 1 or above 2³¹ - 1; dtype is not supported.
+        MemoryError: the rows do not fit into memory.
 
     >>> import torch
     >>> import fastrnn
@@ -96,19 +100,19 @@ class Stream:
         dtype: Any = None,
         **options: Any,
     ) -> Stream:
-        """A stream of plain arrays as weights, which needs no torch.
+        """Make a stream from arrays of weights; torch is not needed.
 
         Arguments:
             cell: ``"RNN"``, ``"LSTM"`` or ``"GRU"``.
-            weights: the flat list of `fastrnn.functional`, arrays of any kind.
+            weights: the flat list of `fastrnn.functional`, as arrays of any library.
             num_layers, bias, proj_size: as in `fastrnn.functional`.
             batch_size, dtype: as above; None: the dtype of the weights.
-            options: the other options of the function of that cell in `fastrnn.functional`, such as
+            options: the other options of the cell's function in `fastrnn.functional`, such as
                 ``nonlinearity``, ``activation``, ``gate_activation`` or ``reset_after``.
 
         Raises:
-            TypeError, ValueError: as above; an option does not exist or is out of its range;
-                weights are too few, too many or of another shape. The error names the argument.
+            TypeError, ValueError: as above; or an option does not exist or has an invalid value, or
+                the weights have a wrong number or shape. The error names the argument.
 
         >>> import numpy as np
         >>> one = np.ones((1, 1), np.float32)
@@ -153,49 +157,51 @@ class Stream:
         self.batch_size, self.dtype = batch_size, name
         self._source = source
         self._storage = "float32" if name == "int8" else name
+        weights = [_converted(weight, self._storage) for weight in weights]
         self._engine = _C.Stream(
-            engine_options(*scalars(options)),
-            [_converted(weight, self._storage) for weight in weights],
+            engine_options(options),
+            weights,
             batch_size,
             self._storage,
             name == "int8",
             source.threads(),
             _view,
+            step_programs(options, weights),
         )
         self._take_initial_state()
         self.reset()
-        if type(self).step is Stream.step:  # without a Python frame on the way
+        if type(self).step is Stream.step:  # call the engine without a Python frame
             self.step = self._engine.step  # type: ignore[method-assign, assignment]
 
     def step(self, x: Any) -> Any:
-        """Feed one step of every row.
+        """Run one step for every row.
 
         Arguments:
-            x: (B, I), a torch tensor, a NumPy array or another with ``__dlpack__``, of any strides,
-                in the stream's dtype; of an int8 stream float32.
+            x: (B, I), a torch tensor, a NumPy array or another array with ``__dlpack__``, with any
+                strides, in the stream's dtype (float32 for an int8 stream).
 
         Returns:
-            The output of the last layer, (B, O), an array of the kind of x. It is the stream's own
-            memory, **which the next step overwrites**: copy what is to be kept. It may be changed,
-            and may be the next x.
+            The output of the last layer, (B, O), an array of the type of x. It is the stream's own
+            memory, **which the next step overwrites**: copy what you want to keep. You may write to
+            it, and pass it as the next x.
 
         Raises:
-            TypeError: x is no array, or of another dtype.
+            TypeError: x is not an array, or has another dtype.
             ValueError: x has another shape, or is not in host memory.
-            RuntimeError: another thread is in the middle of a step.
+            RuntimeError: another thread is running a step.
         """
         return self._engine.step(x)
 
     def reset(self, rows: Any = None) -> None:
-        """Put rows back to the initial state: zeros, or what the layer has learned for it.
+        """Reset rows to the initial state: zeros, or the layer's learned initial state.
 
         Arguments:
-            rows: bool (B,), True for each row to be reset, or the indices of such rows; None: all.
+            rows: bool (B,), True for each row to reset, or the indices of the rows; None: all.
 
         Raises:
-            TypeError: rows are neither bools nor integers.
-            ValueError: a mask is not (B,).
-            IndexError: there is no such row.
+            TypeError: rows contains neither bools nor integers.
+            ValueError: the shape of a mask is not (B,).
+            IndexError: a row index is out of range.
         """
         self._engine.reset(None if rows is None else self._mask(rows))
 
@@ -219,11 +225,12 @@ class Stream:
 
     @property
     def state(self) -> Any:
-        """A copy of the states after the last step: h (L, B, O), of an LSTM (h, c), c (L, B, H).
+        """A copy of the states after the last step: h (L, B, O); for an LSTM (h, c), c (L, B, H).
 
-        Torch tensors where the weights are, else NumPy arrays. Of half types c is float32, as it is
-        inside the engine, so that a state put back goes on with the same bits. To set them, give
-        arrays of the same shapes and dtypes; c may also be of the stream's dtype.
+        The states are torch tensors if the weights are, else NumPy arrays. For half types c is
+        float32, as inside the engine, so that a stream whose state is assigned back continues with
+        the same bits. To set the states, assign arrays of the same shapes and dtypes; c may also
+        have the stream's dtype.
         """
         states = tuple(
             state.torch() if self._source.torch else state.numpy() for state in self._engine.state()
@@ -242,19 +249,20 @@ class Stream:
         self._engine.set_state(_settled(h), c)
 
     def _wide(self, c: Any) -> Any:
-        """c of a half type as float32."""
+        """c as float32 if it has a half type."""
         half = self._storage in ("bfloat16", "float16")
         given = str(getattr(c, "dtype", "")).removeprefix("torch.")
         return _converted(c, "float32") if half and given == self._storage else c
 
     def refresh(self) -> None:
-        """Take the weights, and a learned initial state, as they are now. The states stay.
+        """Pack the current weights and learned initial state. The states do not change.
 
         Raises:
-            TypeError, ValueError: a weight is None, of another shape than before, or not on the
+            TypeError, ValueError: a weight is None, has another shape than before, or is not on the
                 CPU.
         """
-        self._engine.pack([_converted(weight, self._storage) for weight in self._source.weights()])
+        weights = [_converted(weight, self._storage) for weight in self._source.weights()]
+        self._engine.pack(weights, step_programs(self._source.options, weights))
         self._take_initial_state()
 
     def _take_initial_state(self) -> None:
@@ -267,7 +275,7 @@ class Stream:
         return f"Stream({self._source!r}, batch_size={self.batch_size}, dtype={self.dtype!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy packs the weights as they are then, and has the state of now."""
+        """A copy packs the weights that are current when it is made, and has the present state."""
         return _restored, (type(self), self._source, self.batch_size, self.dtype, self.state)
 
 
@@ -280,18 +288,18 @@ def _restored(
     return stream
 
 
-# ---- where the weights come from ----------------------------------------------------------------
+# ---- sources of the weights ---------------------------------------------------------------------
 
 
 class _Layer:
-    """A layer of ours, asked for its weights whenever they are packed."""
+    """A fastrnn layer, whose weights are read whenever they are packed."""
 
     torch = True
 
     def __init__(self, layer: Any) -> None:
-        module = sys.modules.get("fastrnn._layer")  # a layer has imported it
+        module = sys.modules.get("fastrnn._layer")  # imported, if layer is a fastrnn layer
         if module is None or module.RecurrentLayer not in type(layer).__mro__:
-            hint = "; fastrnn.convert makes one of torch.nn's" if _is_torch_module(layer) else ""
+            hint = "; fastrnn.convert makes one from it" if _is_torch_module(layer) else ""
             raise TypeError(
                 f"layer must be a fastrnn.RNN, LSTM or GRU, got {type(layer).__name__}{hint}"
             )
@@ -310,8 +318,7 @@ class _Layer:
                 raise TypeError(f"{name} must be a Tensor, got None")
             if weight.device.type != "cpu":
                 raise ValueError(
-                    f"layer must be on the CPU, where a stream runs, got {weight.device}; "
-                    "move it with layer.cpu()"
+                    f"layer must be on the CPU, got {weight.device}; move it with layer.cpu()"
                 )
         return weights
 
@@ -362,7 +369,7 @@ def _is_torch_module(x: Any) -> bool:
 
 
 def _dtype_name(dtype: Any) -> str:
-    """The name of torch's dtype, NumPy's, or of a name itself."""
+    """The name of a dtype of torch or NumPy, or of a dtype given by name."""
     name = dtype if isinstance(dtype, str) else str(dtype)
     if not isinstance(dtype, str) and not name.startswith("torch."):
         try:
@@ -378,7 +385,7 @@ def _dtype_name(dtype: Any) -> str:
 
 
 def _converted(array: Any, dtype: str) -> Any:
-    """The array in that dtype; itself where it is of it."""
+    """The array in that dtype; the array itself if it has that dtype."""
     if is_torch(array):
         return _settled(array.detach().to(getattr(sys.modules["torch"], dtype)))
     if str(array.dtype) == dtype:
@@ -389,14 +396,14 @@ def _converted(array: Any, dtype: str) -> Any:
             import ml_dtypes
         except ImportError:
             raise TypeError(
-                "dtype: NumPy has no bfloat16: install ml_dtypes, or give torch tensors"
+                "dtype: NumPy has no bfloat16; install ml_dtypes, or pass torch tensors as weights"
             ) from None
         target = ml_dtypes.bfloat16
     return np.asarray(array).astype(target)
 
 
 def _settled(array: Any) -> Any:
-    """The array; where it is torch's and a negation is pending on it, its values."""
+    """The array; for a torch tensor with a pending negation, its resolved values."""
     return array.resolve_neg() if is_torch(array) else array
 
 
@@ -405,13 +412,13 @@ def _refuse_options(options: Options) -> None:
         default, value = field.default, getattr(options, field.name)
         if field.name not in _INT8_OPTIONS and default is not MISSING and value != default:
             raise ValueError(
-                f"dtype: int8 does not compute {field.name}={value!r}; use a floating dtype"
+                f"dtype: int8 does not support {field.name}={value!r}; use a floating dtype"
             )
 
 
 def _view(output: _C.Tensor, x: Any) -> Any:
-    """What steps return for arrays of the kind of x: the output's memory as that kind."""
+    """The result of steps for arrays of x's type: the output's memory as that type."""
     if is_torch(x):
-        with sys.modules["torch"].inference_mode(False):  # also for use with a gradient later
+        with sys.modules["torch"].inference_mode(False):  # so that autograd may use it later
             return output.torch()
     return output.numpy() if isinstance(x, np.ndarray) else output

@@ -1,16 +1,16 @@
-"""Users' classes over torch.nn's layers, laid over ours instead; for `convert`.
+"""Rebase users' subclasses of torch.nn's layers onto fastrnn's layers; for `convert`.
 
-The converted module gets a class of the same name, derived from the user's class, whose method
-resolution order has our layer in the place of torch's:
+A converted module gets a new class of the same name, derived from the user's class. In its method
+resolution order fastrnn's layer replaces torch's:
 
     user's class:  MyLSTM, torch.nn.LSTM, torch.nn.RNNBase, Module, object
-    the new one:   MyLSTM, the user's MyLSTM, fastrnn.LSTM, …, Module, object
+    new class:     MyLSTM, the user's MyLSTM, fastrnn.LSTM, …, Module, object
 
-Python looks methods up along this order and nowhere else. So ``super().forward`` in the user's
-methods arrives at ours, as they are, and isinstance of the user's class holds, while the module is
-none of torch.nn's layers any more, which dynamo would refuse. The alternatives are worse: other
-``__bases__`` for the user's class would change its other instances, in models that nobody converts;
-a copy of the class, method by method, would not be the user's class for isinstance.
+Python looks methods up only along this order. So ``super().forward`` in the user's unchanged
+methods calls fastrnn's forward, and isinstance of the user's class holds, while the module is no
+longer one of torch.nn's layers, which dynamo would refuse. The alternatives are worse: new
+``__bases__`` for the user's class would change its other instances, in models that are not
+converted; for a copy of the class, method by method, isinstance of the user's class would not hold.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COUNTERPARTS: dict[type, type] = {
     TORCHS[name]: ours for name, ours in OURS.items() if TORCHS[name] not in BASES
 }
 
-# What torch.nn's forward calls or reads, and ours does not.
+# Attributes that torch.nn's forward calls or reads and fastrnn's does not.
 _INTERNALS = (
     "_all_weights",
     "_flat_weight_refs",
@@ -52,12 +52,12 @@ _INTERNALS = (
     "permute_hidden",
 )
 _CONSTRUCTION = ("__new__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__")
-_MARK = "_fastrnn_over_ours"  # in the dictionary of such a class alone
-_ENGINES = ("_VF", "_rnn_impls")  # where torch.nn finds what computes
+_MARK = "_fastrnn_over_ours"  # only in the dictionary of a class made by over_ours
+_ENGINES = ("_VF", "_rnn_impls")  # where torch.nn finds its recurrent functions
 
 
 class _Substituting(type):
-    """The metaclass of a user's class over ours."""
+    """The metaclass of a user's class rebased onto fastrnn's layer."""
 
     def mro(cls) -> list[type]:
         order = super().mro()
@@ -71,7 +71,7 @@ class _Substituting(type):
 
 
 def over_ours(cls: type) -> type:
-    """The user's class over our layer; made once for each class.
+    """The user's class rebased onto fastrnn's layer; made once for each class.
 
     Arguments:
         cls: a class derived from one of torch.nn's layers or cells.
@@ -86,27 +86,28 @@ def over_ours(cls: type) -> type:
         metaclass = type("_Substituting", (_Substituting, kind), {})
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     ours: type = metaclass(cls.__name__, (cls,), {**names, "__reduce_ex__": _reduce_ex})
-    setattr(ours, _MARK, True)  # last: a class that __init_subclass__ refused still exists
+    setattr(ours, _MARK, True)  # last, because a class exists even if its __init_subclass__ raised
     return ours
 
 
 def users_class(cls: type) -> type | None:
-    """The user's class that this is the like of over ours; None where it is none."""
+    """The user's class from which `over_ours` made this class; None for any other class."""
     return cls.__bases__[0] if _MARK in vars(cls) else None
 
 
 def _reduce_ex(module: Any, protocol: int) -> Any:
-    """Pickle by the user's class, which has a name."""
+    """Pickle by the user's class, which pickle can find by its name."""
     cls = users_class(type(module))
-    if cls is None:  # a class over this one
+    if cls is None:  # a subclass of the rebased class
         return object.__reduce_ex__(module, protocol)
     return empty, (cls,), module.__getstate__()
 
 
 def empty(cls: Any) -> Any:
-    """An instance without attributes of the user's class over ours: what pickled modules name.
+    """An instance of the rebased class without attributes; pickled modules refer to this function.
 
-    Where `patch_torch` was called before the class was made, the class itself is over ours.
+    If `patch_torch` was called before the user's class was defined, the class itself derives from
+    fastrnn's layer.
     """
     if not torchs_class(cls):
         return cls.__new__(cls)
@@ -115,27 +116,27 @@ def empty(cls: Any) -> Any:
 
 
 def torchs_class(cls: type) -> type | None:
-    """The layer or cell of torch.nn that the class is, or is derived from."""
+    """The layer or cell class of torch.nn that the class is, or derives from."""
     return next((base for base in cls.__mro__ if base in COUNTERPARTS), None)
 
 
 def is_torchs(module: Module) -> bool:
-    """Whether the module is a recurrent layer or cell of torch.nn's, or of a class over one."""
+    """Whether the module is a recurrent layer or cell of torch.nn, or of a derived class."""
     return is_a(module, *BASES)
 
 
-# ---- what cannot change over ------------------------------------------------------------------
+# ---- modules that cannot be converted ---------------------------------------------------------
 
 
 def reason_against(module: Module, cls: type) -> str | None:
-    """Why a recurrent module of torch.nn's stays as it is; None where it can change over.
+    """Why a recurrent module of torch.nn cannot be converted; None if it can.
 
     Arguments:
         cls: the module's class, or the one it had before it was parametrized.
     """
     torchs = torchs_class(cls)
     if torchs is None:
-        return "it is derived from torch.nn's base class, and its forward is its own"
+        return "it derives directly from torch.nn's base class and has its own forward"
     own = _names_of(COUNTERPARTS[torchs], torchs)
     reason = _reason_against_class(cls, torchs, own)
     if reason:
@@ -152,7 +153,7 @@ def reason_against(module: Module, cls: type) -> str | None:
 
 
 def _names_of(ours: Any, torchs: type) -> set[str]:
-    """The names of attributes that our layer has and torch's does not."""
+    """The names of attributes that fastrnn's layer has and torch's does not."""
     shared = {*dir(torchs), *dir(ABC), *_INTERNALS, "nonlinearity"}
     return {*dir(ours), *DERIVED, GIVEN, "_own"} - shared
 
@@ -161,7 +162,7 @@ def _reason_against_class(cls: type, torchs: type, own: set[str]) -> str | None:
     classes = [c for c in cls.__mro__ if c not in torchs.__mro__]
     for users in classes:
         if users.__module__.partition(".")[0] == "torch":
-            return f"{users.__module__}.{users.__qualname__} is a class of torch's own"
+            return f"{users.__module__}.{users.__qualname__} is one of torch's own classes"
         names = vars(users)
         for name in (*_INTERNALS, *_CONSTRUCTION):
             if name in names:
@@ -175,7 +176,7 @@ def _reason_against_class(cls: type, torchs: type, own: set[str]) -> str | None:
 
 
 def _reason_against_forward(classes: list[type], torchs: type) -> str | None:
-    """Why the forward of the user's classes is more than a call of torch's."""
+    """Why the forward of the user's classes cannot be kept; None if it only calls torch's."""
     seen: set[str] = set()
     waiting = ["forward"]
     calls = not any("forward" in vars(users) for users in classes)
@@ -190,13 +191,13 @@ def _reason_against_forward(classes: list[type], torchs: type) -> str | None:
             function = _function(vars(users)[name])
             if function is None:
                 if name == "forward":
-                    return f"forward of {users.__qualname__} is no plain function"
+                    return f"forward of {users.__qualname__} is not a plain function"
                 continue
             used = set(_names_in(function.__code__))
             for engine in _ENGINES:
                 if engine in used:
                     return f"{name} of {users.__qualname__} calls torch's engine, {engine}, itself"
-            for own in (torchs, *BASES):  # but the user's class may have the same name
+            for own in (torchs, *BASES):  # unless the name refers to the user's own class
                 if own.__name__ in used and function.__globals__.get(own.__name__, own) is own:
                     return f"{name} of {users.__qualname__} names torch.nn's {own.__name__} itself"
             calls |= {"super", "forward"} <= used
@@ -205,7 +206,7 @@ def _reason_against_forward(classes: list[type], torchs: type) -> str | None:
 
 
 def _function(value: Any) -> FunctionType | None:
-    """The function in what a class's dictionary holds, without decorators."""
+    """The function behind an entry of a class's dictionary, without decorators."""
     if isinstance(value, property):
         value = value.fget
     if isinstance(value, staticmethod | classmethod):
@@ -222,20 +223,20 @@ def _names_in(code: CodeType) -> Iterator[str]:
             yield from _names_in(constant)
 
 
-# ---- functions that remember their module -----------------------------------------------------
+# ---- functions that hold a module -------------------------------------------------------------
 
 
 def _calls_forward_of(module: Module, value: Any, seen: tuple[Any, ...] = ()) -> bool:
-    """Whether a function on the module has caught the module's own forward, to call it."""
+    """Whether a function stored on the module captures the module's own forward."""
     if isinstance(value, MethodType):
         return value.__self__ is module and value.__func__.__name__ == "forward"
-    if any(value is other for other in seen):  # a function that has caught itself
+    if any(value is other for other in seen):  # a function that captures itself
         return False
     return any(_calls_forward_of(module, part, (*seen, value)) for part in _caught(value))
 
 
 def _caught(value: Any) -> list[Any]:
-    """What a function or a partial has caught."""
+    """The values that a function or a partial captures."""
     if isinstance(value, functools.partial):
         return [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, FunctionType):
@@ -247,9 +248,9 @@ def _caught(value: Any) -> list[Any]:
 
 
 def rebound(value: Any, swapped: dict[Module, Module], seen: tuple[Any, ...] = ()) -> Any:
-    """The value with new modules in the place of the old, where functions have caught the old.
+    """The value with old modules replaced by new ones, also inside functions that capture them.
 
-    An old module's methods become the new one's of the same name.
+    Methods of an old module become the new module's methods of the same name.
     """
     if isinstance(value, Module):
         return swapped.get(value, value)
@@ -290,7 +291,7 @@ def rebound(value: Any, swapped: dict[Module, Module], seen: tuple[Any, ...] = (
 
 
 def _counterpart(function: Any, old: Module, new: Module) -> Any:
-    """The new layer's function of the same name, where the old layer brought it; else itself."""
+    """The new layer's function of the same name if the old layer defines it, else the function."""
     name, layer = function.__name__, _layer_of(type(old))
     for base in layer.__mro__:
         if base is not Module and vars(base).get(name) is function:
@@ -299,6 +300,6 @@ def _counterpart(function: Any, old: Module, new: Module) -> Any:
 
 
 def _layer_of(cls: type) -> Any:
-    """The layer or cell of torch.nn's or of ours that a class is, or is derived from."""
+    """The layer or cell class of torch.nn or fastrnn that a class is, or derives from."""
     layers = {*COUNTERPARTS, *COUNTERPARTS.values()}
     return next(base for base in cls.__mro__ if base in layers)

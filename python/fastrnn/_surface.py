@@ -1,6 +1,6 @@
-"""What torch.nn's own bases, RNNBase and RNNCellBase, offer beside the forward of a layer.
+"""The methods of torch.nn's base classes RNNBase and RNNCellBase, apart from forward.
 
-Tools and users' subclasses call it; our own forward does not.
+Tools and users' subclasses call them; fastrnn's own forward does not.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# Our classes and torch.nn's of the same kind; filled by `patch_torch`, and empty without it.
+# fastrnn's classes with torch.nn's classes of the same kind; filled by `patch_torch`, else empty.
 RECOGNISED: dict[type, type] = {}
 
-# What a module derives from its other attributes, or keeps for the engine.
+# Attributes that a module derives from its other attributes, or keeps for the engine.
 DERIVED = ("_options", "_weight_shapes", "_prepared")
 
 GIVEN = "_given_weights"
 
 
 class Recognising(ABCMeta):
-    """The metaclass of our bases: while torch is patched, torch's own layers count as ours.
+    """The metaclass of fastrnn's base classes: while torch is patched, it accepts torch's layers.
 
-    ``isinstance(m, torch.nn.LSTM)`` then asks our class about a layer that torch made before. It
-    derives from ABCMeta, since users' classes have ABC beside torch.nn's layers as a base.
+    ``isinstance(m, torch.nn.LSTM)`` then calls fastrnn's class, also for torch's layers constructed
+    earlier. The metaclass derives from ABCMeta, since users' classes may have both ABC and a layer
+    of torch.nn as bases.
     """
 
-    # In both methods torch's class is asked first: what ABCMeta answers, it remembers for ever.
+    # Both methods check torch's class first, because ABCMeta caches its answers for ever.
 
     def __instancecheck__(cls, instance: Any) -> bool:
         torchs = RECOGNISED.get(cls)
@@ -49,17 +50,17 @@ class Recognising(ABCMeta):
 
 
 def is_a(module: Any, *classes: type) -> bool:
-    """Whether the module is an instance, whatever `patch_torch` makes isinstance answer."""
+    """Whether the module is an instance of a class, independently of `patch_torch`."""
     return not set(classes).isdisjoint(type(module).__mro__)
 
 
 def state_of(module: Module) -> dict[str, Any]:
-    """A module's state for pickling and copying: all but what it derives from the rest."""
+    """A module's state for pickling and copying: all attributes but the derived ones."""
     return {name: value for name, value in module.__dict__.items() if name not in DERIVED}
 
 
 class FlatWeights(list["Tensor | None"]):
-    """``layer._flat_weights``: a weight written into the list is the layer's, as in torch.nn."""
+    """``layer._flat_weights``: as in torch.nn, writing to the list changes the layer's weights."""
 
     def __init__(self, layer: Any, weights: Iterable[Tensor | None]) -> None:
         super().__init__(weights)
@@ -69,7 +70,7 @@ class FlatWeights(list["Tensor | None"]):
         super().__setitem__(index, weight)
         self._layer._flat_weights = self
 
-    def __reduce__(self) -> Any:  # a copy is a list of its own
+    def __reduce__(self) -> Any:  # a copy is a plain list
         return list, (list(self),)
 
 
@@ -99,8 +100,8 @@ class RNNSurface(Module, metaclass=Recognising):
     def _flat_weights(self) -> list[Tensor | None]:
         """The weights that the next call uses.
 
-        What is written here stands in for the parameter of its place, until the parameter is
-        replaced or the layer is moved, as in torch.nn.
+        As in torch.nn, a weight written here replaces the parameter at its position in calls,
+        until the parameter is replaced or the layer is moved.
         """
         given = self._given()
         names = self._flat_weights_names
@@ -124,7 +125,7 @@ class RNNSurface(Module, metaclass=Recognising):
             self.__dict__[GIVEN] = given
 
     def _given(self) -> dict[str, Tensor | None]:
-        """The weights written to ``_flat_weights`` whose parameters are the same as then."""
+        """The weights written to ``_flat_weights``, if no parameter was replaced since then."""
         given = self.__dict__.get(GIVEN)
         if given is None:
             return {}
@@ -149,15 +150,15 @@ class RNNSurface(Module, metaclass=Recognising):
     # ---- checks -------------------------------------------------------------------------------
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        """Refuse an input that does not fit the layer.
+        """Raise an error for an input that does not fit the layer.
 
         Arguments:
-            input: (T, B, I), with ``batch_first`` (B, T, I); beside ``batch_sizes`` (N, I).
+            input: (T, B, I), with ``batch_first`` (B, T, I); with ``batch_sizes`` (N, I).
             batch_sizes: those of a PackedSequence, or None.
 
         Raises:
-            ValueError: its dtype is not that of the weights.
-            RuntimeError: it has another number of dimensions, or another size.
+            ValueError: the input's dtype is not that of the weights.
+            RuntimeError: the input has a wrong number of dimensions, or a wrong size.
         """
         weight: Any = self._flat_weights[0]
         dims = 3 if batch_sizes is None else 2
@@ -166,7 +167,7 @@ class RNNSurface(Module, metaclass=Recognising):
     def get_expected_hidden_size(
         self, input: Tensor, batch_sizes: Tensor | None
     ) -> tuple[int, int, int]:
-        """The shape (L·D, B, O) of the state h beside this input."""
+        """The shape (L·D, B, O) of the state h for this input."""
         return self._state_shape(input, batch_sizes, self.proj_size or self.hidden_size)
 
     def _state_shape(
@@ -184,27 +185,27 @@ class RNNSurface(Module, metaclass=Recognising):
         expected_hidden_size: tuple[int, int, int],
         msg: str = "Expected hidden size {}, got {}",
     ) -> None:
-        """Refuse a state of another shape: a RuntimeError that says ``msg`` of both."""
+        """Raise a RuntimeError for a state of another shape; ``msg`` formats both shapes."""
         if hx.size() != expected_hidden_size:
             raise RuntimeError(msg.format(expected_hidden_size, list(hx.size())))
 
     def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
-        """`check_input`, and `check_hidden_size` of the states: of an LSTM a pair (h, c)."""
+        """`check_input`, and `check_hidden_size` of the state; for an LSTM of the pair (h, c)."""
         self.check_input(input, batch_sizes)
         self.check_hidden_size(hidden, self.get_expected_hidden_size(input, batch_sizes))
 
     def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
-        """The states, of an LSTM a pair (h, c), with their rows in the order of ``permutation``."""
+        """The state, for an LSTM the pair (h, c), with its rows in the order of ``permutation``."""
         return hx if permutation is None else hx.index_select(1, permutation)
 
 
 class LSTMSurface(RNNSurface):
-    """The same where there are two states."""
+    """The same for two states."""
 
     def get_expected_cell_size(
         self, input: Tensor, batch_sizes: Tensor | None
     ) -> tuple[int, int, int]:
-        """The shape (L·D, B, H) of the state c beside this input."""
+        """The shape (L·D, B, H) of the state c for this input."""
         return self._state_shape(input, batch_sizes, self.hidden_size)
 
     def check_forward_args(

@@ -17,9 +17,9 @@ from ._arguments import (
     check_lengths,
     check_shape,
 )
+from ._call import recurrent
 from ._checks import as_tensor, check_tensor, has_values, integer_tensor
 from ._engine import Extras, States
-from ._recurrent import recurrent
 
 if TYPE_CHECKING:
     from ._options import Options

@@ -1,10 +1,11 @@
-"""What tools that look at a model see: torch.fx, torch.jit; Opacus, see _opacus.py.
+"""Support for tools that inspect a model: torch.fx and torch.jit. For Opacus see _opacus.py.
 
-torch.fx takes modules of torch.nn alone for leaves, goes into all others, and calls their forward
-with proxies for tensors. Ours then records the call of the whole layer, as for a leaf.
+torch.fx treats only modules of torch.nn as leaves. It traces into all others, and calls their
+forward with proxies instead of tensors. fastrnn's forward then records a call of the whole layer,
+as for a leaf.
 
-torch.jit.script reads the source of forward, which is not written for it: it gets torch.nn's layer
-on the same parameters.
+torch.jit.script compiles the source of forward, which fastrnn's forward does not support, so it
+gets torch.nn's layer with the same parameters.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ if TYPE_CHECKING:
 
 
 class SeenByTools(Module):
-    """What layers and cells have for tools that look at a model."""
+    """Methods of layers and cells for tools that inspect a model."""
 
     def __prepare_scriptable__(self) -> Module:
         return scriptable(self)
 
     def _slow_forward(self, *input: Any, **kwargs: Any) -> Any:
-        """What torch calls while it traces.
+        """The method that torch calls while it traces.
 
-        torch.onnx's older exporter gives the model that it exports every argument by position, also
-        those that go by keyword, and a bool as a tensor.
+        torch.onnx's older exporter passes all arguments of the model by position, including
+        keyword-only ones, and a bool as a tensor.
         """
         named = list(inspect.signature(self.forward).parameters.values())
         by_position = [p for p in named if p.kind is not p.KEYWORD_ONLY]
@@ -50,7 +51,7 @@ class SeenByTools(Module):
         return super()._slow_forward(*input, **kwargs)  # type: ignore[no-untyped-call]
 
     def register_forward_hook(self, hook: Any, **options: Any) -> RemovableHandle:
-        """As ``torch.nn.Module.register_forward_hook``; Opacus' hook sees all arguments here."""
+        """As ``torch.nn.Module.register_forward_hook``, but Opacus' hook receives all arguments."""
         if type(self).forward is _own_class(self).forward:
             calls = _opacus.forward_hook(hook)
             if calls is not None:
@@ -58,19 +59,19 @@ class SeenByTools(Module):
         return super().register_forward_hook(hook, **options)
 
     def register_full_backward_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        """As ``torch.nn.Module.register_full_backward_hook``, but for Opacus' hook."""
+        """As ``torch.nn.Module.register_full_backward_hook``, except for Opacus' hook."""
         handle = _opacus.backward_hook(self, hook)
         return handle or super().register_full_backward_hook(hook, prepend)
 
 
 # ---- torch.fx ------------------------------------------------------------------------------------
 
-# Forward pre-hooks that write a weight and leave the arguments alone.
+# Forward pre-hooks that write a weight and do not change the arguments.
 _WRITE_A_WEIGHT = (BasePruningMethod, SpectralNorm, WeightNorm)
 
 
 def is_traced(*arguments: Any) -> bool:
-    """Whether torch.fx traces the call: a proxy stands somewhere in the arguments."""
+    """Whether torch.fx traces the call: the arguments contain a proxy."""
     for value in arguments:
         if isinstance(value, Proxy):
             return True
@@ -79,21 +80,33 @@ def is_traced(*arguments: Any) -> bool:
     return False
 
 
-def two_states(hx: Any, function: str) -> tuple[Any, ...] | None:
-    """An LSTM's hx as its two parts (`_checks.state_pair`); of a proxy, which has none, (hx,)."""
+def states_of(cell: str, hx: Any, function: str, *dims: int) -> tuple[Any, ...] | None:
+    """The states that a caller gave as a tuple: (h,), of an LSTM (h, c); None for None.
+
+    A proxy of an LSTM's pair, which cannot be taken apart, gives (hx,).
+
+    Arguments:
+        function: the name that torch's own error gives the function.
+        dims: the numbers of axes of one tensor that torch refuses in place of a pair.
+    """
+    if hx is None or cell != "LSTM":
+        return None if hx is None else (hx,)
+    if isinstance(hx, Tensor) and hx.dim() in dims:
+        raise TypeError("hx must be a tuple or list of two tensors (h_0, c_0), got one Tensor")
     return (hx,) if isinstance(hx, Proxy) else _checks.state_pair(hx, function)
 
 
 def call_whole(module: Module, input: Any, hx: tuple[Any, ...] | None, **options: Any) -> Proxy:
-    """Record a call in the graph that torch.fx makes, and return the proxy of its result.
+    """Record a call in torch.fx's graph, and return the proxy of its result.
 
     Arguments:
         module: a layer or a cell.
-        input, hx: as its ``_run`` has them, with a proxy somewhere here or in options.
-        options: the other arguments, None and False where they were not given.
+        input, hx: the arguments of its ``_run``; these or options contain a proxy.
+        options: the other arguments, None or False if they were not given.
 
     Raises:
-        RuntimeError: the layer is itself what torch.fx traces, or has hooks that would be lost.
+        RuntimeError: the layer itself is the root that torch.fx traces, or the graph would lose
+            hooks of the layer.
     """
     tracer = _proxies((input, hx, *options.values())).tracer
     if not isinstance(tracer, torch.fx.Tracer):
@@ -104,8 +117,8 @@ def call_whole(module: Module, input: Any, hx: tuple[Any, ...] | None, **options
     name = f"fastrnn.{_own_class(module).__name__}"
     if not path:
         raise RuntimeError(
-            f"torch.fx cannot trace {name} by itself: give it a module that holds the layer, such "
-            "as torch.nn.Sequential(layer)"
+            f"torch.fx cannot trace {name} as the root module: trace a module that contains the "
+            "layer, such as torch.nn.Sequential(layer)"
         )
     _restore_weights(module)
     if _has_old_backward_hooks(module):
@@ -115,19 +128,19 @@ def call_whole(module: Module, input: Any, hx: tuple[Any, ...] | None, **options
         )
     if type(module).forward is _own_class(module).forward and not _hooks(module):
         return tracer.create_proxy("call_module", path, args, given)
-    # Around forward are a subclass's own operations, or hooks: torch.fx traces these, and only
-    # what they call is kept whole.
+    # A subclass's own operations or hooks surround forward: torch.fx traces these, and only the
+    # layer's own forward becomes one node.
     if module._backward_hooks or module._backward_pre_hooks:
         raise RuntimeError(
-            f"torch.fx loses the backward hooks of {name} at {path!r}, which has forward hooks or "
-            "a forward of its own besides: remove them before tracing"
+            f"torch.fx loses the backward hooks of {name} at {path!r}, because the layer also has "
+            "forward hooks or its own forward: remove the backward hooks before tracing"
         )
     layer = tracer.create_proxy("get_attr", path, (), {})
     return tracer.create_proxy("call_function", call_forward, (layer, *args), given)
 
 
 def call_forward(module: Any, *args: Any, **options: Any) -> Any:
-    """A layer's or cell's computation: without hooks, without what a subclass puts around it."""
+    """A layer's or cell's computation, without hooks and without a subclass's own forward."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, _WRITE_A_WEIGHT):
             hook(module, args)
@@ -135,20 +148,20 @@ def call_forward(module: Any, *args: Any, **options: Any) -> Any:
 
 
 def _proxies(value: Any) -> Proxy:
-    """The first proxy in nested tuples and lists that hold one."""
+    """The first proxy in nested tuples and lists that contain one."""
     while not isinstance(value, Proxy):
         value = next(part for part in value if is_traced(part))
     return value
 
 
 def _own_class(module: Module) -> Any:
-    """Of the classes of a layer, that of fastrnn which says what it computes."""
+    """The class of fastrnn.nn that defines a layer's computation."""
     own = (c for c in type(module).__mro__ if c.__module__ == "fastrnn.nn")
-    return next(own, type(module))  # a user's right over the bases computes by itself
+    return next(own, type(module))  # a user's class derived directly from the bases has its own
 
 
 def _hooks(module: Module) -> bool:
-    """Whether hooks run at each call that may change arguments or results."""
+    """Whether the module has hooks that may change arguments or results of a call."""
     before = (
         *module._forward_pre_hooks.values(),
         *_torch_module._global_forward_pre_hooks.values(),
@@ -158,7 +171,7 @@ def _hooks(module: Module) -> bool:
 
 
 def _has_old_backward_hooks(module: Module) -> bool:
-    """Whether `torch.nn.Module.__call__` would look for a tensor in the proxy, without end."""
+    """Whether `torch.nn.Module.__call__` would search the proxy for a tensor for ever."""
     own = module._backward_hooks and module._is_full_backward_hook is False
     every = _torch_module._global_backward_hooks and (
         _torch_module._global_is_full_backward_hook is False
@@ -167,12 +180,12 @@ def _has_old_backward_hooks(module: Module) -> bool:
 
 
 def _restore_weights(module: Module) -> None:
-    """Write the weights anew that a hook has made of proxies, which torch.fx gives it."""
+    """Recompute the weights that a hook has computed from proxies, which torch.fx passed to it."""
     own = vars(module)
     if not any(isinstance(value, Proxy) for value in own.values()):
         return
     sources = {n: x for n, x in {**module._parameters, **module._buffers}.items() if x is not None}
-    own.update(sources)  # found before torch.fx's __getattr__
+    own.update(sources)  # so that attribute access does not reach torch.fx's __getattr__
     try:
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, _WRITE_A_WEIGHT):
@@ -186,22 +199,22 @@ def _restore_weights(module: Module) -> None:
 
 
 def scriptable(module: Module) -> Module:
-    """torch.nn's layer on the same parameters, which torch.jit.script compiles in our place.
+    """torch.nn's layer with the same parameters, which torch.jit.script compiles instead.
 
     Raises:
-        ValueError: torch.nn has no such layer.
+        ValueError: torch.nn has no layer with these options.
     """
     from ._convert import to_torch
 
     own = _own_class(module)
     ways = (
-        "use torch.jit.trace or torch.export, which keep the layer as it is; where the file is "
-        "loaded, import fastrnn first"
+        "use torch.jit.trace or torch.export, which support the layer; import fastrnn before you "
+        "load the file"
     )
     if type(module).forward is not own.forward:
         raise ValueError(
             f"torch.jit.script cannot compile {type(module).__name__}, a subclass of fastrnn."
-            f"{own.__name__} with a forward of its own: {ways}"
+            f"{own.__name__} with its own forward: {ways}"
         )
     plain = module
     if not parametrize.is_parametrized(module):
@@ -216,9 +229,10 @@ def scriptable(module: Module) -> Module:
 
 
 def without_first_axis(state: Tensor) -> Tensor:
-    """(1, B, H) as (B, H), of a tensor that nothing else sees.
+    """(1, B, H) as (B, H), for a tensor without other references.
 
-    No view, which torch refuses to detach_(); but in a trace of torch.jit, which would keep B.
+    The result is not a view, because torch refuses detach_() of views. Only in a trace of torch.jit
+    it is one, because the trace would store B as a constant otherwise.
     """
     if torch._C._get_tracing_state() is not None:
         return state.squeeze(0)

@@ -11,7 +11,7 @@ each of them the operators have a rule:
 - grad, vjp: ``forward`` saves, ``backward`` reads what it saved. The gradient of ``backward`` is
   that of the same in composed operations.
 - jvp, forward mode: composed operations. They are chosen before an operator is called
-  (_recurrent.py), but for a graph that torch.compile has recorded.
+  (_call.py), but for a graph that torch.compile has recorded.
 
 Nothing of a transform may be used inside an operator's kernel; where one is (``torch.func.vjp``),
 it is in a gradient, which runs outside.
@@ -30,9 +30,9 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils import _pytree as pytree
 
-from . import _checks, _composed, _flops, _ops
+from . import _checks, _composed, _flops, _operators
 from ._engine import Extras
-from ._options import Options
+from ._options import Options, parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -44,21 +44,21 @@ class _Operators(NamedTuple):
     members: int  # leading axes that every tensor has besides: 0, or 1 of an ensemble
 
 
-ONE = _Operators(_ops.forward_op, _ops.backward_op, 0)
-_ENSEMBLE = _Operators(_ops.forward_members_op, _ops.backward_members_op, 1)
+ONE = _Operators(_operators.forward_op, _operators.backward_op, 0)
+_ENSEMBLE = _Operators(_operators.forward_members_op, _operators.backward_members_op, 1)
 
 
 # ---- Arguments -----------------------------------------------------------------------------------
 
 
 def _tensor_names(operator: Any) -> list[str]:
-    """The operator's arguments up to the options, the first of which is `cell`."""
+    """The operator's arguments before `options`."""
     names = [argument.name for argument in operator._schema.arguments]
-    return names[: names.index("cell")]
+    return names[: names.index("options")]
 
 
-_FORWARD = _tensor_names(_ops.forward_op)
-_BACKWARD = _tensor_names(_ops.backward_op)
+_FORWARD = _tensor_names(_operators.forward_op)
+_BACKWARD = _tensor_names(_operators.backward_op)
 _WEIGHTS = _FORWARD.index("weights")
 _LEAVES = [_FORWARD.index(name) for name in ("input", "h0", "c0", "reset_h", "reset_c")]
 _COTANGENTS = _BACKWARD[-5:]  # d_output, d_hidden, d_cell, d_h_n, d_c_n
@@ -90,7 +90,7 @@ def _leaf_count(arguments: Sequence[Any]) -> int:
     return len(_LEAVES) + len(arguments[_WEIGHTS])
 
 
-def _transforming() -> bool:
+def is_transforming() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
@@ -203,7 +203,7 @@ def _is_grads_batched(tensors: Iterable[Tensor | None]) -> bool:
 
 def is_mapped(tensors: Iterable[Tensor | None]) -> bool:
     """Whether one of the tensors may be a transform's, without memory of its own."""
-    return _transforming() or _is_grads_batched(tensors)
+    return is_transforming() or _is_grads_batched(tensors)
 
 
 def backward(*arguments: Any) -> list[Tensor]:
@@ -211,7 +211,7 @@ def backward(*arguments: Any) -> list[Tensor]:
     end = len(_BACKWARD)
     places = range(end - len(_COTANGENTS), end)
     if not _is_grads_batched(arguments[i] for i in places):
-        found: list[Tensor] = _ops.backward_op(*arguments)
+        found: list[Tensor] = _operators.backward_op(*arguments)
         return found
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
@@ -263,7 +263,7 @@ def _further_out(function: Callable[..., Any], *arguments: Any) -> Any:
 
     That has turned the recording of gradients off, which must hold for this transform alone.
     """
-    with torch.set_grad_enabled(_transforming()), torch._C._AutoDispatchBelowAutograd():
+    with torch.set_grad_enabled(is_transforming()), torch._C._AutoDispatchBelowAutograd():
         return function(*arguments)
 
 
@@ -274,11 +274,12 @@ class _Recorded(_AtOneTransform):
     def forward(
         ctx: Any, operators: _Operators, scalars: tuple[Any, ...], *flat: Tensor | None
     ) -> tuple[Tensor, ...]:
-        *options, states, save, by_torch = scalars
+        options, states, save, by_torch = scalars
         everything = _further_out(
-            operators.forward, *_nested(flat, _FORWARD), *options, states, True, by_torch
+            operators.forward, *_nested(flat, _FORWARD), options, states, True, by_torch
         )
         ctx.operators, ctx.options, ctx.by_torch = operators, options, by_torch
+        ctx.parsed = parse(options)  # here, where no compiler traces
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*flat, *everything[3:])
         outputs: tuple[Tensor, ...] = _further_out(_as_asked, everything, states, save)
@@ -295,10 +296,10 @@ class _Recorded(_AtOneTransform):
         d_output, d_h_n, d_c_n, d_hidden, d_cell, _ = gradients
         cotangents = (d_output, d_hidden, d_cell, d_h_n, d_c_n)
         if forward_ad._current_level >= 0:
-            found = gradients_of(ctx.operators, ctx.options, arguments, needs, cotangents)
+            found = gradients_of(ctx.operators, ctx.parsed, arguments, needs, cotangents)
         else:
             found = ctx.operators.backward(
-                *arguments, hidden, cell, gates, *cotangents, *ctx.options, needs, ctx.by_torch
+                *arguments, hidden, cell, gates, *cotangents, ctx.options, needs, ctx.by_torch
             )
         wanted = (d if need else None for d, need in zip(found, needs, strict=True))
         return (None, None, *wanted, *(None,) * (len(flat) - len(needs)))
@@ -314,10 +315,10 @@ class _Gradients(_AtOneTransform):
     def forward(
         ctx: Any, operators: _Operators, scalars: tuple[Any, ...], *flat: Tensor | None
     ) -> tuple[Tensor, ...]:
-        *options, needs, by_torch = scalars
+        options, needs, by_torch = scalars
         arguments = _nested(flat, _BACKWARD)
-        found = _further_out(operators.backward, *arguments, *options, needs, by_torch)
-        ctx.operators, ctx.options, ctx.needs = operators, options, needs
+        found = _further_out(operators.backward, *arguments, options, needs, by_torch)
+        ctx.operators, ctx.parsed, ctx.needs = operators, parse(options), needs
         ctx.set_materialize_grads(False)
         given = _flat(arguments[: len(_FORWARD)])
         ctx.count, ctx.skipped = len(given), len(flat) - len(given) - len(_COTANGENTS)
@@ -345,7 +346,7 @@ class _Gradients(_AtOneTransform):
                 now[i] = x
             found = gradients_of(
                 ctx.operators,
-                ctx.options,
+                ctx.parsed,
                 _nested(now[: ctx.count], _FORWARD),
                 wanted,
                 tuple(now[-len(_COTANGENTS) :]),
@@ -361,7 +362,7 @@ class _Gradients(_AtOneTransform):
 
 def gradients_of(
     operators: _Operators,
-    options: Sequence[Any],
+    options: Options,
     arguments: tuple[Any, ...],
     needs: Sequence[bool],
     cotangents: tuple[Tensor | None, ...],
@@ -380,7 +381,7 @@ def gradients_of(
 
 
 def _gradients_of_one(
-    options: Sequence[Any],
+    options: Options,
     needs: Sequence[bool],
     arguments: tuple[Any, ...],
     cotangents: tuple[Tensor | None, ...],
@@ -408,10 +409,10 @@ def _gradients_of_one(
     return found
 
 
-def _stack(options: Sequence[Any], arguments: tuple[Any, ...]) -> _composed.Stack:
+def _stack(options: Options, arguments: tuple[Any, ...]) -> _composed.Stack:
     input, h0, c0, weights, batch_sizes, lengths, reset, *extras = arguments
     return _composed.forward(
-        Options(*options),
+        options,
         input,
         tuple(x for x in (h0, c0) if x is not None) or None,
         weights,
@@ -441,7 +442,7 @@ def _composed_outputs(
     operators: _Operators, arguments: Sequence[Any], scalars: Sequence[Any]
 ) -> tuple[Tensor, ...]:
     """What the operator ``forward`` gives, by composed operations."""
-    *options, states, save, _ = scalars
+    text, states, save, _ = scalars
     if save:
         raise NotImplementedError("save must be False in forward mode, which saves nothing")
     if operators.members:
@@ -450,9 +451,9 @@ def _composed_outputs(
         return tuple(
             ys[0] if ys[0].dim() == 1 else torch.stack(ys) for ys in zip(*each, strict=True)
         )
-    stack = _stack(options, tuple(arguments))
+    stack = _stack(parse(text), tuple(arguments))
     last = stack.hidden[-1]
-    compute = _ops._compute_dtype(last.dtype)
+    compute = _operators._compute_dtype(last.dtype)
     with_cell = states and len(stack.cell) > 0
     return (
         last,
@@ -497,11 +498,11 @@ def _backward_autograd(operators: _Operators, *arguments: Any) -> list[Tensor]:
     return found
 
 
-for _operators in (ONE, _ENSEMBLE):
+for _pair in (ONE, _ENSEMBLE):
     for _operator, _autograd, _map in (
-        (_operators.forward, _forward_autograd, _map_forward),
-        (_operators.backward, _backward_autograd, _map_backward),
+        (_pair.forward, _forward_autograd, _map_forward),
+        (_pair.backward, _backward_autograd, _map_backward),
     ):
         _name = _operator._schema.name
-        _ops.library.impl(_name.partition("::")[2], partial(_autograd, _operators), "Autograd")
-        torch.library.register_vmap(_name, partial(_map, _operators), lib=_ops.library)
+        _operators.library.impl(_name.partition("::")[2], partial(_autograd, _pair), "Autograd")
+        torch.library.register_vmap(_name, partial(_map, _pair), lib=_operators.library)

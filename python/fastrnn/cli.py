@@ -1,4 +1,4 @@
-"""The command `fastrnn`: `info`, `bench` and `certify`. Errors go to stderr, with exit code 2."""
+"""The command `fastrnn`: `info`, `bench` and `certify`. Errors go to stderr with exit code 2."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INTERRUPTED = 130
 
 BENCH_EXAMPLES = """\
 examples:
-  fastrnn bench                                     the quick suite, against every peer installed
+  fastrnn bench                                     the quick suite, all installed peers
   fastrnn bench --suite cpu --threads 2 --json new.json --plot new.png
   fastrnn bench --suite cpu --roofline roofline.png
   fastrnn bench --suite cpu --cell LSTM,GRU --pass inference --compare old.json
@@ -39,14 +39,14 @@ examples:
 """
 CERTIFY_EXAMPLES = """\
 examples:
-  fastrnn certify --quick                           the most used classes, two minutes
+  fastrnn certify --quick                           the most common classes, two minutes
   fastrnn certify --device cuda:1                   all classes, ten minutes
-  fastrnn certify --json report.json                also a report that can be sent in
+  fastrnn certify --json report.json                also write a report that you can send in
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command.
 
     Returns:
         The exit code: 0, 2 after an error, 130 after Ctrl-C.
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(parsed)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader, for example head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except CommandError as error:
@@ -66,13 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class CommandError(Exception):
-    """What the user can put right; the message says how."""
+    """An error that the user can fix; the message says how."""
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastrnn",
-        description="Recurrent layers on a C++ engine: what is installed, and how fast it is.",
+        description="Recurrent layers on a C++ engine: show the installation, measure its speed.",
         epilog="examples:\n  fastrnn info\n  fastrnn bench --suite quick\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -88,18 +88,19 @@ def _parser() -> argparse.ArgumentParser:
 def _add_info(commands: Any) -> None:
     parser = commands.add_parser(
         "info",
-        help="versions, CPU, CUDA, loaded libraries, and the route a tensor or a case takes",
+        help="print versions, CPU, CUDA, loaded libraries, and the route of a tensor or a case",
         epilog=INFO_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--json", action="store_true", help="print JSON")
     add("--explain", metavar="CASE",
-        help="instead: which kernels compute a case (CELL,B,T,I,H, or as bench names it), and why",
+        help="print instead which kernels compute a case, and why "
+        "(CELL,B,T,I,H, or a name of bench --list)",
     )  # fmt: skip
-    add("--device", choices=("cpu", "cuda"), help="of the case (default cpu)")
+    add("--device", choices=("cpu", "cuda"), help="device of the case (default cpu)")
     add("--dtype", metavar="NAME",
-        help="of the case: float32 (default), float64, bfloat16, float16; on CUDA also tf32",
+        help="dtype of the case: float32 (default), float64, bfloat16, float16; on CUDA also tf32",
     )  # fmt: skip
     parser.set_defaults(command=_info)
 
@@ -107,8 +108,8 @@ def _add_info(commands: Any) -> None:
 def _add_bench(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
-        help="time the layers against other libraries",
-        description="Every case runs fastrnn and each peer in turn, in one process, interleaved.",
+        help="compare the speed of the layers with other libraries",
+        description="Every case runs fastrnn and each peer in turn, interleaved, in one process.",
         epilog=BENCH_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -123,27 +124,27 @@ def _add_bench(commands: Any) -> None:
         help="inference,training (default both)")  # fmt: skip
     add("--threads", type=_positive(int), metavar="N", help="default: torch's")
     add("--against", type=_names, metavar="PEERS",
-        help="torch,onnxruntime,flashrnn; of the suite cells loop,compile,layer; "
-        "default: all of the device that are installed")  # fmt: skip
+        help="torch,onnxruntime,flashrnn; for the suite cells loop,compile,layer; "
+        "default: all installed peers that support the device")  # fmt: skip
     add("--seconds", type=_positive(float), default=1.0, metavar="S",
         help="time for each case and pass, all providers together (default 1)")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write the records")
     add("--keep-going", action="store_true",
-        help="list a case that fails and go on; write the records after each case")  # fmt: skip
-    add("--plot", type=Path, metavar="FILE", help="draw ratios and shares of the roof (matplotlib)")
+        help="list a case that fails and continue; write the records after each case")  # fmt: skip
+    add("--plot", type=Path, metavar="FILE", help="plot ratios and shares of the roof (matplotlib)")
     add("--roofline", type=Path, metavar="FILE",
-        help="draw GFLOP/s against operations per byte of weights (matplotlib)")  # fmt: skip
-    add("--compare", type=Path, metavar="OLD.json", help="show old / new for every case")
+        help="plot GFLOP/s against operations per byte of weights (matplotlib)")  # fmt: skip
+    add("--compare", type=Path, metavar="OLD.json", help="print old / new for every case")
     parser.set_defaults(command=_bench)
 
 
 def _add_certify(commands: Any) -> None:
     parser = commands.add_parser(
         "certify",
-        help="find out which CUDA kernels are right and faster than torch's on this machine",
+        help="find the CUDA kernels that are correct and faster than torch's on this machine",
         description=(
-            "Runs the CUDA kernels against torch's layers, in a process of its own under a "
-            "watchdog, and writes to the user's cache which of them are right and faster; those "
+            "Compare the CUDA kernels with torch's layers, in a separate process with a watchdog, "
+            "and write to the user's cache which of them are correct and faster. These kernels "
             "then run by default on this device, in this environment."
         ),
         epilog=CERTIFY_EXAMPLES,
@@ -151,9 +152,9 @@ def _add_certify(commands: Any) -> None:
     )
     add = parser.add_argument
     add("--device", type=_cuda_device, default="cuda:0", metavar="cuda:N", help="default cuda:0")
-    add("--quick", action="store_true", help="the most used classes alone, two minutes")
+    add("--quick", action="store_true", help="only the most common classes, two minutes")
     add("--json", nargs="?", const="-", metavar="FILE",
-        help="write the report, all cases with it; without FILE to stdout, in place of the table",
+        help="write the report with all cases; without FILE print it in place of the table",
     )  # fmt: skip
     parser.set_defaults(command=_certify)
 
@@ -179,7 +180,7 @@ def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"{text}: expected a finite number above 0")
         return value
 
-    convert.__name__ = kind.__name__  # argparse names it in its message
+    convert.__name__ = kind.__name__  # argparse prints the name in its message
     return convert
 
 
@@ -190,7 +191,7 @@ def _info(parsed: argparse.Namespace) -> int:
         return _explain(parsed)
     for option in ("device", "dtype"):
         if getattr(parsed, option):
-            raise CommandError(f"--{option} is of a case; expected --explain CASE beside it")
+            raise CommandError(f"--{option} describes a case: use it with --explain CASE")
     print(json.dumps(info(), indent=1) if parsed.json else render(info()))
     return 0
 
@@ -243,7 +244,7 @@ def _bench(parsed: argparse.Namespace) -> int:
             plot.plot(document, parsed.plot)
         if parsed.roofline and document["records"]:
             plot.roofline(document, parsed.roofline)
-    except (OSError, ValueError) as error:  # not allowed to write there; no format of a picture
+    except (OSError, ValueError) as error:  # no permission to write; unknown picture format
         raise CommandError(error) from error
     return INTERRUPTED if results.interrupted else 0
 
@@ -266,7 +267,7 @@ def _certify(parsed: argparse.Namespace) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:  # before the minutes that it takes
+    except OSError as error:  # fail now, not after minutes of tests
         raise CommandError(unwritable.format(error)) from error
     grid = certify.QUICK if parsed.quick else certify.WHOLE
     try:
@@ -291,18 +292,18 @@ def _certify(parsed: argparse.Namespace) -> int:
     trusted = sum(entry["trusted"] for entry in document["classes"])
     summary = (
         f"The certificate is {path}. {trusted} of {len(document['classes'])} classes are trusted "
-        "and run by the engine's kernels from now on; all else by torch's own call."
+        "and use the engine's kernels from now on; all other calls use torch's own operator."
     )
     if not document["complete"]:
-        summary += " Time did not suffice for all classes."
+        summary += " The time limit ended the run before all classes were tested."
     if switch := os.environ.get(CUDA_SWITCH):
-        summary += f" {CUDA_SWITCH}={switch} in the environment overrides it."
+        summary += f" The environment variable {CUDA_SWITCH}={switch} overrides the certificate."
     print(f"\n{summary}", file=sys.stderr if parsed.json == "-" else sys.stdout)
     return 0
 
 
 def _writer(parsed: argparse.Namespace) -> Callable[[Any], None]:
-    """What happens after each case: nothing, or the records so far are written."""
+    """The function called after each case: with --keep-going it writes the records so far."""
     from fastrnn.bench import records
 
     def write(results: Any) -> None:
@@ -313,10 +314,10 @@ def _writer(parsed: argparse.Namespace) -> Callable[[Any], None]:
 
 
 def _request(parsed: argparse.Namespace) -> Any:
-    """What the options ask for.
+    """The request that the options describe.
 
     Raises:
-        ValueError: an option names something that is not there.
+        ValueError: an option has an unknown name.
     """
     from fastrnn.bench import cases
     from fastrnn.bench.runner import Request
@@ -354,7 +355,7 @@ def _list_suites() -> int:
 
 
 def _check_file(path: Path) -> None:
-    """Refuse a name that no file can be written to, before the work."""
+    """Raise an error if the file cannot be written, before the work starts."""
     if not path.absolute().parent.is_dir():
         raise CommandError(f"{path}: there is no folder {path.absolute().parent}")
     if path.is_dir():

@@ -46,7 +46,7 @@ from ._engine import Extras, States
 from ._options import Options, check_bool, check_integers, make_options
 
 if TYPE_CHECKING:
-    from ._recurrent import recurrent
+    from ._call import recurrent
 
 __all__ = [
     "States",
@@ -400,7 +400,7 @@ def _backward(cell: str, d_output: Any, d_hx_n: Any, saved: Any, d_states: Any) 
 def __getattr__(name: str) -> Any:
     if name != "recurrent":  # imported, torch with it, when first used
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ._recurrent import recurrent
+    from ._call import recurrent
 
     globals()[name] = recurrent
     return recurrent

@@ -1,7 +1,7 @@
-"""What is installed and what would run: versions, CPU, CUDA, loaded libraries, routes.
+"""The report of `fastrnn info`: versions, CPU, CUDA, loaded libraries, routes.
 
-Standard library only, and every probe is guarded: a report is written for machines on which
-something does not work.
+It uses only the standard library and guards every probe, because a report is most useful on a
+machine where something does not work.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ LIBRARIES = re.compile(
     r"|libdnnl|libcudart|libcublas|libcublasLt|libcudnn|libcuda|libonnxruntime|_C)([-.].*)?$"
 )
 COMPOSED = "composed torch operations"
-CUDNN = "cuDNN, by torch's own call"
-CUDA_ENGINE = "engine CUDA, a launch for each step"
-CUDA_PERSISTENT = "engine CUDA, a launch for a sequence where there is a kernel for it"
+CUDNN = "cuDNN, through torch's own operator"
+CUDA_ENGINE = "engine CUDA, one launch per step"
+CUDA_PERSISTENT = "engine CUDA, one launch per sequence if there is a kernel for it"
 
 
 def info() -> dict[str, Any]:
-    """Everything `fastrnn info` prints, as one dictionary that JSON can hold.
+    """Return everything that `fastrnn info` prints, as one dictionary that JSON can represent.
 
-    Imports torch where it is installed. What cannot be found out is None.
+    Imports torch if it is installed. A value that cannot be determined is None.
 
     >>> import fastrnn
     >>> fastrnn.info()["fastrnn"] == fastrnn.__version__
@@ -68,13 +68,13 @@ def info() -> dict[str, Any]:
 
 
 def cuda_route() -> str:
-    """The route that tensors on a CUDA device take, whatever the case, and why."""
+    """The route of tensors on a CUDA device, and the reason, as far as it holds for all cases."""
     try:
         route = importlib.import_module("fastrnn._engine").cuda_switch()
     except ValueError as error:
         return f"none: {error}"
     if route is None:
-        return f"{CUDNN}; the engine's kernels where the certificate of the device has them"
+        return f"{CUDNN}; the engine's kernels for cases that the device's certificate covers"
     name = CUDA_PERSISTENT if route.persistent else CUDA_ENGINE
     return f"{name if route.kernels else CUDNN} ({route.reason})"
 
@@ -117,10 +117,10 @@ def render(known: dict[str, Any]) -> str:
 
 
 def _guarded(probe: Callable[[], T]) -> T | None:
-    """The probe's answer, or None where it fails, for whatever reason."""
+    """The probe's result, or None if it raises any exception."""
     try:
         return probe()
-    except Exception:  # a report must not end with the first broken thing it meets
+    except Exception:  # one failing probe must not end the report
         return None
 
 
@@ -163,9 +163,9 @@ def _cpu_model() -> str | None:
 
 
 def _libraries() -> dict[str, str]:
-    """The shared libraries of interest that this process has loaded, by file name.
+    """The relevant shared libraries that this process has loaded, by file name.
 
-    Several packages have a module `_C`, so that its name stands with its folder's.
+    Several packages have a module `_C`, so its key includes the folder.
     """
     loaded = {}
     for line in Path("/proc/self/maps").read_text().splitlines():

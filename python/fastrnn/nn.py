@@ -10,9 +10,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
-
-from . import _tools
 from ._cells import GRUCell, LSTMCell, RNNCell
 from ._layer import COMMON_OPTIONS, Device, RecurrentLayer
 from ._surface import LSTMSurface
@@ -21,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
+    from torch import Tensor
     from torch.nn.utils.rnn import PackedSequence
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
@@ -191,9 +189,7 @@ class RNN(RecurrentLayer):
             RuntimeError: sizes, dtypes or devices do not fit, or T is 0.
             TypeError: lengths are no integers, or reset is no bool tensor.
         """
-        output, hx_n, states = self._run(
-            input, None if hx is None else (hx,), lengths, reset, return_states
-        )
+        output, hx_n, states = self._run(input, hx, lengths, reset, return_states)
         if hx_n is None:  # torch.fx traces the call
             return output  # type: ignore[no-any-return]
         return (output, hx_n[0], states) if return_states else (output, hx_n[0])
@@ -368,10 +364,7 @@ class LSTM(LSTMSurface, RecurrentLayer):
                 is 0.
             TypeError: hx is one tensor, lengths are no integers, or reset is no bool tensor.
         """
-        if isinstance(hx, Tensor) and hx.dim() == 4:
-            raise TypeError("hx must be a tuple or list of two tensors (h_0, c_0), got one Tensor")
-        states_0 = _tools.two_states(hx, "lstm")
-        output, hx_n, states = self._run(input, states_0, lengths, reset, return_states)
+        output, hx_n, states = self._run(input, hx, lengths, reset, return_states)
         if hx_n is None:  # torch.fx traces the call
             return output  # type: ignore[no-any-return]
         return (output, hx_n, states) if return_states else (output, hx_n)
@@ -537,9 +530,7 @@ class GRU(RecurrentLayer):
             RuntimeError: sizes, dtypes or devices do not fit, or T is 0.
             TypeError: lengths are no integers, or reset is no bool tensor.
         """
-        output, hx_n, states = self._run(
-            input, None if hx is None else (hx,), lengths, reset, return_states
-        )
+        output, hx_n, states = self._run(input, hx, lengths, reset, return_states)
         if hx_n is None:  # torch.fx traces the call
             return output  # type: ignore[no-any-return]
         return (output, hx_n[0], states) if return_states else (output, hx_n[0])

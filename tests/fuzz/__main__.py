@@ -36,7 +36,7 @@ def finding(
 ) -> tuple[str, str | None]:
     """Make one call. Returns how it ended, in a word, and what is wrong with that.
 
-    It says "theirs" before torch.nn, which has crashes of its own, is asked, and "begun" after.
+    It writes "theirs" before it calls torch.nn, which has its own crashes, and "begun" after.
     """
     draw = Draw(f"{seed}:{index}")
     call = calls.draw_call(draw)
@@ -86,7 +86,7 @@ def work(seed: int, numbers: range, pipe: int) -> None:
 
 
 def limit_memory() -> None:
-    """Let this process have so much more memory and no more, where the system says what it has."""
+    """Limits how much more memory this process may take, where the system tells its size."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
     except OSError:
@@ -99,7 +99,7 @@ def threads_of(process: int) -> list[list[str]]:
     """The fields of each thread's /proc/…/stat from its state on; none where there is no such."""
     found = []
     for file in Path(f"/proc/{process}/task").glob("*/stat"):
-        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+        with contextlib.suppress(OSError):  # the thread has just ended
             found.append(file.read_text().rpartition(")")[2].split())
     return found
 

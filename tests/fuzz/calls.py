@@ -1,4 +1,4 @@
-"""The public functions, each called with arguments that are valid until `Draw` gets at them.
+"""The public functions, each called with valid arguments, some of which `Draw` then spoils.
 
 A subject draws one call and returns it with what torch.nn makes of the same arguments, or None.
 """
@@ -92,7 +92,7 @@ def make_both(draw: Draw, name: str, given: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def constructor(name: str, made: dict[str, Any], title: str, names: set[str]) -> Call:
-    """The making of a module alone, and that of torch's, whose words are right."""
+    """Construction alone, of our module and of torch's, whose error messages are right."""
     known = inspect.signature(getattr(fastrnn, name)).parameters
     ours = {option for option in made if known[option].kind is inspect.Parameter.KEYWORD_ONLY}
 

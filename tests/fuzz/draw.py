@@ -25,7 +25,7 @@ DTYPES = (
     *(torch.int8, torch.uint8, torch.int32, torch.int64, torch.float8_e4m3fn, torch.uint16),
 )
 
-HUGE = 2**45  # of whatever has so many elements, no memory can be had
+HUGE = 2**45  # elements: more than any memory holds
 
 
 class Draw(random.Random):

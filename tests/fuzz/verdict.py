@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 CLEAR = (TypeError, ValueError, RuntimeError, NotImplementedError)
-# What Python, C++ or torch says by itself when nobody has looked at the argument.
+# What Python, C++ or torch says by itself when an argument was not checked.
 UNCLEAR = re.compile(
     r"bad_alloc|std::|vector|basic_string|INTERNAL ASSERT|assert|incompatible (func|constr)"
     r"|'NoneType' |has no (attribute|len\(\))|object is not|not subscriptable|to unpack|unpack "

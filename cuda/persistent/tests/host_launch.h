@@ -1,12 +1,12 @@
-// A planned launch on the CPU (host_machine.h), and the device that plans are made for there.
+// A planned launch on the CPU (host_machine.h), and the device properties for its plans.
 #pragma once
 
 #include "host_machine.h"
 #include "persistent/plan.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
-// Small enough for several teams of few blocks.
+// A small device, so that there are several teams with few blocks.
 inline DeviceFacts small_device() {
   DeviceFacts d;
   d.multiprocessors = 8;
@@ -19,13 +19,13 @@ inline DeviceFacts small_device() {
 }
 
 inline std::size_t ring_words(const Plan& plan) {
-  if (plan.kernel->shape.via != Via::ring) return 0;
+  if (plan.kernel->config.via != Via::ring) return 0;
   const std::int64_t teams = plan.blocks / plan.team.blocks;
   return static_cast<std::size_t>(teams * kEpochs * plan.team.period * message_bytes(plan.team) /
                                   4);
 }
 
-// body(machine, arrays) on every thread of the plan's blocks. `ring`: ring_words() words.
+// Runs body(machine, arrays) on every thread of the plan's blocks. `ring`: ring_words() words.
 template <class Arrays, class Body>
 void launch_on_host(const Plan& plan, Arrays arrays, u32* ring, unsigned delays, Body body) {
   std::fill_n(ring, ring_words(plan), kSentinel);
@@ -33,8 +33,8 @@ void launch_on_host(const Plan& plan, Arrays arrays, u32* ring, unsigned delays,
   arrays.team.ring_words = ring;
   const int teams = plan.blocks / plan.team.blocks;
   run_on_host(plan.blocks, plan.team.blocks, plan.shared_bytes,
-              plan.kernel->shape.via == Via::ring ? teams : 1, delays,
+              plan.kernel->config.via == Via::ring ? teams : 1, delays,
               [&](HostMachine& machine) { body(machine, arrays); });
 }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

@@ -1,13 +1,13 @@
-// The machine of the persistent kernels on a CPU: their own source runs here, thread by thread.
+// The machine of the persistent kernels on a CPU: it runs their source, thread by thread.
 //
-// A block is a thread of the operating system, and its 256 threads are fibers that give way to each
-// other wherever a GPU's would wait; so blocks race each other as on a GPU, with the same words,
-// sentinels, buffers and barriers. What orders memory is ordered by atomic operations of the same
-// strength, and nothing else is: ThreadSanitizer, which is told of the fibers, sees a missing
-// barrier of a block, of the team or of a cluster as a data race.
+// A block is a thread of the operating system. Its 256 threads are fibers that yield wherever a GPU
+// thread would wait; so blocks race as on a GPU, with the same words, sentinels, buffers and
+// barriers. Atomic operations of the same strength, and nothing else, order memory.
+// ThreadSanitizer, which knows the fibers through its API, reports a missing barrier of a block, of
+// the team or of a cluster as a data race.
 //
-// Products are those of the PTX manual's tables for mma.sync, element by element, written
-// independently of words.h. Shared memory starts as NaNs.
+// Products follow the PTX manual's tables for mma.sync, element by element, and are written
+// independently of words.h. Shared memory is filled with NaN.
 #pragma once
 
 #include <ucontext.h>
@@ -30,28 +30,28 @@
 #include <sanitizer/tsan_interface.h>
 #endif
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
-inline constexpr long kPatience = 200'000'000;  // turns of a wait: then it is a deadlock
+inline constexpr long kPatience = 200'000'000;  // iterations of a wait that count as a deadlock
 
-// What all blocks of a launch share.
+// The state that all blocks of a launch share.
 struct HostLaunch {
   std::vector<unsigned char*> memory;  // each block's
   int blocks_of_team = 1;
-  std::unique_ptr<std::atomic<int>[]> clusters;  // threads that have come to the cluster's barrier
-  unsigned delays = 0;                           // one turn in so many sleeps; 0: none
+  std::unique_ptr<std::atomic<int>[]> clusters;  // threads that arrived at the cluster's barrier
+  unsigned delays = 0;                           // one in so many iterations sleeps; 0: none
 };
 
 class HostBlock;
 
-// A fiber's own part of it.
+// The state of one fiber.
 struct HostMachine {
   HostBlock* home;
   HostLaunch* launch;
   int number, index;  // of the thread, of the block
   int cluster_turn = 0;
-  long turns = 0;       // of waiting
-  unsigned random = 1;  // which of them sleep
+  long turns = 0;       // iterations of the current wait
+  unsigned random = 1;  // selects the iterations that sleep
 
   int thread() const { return number; }
   int block() const { return index; }
@@ -125,8 +125,8 @@ struct HostMachine {
   }
 };
 
-// The meeting of the 32 lanes of a warp, or of the threads of a block: the last one to come works
-// for all, then all go on.
+// A barrier for the 32 lanes of a warp, or the threads of a block: the last one to arrive does the
+// work for all, then all continue.
 struct Meeting {
   std::atomic<int> come{0};
   std::atomic<unsigned> turn{0};
@@ -156,7 +156,7 @@ class HostBlock {
 #endif
   }
 
-  // From thread `number` to the next; comes back in its turn.
+  // Switches from thread `number` to the next; returns when it is scheduled again.
   void give_way(int number) {
     Fiber& f = fibers_[number];
     f.machine.random = f.machine.random * 1664525u + 1013904223u;
@@ -210,7 +210,7 @@ class HostBlock {
 
   void start(int i) {
     Fiber& f = fibers_[i];
-    f.stack.reset(new unsigned char[kStack]);  // untouched, so that most of it is never there
+    f.stack.reset(new unsigned char[kStack]);  // not initialised, so most pages are never committed
     f.machine = HostMachine{this, &launch_, i, index_};
     f.machine.random = static_cast<unsigned>(index_ * kThreads + i);
     f.home = this;
@@ -278,11 +278,11 @@ inline float HostMachine::shuffle_xor(float x, int mask) {
 
 // ---- products, by the tables of the PTX manual --------------------------------------------------
 
-// A 16 × K, B K × 8, C 16 × 8; `Operand` says what a register holds.
+// A is 16 × K, B is K × 8, C is 16 × 8; `Operand` defines the content of a register.
 template <class Operand>
 struct Tables;
 
-// m16n8k16: register r of A holds elements 2r and 2r + 1, of B likewise.
+// m16n8k16: register r of A holds elements 2r and 2r + 1; the same for B.
 template <class Half>
 struct HalfTables {
   static constexpr int K = 16, kElements = 2;
@@ -298,7 +298,7 @@ struct Tables<BFloat16> : HalfTables<BFloat16> {};
 template <>
 struct Tables<Float16> : HalfTables<Float16> {};
 
-// m16n8k8: one element in a register; the tensor cores leave out the last 13 bits.
+// m16n8k8: one element per register; the tensor cores ignore the last 13 bits.
 template <>
 struct Tables<Tf32> {
   static constexpr int K = 8, kElements = 1;
@@ -353,8 +353,8 @@ void HostMachine::multiply(Operand, float (&c)[4], const Words& a, u32 b0, u32 b
 
 // ---- a launch -----------------------------------------------------------------------------------
 
-// Runs kernel(machine) on every thread of every block. A team's blocks run at the same time; so
-// many teams as `teams_at_once` do, the others after them.
+// Runs kernel(machine) on every thread of every block. A team's blocks run concurrently, and so do
+// `teams_at_once` teams; the other teams run after them.
 inline void run_on_host(int blocks, int blocks_of_team, int shared_bytes, int teams_at_once,
                         unsigned delays, const std::function<void(HostMachine&)>& kernel) {
   HostLaunch launch;
@@ -380,4 +380,4 @@ inline void run_on_host(int blocks, int blocks_of_team, int shared_bytes, int te
   }
 }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

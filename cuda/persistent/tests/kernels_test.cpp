@@ -1,6 +1,7 @@
-// The persistent kernels by their own source on the CPU (host_machine.h), against plain loops: each
-// cell, operand and way of exchange, forward and backward, over sizes that do not fit evenly, rows
-// of unequal lengths, resets, two directions; and the same bits whatever the blocks' delays.
+// The source of the persistent kernels on the CPU (host_machine.h), compared with plain loops: each
+// cell, operand and way of exchange, forward and backward, with sizes that are no multiples of the
+// tiles, rows of unequal lengths, resets, two directions; and the same bits for all delays of
+// blocks.
 #include <cstdio>
 #include <cstring>
 #include <type_traits>
@@ -12,7 +13,7 @@
 namespace {
 
 using namespace fastrnn;
-using namespace fastrnn::resident;
+using namespace fastrnn::persistent;
 
 long checks = 0;
 
@@ -56,7 +57,7 @@ void same_bits(const char* what, const std::vector<T>& a, const std::vector<T>& 
   check::that(what, std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
-// Units and blocks: even and odd H, one tile and a part, fewer rows than a tile and more than a
+// Sizes: even and odd H, one tile and a part of a tile, fewer rows than a tile and more than a
 // pass.
 struct Sizes3 {
   int T, B, H;
@@ -92,7 +93,7 @@ const std::vector<Sizes3> kRing = {{7, 3, 21}, {5, 17, 40}, {6, 33, 33}, {40, 9,
 const std::vector<Sizes3> kCluster = {{7, 3, 37}, {5, 17, 70}, {6, 9, 64}};
 const std::vector<Sizes3> kBlock = {{7, 3, 21}, {5, 17, 40}, {6, 9, 64}};
 
-// Registers and shared chunks both take part, more than one chunk for each slice where H allows.
+// Uses chunks in registers and in shared memory, and several chunks per slice if H allows it.
 template <class Cell, class Operand>
 void check_cell(const char* name, const char* operand) {
   constexpr int G = Cell::gates;
@@ -115,11 +116,11 @@ void check_part() {
     check_cell<Lstm, Float32>("LSTM", "3xTF32");
     check_cell<Lstm, Float16>("LSTM", "float16");
     check_cell<Lstm, Tf32>("LSTM", "TF32");
-  } else if constexpr (part != Part::smallest) {  // the others differ in the cell alone
+  } else if constexpr (part != Part::smallest) {  // the others differ only in the cell
     using Cell = std::conditional_t<part == Part::GRU, Gru, Elman>;
     check_cell<Cell, BFloat16>(Cell::name, "bfloat16");
     check_cell<Cell, Float32>(Cell::name, "3xTF32");
-  } else {  // every way once: for sanitizers, under which all else takes long
+  } else {  // every way of exchange once: for sanitizers, which are slow
     check_config<Config<Gru, BFloat16, Via::ring, 3, 1, 1, 1, 1>,
                  Config<Gru, BFloat16, Via::ring, 1, 1, 1, 1, 1>>("ring", {{5, 9, 20}});
     check_config<Config<Gru, BFloat16, Via::cluster, 3, 2, 1, 1, 1>,
@@ -131,7 +132,7 @@ void check_part() {
 
 }  // namespace
 
-// FASTRNN_PART: what this program checks, so that the parts compile side by side.
+// FASTRNN_PART selects the checks of this program, so that the parts compile in parallel.
 int main() {
   check_part<Part::FASTRNN_PART>();
   return check::result("persistent kernels", checks);

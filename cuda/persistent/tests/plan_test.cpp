@@ -1,4 +1,4 @@
-// Which persistent kernel a case gets on a device like an H200, and why none where there is none.
+// The choice of the persistent kernel on a device like an H200, and the reasons if there is none.
 #include "persistent/plan.h"
 
 #include <cstdio>
@@ -10,11 +10,11 @@
 namespace {
 
 using namespace fastrnn;
-using namespace fastrnn::resident;
+using namespace fastrnn::persistent;
 
 long checks = 0;
 
-// As kernels.cuh lists them for an LSTM with a 16-bit operand, forward.
+// The kernels of kernels.cuh for an LSTM with a 16-bit operand, forward.
 const Kernel kLstm[] = {
     {"LSTM", OperandKind::bfloat16, Pass::forward, {Via::block, 2, 4, 8, 4, 0, 1}, 4, 2, nullptr},
     {"LSTM", OperandKind::bfloat16, Pass::forward, {Via::cluster, 2, 4, 2, 4, 0, 1}, 4, 2, nullptr},
@@ -37,7 +37,7 @@ void expect(const char* what, bool holds, const Plan& p) {
 void expect_whole(const Plan& p, int B, int H, int groups, const DeviceFacts& d) {
   if (!p.kernel) return;
   const Team& t = p.team;
-  const Shape& c = p.kernel->shape;
+  const RuntimeConfig& c = p.kernel->config;
   expect("rows",
          t.teams_per_group * t.rows_per_team >= B && (t.teams_per_group - 1) * t.rows_per_team < B,
          p);
@@ -56,7 +56,7 @@ void expect_whole(const Plan& p, int B, int H, int groups, const DeviceFacts& d)
 
 void regimes() {
   const DeviceFacts d = h200();
-  const auto via = [&](int B, int H) { return plan(B, H, d).kernel->shape.via; };
+  const auto via = [&](int B, int H) { return plan(B, H, d).kernel->config.via; };
   expect("a block for many rows of 128 units", via(1024, 128) == Via::block, plan(1024, 128, d));
   expect("a cluster for 256", via(16, 256) == Via::cluster, plan(16, 256, d));
   expect("the ring for 768", via(16, 768) == Via::ring, plan(16, 768, d));
@@ -77,12 +77,12 @@ void refusals() {
   refused(plan(16, 1024, d), "the device has no cooperative launches");
   d = h200();
   d.clusters_of_16 = d.clusters_of_8 = 0;
-  expect("without clusters no cluster", plan(16, 256, d).kernel->shape.via == Via::ring,
+  expect("without clusters no cluster", plan(16, 256, d).kernel->config.via == Via::ring,
          plan(16, 256, d));
   d = h200();
   d.compute_major = 8;
   d.clusters_of_16 = d.clusters_of_8 = 0;
-  expect("sm_80 has the ring", plan(16, 512, d).kernel->shape.via == Via::ring, plan(16, 512, d));
+  expect("sm_80 has the ring", plan(16, 512, d).kernel->config.via == Via::ring, plan(16, 512, d));
   d.multiprocessors = 7;  // a slice of a shared device
   refused(plan(16, 1024, d), "more blocks than multiprocessors");
   const Sizes gru{"GRU", OperandKind::bfloat16, Pass::forward, 10, 4, 64, 1};

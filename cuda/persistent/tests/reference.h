@@ -1,5 +1,5 @@
-// The recurrence by plain loops in double, with the cells of csrc/cells/: what the persistent
-// kernels are compared with on a CPU (kernels_test.cpp, ../../tests/virtual/virtual_test.cpp).
+// The recurrence in plain loops and double precision, with the cells of csrc/cells/: the reference
+// for the persistent kernels on a CPU (kernels_test.cpp, ../../tests/virtual/virtual_test.cpp).
 #pragma once
 
 #include <cmath>
@@ -15,9 +15,9 @@
 #include "persistent/backward.h"
 #include "persistent/forward.h"
 
-namespace fastrnn::resident {
+namespace fastrnn::persistent {
 
-// What the cells compute with here.
+// The value type of the cells here.
 struct Number {
   double v;
   Number() = default;
@@ -39,7 +39,7 @@ inline Number between(Number x, Number l, Number h) {
 inline Number absolute(Number x) { return Number(std::fabs(x.v)); }
 inline Number copy_sign(Number x, Number s) { return Number(std::copysign(x.v, s.v)); }
 
-// One problem: sizes, which rows are active, and every array that a pass reads or writes.
+// One problem: sizes, active rows, and every array that a pass reads or writes.
 template <class Cell, class Operand>
 struct Trial {
   using S = Storage<Operand>;
@@ -97,8 +97,8 @@ void fill(Trial<Cell, Operand>& p, unsigned seed) {
   for (auto* v : {&p.h_n, &p.c_n, &p.d_h0, &p.d_c0}) v->assign(all, Operand::store(nan));
 }
 
-// The arrays as the kernels take them. Sequences are [groups][N][H], N being packed where rows are
-// given, else T·B; `at` says where a vector stands (on the device: its copy).
+// The arguments of the kernels. Sequences are [groups][N][H], where N is the packed rows if given,
+// else T·B; `at` maps a vector to its address (on the device: that of its copy).
 template <class Cell, class Operand, class At>
 Forward<Storage<Operand>> forward_arrays(const Trial<Cell, Operand>& p, const StepTable& steps,
                                          bool training, At at) {
@@ -149,7 +149,7 @@ Backward<Storage<Operand>> backward_arrays(const Trial<Cell, Operand>& p, const 
   return a;
 }
 
-// What the kernels should compute, [groups][N][H] and [groups][B][H] as theirs.
+// The expected results, [groups][N][H] and [groups][B][H], as in the kernels.
 struct Expected {
   std::vector<double> hidden, h_n, c_n, d_gates, d_h0, d_c0;
 };
@@ -171,7 +171,7 @@ class Reference {
     saved_.assign(pairs * Cell::saved, 0.0);
   }
 
-  // Row by row: none knows of another.
+  // Row by row, because rows are independent.
   Expected run() {
     for (int g = 0; g < p_.groups; ++g)
       for (int i = 0; i < p_.B; ++i) {
@@ -325,7 +325,7 @@ void choose_rows(Trial<Cell, Operand>& p, bool lengths, bool resets, unsigned se
   }
 }
 
-// Largest difference over the largest expected value; NaN where an active value is missing.
+// The largest difference divided by the largest expected value; NaN if an active value is missing.
 template <class T, class Load>
 double difference(const std::vector<T>& got, const std::vector<double>& expected, Load load) {
   double most = 0, largest = 1e-3;
@@ -348,10 +348,10 @@ StepTable table_of(const Trial<Cell, Operand>& p) {
   return steps;
 }
 
-// Arrays of the kernels' that stand where the trial's do.
+// The kernels' arrays, at the addresses of the trial's vectors.
 inline constexpr auto in_place = [](const auto& v) { return v.data(); };
 
-// What a pass may miss by, over the largest value.
+// The tolerance of a pass, relative to the largest value.
 template <class Operand>
 struct Precision;
 template <>
@@ -371,7 +371,7 @@ struct Precision<Float32> {
   static constexpr double forward = 3e-6, backward = 6e-6;
 };
 
-// Fails where results are further from the expected ones than that; returns how many it compared.
+// Fails if results differ from the expected ones by more than that; returns the number of checks.
 template <class Cell, class Operand>
 long compare(const Trial<Cell, Operand>& p, const Expected& e, bool backward = true) {
   long checks = 0;
@@ -392,4 +392,4 @@ long compare(const Trial<Cell, Operand>& p, const Expected& e, bool backward = t
   return checks;
 }
 
-}  // namespace fastrnn::resident
+}  // namespace fastrnn::persistent

@@ -1,14 +1,14 @@
-// The ring's protocol (ring.h) where memory is weak, and what happens when it is broken.
+// The ring's protocol (ring.h) on a weak memory, and variants of the protocol with faults.
 //
-// WeakMemory keeps every value that a word has had. A relaxed load may return any of them that its
-// thread has not yet been forced past; a fence, as in C++ and PTX, hands on what the thread has
-// seen: what was stored after a fence carries the view at that fence, and who loads it and then
-// fences has that view too. So an order that the protocol does not enforce is broken here sooner or
-// later, on any processor, and the reader takes a value of another message.
+// WeakMemory keeps every value that a word has had. A relaxed load may return any of them that is
+// not excluded by the view of its thread. A fence, as in C++ and PTX, transfers views: a store
+// after a fence carries the view at that fence, and a thread that loads the value and then executes
+// a fence acquires that view. So an order that the protocol does not enforce is eventually violated
+// here, on any processor, and the reader takes a value of another message.
 //
-// Threads are small blocks: one writes its words of a message after it has received all of the
-// message before. The words say which message they are of, so a stale one is caught where it is
-// taken.
+// Threads act as small blocks: each writes its words of a message after it has received the whole
+// previous message. The words contain the number of their message, so a stale word is detected when
+// it is taken.
 #include "persistent/ring.h"
 
 #include <algorithm>
@@ -26,11 +26,11 @@
 
 namespace {
 
-using namespace fastrnn::resident;
+using namespace fastrnn::persistent;
 
 long checks = 0;
 
-using View = std::vector<int>;  // the least position in each word's history that may still be read
+using View = std::vector<int>;  // the oldest readable position in the history of each word
 
 void join(View& into, const View& other) {
   for (std::size_t i = 0; i < into.size(); ++i) into[i] = std::max(into[i], other[i]);
@@ -42,7 +42,7 @@ class WeakMemory {
     for (auto& h : histories_) h.push_back({kSentinel, View(words, 0)});
   }
 
-  // A thread's own part of it: what ring.h calls Memory.
+  // The interface for one thread: Memory in ring.h.
   class Thread {
    public:
     Thread(WeakMemory& home, const u32* base, unsigned seed, bool fences)
@@ -60,7 +60,7 @@ class WeakMemory {
       const auto& history = home_.histories_[word];
       const int newest = static_cast<int>(history.size()) - 1;
       int from = seen_[word];
-      // Mostly the oldest that is allowed: the worst of weak machines. Now and then the newest.
+      // Mostly the oldest allowed value, which is the weakest behaviour; sometimes the newest.
       if (random_() % 4 == 0)
         from = newest;
       else if (random_() % 4 == 0)
@@ -115,7 +115,7 @@ struct Atomics {
   }
 };
 
-// What is broken on purpose.
+// The deliberate fault of a variant.
 enum class Fault { none, no_fences, no_clearing, early_clearing };
 
 struct Setup {
@@ -144,7 +144,7 @@ void publish_all(Memory& memory, const Setup& s, const Ring& ring, int message, 
     const u32 value = word_of_message(message, block, w);
     if (s.fault == Fault::no_clearing)
       memory.store(ring.slot(message) + at, value);
-    else if (s.fault == Fault::early_clearing) {  // what the message before left, still being read
+    else if (s.fault == Fault::early_clearing) {  // the previous message, which is still being read
       memory.store(ring.slot(message) + at, value);
       memory.store(ring.slot(message + kEpochs * ring.period - 1) + at, kSentinel);
     } else
@@ -152,7 +152,7 @@ void publish_all(Memory& memory, const Setup& s, const Ring& ring, int message, 
   }
 }
 
-// Words taken that were of another message; −1: the words of some message never came.
+// The number of words taken from another message; −1: the words of some message never arrived.
 template <class Memory>
 int receive_all(Memory& memory, const Setup& s, const Ring& ring, int message,
                 const std::atomic<bool>& stop) {
@@ -196,7 +196,7 @@ Outcome run(const Setup& s, u32* words, MakeMemory make) {
       }
       ++done;
     });
-  // A fault may also lose a word: then everybody waits, and the clock ends it.
+  // A fault may also lose a word: then all threads wait until the time limit.
   const auto end =
       std::chrono::steady_clock::now() + std::chrono::seconds(s.fault == Fault::none ? 500 : 10);
   while (done < s.blocks && std::chrono::steady_clock::now() < end)
@@ -227,7 +227,7 @@ void expect_right(const char* what, const Outcome& o) {
   check::that(what, !o.stale && !o.stuck);
 }
 
-// Among a few seeds the fault shows.
+// The fault must be detected with at least one of a few seeds.
 void expect_caught(const char* what, Setup s, Fault fault) {
   s.fault = fault;
   bool caught = false;

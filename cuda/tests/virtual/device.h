@@ -1,6 +1,5 @@
-// The virtual device as a test sees it. runtime.cpp stands in for CUDA's runtime: the host code
-// that nvcc compiled is linked against it, registers its kernels there, and launches them as on a
-// GPU.
+// The interface of the virtual device for tests. runtime.cpp replaces CUDA's runtime: the host code
+// that nvcc compiled is linked with it, registers its kernels, and launches them as on a GPU.
 #pragma once
 
 #include <random>
@@ -12,7 +11,7 @@ namespace fastrnn::virtual_device {
 struct Device {
   int multiprocessors = 8;
   Order order = Order::in_turn;
-  // What is issued runs at once, or when somebody waits for it.
+  // Whether launches run immediately, or at the next synchronisation.
   bool at_once = true;
   std::mt19937 random{1};
   long launches = 0, cluster_launches = 0, cooperative_launches = 0;
@@ -20,7 +19,7 @@ struct Device {
 
 Device& device();
 
-// Runs all that is queued. Throws std::runtime_error at what a kernel did wrong.
+// Runs all queued launches. Throws std::runtime_error if a kernel makes an error.
 void synchronize();
 
 }  // namespace fastrnn::virtual_device

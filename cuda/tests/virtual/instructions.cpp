@@ -1,5 +1,5 @@
-// What each instruction does, for the lanes that execute it. Those that nvcc uses for the kernels
-// of this project, by the PTX ISA's description of each; decode() throws at any other.
+// Implements each instruction for the lanes that execute it, according to the PTX ISA: those that
+// nvcc uses for the kernels of this project. decode() throws for any other instruction.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -30,7 +30,7 @@ std::uint64_t bits(T x) {
   return slot;
 }
 
-// A predicate is a slot that is zero or not.
+// A predicate is a slot that is zero or nonzero.
 using Predicate = bool;
 
 template <class F>
@@ -72,7 +72,7 @@ void binary(Warp& warp, const Instruction& in) {
   const Operand<T> a(warp, in, 1), b(warp, in, 2);
   for_lanes(warp, [&](int lane) { to.set(lane, F()(a[lane], b[lane])); });
 }
-// a and b of one type, c of the result's.
+// a and b have one type, c has the result's.
 template <class R, class T, class F>
 void ternary(Warp& warp, const Instruction& in) {
   const Operand<R> to(warp, in, 0);
@@ -151,7 +151,7 @@ struct Remainder {
     return static_cast<T>(a % b);
   }
 };
-// The other one where one is NaN.
+// If one operand is NaN, the result is the other one.
 struct Least {
   template <class T>
   T operator()(T a, T b) const {
@@ -178,8 +178,8 @@ struct FusedMultiplyAdd {
 };
 struct FusedMultiplyAddDown {
   float operator()(float a, float b, float c) const {
-    // Sum of exact products of floats: a double rounds at most once, towards nothing that matters
-    // but the last bit, which is looked at.
+    // A product of floats is exact in double. The sum may round once, which can only matter for the
+    // last bit of the float; the code below checks this case.
     const double exact = static_cast<double>(a) * b, sum = exact + c;
     const double lost = (exact - (sum - c)) + (c - (sum - (sum - c)));
     auto rounded = static_cast<float>(sum);
@@ -261,7 +261,7 @@ struct Not {
   }
 };
 
-// By a 32-bit number; as many bits as the type has, or more, leave nothing but the sign.
+// Shifts by a 32-bit number; a shift by the type's width or more leaves only the sign.
 template <class T, bool left>
 void shift(Warp& warp, const Instruction& in) {
   const Operand<T> to(warp, in, 0), a(warp, in, 1);
@@ -299,7 +299,7 @@ void permute_bytes(Warp& warp, const Instruction& in) {
     for (int k = 0; k < 4; ++k) {
       const std::uint32_t selector = which[lane] >> (4 * k) & 15u;
       std::uint32_t byte = all >> (8 * (selector & 7u)) & 255u;
-      if (selector & 8u) byte = byte & 128u ? 255u : 0u;  // its sign alone
+      if (selector & 8u) byte = byte & 128u ? 255u : 0u;  // replicates its sign
       found |= byte << (8 * k);
     }
     to.set(lane, found);
@@ -308,7 +308,7 @@ void permute_bytes(Warp& warp, const Instruction& in) {
 
 // ---- moves and conversions ----------------------------------------------------------------------
 
-// A register, or one from its parts, or its parts from one; `bytes` is the width of the whole.
+// Moves a register, packs parts into one, or unpacks one into parts; `bytes` is the total width.
 template <int bytes>
 void move(Warp& warp, const Instruction& in) {
   const std::size_t count = in.slots.size();
@@ -368,7 +368,7 @@ void convert(Warp& warp, const Instruction& in) {
 
 enum class Compare { equal, different, less, less_or_equal, greater, greater_or_equal };
 
-// `unordered`: also where one is NaN.
+// `unordered`: true also if one operand is NaN.
 template <class T, Compare how, bool unordered>
 void compare(Warp& warp, const Instruction& in) {
   const Operand<Predicate> to(warp, in, 0);
@@ -412,9 +412,9 @@ unsigned char* memory(Warp& warp, std::uint64_t address, std::size_t bytes) {
     return static_cast<unsigned char*>(shared_memory(*warp.block, address, bytes));
   if (address % bytes) refuse("an address is misaligned for " + std::to_string(bytes) + " bytes");
   if constexpr (space == Space::parameter) {
-    // Read alone: the launch's copy stays as it is.
+    // Parameters are read-only: the launch's copy does not change.
     const std::vector<unsigned char>& parameters = warp.block->launch->parameters;
-    if (address + bytes > parameters.size()) refuse("behind the parameters");
+    if (address + bytes > parameters.size()) refuse("an address beyond the parameters");
     return const_cast<unsigned char*>(parameters.data()) + address;
   }
   if (address < 4096) refuse("a null pointer");
@@ -462,7 +462,8 @@ void shuffle(Warp& warp, const Instruction& in) {
       lanes(warp, in, first + 3);
   std::uint64_t found[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
-    if (lanes[lane] != kAllLanes || clamp[lane] != 31) refuse("a shuffle of a part of the warp");
+    if (lanes[lane] != kAllLanes || clamp[lane] != 31)
+      refuse("a shuffle by only a part of the warp");
     const std::uint32_t other =
         exclusive_or ? static_cast<std::uint32_t>(lane) ^ which[lane] : which[lane];
     found[lane] = from[static_cast<int>(other & 31u)];
@@ -473,7 +474,7 @@ void shuffle(Warp& warp, const Instruction& in) {
   }
 }
 
-// The tensor cores' D = A·B + C, m16n8, k16 of 16-bit values or k8 of TF32; the elements' places in
+// The tensor cores' D = A·B + C, m16n8, k16 of 16-bit values or k8 of TF32, with the elements in
 // the lanes as in "Matrix Fragments for mma.m16n8k16" and "… m16n8k8". Exact sums, rounded once.
 template <class S>
 void multiply_matrices(Warp& warp, const Instruction& in) {
@@ -483,13 +484,13 @@ void multiply_matrices(Warp& warp, const Instruction& in) {
     if constexpr (per == 2)
       return widen(value<S>(word >> (16 * half)));
     else
-      return value<float>(word & 0xffffe000u);  // TF32 has ten bits behind the point
+      return value<float>(word & 0xffffe000u);  // TF32 has ten bits of mantissa
   };
   double a[16][K], b[K][8];
   for (int lane = 0; lane < kLanes; ++lane) {
     const int group = lane / 4, place = lane % 4;
     for (int half = 0; half < per; ++half) {
-      for (int k = 0; k < 4; ++k)  // words 0 and 2: row `group`; 1 and 3: eight rows on
+      for (int k = 0; k < 4; ++k)  // words 0 and 2: row `group`; 1 and 3: eight rows further
         a[group + 8 * (k % 2)][place * per + half + 4 * per * (k / 2)] = element(4 + k, lane, half);
       for (int k = 0; k < 2; ++k)
         b[place * per + half + 4 * per * k][group] = element(8 + k, lane, half);
@@ -560,7 +561,7 @@ void send(Warp& warp, const Instruction& in) {
   for_lanes(warp, [&](int lane) {
     Parcel parcel{to[lane], barrier[lane], {}};
     if (!(parcel.to >> 24) || !(parcel.barrier >> 24))
-      refuse("st.async: no address of the cluster");
+      refuse("st.async: an address outside the cluster");
     cluster_memory(*warp.block, parcel.to, 16);  // its size and alignment
     for (int k = 0; k < 4; ++k) parcel.words[k] = Operand<std::uint32_t>(warp, in, k + 1)[lane];
     warp.block->cluster->parcels.push_back(parcel);
@@ -571,7 +572,7 @@ void send(Warp& warp, const Instruction& in) {
 
 [[noreturn]] void unknown(const std::string& opcode) { refuse("'" + opcode + "' is unknown"); }
 
-// f(T()) with the type that PTX calls `name`.
+// Calls f(T()) with the type of PTX's name.
 template <class F>
 Execute of_integer(const std::string& name, const F& f) {
   if (name == "s16") return f(int16_t());
@@ -702,7 +703,7 @@ Execute decode_comparison(const std::string& opcode, const std::string& how,
   unknown(opcode);
 }
 
-// ld and st, also the ring's, which are relaxed: here everything is seen at once.
+// ld and st, including the ring's relaxed accesses: here every store is visible immediately.
 Execute decode_access(const std::string& opcode, const std::vector<std::string>& parts) {
   const bool loads = parts[0] == "ld";
   std::size_t at = 1;
@@ -738,7 +739,7 @@ Execute decode_multiplication(const std::string& opcode, const std::vector<std::
   unknown(opcode);
 }
 
-// Instructions without a type, or of one alone, by their whole name.
+// Instructions without a type, or with only one type, by their full name.
 Execute decode_whole(const std::string& opcode, Kind* kind) {
   struct Known {
     const char* opcode;
@@ -797,7 +798,7 @@ Execute decode_typed(const std::string& opcode, const std::vector<std::string>& 
   if (base == "fma" && rounds)
     return of_float(type,
                     [](auto x) { return &ternary<decltype(x), decltype(x), FusedMultiplyAdd>; });
-  if (base == "cvta") return &move<8>;  // global and generic addresses are the host's
+  if (base == "cvta") return &move<8>;  // global and generic addresses are host addresses
   if (!plain) unknown(opcode);
   if (base == "add") return binary_number<Add>(type);
   if (base == "sub") return binary_number<Subtract>(type);

@@ -8,8 +8,8 @@
 namespace fastrnn::virtual_device {
 namespace {
 
-constexpr std::uint32_t kRankShift = 24;  // of an address of the cluster
-constexpr int kTurn = 400;                // instructions of a warp, at the most, where others wait
+constexpr std::uint32_t kRankShift = 24;  // in a cluster address
+constexpr int kTurn = 400;                // most instructions of a warp while others wait
 
 // ---- a warp -------------------------------------------------------------------------------------
 
@@ -32,7 +32,7 @@ void fill_constants(Warp& warp) {
     }
 }
 
-// The group to go on with: of those that can, the one that is furthest back, or ahead.
+// The group to run next: of the runnable groups, the one furthest back, or furthest ahead.
 Group* next_group(Warp& warp, bool ahead) {
   Group* found = nullptr;
   for (Group& group : warp.groups)
@@ -40,13 +40,13 @@ Group* next_group(Warp& warp, bool ahead) {
   return found;
 }
 
-// Groups at the same instruction become one.
+// Merges groups at the same instruction.
 void merge(Warp& warp) {
   for (std::size_t i = 0; i < warp.groups.size(); ++i)
     for (std::size_t j = warp.groups.size() - 1; j > i; --j)
       if (warp.groups[j].at == warp.groups[i].at) {
         warp.groups[i].lanes |= warp.groups[j].lanes;
-        warp.groups[i].waits = false;  // perhaps all are there now
+        warp.groups[i].waits = false;  // perhaps all lanes have arrived now
         warp.groups.erase(warp.groups.begin() + static_cast<std::ptrdiff_t>(j));
       }
 }
@@ -60,9 +60,9 @@ std::uint32_t lanes_that_execute(Warp& warp, const Instruction& in, std::uint32_
   return lanes & found;
 }
 
-// A turn of the warp: until it waits, ends, or has had `most` instructions. True where it did
-// anything. Lanes may wait in a loop for what others of their warp, ahead of them, are to do: after
-// a turn that did not get the groups together those ahead go first.
+// Runs the warp until it waits, ends, or has executed `most` instructions; returns whether it did
+// anything. Lanes may wait in a loop for other lanes of their warp that are ahead of them: after a
+// turn that did not merge the groups, those ahead run first.
 bool take_turn(Warp& warp, int most) {
   const std::vector<Instruction>& code = warp.block->launch->function->code;
   const bool ahead = warp.parted && !warp.ahead;
@@ -86,7 +86,7 @@ bool take_turn(Warp& warp, int most) {
       continue;
     }
     if (together && warp.alive != kAllLanes)
-      refuse("a lane has ended before an instruction for all");
+      refuse("a lane has ended before an instruction for the whole warp");
     warp.active = lanes_that_execute(warp, in, group->lanes);
     if (together && warp.active && warp.active != group->lanes)
       refuse("an instruction for the whole warp under a predicate of some lanes");
@@ -131,10 +131,10 @@ bool take_turn(Warp& warp, int most) {
   return moved;
 }
 
-// ---- blocks that run at the same time -----------------------------------------------------------
+// ---- concurrent blocks --------------------------------------------------------------------------
 
-// Slots of warps that have ended, for the next ones: what a register holds before it is written is
-// NaN, or what another warp left.
+// Reuses slots of warps that have ended: an unwritten register holds NaN, or a value of another
+// warp.
 std::vector<std::vector<std::uint64_t>>& spare_slots() {
   static std::vector<std::vector<std::uint64_t>> all;
   return all;
@@ -204,10 +204,10 @@ class Together {
         moved |= deliver(*warp->block->cluster);
       }
       moved |= open_block_barriers();
-      if (!moved && left > 0) refuse("no thread can go on");
+      if (!moved && left > 0) refuse("no thread can continue");
     }
     for (Cluster& cluster : clusters_)
-      if (!cluster.parcels.empty()) refuse("a block has ended before what was sent to it arrived");
+      if (!cluster.parcels.empty()) refuse("a block has ended before the data sent to it arrived");
   }
 
  private:
@@ -229,7 +229,7 @@ class Together {
     return opened;
   }
 
-  // Some of what is on its way.
+  // Delivers some of the parcels in flight.
   bool deliver(Cluster& cluster) {
     std::vector<Parcel>& parcels = cluster.parcels;
     if (parcels.empty()) return false;
@@ -245,11 +245,12 @@ class Together {
       const auto of = [&](std::uint32_t address) -> Block& {
         return *cluster.blocks[(address >> kRankShift) - 1];
       };
-      if (&of(parcel.to) != &of(parcel.barrier)) refuse("bytes for one block counted by another");
+      if (&of(parcel.to) != &of(parcel.barrier))
+        refuse("the barrier and the destination of st.async are in different blocks");
       Mbarrier(of(parcel.barrier), parcel.barrier & ((1u << kRankShift) - 1)).bytes_came(16);
     }
     parcels.erase(parcels.begin(), parcels.begin() + static_cast<std::ptrdiff_t>(count));
-    return true;  // even where none came: they will
+    return true;  // even if none arrived, because they will
   }
 
   const Launch& launch_;
@@ -276,7 +277,7 @@ void* shared_memory(Block& block, std::uint64_t address, std::size_t bytes) {
 void* cluster_memory(Block& block, std::uint64_t address, std::size_t bytes) {
   const std::uint64_t rank = address >> kRankShift;
   if (rank == 0) return shared_memory(block, address, bytes);
-  if (rank > block.cluster->blocks.size()) refuse("an address of no block of the cluster");
+  if (rank > block.cluster->blocks.size()) refuse("an address outside the cluster");
   return shared_memory(*block.cluster->blocks[rank - 1], address & ((1u << kRankShift) - 1), bytes);
 }
 
@@ -286,7 +287,7 @@ Mbarrier::Mbarrier(Block& block, std::uint64_t address, bool initialised)
   if (!initialised)
     block.barriers.insert(key);
   else if (!block.barriers.count(key))
-    refuse("a barrier that nobody has initialised");
+    refuse("a barrier is not initialised");
 }
 
 void Mbarrier::initialise(int count) {
@@ -297,7 +298,7 @@ void Mbarrier::initialise(int count) {
 void Mbarrier::expect(std::int32_t bytes) {
   State state;
   std::memcpy(&state, word_, sizeof(state));
-  if (state.pending == 0) refuse("an arrival too many at a barrier");
+  if (state.pending == 0) refuse("too many arrivals at a barrier");
   state.bytes += bytes;
   --state.pending;
   std::memcpy(word_, &state, sizeof(state));

@@ -1,20 +1,19 @@
-// A GPU on the CPU: runs the PTX of a kernel, warp by warp, the 32 lanes of a warp side by side.
+// A GPU on the CPU: runs the PTX of a kernel, warp by warp, with the 32 lanes of a warp in step.
 //
-// Lanes       that take different ways part, each group with a program counter of its own. The
-// group
-//             that is furthest back goes first, and two groups that meet become one. Instructions
-//             for the whole warp (shuffles, tensor cores, barriers) wait until all of its lanes
-//             have come; if they never do, that is an error.
-// Warps       of the blocks that run at the same time take turns, of random length where they are
-//             shuffled: all blocks of a cluster or of a cooperative launch, else one block after
-//             the other. So a kernel that waits for another block works here if it may wait for it.
-// Memory      Global addresses are the host's, so that AddressSanitizer sees what a kernel should
-//             not touch. Shared memory is checked by its size, and starts as NaNs. A misaligned
-//             access, which a GPU refuses and a CPU forgives, is an error.
-// Clusters    Bytes that st.async sends arrive some time later, in any order; what they count on,
-//             an mbarrier, is a word of 64 bits here as there.
+// Lanes       diverging lanes form groups, each with its own program counter. The group that is
+//             furthest back runs first, and groups at the same instruction merge. Instructions for
+//             the whole warp (shuffles, tensor cores, barriers) wait until all lanes have arrived;
+//             if they never do, that is an error.
+// Warps       the warps of concurrent blocks take turns, of random length if shuffled: all blocks
+//             of a cluster or of a cooperative launch, otherwise one block after another. So a
+//             kernel that waits for another block works here only if it may wait for it.
+// Memory      Global addresses are host addresses, so AddressSanitizer reports invalid accesses of
+//             a kernel. Shared memory is bounds-checked and filled with NaN. A misaligned access,
+//             which a GPU rejects but a CPU tolerates, is an error.
+// Clusters    Bytes sent by st.async arrive later, in any order; the mbarrier that counts them is a
+//             word of 64 bits, as on a GPU.
 //
-// What it is not: a weak memory (persistent/tests/ring_test.cpp is), a machine code, or fast.
+// It does not model weak memory (persistent/tests/ring_test.cpp does) or machine code, and is slow.
 #pragma once
 
 #include <cstdint>
@@ -36,10 +35,10 @@ struct Launch {
   const Function* function = nullptr;
   std::vector<unsigned char> parameters;
   int blocks = 1, threads = 1;
-  int cluster = 1;           // blocks of a cluster
-  bool cooperative = false;  // all blocks at the same time
+  int cluster = 1;           // blocks per cluster
+  bool cooperative = false;  // all blocks run concurrently
   std::size_t dynamic_shared = 0;
-  long most_turns = 10'000'000;  // of all warps; more: it does not end
+  long most_turns = 10'000'000;  // of all warps; more count as an endless kernel
 };
 
 struct Block;
@@ -57,19 +56,19 @@ struct Warp {
   std::vector<std::uint64_t> slots;
   std::vector<Group> groups;
   std::uint32_t alive = kAllLanes;
-  std::uint32_t active = 0;  // lanes that execute the instruction at hand
+  std::uint32_t active = 0;  // lanes that execute the current instruction
   bool at_block_barrier = false;
   bool yields = false;      // a wait that has not ended
-  bool again = false;       // the instruction is to be executed once more
+  bool again = false;       // repeat the instruction
   bool parted = false;      // its last turn ended with several groups,
-  bool ahead = false;       // and those ahead went first
+  bool ahead = false;       // and those ahead ran first
   int line = 0;             // of the PTX, for errors
   long cluster_phase = -1;  // that it arrived in
 
   std::uint64_t* slot(int index) { return slots.data() + static_cast<std::size_t>(index) * kLanes; }
 };
 
-// Bytes on their way to another block's shared memory.
+// Bytes in flight to another block's shared memory.
 struct Parcel {
   std::uint32_t to, barrier;  // addresses of the cluster
   std::uint32_t words[4];
@@ -91,14 +90,14 @@ struct Block {
   std::set<std::uint32_t> barriers;  // mbarriers that have been initialised
 };
 
-// Runs a launch to its end. Throws std::runtime_error, with the kernel and the PTX's line, at what
-// a GPU would refuse or where no thread can go on.
+// Runs a launch to its end. Throws std::runtime_error, with the kernel and the PTX line, for errors
+// that a GPU would reject, or if no thread can continue.
 void run(const Launch& launch, Order order, std::mt19937& random);
 
-// For decode(): what instructions do to memory.
+// For decode(): the memory operations of instructions.
 [[noreturn]] void refuse(const std::string& what);
 void* shared_memory(Block& block, std::uint64_t address, std::size_t bytes);
-// An address of the cluster: which block's, in the upper byte, plus one; zero: the own block.
+// A cluster address: the rank of the block plus one in the upper byte; zero: the own block.
 void* cluster_memory(Block& block, std::uint64_t address, std::size_t bytes);
 
 // An mbarrier, of one 64-bit word.
@@ -112,7 +111,7 @@ class Mbarrier {
 
  private:
   struct State {
-    std::int32_t bytes;  // still to come; may be negative before they are expected
+    std::int32_t bytes;  // still missing; may be negative before they are expected
     std::uint8_t count, pending;
     std::uint16_t phase;
   };

@@ -19,7 +19,7 @@ class Body {
        const std::map<std::string, std::int64_t>& known, Function* to)
       : text_(text), at_(at), line_(line), symbols_(known), function_(*to) {}
 
-  // Reads from behind the opening brace to behind the closing one; returns where that is.
+  // Reads from after the opening brace to after the closing brace; returns that position.
   std::size_t read() {
     int depth = 1;
     while (depth > 0) {
@@ -219,8 +219,8 @@ class Body {
 }  // namespace
 
 Module::Module(std::string_view text) {
-  // Entries alone: nvcc inlines everything else, and what a kernel shares with others is the
-  // dynamic shared array, which begins behind its own.
+  // Only entries: nvcc inlines everything else. Kernels have in common only the dynamic shared
+  // array, which begins after a kernel's own shared arrays.
   std::string dynamic;
   if (const std::size_t at = text.find(".extern .shared"); at != std::string_view::npos) {
     const std::size_t bracket = text.find('[', at), from = text.rfind(' ', bracket) + 1;

@@ -1,9 +1,9 @@
-// What nvcc makes of a kernel, PTX, as the virtual device runs it (machine.h).
+// The PTX of a kernel, parsed for the virtual device (machine.h).
 //
 // Each virtual register is a 64-bit slot for each lane of a warp, which holds the register's bits,
-// zero above them. Constants and special registers have slots too, filled when a warp begins, so
-// that every operand is a slot. An address in parameter, shared or local memory is an offset; one
-// in global memory is the host's.
+// with zeros above them. Constants and special registers also have slots, filled when a warp
+// starts, so every operand is a slot. An address in parameter, shared or local memory is an offset;
+// an address in global memory is a host address.
 #pragma once
 
 #include <cstddef>
@@ -19,7 +19,7 @@ struct Warp;
 struct Instruction;
 using Execute = void (*)(Warp& warp, const Instruction& in);
 
-// How an instruction concerns more than the lanes that execute it.
+// The kinds of instructions that affect more than the lanes that execute them.
 enum class Kind {
   plain,
   branch,        // to `target`
@@ -34,13 +34,13 @@ struct Instruction {
   int guard = -1;  // a predicate's slot; -1: none
   bool unless = false;
   bool apart = false;       // its first operand is a list
-  int target = -1;          // of a branch
+  int target = -1;          // for a branch
   std::int64_t offset = 0;  // added to the address
-  std::vector<int> slots;   // of its operands in their order, the elements of lists one by one
+  std::vector<int> slots;   // the operands in order, with the elements of lists separately
   int line = 0;             // of the PTX
 };
 
-// Which value a special register has.
+// The value of a special register.
 enum class Special { none, thread, block };
 
 struct Slot {
@@ -52,13 +52,13 @@ struct Slot {
 struct Function {
   std::string name;
   std::vector<Instruction> code;
-  std::vector<Slot> constants;  // filled when a warp begins
+  std::vector<Slot> constants;  // filled when a warp starts
   int slots = 0;
   std::size_t parameter_bytes = 0;
-  std::size_t shared_bytes = 0;  // what it declares; what the launch adds comes behind
+  std::size_t shared_bytes = 0;  // static shared memory; the dynamic part follows it
 };
 
-// The functions of one module. Throws std::runtime_error at whatever the machine does not know.
+// Parses the functions of one module. Throws std::runtime_error for anything unsupported.
 class Module {
  public:
   explicit Module(std::string_view text);
@@ -68,7 +68,7 @@ class Module {
   std::map<std::string, Function> functions_;
 };
 
-// An opcode with its modifiers ("fma.rn.f32"); throws where it is unknown. Fills run, kind.
+// Decodes an opcode with its modifiers ("fma.rn.f32") into run and kind; throws if it is unknown.
 void decode(const std::string& opcode, Instruction* in);
 
 }  // namespace fastrnn::virtual_device

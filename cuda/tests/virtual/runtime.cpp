@@ -1,5 +1,5 @@
-// Stands in for CUDA's runtime: the functions that the project's host code and nvcc's own call, and
-// what each refuses.
+// Replaces CUDA's runtime: the functions that the project's host code and nvcc's generated code
+// call, with their error checks.
 #include <cuda_runtime_api.h>
 
 #include <cstring>
@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kSharedOfBlock = 227 << 10, kSharedWithoutAsking = 48 << 10;
 
-// A fat binary's parts, as far as they are read: uncompressed PTX.
+// The parts of a fat binary that are read: uncompressed PTX.
 struct FatWrapper {
   std::uint32_t magic, version;
   const unsigned char* data;
@@ -38,7 +38,7 @@ constexpr std::uint16_t kPtx = 1;
 
 struct Binary {
   const unsigned char* data;
-  std::unique_ptr<Module> module;  // once it is asked for
+  std::unique_ptr<Module> module;  // parsed at its first use
 
   const Module& ptx() {
     if (module) return *module;
@@ -61,7 +61,7 @@ struct Binary {
   }
 };
 
-// A kernel as the host knows it: by the address of its stub.
+// A kernel, identified on the host by the address of its stub.
 struct Kernel {
   Binary* binary;
   std::string name;
@@ -95,7 +95,7 @@ void issue(std::function<void()> task) {
   if (device().at_once) synchronize();
 }
 
-// What a launch asks for beside its grid.
+// The attributes of a launch apart from its grid.
 struct Asked {
   int cluster = 1;
   bool cooperative = false;
@@ -114,8 +114,7 @@ Asked asked(const cudaLaunchConfig_t& config) {
   return found;
 }
 
-// Blocks of the kernels' 256 threads that a multiprocessor holds: with the most registers a thread
-// can have, one.
+// Blocks of 256 threads per multiprocessor: one, with the maximum number of registers per thread.
 int resident_blocks() { return device().multiprocessors; }
 
 cudaError_t launch(const void* function, const cudaLaunchConfig_t& config, void** arguments) {
@@ -166,13 +165,13 @@ int attribute(cudaDeviceAttr which) {
     case cudaDevAttrCooperativeLaunch:
       return 1;
     case cudaDevAttrL2CacheSize:
-      return 1 << 16;  // small, so that epochs of the ring are short
+      return 1 << 16;  // small, for short epochs of the ring
     default:
       throw std::runtime_error("a device's attribute is unknown to the virtual device");
   }
 }
 
-// Between <<<>>> and the stub that it calls.
+// The launch configuration, between <<<>>> and the call of the stub.
 struct Configuration {
   dim3 grid, block;
   std::size_t shared;
@@ -202,7 +201,7 @@ void synchronize() {
 
 using namespace fastrnn::virtual_device;
 
-// ---- what nvcc's code calls ---------------------------------------------------------------------
+// ---- functions for nvcc's generated code --------------------------------------------------------
 
 extern "C" {
 
@@ -242,7 +241,7 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
   return answer(launch(kernel, config, arguments));
 }
 
-// ---- what the project's code calls --------------------------------------------------------------
+// ---- functions for the project's code -----------------------------------------------------------
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
                                 void** arguments) {

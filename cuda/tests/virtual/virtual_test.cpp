@@ -1,7 +1,7 @@
-// The CUDA backend as nvcc compiles it, host code and PTX, on the virtual device, against the CPU's
-// engine: random stacks in every storage type by the kernels of a step, and by the persistent ones;
-// the same bits in whatever order blocks, warps and messages come. And what the virtual
-// device itself must refuse.
+// The CUDA backend compiled by nvcc, host code and PTX, on the virtual device, compared with the
+// CPU engine: random stacks in every storage type, with step kernels and with persistent kernels,
+// and the same bits in every order of blocks, warps and messages. Also tests the errors that the
+// virtual device must report.
 #include <cuda_runtime_api.h>
 
 #include <cstdlib>
@@ -79,7 +79,7 @@ void check_persistent_type(const char* type, double tolerance, bool tf32, int ca
     Case c = random_case(random, true, false);
     c.persistent = true, c.tf32 = tf32;
     c.options.proj_size = 0, c.options.maths.reset_after = true;
-    // From sizes for one block to those for a cluster or a ring of several.
+    // Sizes for one block, for a cluster and for a ring of several blocks.
     if (c.options.maths.heads == 1) c.H = between(random, 1, 1 + 30 * (k % 4));
     if (c.B == 0) c.B = 1, choose_rows(c, kPadded, random);
     forward += has_persistent<S>(c, Pass::forward);
@@ -94,18 +94,19 @@ void check_persistent_type(const char* type, double tolerance, bool tf32, int ca
 
 // ---- each persistent kernel ---------------------------------------------------------------------
 
-resident::DeviceFacts facts() {
-  resident::DeviceFacts d = resident::h200();
+persistent::DeviceFacts facts() {
+  persistent::DeviceFacts d = persistent::h200();
   d.cache_bytes = 1 << 16;  // short epochs of the ring
   return d;
 }
 
 // The kernel that a pass takes: the one under test, or any.
-resident::Plan plan_of(const resident::Sizes& sizes, const resident::Kernel& tested) {
+persistent::Plan plan_of(const persistent::Sizes& sizes, const persistent::Kernel& tested) {
   int count = 0;
-  const resident::Kernel* const all = resident::kernels(&count);
-  const resident::Plan plan = tested.pass == sizes.pass ? plan_for(tested, sizes, facts())
-                                                        : choose_kernel(sizes, facts(), all, count);
+  const persistent::Kernel* const all = persistent::kernels(&count);
+  const persistent::Plan plan = tested.pass == sizes.pass
+                                    ? plan_for(tested, sizes, facts())
+                                    : choose_kernel(sizes, facts(), all, count);
   if (!plan.kernel) return plan;
   cudaFuncSetAttribute(plan.kernel->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                        plan.shared_bytes);
@@ -114,12 +115,12 @@ resident::Plan plan_of(const resident::Sizes& sizes, const resident::Kernel& tes
 }
 
 template <class Cell, class Operand>
-void check_kernel(const resident::Kernel& tested, int T, int B, int H, unsigned seed) {
-  using namespace resident;
+void check_kernel(const persistent::Kernel& tested, int T, int B, int H, unsigned seed) {
+  using namespace persistent;
   Trial<Cell, Operand> p;
   p.T = T, p.B = B, p.H = H;
   p.groups = H < 100 ? 2 : 1, p.reverse_from = 1;
-  resident::choose_rows(p, seed % 2 == 0, seed % 3 != 1, seed);
+  persistent::choose_rows(p, seed % 2 == 0, seed % 3 != 1, seed);
   fill(p, seed);
   Sizes sizes{Cell::name, kind_of<Operand>, Pass::forward, T, B, H, p.groups};
   const Plan forth = plan_of(sizes, tested);
@@ -140,15 +141,15 @@ void check_kernel(const resident::Kernel& tested, int T, int B, int H, unsigned 
   virtual_device::synchronize();
   if (goes_back) launch_backward(back, backward_arrays(p, steps, in_place), aligned, nullptr);
   virtual_device::synchronize();
-  checks += resident::compare(p, Reference<Cell, Operand>(p).run(), goes_back);
+  checks += persistent::compare(p, Reference<Cell, Operand>(p).run(), goes_back);
 }
 
 // Where the weights fill the registers and go on in shared memory, or the largest that the
 // device has room for.
-int large_size(const resident::Kernel& k) {
+int large_size(const persistent::Kernel& k) {
   const int fields = k.pass == Pass::forward ? 1 : k.gates;
-  const int full = k.shape.slices() * (k.shape.registers + (k.shape.shared > 0)) *
-                   resident::kChunk * k.shape.per_word / fields;
+  const int full = k.config.slices() * (k.config.registers + (k.config.shared > 0)) *
+                   persistent::kChunk * k.config.per_word / fields;
   int H = full - 3;  // an odd size, in the last chunk
   while (H > 8 && !plan_for(k, {k.cell, k.operand, k.pass, 2, 3, H, 1}, facts()).kernel) H -= 8;
   return H;
@@ -157,10 +158,10 @@ int large_size(const resident::Kernel& k) {
 template <class Cell, class Operand>
 void check_kernels(const char* operand) {
   int count = 0, found = 0;
-  const resident::Kernel* const all = resident::kernels(&count);
+  const persistent::Kernel* const all = persistent::kernels(&count);
   for (int i = 0; i < count; ++i) {
-    const resident::Kernel& k = all[i];
-    if (std::strcmp(k.cell, Cell::name) || k.operand != resident::kind_of<Operand>) continue;
+    const persistent::Kernel& k = all[i];
+    if (std::strcmp(k.cell, Cell::name) || k.operand != persistent::kind_of<Operand>) continue;
     ++found;
     check_kernel<Cell, Operand>(k, 40, 11, 21, 6);
     check_kernel<Cell, Operand>(k, 2, 3, large_size(k), 5);
@@ -173,15 +174,15 @@ void check_kernels(const char* operand) {
 
 template <class Cell>
 void check_cell() {
-  check_kernels<Cell, resident::BFloat16>("bfloat16");
-  check_kernels<Cell, resident::Float16>("float16");
-  check_kernels<Cell, resident::Tf32>("TF32");
-  check_kernels<Cell, resident::Float32>("3xTF32");
+  check_kernels<Cell, persistent::BFloat16>("bfloat16");
+  check_kernels<Cell, persistent::Float16>("float16");
+  check_kernels<Cell, persistent::Tf32>("TF32");
+  check_kernels<Cell, persistent::Float32>("3xTF32");
 }
 
 // ---- the virtual device -------------------------------------------------------------------------
 
-// Runs a kernel of one structure of 64 bytes as parameter, whose first word is the address of
+// Runs a kernel with one parameter, a structure of 64 bytes whose first word is the address of
 // `out`.
 std::string outcome(const std::string& code, std::uint32_t* out, int blocks = 1, int cluster = 1) {
   const std::string text =
@@ -215,23 +216,23 @@ void check_device() {
     check::that((std::string(what) + ": " + got).c_str(), got.find(with) != std::string::npos);
   };
   refuses("a misaligned vector", "ld.global.v2.u32 {%r2, %r3}, [%rd1+4];\n", "misaligned");
-  refuses("shared memory behind its end", "mov.u32 %r2, 128;\nst.shared.u32 [%r2], %r1;\n",
+  refuses("shared memory out of bounds", "mov.u32 %r2, 128;\nst.shared.u32 [%r2], %r1;\n",
           "byte 128 of 128");
   refuses("a null pointer", "mov.u64 %rd3, 0;\nld.global.u32 %r2, [%rd3];\n", "null pointer");
   refuses("an unknown instruction", "popc.b32 %r2, %r1;\n", "'popc.b32' is unknown");
-  refuses("a shuffle of a part of the warp",
+  refuses("a shuffle by only a part of the warp",
           "setp.lt.s32 %p1, %r1, 5;\n@%p1 bra $there;\n"
           "shfl.sync.idx.b32 %r2|%p2, %r1, 0, 31, -1;\nbra.uni $end;\n"
           "$there:\nshfl.sync.idx.b32 %r2|%p2, %r1, 0, 31, -1;\n$end:\n",
           "wait for each other at different instructions");
-  refuses("a barrier that half of the block passes by",
+  refuses("a barrier that half of the block skips",
           "setp.lt.s32 %p1, %r1, 32;\n@%p1 bra $end;\nbar.sync 0;\n$end:\n",
           "has ended before a barrier");
   refuses("a barrier that is not initialised",
           "mov.u32 %r2, memory;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %p1, "
           "[%r2], 0;\n",
-          "nobody has initialised");
-  refuses("a wait for ever", "bar.sync 0;\n$again:\nbra.uni $again;\n", "does not end");
+          "is not initialised");
+  refuses("an endless wait", "bar.sync 0;\n$again:\nbra.uni $again;\n", "does not end");
 
   const auto computes = [&](const char* what, const std::string& code, int blocks, auto expected) {
     std::memset(out, 0xff, sizeof(out));
@@ -240,7 +241,7 @@ void check_device() {
     if (!check::that((std::string(what) + ": " + got).c_str(), got.empty())) return;
     for (int i = 0; i < 64; ++i, ++checks) check::close(what, out[i], expected(i), 0);
   };
-  computes("lanes that part and meet",
+  computes("lanes that diverge and reconverge",
            "setp.lt.s32 %p1, %r1, 7;\nmov.u32 %r2, 0;\n$more:\nadd.s32 %r2, %r2, 1;\n"
            "setp.le.s32 %p2, %r2, %r1;\n@%p2 bra $more;\n@!%p1 bra $end;\nadd.s32 %r2, %r2, 100;\n"
            "$end:\nshfl.sync.bfly.b32 %r3|%p3, %r2, 1, 31, -1;\nst.global.u32 [%rd2], %r3;\n",
@@ -251,7 +252,7 @@ void check_device() {
            "@%p2 bra $wait;\nst.global.u32 [%rd2], %r3;\nbra.uni $end;\n"
            "$ahead:\nst.relaxed.gpu.global.u32 [%rd2], %r1;\n$end:\n",
            1, [](int i) { return i & ~1; });
-  // Each block sends its threads' numbers, plus 1000 times its own, to the other one.
+  // Each block sends its threads' numbers plus 1000 times its own number to the other block.
   computes("messages in a cluster",
            "mov.u32 %r2, memory;\nadd.s32 %r3, %r2, 64;\nmov.u32 %r4, %ctaid.x;\n"
            "setp.ne.s32 %p1, %r1, 0;\n@%p1 bra $ready;\n"
@@ -273,8 +274,8 @@ void check_device() {
 
 }  // namespace
 
-// virtual_test device | kernels | steps [PERCENT] | persistent [PERCENT]: so many of the random
-// cases, all by default.
+// virtual_test device | kernels | steps [PERCENT] | persistent [PERCENT]: runs PERCENT of the
+// random cases, by default all.
 int main(int count, char** arguments) {
   const std::string what = count > 1 ? arguments[1] : "device";
   const int percent = count > 2 ? std::atoi(arguments[2]) : 100;
@@ -288,7 +289,7 @@ int main(int count, char** arguments) {
       check_cell<Gru>();
       check_cell<Elman>();
     } else if (what == "steps") {
-      // A library's products know no queue.
+      // The products of the library double run immediately, not in a queue.
       const char* const library = std::getenv("FASTRNN_CUBLASLT");
       device().at_once = library && std::strcmp(library, "none");
       check_type<double>("float64", 1e-12, 60 * percent / 100);

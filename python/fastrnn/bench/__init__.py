@@ -1,12 +1,12 @@
-"""Measuring: every case runs ours and each peer in turn, in one process, interleaved.
+"""The benchmark: every case runs fastrnn and each peer in turn, interleaved, in one process.
 
-- ``suites.json`` the cases, by suite; ``cases.py`` what a case is and what it costs
-- ``data.py`` the arrays of a case, equal for every provider
-- ``providers.py``, ``onnx_provider.py``, ``flashrnn_provider.py`` who computes a case
-- ``cells.py`` cells written in torch; ``step_providers.py`` who computes them
-- ``timing.py`` clocks, interleaving, percentiles; ``roof.py`` what the machine can do at most
-- ``runner.py`` runs cases: prepare, check against ours, measure
-- ``records.py`` the JSON document; ``report.py``, ``compare.py``, ``plot.py`` what is shown of it
+- ``suites.json`` the cases of each suite; ``cases.py`` the definition and arithmetic of a case
+- ``data.py`` the arrays of a case, the same for every provider
+- ``providers.py``, ``onnx_provider.py``, ``flashrnn_provider.py`` the libraries that compute a case
+- ``cells.py`` cells written in torch; ``step_providers.py`` the providers for them
+- ``timing.py`` clocks, interleaving, percentiles; ``roof.py`` the limits of the machine
+- ``runner.py`` runs cases: prepare, compare with fastrnn, measure
+- ``records.py`` the JSON document; ``report.py``, ``compare.py``, ``plot.py`` its presentation
 
-`fastrnn bench --help` is the way in; `runner.run` is the same from Python.
+`fastrnn bench --help` shows the command; `runner.run` runs the benchmark from Python.
 """

@@ -1,6 +1,6 @@
-"""What torch.nn has no option for, as its users do it: the peers of our options' cases.
+"""Options that torch.nn does not have, written as torch users write them: peers for these cases.
 
-Each is a module that is called as a layer is and whose parameters are named as our layer's.
+Each is a module with the call of a layer and the parameter names of fastrnn's layer.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class _ByHand(torch.nn.Module):
-    """Over a layer of torch.nn that it calls; `names` and `weights` are its own parameters."""
+    """A module that calls a layer of torch.nn with its own parameters."""
 
     way: ClassVar[str]
 
     def __init__(self, layer: torch.nn.Module, case: Case, data: Data) -> None:
         super().__init__()
-        self._layer = [layer]  # whose parameters are not this module's
+        self._layer = [layer]  # in a list, so that its parameters are not this module's
         for name, weight in zip(weight_names(case.stack), data.weights, strict=True):
             self.register_parameter(name, torch.nn.Parameter(weight.clone()))
 
@@ -44,8 +44,8 @@ class _ByHand(torch.nn.Module):
 
 
 class StepByStep(_ByHand):
-    """Episodes that begin inside a sequence: a call for each step, with the states of the rows that
-    start anew set to zero before it."""
+    """Episodes that begin inside a sequence: one call per step; before it, the states of rows that
+    start an episode are set to zero."""
 
     way = "a step at a time"
 
@@ -65,7 +65,7 @@ class StepByStep(_ByHand):
 
 
 class Packed(_ByHand):
-    """Rows of different lengths: packed before the layer, padded after it."""
+    """Rows of different lengths: packed before the layer, padded again after it."""
 
     way = "packed"
 
@@ -81,7 +81,7 @@ class Packed(_ByHand):
 
 
 class Heads(_ByHand):
-    """A block-diagonal recurrence: a layer for each head, their outputs side by side."""
+    """A block-diagonal recurrence: one layer per head, with concatenated outputs."""
 
     way = "a head at a time"
 
@@ -106,13 +106,13 @@ class Heads(_ByHand):
         return torch.cat(outputs, -1), whole if len(whole) > 1 else whole[0]
 
     def _rows(self, p: Tensor, k: int) -> Tensor:
-        """Head k's rows of W_ih or a bias, every gate's: a copy of a small part, once a call."""
+        """Head k's rows of W_ih or a bias, for every gate: a small copy, made once per call."""
         gates = p.view(-1, self._heads, cast("int", self._layer[0].hidden_size), *p.shape[1:])
         return gates[:, k].flatten(0, 1)
 
 
 class Members(_ByHand):
-    """An ensemble: one layer after the other over the same input."""
+    """An ensemble: one layer after another over the same input."""
 
     way = "a member at a time"
 
@@ -134,7 +134,7 @@ class Members(_ByHand):
 
 
 class LayerNorm(_ByHand):
-    """A normalised recurrence (Ba et al. 2016): the projection at once, then a loop of torch's
+    """A normalised recurrence (Ba et al. 2016): one projection of all steps, then a loop of torch
     operations; one layer, one direction."""
 
     way = "operations"

@@ -1,4 +1,4 @@
-"""What a case is, what it costs in arithmetic, and the suites shipped with the package."""
+"""The definition of a case, its arithmetic cost, and the suites of the package."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Pass = Literal["inference", "training"]
 PASSES: tuple[Pass, ...] = ("inference", "training")
 CELLS = ("LSTM", "GRU", "RNN")
 STEPS: dict[str, tuple[float, float]] = {
-    # Cells that are torch modules (see step_providers.py): how many matrices of H rows multiply
-    # the input in a step, and how many of H columns the state.
+    # Cells that are torch modules (see step_providers.py): the number of matrices with H rows that
+    # multiply the input in a step, and of matrices with H columns that multiply the state.
     "sLSTM": (4, 4),
     "MGU": (2, 2),
-    "GRU-D": (7 / 3, 3),  # of the input's three parts one fades h, and two go to three gates
+    "GRU-D": (7 / 3, 3),  # one of the input's three parts decays h, and two enter three gates
     "CfC": (1, 5),
     "NormGRU": (3, 3 / 4),  # in four heads
     "IndRNN": (1, 0),
@@ -32,28 +32,28 @@ STEPS: dict[str, tuple[float, float]] = {
     "PlainLSTM": (4, 4),
 }
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-PRECISIONS = (*DTYPES, "tf32")  # tf32: float32 in which a CUDA device multiplies by TF32
+PRECISIONS = (*DTYPES, "tf32")  # tf32: float32 with TF32 products on a CUDA device
 ELEMENT_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class Products:
-    """One layer's matrix products in one forward pass, all its directions and members together."""
+    """One layer's matrix products in one forward pass, summed over directions and members."""
 
     projection: float  # multiplications and additions of x·W_ihᵀ
-    recurrence: float  # and of h·W_hhᵀ
+    recurrence: float  # multiplications and additions of h·W_hhᵀ
     weight_ih: int  # bytes of W_ih
-    weight_hh: int  # and of W_hh
+    weight_hh: int  # bytes of W_hh
 
 
 @dataclass(frozen=True)
 class Case:
-    """One stack of recurrent layers on one size of data.
+    """One stack of recurrent layers with one size of data.
 
     `T` steps, `B` rows, `I` input size, `H` hidden size. The fields after `dtype` are options that
     only some cases use: `reset_rate` is the share of (step, row) pairs at which an episode begins,
     `lengths` gives each row a length from 1 to T, `members` is the size of an ensemble that reads
-    the same input, `tf32` lets a CUDA device multiply float32 by TF32 products.
+    the same input, `tf32` allows TF32 products for float32 on a CUDA device.
     """
 
     cell: str
@@ -74,7 +74,7 @@ class Case:
 
     @property
     def stack(self) -> Options:
-        """What our layer for the case computes."""
+        """The options of fastrnn's layer for the case."""
         return Options(
             cast("Cell", self.cell),
             self.layers,
@@ -86,12 +86,12 @@ class Case:
 
     @property
     def is_step(self) -> bool:
-        """Whether the cell is a torch module that takes a step, and none of our layers."""
+        """Whether the cell is a torch module that computes a step, not one of fastrnn's layers."""
         return self.cell in STEPS
 
     @property
     def matrices(self) -> tuple[float, float]:
-        """How many matrices of H rows multiply the input in a step, and the state."""
+        """The numbers of matrices with H rows that multiply the input and the state in a step."""
         if self.is_step:
             return STEPS[self.cell]
         return self.stack.gates, self.stack.gates / self.heads
@@ -102,7 +102,7 @@ class Case:
 
     @property
     def options(self) -> list[str]:
-        """What of the case torch.nn's layers have no argument for."""
+        """The options of the case for which torch.nn's layers have no argument."""
         chosen = {
             "heads": self.heads > 1,
             "resets": self.reset_rate > 0,
@@ -114,7 +114,7 @@ class Case:
 
     @property
     def precision(self) -> str:
-        """What `--dtype` calls it: the dtype, or tf32."""
+        """The name for `--dtype`: the dtype, or tf32."""
         return "tf32" if self.tf32 else self.dtype
 
     def in_precision(self, name: str) -> Case:
@@ -122,12 +122,12 @@ class Case:
         return replace(self, dtype="float32" if name == "tf32" else name, tf32=name == "tf32")
 
     def as_record(self) -> dict[str, Any]:
-        """The case as the JSON names it: eight entries, and options that are not the default."""
+        """The case as a JSON record: eight entries, and options that differ from the default."""
         optional = {f.name: f.default for f in fields(self)[8:]}
         return {k: v for k, v in asdict(self).items() if k not in optional or v != optional[k]}
 
     def label(self) -> str:
-        """One line for tables: ``LSTM T100 B32 I256 H256``, then whatever is not the default."""
+        """One line for tables: ``LSTM T100 B32 I256 H256``, then values that are not defaults."""
         sizes = f"{self.cell} T{self.T} B{self.B} I{self.I} H{self.H}"
         extras = (
             (self.layers != 1, f"L{self.layers}"),
@@ -143,18 +143,18 @@ class Case:
         return " ".join([sizes, *(text for shown, text in extras if shown)])
 
     def flops(self, pass_: Pass) -> float:
-        """Multiplications and additions of the matrix products, cells not counted.
+        """Multiplications and additions of the matrix products, without the cells.
 
-        Forward: 2·G·H·(I + H/heads) per step, row and direction, I being D·H above the first layer,
-        for each member; of rows with lengths, half of that, as their steps are on average. Of a
-        cell that is a torch module, as many products as `STEPS` says.
-        Training is three times as much: forward, gradients of data, gradients of weights.
+        Forward: 2·G·H·(I + H/heads) per step, row, direction and member, where I is D·H above the
+        first layer. With lengths only half of the steps run on average, so half of that. For a cell
+        that is a torch module, `STEPS` gives the number of products.
+        Training counts three times as much: forward, gradients of data, gradients of weights.
         """
         forward = sum(p.projection + p.recurrence for p in self.products())
         return forward * (3.0 if pass_ == "training" else 1.0)
 
     def products(self) -> list[Products]:
-        """What each layer multiplies, forward."""
+        """The products of each layer in the forward pass."""
         layers = []
         size = ELEMENT_BYTES[self.dtype]
         pairs = 2.0 * self.B * (0.5 * (self.T + 1) if self.lengths else self.T)
@@ -174,19 +174,19 @@ class Case:
         return layers
 
     def intensity(self, pass_: Pass) -> float:
-        """Multiplications and additions for each byte of weights that streams by.
+        """Multiplications and additions per byte of weights read.
 
-        W_hh streams by once a step, since a step needs the one before; W_ih once, for all steps.
-        Training has that twice, forward and for the gradients of data; the products for the
-        gradients of weights stream no weights. For long sequences and I = H this is B flop a byte
-        in float32 inference, of which the recurrence alone has 2·B / 4.
+        W_hh is read once per step, because a step depends on the previous one; W_ih once for all
+        steps. Training reads both twice, in forward and for the gradients of data; the products for
+        the gradients of weights read no weights. For long sequences and I = H this is B operations
+        per byte in float32 inference; the recurrence alone has 2·B / 4.
         """
         streamed = sum(p.weight_ih + self.T * p.weight_hh for p in self.products())
         return self.flops(pass_) / (streamed * (2.0 if pass_ == "training" else 1.0))
 
 
 def cell_named(name: str) -> str | None:
-    """The cell of that name, in capitals or not.
+    """The cell with that name, ignoring case.
 
     >>> cell_named("slstm")
     'sLSTM'
@@ -210,10 +210,10 @@ def select(
     cells: Sequence[str],
     dtypes: Sequence[str],
 ) -> list[tuple[str, Case]]:
-    """The cases of the named suites whose cell is wanted, once per dtype of `PRECISIONS`.
+    """The cases of the named suites with one of the cells, once for each of the dtypes.
 
     Raises:
-        ValueError: a name is not a suite, or nothing is left.
+        ValueError: a name is not a suite, or no case matches.
     """
     for name in names:
         if name not in suites:

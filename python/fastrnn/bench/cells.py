@@ -1,8 +1,8 @@
-"""Recurrent cells as anybody writes them in torch: what the suite `cells` measures.
+"""Recurrent cells in plain torch, which the suite `cells` measures.
 
-``examples/cells.py`` trains the five of `CELLS` and the page "Your own cell" shows them, so that
-their text stands in one place. Nothing here knows fastrnn: each is called as torch.nn's cells are,
-``cell(input, state)``, starts from zeros where the state is None, and returns its new state, whose
+``examples/cells.py`` trains the five cells of `CELLS`, and the page "Your own cell" shows their
+source. Nothing here depends on fastrnn: each cell has the call of torch.nn's cells,
+``cell(input, state)``, starts from zeros if the state is None, and returns its new state, whose
 first tensor is the output.
 
 >>> cell = MGUCell(3, 8)
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 class SLSTMCell(nn.Module):
     """The sLSTM: an LSTM with exponential gates (Beck et al. 2024).
 
-    n counts how much has been written to c, so that c / n is a mean. m, the largest exponent so
-    far, is taken off both gates: it cancels in c / n, and no exponential overflows.
+    n is the sum of the weights of what was written to c, so c / n is a weighted mean. m, the
+    largest exponent so far, is subtracted in both gates: it cancels in c / n and prevents overflow.
 
     input (B, I); state (h, c, n, m), each (B, H).
     """
@@ -49,7 +49,7 @@ class SLSTMCell(nn.Module):
 
 
 class MGUCell(nn.Module):
-    """The minimal gated unit: a GRU of one gate (Zhou et al. 2016).
+    """The minimal gated unit: a GRU with one gate (Zhou et al. 2016).
 
     input (B, I); state (B, H).
     """
@@ -72,11 +72,12 @@ class MGUCell(nn.Module):
 class GRUDCell(nn.Module):
     """A GRU for series with missing values (GRU-D, Che et al. 2018).
 
-    The input holds, side by side, the values (of any content where they are missing), 1 where there
-    is a value and 0 where not, and the time since the last one. A missing value is taken for the
-    last one seen, which fades to the mean, 0, as time goes by; the hidden state fades with it.
+    The input is the concatenation of the values (with any content where they are missing), a mask
+    that is 1 where there is a value and 0 elsewhere, and the time since the last value. A missing
+    value is replaced by the last one, which decays over time to the mean, 0; the hidden state
+    decays too.
 
-    input (B, 3·F) of F features; state (h (B, H), last (B, F)).
+    input (B, 3·F) with F features; state (h (B, H), last (B, F)).
     """
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
@@ -111,10 +112,10 @@ class GRUDCell(nn.Module):
 class CfCCell(nn.Module):
     """A closed-form continuous-time cell (CfC, Hasani et al. 2022).
 
-    What a differential equation of the state would reach after the elapsed time, without solving
-    it: two candidates, and a sigmoid of the time that goes from one to the other.
+    It approximates the solution of a differential equation of the state after the elapsed time,
+    without a solver: a sigmoid of the time interpolates between two candidates.
 
-    input (B, I), of which the last feature is the time since the step before; state (B, H).
+    input (B, I), whose last feature is the time since the previous step; state (B, H).
     """
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
@@ -133,11 +134,11 @@ class CfCCell(nn.Module):
 
 
 class NormGRUCell(nn.Module):
-    """A GRU of several heads, whose gates are normalised.
+    """A GRU with several heads and normalised gates.
 
-    The recurrent weights are block-diagonal: a head sees its own units alone, so that their
-    products cost a `heads`-th (as in the xLSTM, Beck et al. 2024). An RMS norm over what goes into
-    a head's gates (Zhang & Sennrich 2019) keeps them from closing for good.
+    The recurrent weights are block-diagonal: each head reads only its own units, so the products
+    cost 1/heads as much (as in the xLSTM, Beck et al. 2024). An RMS norm over the pre-activations
+    of a head's gates (Zhang & Sennrich 2019) keeps the gates from saturating.
 
     input (B, I); state (B, H). `hidden_size` is a multiple of `heads`.
     """
@@ -165,7 +166,7 @@ class NormGRUCell(nn.Module):
 
 
 class PlainGRUCell(nn.GRUCell):
-    """torch.nn.GRUCell, written out: what fastrnn.GRU is held against as a program."""
+    """torch.nn.GRUCell in plain operations, to compare a program with fastrnn.GRU."""
 
     def forward(self, input: Tensor, state: Tensor | None = None) -> Tensor:
         h = input.new_zeros(input.shape[0], self.hidden_size) if state is None else state
@@ -177,7 +178,7 @@ class PlainGRUCell(nn.GRUCell):
 
 
 class PlainLSTMCell(nn.LSTMCell):
-    """torch.nn.LSTMCell, written out: what fastrnn.LSTM is held against as a program."""
+    """torch.nn.LSTMCell in plain operations, to compare a program with fastrnn.LSTM."""
 
     def forward(
         self, input: Tensor, state: tuple[Tensor, Tensor] | None = None
@@ -192,7 +193,7 @@ class PlainLSTMCell(nn.LSTMCell):
 
 
 class Loop(nn.Module):
-    """A layer that calls its cell at every step, as everybody writes it.
+    """A layer that calls its cell at every step in a Python loop.
 
     input (T, B, I); returns the output (T, B, H) and the last state, with a first axis of 1.
     """

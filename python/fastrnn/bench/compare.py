@@ -1,4 +1,4 @@
-"""This run against an earlier one: the ratio old / new of our medians, case by case."""
+"""Compare this run with an earlier one: the ratio old / new of fastrnn's medians for each case."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ if TYPE_CHECKING:
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[Record, Record]]:
-    """Pairs of our records, (old, new), of every measurement found in both documents."""
+    """Pairs of fastrnn's records, (old, new), for every measurement in both documents."""
     earlier = {key(record): record for record in ours(old["records"])}
     return [(earlier[key(r)], r) for r in ours(new["records"]) if key(r) in earlier]
 
 
 def render(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The comparison as plain text, with what cannot be compared."""
+    """The comparison as plain text, with the number of measurements in only one document."""
     pairs = compare(old, new)
-    lines = [f"Against {old['header']['date']}, commit {old['header']['commit'] or 'not known'}"]
+    commit = old["header"]["commit"] or "not known"
+    lines = [f"Compared with the run of {old['header']['date']}, commit {commit}"]
     for name in ("cpu", "isa"):
         then, now = old["header"]["machine"][name], new["header"]["machine"][name]
         if then != now:

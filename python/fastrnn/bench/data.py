@@ -1,4 +1,4 @@
-"""The arrays of a case, made once and handed to every provider."""
+"""The arrays of a case, created once and passed to every provider."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fastrnn.bench.cases import Case
 
-# On a GPU one input after the other is used until this many bytes have gone by, so that none is
-# found in the cache (50 MB of L2 on the largest devices).
+# On a GPU the calls cycle through inputs of this many bytes in all, so that none is still in the
+# cache (50 MB of L2 on the largest devices).
 ROTATED_BYTES = 128 << 20
 MOST_INPUTS = 16
 
 
 @dataclass
 class Data:
-    """Inputs, initial states, weights and the gradient that training starts from."""
+    """Inputs, initial states, weights and the gradient of the output for training."""
 
     inputs: list[Tensor]  # each (T, B, I); more than one on CUDA
-    hx: tuple[Tensor, ...]  # (h0,) or (h0, c0), each (L·D, B, H); () of a step: its own zeros
-    # torch's order: w_ih, w_hh, b_ih, b_hh per layer and direction, then layer norm's; of an
-    # ensemble with an axis for the members before the others; of a step in its own module
+    hx: tuple[Tensor, ...]  # (h0,) or (h0, c0), each (L·D, B, H); () for a step, which uses zeros
+    # torch's order: w_ih, w_hh, b_ih, b_hh per layer and direction, then layer norm's; for an
+    # ensemble with a leading axis of members; empty for a step, whose module holds its weights
     weights: list[Tensor]
-    d_output: Tensor  # (T, B, D·H), of an ensemble (members, T, B, D·H)
+    d_output: Tensor  # (T, B, D·H), for an ensemble (members, T, B, D·H)
     reset: Tensor | None  # bool (T, B)
     lengths: Tensor | None  # int64 (B,)
 
 
 def make_data(case: Case, device: str) -> Data:
-    """Random data from a fixed seed, drawn on the device; weights U(±1/√H), as a layer's are."""
+    """Random data from a fixed seed, drawn on the device; weights U(±1/√H), as in a layer."""
     generator = torch.Generator(device).manual_seed(0)
     dtype: torch.dtype = getattr(torch, case.dtype)
 

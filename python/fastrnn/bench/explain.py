@@ -1,6 +1,6 @@
-"""Which kernels compute a case on this machine, and why: ``fastrnn info --explain CASE``.
+"""Explain which kernels compute a case on this machine, and why: ``fastrnn info --explain CASE``.
 
-Asks the engine itself, runs nothing, and needs no torch.
+It queries the engine, does not run the case, and does not need torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fastrnn.bench.cases import Pass
 
 FORM = "CELL,B,T,I,H, such as LSTM,64,50,512,512, or a line of `fastrnn bench --list`"
-PERSISTENT = "engine CUDA, a launch for each sequence"
+PERSISTENT = "engine CUDA, one launch per sequence"
 FLAGS = {"bi": "bidirectional", "lengths": "lengths", "layernorm": "layer_norm"}
 NUMBERS = {
     "T": "T", "B": "B", "I": "I", "H": "H", "L": "layers", "heads": "heads", "members": "members",
@@ -27,14 +27,14 @@ NONLINEARITIES = ("tanh", "relu")
 
 
 def parse_case(text: str, precision: str | None = None) -> Case:
-    """The case that ``text`` names: ``CELL,B,T,I,H``, or a case as `Case.label` writes it.
+    """Parse a case: ``CELL,B,T,I,H``, or the format of `Case.label`.
 
     Arguments:
         text: the case.
-        precision: of `PRECISIONS`, in place of the one in ``text``.
+        precision: one of `PRECISIONS`, which replaces the one in ``text``.
 
     Raises:
-        ValueError: the text names no case.
+        ValueError: the text is not a case.
 
     >>> parse_case("GRU,64,50,256,512", "bfloat16").label()
     'GRU T50 B64 I256 H512 bfloat16'
@@ -54,7 +54,7 @@ def parse_case(text: str, precision: str | None = None) -> Case:
     cell = cell_named(words[0]) if words else None
     if cell is None:
         known = ", ".join((*CELLS, *STEPS))
-        raise ValueError(f"--explain {text!r}: expected {FORM}, CELL being of {known}")
+        raise ValueError(f"--explain {text!r}: expected {FORM}; CELL is one of {known}")
     missing = [name for name in "TBIH" if name not in fields]
     if missing:
         raise ValueError(f"--explain {text!r}: {', '.join(missing)} is missing; expected {FORM}")
@@ -63,7 +63,7 @@ def parse_case(text: str, precision: str | None = None) -> Case:
 
 
 def _field(word: str) -> dict[str, Any] | None:
-    """What one word of a case's label says: a field of the case, or its precision."""
+    """The field of a case, or its precision, that one word of a label sets."""
     if word in FLAGS:
         return {FLAGS[word]: True}
     if word in PRECISIONS:
@@ -78,15 +78,15 @@ def _field(word: str) -> dict[str, Any] | None:
 
 
 def explain(case: Case, device: str) -> dict[str, str]:
-    """What `fastrnn info --explain` prints: the case, then each pass and what computes it.
+    """The output of `fastrnn info --explain`: the case, then each pass and what computes it.
 
     Raises:
-        ValueError: the device does not compute in the case's precision, or FASTRNN_CUDA_KERNELS
-            says what it cannot.
+        ValueError: the device does not support the case's precision, or FASTRNN_CUDA_KERNELS has an
+            invalid value.
     """
     known = {"case": case.label(), "device": device}
     if device == "cpu" and case.tf32:
-        raise ValueError("--dtype tf32: it is of CUDA devices; expected --device cuda")
+        raise ValueError("--dtype tf32 is only for CUDA devices; add --device cuda")
     if device == "cpu" or case.is_step:
         route = _of_step(case, device) if case.is_step else _on_cpu()
         return known | {"inference": route, "training": route}
@@ -116,17 +116,17 @@ def _on_cpu() -> str:
 
 
 def _of_step(case: Case, device: str) -> str:
-    """What `fastrnn.Recurrent` makes of a cell that is a torch module."""
+    """How `fastrnn.Recurrent` runs a cell that is a torch module."""
     if device == "cpu" and case.dtype in ("float32", "float64"):
         return f"{_on_cpu()}, a program of fastrnn.Recurrent"
-    return "a loop of torch's operations by fastrnn.Recurrent"
+    return "a loop of torch operations, run by fastrnn.Recurrent"
 
 
 def cuda_kernel(case: Case, pass_: Pass) -> str:
     """What computes a pass of the case on a CUDA device, and why.
 
     Raises:
-        ValueError: FASTRNN_CUDA_KERNELS says what it cannot.
+        ValueError: FASTRNN_CUDA_KERNELS has an invalid value.
     """
     route = _engine.cuda_route(
         case.stack,
@@ -151,16 +151,17 @@ def cuda_kernel(case: Case, pass_: Pass) -> str:
 
 
 def _by_torch(case: Case) -> str:
-    """What computes the case where the engine's kernels do not."""
+    """What computes the case if the engine's kernels do not."""
     if set(case.options) - {"lengths", "resets"}:
         return COMPOSED
     if case.T >= _engine.CUDNN_STEPS:
-        return f"ATen, by torch's own call, as cuDNN takes fewer than {_engine.CUDNN_STEPS} steps"
+        limit = f"cuDNN takes fewer than {_engine.CUDNN_STEPS} steps"
+        return f"ATen, through torch's own operator: {limit}"
     return f"{CUDNN}, as packed episodes" if case.options else CUDNN
 
 
 def _without_kernel(case: Case) -> str:
-    """What of the case has no CUDA kernel, or nothing."""
+    """The options of the case without a CUDA kernel; empty if there are none."""
     missing = {
         "layer norm": case.layer_norm,
         "members": case.members > 1,
@@ -169,11 +170,11 @@ def _without_kernel(case: Case) -> str:
 
 
 def _no_device() -> str:
-    """Why there is no CUDA device, or nothing."""
+    """Why there is no CUDA device; empty if there is one."""
     known = _C.cuda_info()
     if known is None or known["devices"]:
         return ""
-    return known["error"] or "the driver names none"
+    return known["error"] or "the driver reports none"
 
 
 def _certificate_here() -> str:
@@ -194,7 +195,7 @@ def _current_device() -> int:
 
 def _persistent(case: Case, pass_: Pass, device: int | None) -> str:
     """The kernels where persistent ones are asked for; device None: of an H200."""
-    options = _engine.engine_options(*_engine.scalars(case.stack))
+    options = _engine.engine_options(case.stack)
     sizes = (case.dtype, case.T, case.B, case.I, case.H)
     found = []
     for backward in (False, True)[: 2 if pass_ == "training" else 1]:

@@ -1,7 +1,7 @@
 """FlashRNN's fused LSTM on CUDA (Pöppel, Beck, Hochreiter 2024), with or without heads.
 
-It leaves the input projection to its caller: here that is one torch matrix product, timed with it.
-Its gates stand in torch's order i,f,g,o; its recurrent weights are (G, heads, H/heads, H/heads).
+The caller computes the input projection: here one torch matrix product, which is timed too.
+Its gates are in torch's order i,f,g,o; its recurrent weights are (G, heads, H/heads, H/heads).
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ class FlashRnn:
 
 def _require_supported(case: Case, data: Data) -> None:
     if data.d_output.device.type != "cuda":
-        raise UnsupportedError("FlashRNN runs on CUDA alone")
+        raise UnsupportedError("FlashRNN runs only on CUDA")
     if case.cell != "LSTM" or case.layers > 1 or case.bidirectional:
-        raise UnsupportedError("FlashRNN is compared on one layer of LSTM in one direction")
+        raise UnsupportedError("FlashRNN is compared only for one LSTM layer in one direction")
     others = [option for option in case.options if option != "heads"]
     if others:
         raise UnsupportedError(f"FlashRNN has no {' and no '.join(others)}")

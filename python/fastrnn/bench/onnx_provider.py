@@ -1,7 +1,7 @@
 """ONNX Runtime on the CPU: one LSTM, GRU or RNN node per layer in a prepared session.
 
-Gates are put into ONNX's order: LSTM i,o,f,c from i,f,g,o; GRU z,r,h from r,z,n, with
-linear_before_reset=1, which is torch's GRU. Inputs and outputs are bound, so that no copy is timed.
+Gates are reordered for ONNX: LSTM i,o,f,c from i,f,g,o; GRU z,r,h from r,z,n, with
+linear_before_reset=1, which is torch's GRU. I/O binding excludes copies from the timed calls.
 """
 
 from __future__ import annotations
@@ -70,15 +70,15 @@ class OnnxRuntime:
 
 def _require_supported(case: Case, data: Data, pass_: Pass) -> None:
     if pass_ == "training":
-        raise UnsupportedError("ONNX Runtime computes inference alone")
+        raise UnsupportedError("ONNX Runtime supports only inference")
     if data.d_output.device.type != "cpu":
-        raise UnsupportedError("ONNX Runtime is a peer on the CPU alone")
+        raise UnsupportedError("ONNX Runtime is compared only on the CPU")
     if case.dtype != "float32":
-        raise UnsupportedError(f"ONNX Runtime's nodes are float32 alone, not {case.dtype}")
+        raise UnsupportedError(f"ONNX Runtime's nodes support only float32, not {case.dtype}")
     if case.is_step:
-        raise UnsupportedError("ONNX Runtime has no operator of this cell")
+        raise UnsupportedError("ONNX Runtime has no operator for this cell")
     if case.options:
-        raise UnsupportedError(f"ONNX Runtime is not compared on {' and '.join(case.options)}")
+        raise UnsupportedError(f"ONNX Runtime is not compared with {' and '.join(case.options)}")
 
 
 def _output_shapes(case: Case) -> dict[str, tuple[int, ...]]:
@@ -100,7 +100,7 @@ def _torch_layout(case: Case, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, 
 
 
 def build_model(case: Case, data: Data) -> bytes:
-    """The case as a serialised ONNX model of `input`, `h0`, `c0`; its outputs: _output_shapes."""
+    """The case as a serialised ONNX model of `input`, `h0`, `c0`; outputs as in _output_shapes."""
     from onnx import TensorProto, helper, numpy_helper
 
     float32 = TensorProto.FLOAT

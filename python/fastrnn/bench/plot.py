@@ -1,4 +1,4 @@
-"""Pictures of a run: the ratios to the best peer, case by case, and the roofline."""
+"""Plots of a run: the ratios to the best peer for each case, and the roofline."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ APART = 1.4  # bandwidths closer than this share a line
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
-    """Writes the picture; the ending of `path` chooses the format."""
+    """Write the plot; the suffix of `path` selects the format."""
     from matplotlib.figure import Figure
 
     records = ours(document["records"])
@@ -50,9 +50,9 @@ def plot(document: dict[str, Any], path: Path) -> None:
 
 
 def roofline(document: dict[str, Any], path: Path) -> None:
-    """Writes GFLOP/s against operations for each byte of weights (`Case.intensity`).
+    """Write a plot of GFLOP/s against operations per byte of weights (`Case.intensity`).
 
-    One point for each case, pass and provider, under the peak and the bandwidths of the run.
+    It has one point for each case, pass and provider, under the peak and the bandwidths of the run.
     """
     from matplotlib.figure import Figure
 
@@ -70,7 +70,7 @@ def roofline(document: dict[str, Any], path: Path) -> None:
     axes.set_ylim(min(reached) / 2, max(*peaks.values(), *reached) * 1.6)
     _draw_roofs(axes, peaks, _apart(header["bandwidth"]))
     colours = _provider_colours(records)
-    for provider, colour in reversed(colours.items()):  # ours last, on top
+    for provider, colour in reversed(colours.items()):  # fastrnn last, on top
         for pass_, marker in MARKERS.items():
             chosen = [
                 i for i, r in enumerate(records) if (r["provider"], r["pass"]) == (provider, pass_)
@@ -90,7 +90,7 @@ def roofline(document: dict[str, Any], path: Path) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """An SVG of the same run is the same file: without the date, and with names that stay."""
+    """Save without a date and with a fixed salt, so that the same run gives the same SVG file."""
     from matplotlib import rc_context
 
     metadata = {"Date": None} if path.suffix == ".svg" else None
@@ -99,7 +99,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _draw_roofs(axes: Any, peaks: dict[str, float], bandwidths: dict[str, float]) -> None:
-    """The peaks, level, and each bandwidth as a line that ends where it meets the highest."""
+    """Draw the peaks as horizontal lines, and each bandwidth as a line up to the highest peak."""
     left, right = axes.get_xlim()
     for dtype, peak in peaks.items():
         axes.hlines(peak, left, right, color="black", linewidth=1)
@@ -118,7 +118,7 @@ def _draw_roofs(axes: Any, peaks: dict[str, float], bandwidths: dict[str, float]
 
 
 def _apart(bandwidths: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Those that a reader can tell apart, from the smallest array to the largest, by its size."""
+    """The bandwidths that are distinguishable in the plot, by the size of their array."""
     told: dict[str, float] = {}
     for entry in bandwidths:
         if all(rate > APART * entry["gbs"] for rate in told.values()):

@@ -1,7 +1,7 @@
-"""How a CUDA device may multiply float32: the switch between IEEE products and TF32's.
+"""The precision of float32 products on a CUDA device: IEEE or TF32.
 
-torch lets cuDNN's recurrent layers use TF32 unless it is told not to, and its matrix products only
-if it is told to. Here both follow the case: `Case.tf32`.
+By default torch allows TF32 in cuDNN's recurrent layers, and forbids it in its matrix products.
+Here both follow the case: `Case.tf32`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def precision(tf32: bool) -> Iterator[None]:
-    """TF32 as asked, and cuDNN free to try its algorithms; as it was, afterwards."""
+    """Allow or forbid TF32, enable cuDNN's benchmark mode, and restore the settings afterwards."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     kept = {"enabled": cudnn.enabled, "deterministic": cudnn.deterministic}
     before, matmul.allow_tf32 = matmul.allow_tf32, tf32

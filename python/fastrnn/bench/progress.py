@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal with rich, one plain line per case otherwise."""
+"""Progress on stderr: a bar on a terminal if rich is installed, else one plain line per case."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Yields a function to call with the name of each of `total` pieces before it starts."""
+    """Yield a function to call with the name of each of `total` items before it starts."""
     if sys.stderr.isatty() and importlib.util.find_spec("rich") is not None:
         with _bar(total) as advance:
             yield advance
@@ -37,7 +37,7 @@ def _bar(total: int) -> Iterator[Callable[[str], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    # Drawn between cases alone: a refreshing thread would take time from what is measured.
+    # Drawn only between cases: a refresh thread would disturb the measurement.
     bar = Progress(
         BarColumn(),
         MofNCompleteColumn(),

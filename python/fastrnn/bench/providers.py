@@ -1,8 +1,8 @@
-"""Who computes a case: our layers, and the peers, each at its best.
+"""The providers that compute a case: fastrnn and its peers, each in its fastest configuration.
 
-A provider prepares a case once (weights copied, sessions built, memory bound) and hands back a
-`Prepared` whose `run` is all that is timed. Inference runs under `torch.inference_mode`; training
-is forward and backward with gradients to the input, the states and all weights.
+A provider prepares a case once (copies weights, builds sessions, binds memory) and returns a
+`Prepared`, of which only `run` is timed. Inference runs under `torch.inference_mode`; training is
+forward and backward with gradients to the input, the states and all weights.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class MissingPeerError(Exception):
 class Prepared:
     """A case ready to run."""
 
-    run: Callable[[int], Any]  # computes on input number i
-    results: Callable[[], dict[str, Tensor]]  # runs on input 0 and names what came out
+    run: Callable[[int], Any]  # computes with input number i
+    results: Callable[[], dict[str, Tensor]]  # computes with input 0 and returns named results
     kernel: str = ""  # the route that ran
     context: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered around every block
 
@@ -52,11 +52,11 @@ class Provider(Protocol):
     version: str
 
     def prepare(self, case: Case, data: Data, pass_: Pass) -> Prepared:
-        """Raises UnsupportedError where the case or the pass is not for this provider."""
+        """Raises UnsupportedError if the provider does not support the case or the pass."""
 
 
 class Fastrnn:
-    """Our layers, as a user calls them."""
+    """fastrnn's layers, called as a user calls them."""
 
     name: ClassVar[str] = "fastrnn"
 
@@ -84,7 +84,7 @@ class Fastrnn:
 
 
 class _Ensemble(by_hand.Members):
-    """An ensemble of our layers, by ``torch.func.vmap``: one call of the engine."""
+    """An ensemble of fastrnn's layers with ``torch.func.vmap``: one call of the engine."""
 
     def forward(self, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
         found: tuple[Tensor, Any] = torch.func.vmap(self._call, (0, None, None))(self._own(), x, hx)
@@ -92,7 +92,7 @@ class _Ensemble(by_hand.Members):
 
 
 class Torch:
-    """torch.nn: oneDNN or ATen on the CPU, cuDNN on CUDA; what it has no option for by hand."""
+    """torch.nn: oneDNN or ATen on the CPU, cuDNN on CUDA; missing options as in `by_hand`."""
 
     name: ClassVar[str] = "torch"
 
@@ -101,7 +101,7 @@ class Torch:
 
     def prepare(self, case: Case, data: Data, pass_: Pass) -> Prepared:
         if case.is_step:
-            raise UnsupportedError("torch.nn has no layer of this cell")
+            raise UnsupportedError("torch.nn has no layer for this cell")
         several = case.layers * case.directions > 1
         if len(case.options) > 1 or (several and (case.layer_norm or case.heads > 1)):
             raise UnsupportedError(f"torch.nn has no {' and no '.join(case.options)}")
@@ -131,7 +131,7 @@ BY_HAND: dict[str, type[Any]] = {  # of `Case.options`
 }
 
 
-STATES = ("h", "c", "n", "m")  # the names of a state's tensors; an sLSTM has all
+STATES = ("h", "c", "n", "m")  # the names of a state's tensors; only an sLSTM has all
 
 
 def prepare_layer(
@@ -141,9 +141,10 @@ def prepare_layer(
     call: dict[str, Tensor],
     parameters: Sequence[tuple[str, Tensor]] | None = None,
 ) -> Prepared:
-    """A torch module whose call is torch.nn's, ready for one pass; `call` holds more keywords.
+    """Prepare a torch module with the call of torch.nn's layers for one pass.
 
-    The parameters are the module's own by default; their names are those of its results.
+    `call` contains additional keyword arguments. By default the parameters are the module's own;
+    their names are also the names of the results.
     """
     training = pass_ == "training"
     layer.train(training).requires_grad_(training)
@@ -180,7 +181,7 @@ def prepare_layer(
         if data.hx:
             starts = [h.expand_as(x) for h, x in zip(data.hx, last, strict=True)]
         wanted = [inputs[0], *shared]
-        # Of the output alone, as it is timed, and with gradients of the final states besides.
+        # Gradients from the output alone, as timed, and also from the output and the final states.
         with_last = torch.autograd.grad([output, *last], wanted, [data.d_output, *starts])
         return {
             **{name: x.detach() for name, x in found.items()},
@@ -194,10 +195,10 @@ def prepare_layer(
 
 
 def _layer(library: Any, case: Case, data: Data, **options: Any) -> torch.nn.Module:
-    """The library's layer for the case, holding the case's weights."""
+    """The library's layer for the case, with the case's weights."""
     if case.cell == "RNN":
         options["nonlinearity"] = case.nonlinearity
-    heads = 1 if library is fastrnn else case.heads  # torch's is one head of several
+    heads = 1 if library is fastrnn else case.heads  # torch's layer computes a single head
     layer: torch.nn.Module = getattr(library, case.cell)(
         case.I,
         case.H // heads,
@@ -208,7 +209,7 @@ def _layer(library: Any, case: Case, data: Data, **options: Any) -> torch.nn.Mod
         **options,
     )
     parameters = list(layer.parameters())
-    # The weights of what is made by hand, and of an ensemble, are those of the module around it.
+    # For the modules of by_hand, and for an ensemble, the surrounding module holds the weights.
     if [p.shape for p in parameters] == [w.shape for w in data.weights]:
         with torch.no_grad():
             for parameter, weight in zip(parameters, data.weights, strict=True):
@@ -217,7 +218,7 @@ def _layer(library: Any, case: Case, data: Data, **options: Any) -> torch.nn.Mod
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the name of every operator that torch dispatches."""
+    """Records the name of every operator that torch dispatches."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -231,7 +232,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def operators(prepared: Prepared, pass_: Pass) -> set[str]:
-    """The names of torch's operators in one run: what tells a fast route from a fallback."""
+    """The names of torch's operators in one run, which distinguish a fast route from a fallback."""
     recorder = _Recorder()
     with torch.set_grad_enabled(pass_ == "training"), recorder:
         prepared.run(0)
@@ -239,16 +240,16 @@ def operators(prepared: Prepared, pass_: Pass) -> set[str]:
 
 
 def require_package(package: str, install: str) -> None:
-    """Raises MissingPeerError with the command to type where `package` cannot be imported."""
+    """Raise MissingPeerError with the install command if `package` cannot be imported."""
     if importlib.util.find_spec(package) is None:
         raise MissingPeerError(f"{package} is not installed; to install it: {install}")
 
 
 def make_provider(name: str) -> Provider:
-    """The provider of that name.
+    """The provider with that name.
 
     Raises:
-        ValueError: no provider has the name.
+        ValueError: no provider has that name.
         MissingPeerError: its package is not installed.
     """
     if name == "fastrnn":
@@ -270,5 +271,5 @@ def make_provider(name: str) -> Provider:
     raise ValueError(f"peer {name!r} is not known; there are: {', '.join(PEERS)}")
 
 
-STEP_PEERS = ("loop", "compile", "layer")  # of cells that are torch modules
+STEP_PEERS = ("loop", "compile", "layer")  # for cells that are torch modules
 PEERS = ("torch", "onnxruntime", "flashrnn", *STEP_PEERS)

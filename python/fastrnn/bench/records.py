@@ -1,12 +1,13 @@
-"""The JSON document of a run: a header, a record per case, pass and provider, what was not run.
+"""The JSON document of a run: a header, one record per case, pass and provider, skipped cases.
 
-Top level: ``header``, ``records``, ``not_run``. A record's ``case`` names the cell, the sizes and
-the dtype, and besides them only options that differ from the default (nonlinearity, heads,
-reset_rate, tf32). Times are milliseconds per call. ``peak_gflops`` is the machine's peak beside
-the case and ``peak_fraction`` the share of it; ``roof_fraction`` is the time of the roof (see
-roof.py) over the provider's. ``header["roof"]`` has the median peak of each dtype,
-``header["bandwidth"]`` the GB/s of all threads by the bytes that each reads.
-``ratio_to_best_peer`` is the fastest peer's median over this provider's: above 1 it is faster.
+Top level: ``header``, ``records``, ``not_run``. A record's ``case`` contains the cell, the sizes
+and the dtype, and options that differ from the default (nonlinearity, heads, reset_rate, tf32).
+Times are milliseconds per call. ``peak_gflops`` is the machine's peak measured with the case, and
+``peak_fraction`` the share of it; ``roof_fraction`` is the time of the roof (see roof.py) divided
+by the provider's time. ``header["roof"]`` has the median peak of each dtype,
+``header["bandwidth"]`` the GB/s of all threads for each number of bytes that a thread reads.
+``ratio_to_best_peer`` is the fastest peer's median divided by this provider's: above 1 this
+provider is faster.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def header(results: Results) -> dict[str, Any]:
 
 
 def _peaks(results: Results) -> dict[str, dict[str, Any]]:
-    """By dtype: the median of what was measured beside each case, and how."""
+    """For each dtype, the median of the peaks measured with its cases, and the method."""
     found: dict[str, list[float]] = {}
     for record in ours(results.records):
         found.setdefault(Case(**record["case"]).precision, []).append(record["peak_gflops"])
@@ -87,7 +88,7 @@ def _peaks(results: Results) -> dict[str, dict[str, Any]]:
 
 
 def commit() -> str | None:
-    """The git commit of the project's own checkout, with ``-dirty`` where files were changed."""
+    """The git commit of the project's checkout, with ``-dirty`` if files were changed."""
     here = Path(fastrnn.__file__).parent
     top = _git(here, "rev-parse", "--show-toplevel")
     if top is None or not Path(top, "python", "fastrnn", "bench").is_dir():
@@ -110,10 +111,10 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads a document.
+    """Read a document.
 
     Raises:
-        ValueError: the file cannot be read or is not such a document.
+        ValueError: the file cannot be read or is not a document of `fastrnn bench`.
     """
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
@@ -132,7 +133,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _fill_in(record: dict[str, Any], header: dict[str, Any]) -> None:
-    """Version 0.1.0 had torch's best product for a roof, one for all cases of a dtype."""
+    """Fill in fields of 0.1.0, whose roof was torch's best product, one for each dtype."""
     if "peak_gflops" not in record and "roof" in header and "case" in record:
         record["peak_gflops"] = header["roof"][record["case"]["dtype"]]["gflops"]
         record["peak_fraction"] = record["roof_fraction"]

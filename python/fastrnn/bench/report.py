@@ -1,4 +1,4 @@
-"""What a run prints: a header, one row per case and pass, geometric means, and what was not run."""
+"""The report of a run: a header, one row per case and pass, geometric means, skipped cases."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 MEANINGS = """\
-ratio: the best peer's time over ours; above 1 is faster
-peak, roof: the share of the machine's peak, and of what it can do for such products"""
+ratio: the best peer's time divided by fastrnn's; above 1 fastrnn is faster
+peak, roof: fastrnn's share of the machine's peak, and of its limit for these products"""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells: the first `text_columns` columns are words, the others numbers."""
+    """Rows of cells: the first `text_columns` columns are text, the others numbers."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     text_columns: int
 
     def text(self) -> str:
-        """Aligned: words to the left, numbers to the right."""
+        """Plain text, with text aligned left and numbers aligned right."""
         widths = [max(map(len, cells)) for cells in zip(self.columns, *self.rows, strict=True)]
 
         def line(cells: Sequence[str]) -> str:
@@ -56,18 +56,18 @@ def render(document: dict[str, Any]) -> str:
     if document["not_run"]:
         parts.append("\n".join(["Not run", *(f"  {line}" for line in not_run(document))]))
     if not document["header"]["complete"]:
-        parts.append("Interrupted: these are the cases measured until then.")
+        parts.append("Interrupted: the report contains the cases measured before.")
     return "\n\n".join(parts)
 
 
 def milliseconds(value: float) -> str:
-    """Three digits that mean something: 0.0391, 2.27, 16.9, 241."""
+    """Three significant digits: 0.0391, 2.27, 16.9, 241."""
     digits = 4 if value < 0.1 else 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
     return f"{value:.{digits}f}"
 
 
 def size(count: int) -> str:
-    """Bytes in the unit that leaves the fewest digits: 16 KiB, 4 MiB."""
+    """Bytes in the largest suitable unit: 16 KiB, 4 MiB."""
     power = min(3, max(0, (count.bit_length() - 1) // 10))
     return f"{count / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
 
@@ -85,13 +85,13 @@ def ours(records: Sequence[Record]) -> list[Record]:
 
 
 def key(record: Record) -> tuple[Any, ...]:
-    """What must agree for two records to be of one measurement, the provider aside."""
+    """The fields that identify a measurement, without the provider."""
     case = tuple(sorted(record["case"].items()))
     return (record["suite"], case, record["device"], record["threads"], record["pass"])
 
 
 def heading(header: dict[str, Any]) -> list[str]:
-    """What ran where, when, and what the machine can do: a line for each."""
+    """Lines with the machine, the versions, the commit and date, the peaks and the bandwidths."""
     machine, versions = header["machine"], header["versions"]
     used = (machine["cpu"], machine["isa"], threads(header["threads"]), header["device"])
     lines = [
@@ -109,7 +109,7 @@ def heading(header: dict[str, Any]) -> list[str]:
 
 
 def cases(records: Sequence[Record]) -> Table:
-    """A row for each of our records, the peers' times beside it."""
+    """One row for each of fastrnn's records, with the peers' times."""
     peers = list(dict.fromkeys(r["provider"] for r in records if r["provider"] != "fastrnn"))
     suites = list(dict.fromkeys(r["suite"] for r in records))
     times = {(key(r), r["provider"]): milliseconds(r["median_ms"]) for r in records}
@@ -139,7 +139,7 @@ def cases(records: Sequence[Record]) -> Table:
 
 
 def means(records: Sequence[Record]) -> Table:
-    """Per suite and pass: geometric means of the ratio to each peer and to the best one."""
+    """For each suite and pass, geometric means of the ratios to each peer and to the best peer."""
     peers = list(dict.fromkeys(r["provider"] for r in records if r["provider"] != "fastrnn"))
     mine = {key(r): r for r in ours(records)}
     rows = []
@@ -153,7 +153,8 @@ def means(records: Sequence[Record]) -> Table:
         roof = [r["roof_fraction"] for r in group.values()]
         shown = [_mean(values) for values in (*ratios.values(), best, roof)]
         rows.append([suite, pass_, str(len(group)), *shown])
-    columns = ["suite", "pass", "cases", *(f"{p} / ours" for p in peers), "best / ours", "roof"]
+    compared = [f"{peer} / fastrnn" for peer in (*peers, "best")]
+    columns = ["suite", "pass", "cases", *compared, "roof"]
     return Table(columns, rows, 2)
 
 
@@ -163,7 +164,7 @@ def _mean(values: Sequence[float | None]) -> str:
 
 
 def not_run(document: dict[str, Any]) -> list[str]:
-    """What was not run and why, a line for each reason."""
+    """The skipped cases, with one line for each reason."""
     entries = document["not_run"]
     counted = Counter((e["suite"], e["provider"], e["pass"], e["reason"]) for e in entries)
     lines = []

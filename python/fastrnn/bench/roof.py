@@ -1,16 +1,15 @@
-"""The roof of a case: the least time that this machine can need for its matrix products.
+"""The roof of a case: the least time in which this machine can compute its matrix products.
 
-On the CPU both sides of it are measured by the engine's own loops, on as many threads as the case:
+On the CPU the engine's own loops measure the two limits, with as many threads as the case:
 multiply-adds on registers (the peak), and reads of an array from the cache that holds it. The
-projection's products are taken at the peak, all steps being one product. The recurrence needs
-every weight of W_hh once a step, and does 2·B operations with it: it is taken at the peak or at
-the bandwidth times 2·B operations for each weight's bytes, whichever is less, the bandwidth being
-that of an array as large as a thread's share of W_hh. A single step streams all the weights of
-the stack. Training is forward once more for the gradients of data, and the products for the
-gradients of weights at the peak. The cell costs nothing here, so that a share of the roof never
-looks better than it is.
+projection of all steps is one product, and counts at the peak. The recurrence reads every weight of
+W_hh once per step and does 2·B operations with it. It counts at the peak or at the bandwidth times
+2·B operations per weight, whichever is less, with the bandwidth of an array as large as a thread's
+share of W_hh. A single step reads all the weights of the stack at that bandwidth. Training adds
+the forward time once more for the gradients of data, and the products for the gradients of weights
+at the peak. The roof counts no time for the cell, so it never overstates the share that is reached.
 
-On CUDA the peak is torch's best square product, and the roof is all products at the peak.
+On CUDA the peak is torch's best square product, and the roof counts all products at the peak.
 """
 
 from __future__ import annotations
@@ -31,32 +30,32 @@ if TYPE_CHECKING:
 
     from fastrnn.bench.cases import Case, Pass
 
-PEAK_SECONDS = 0.0025  # of every sample of the peak
+PEAK_SECONDS = 0.0025  # for each sample of the peak
 READ_SECONDS = 0.005
-READ_SAMPLES = 5  # the best counts: a disturbed one would flatter us
-FEWEST_BYTES = 1 << 14  # a thread's array: nothing is faster than the first cache
+READ_SAMPLES = 5  # the best one counts: a disturbed sample would overstate the share
+FEWEST_BYTES = 1 << 14  # a thread's array: nothing is faster than the first-level cache
 CACHED_BYTES = (FEWEST_BYTES, 1 << 18, 1 << 22)  # always measured: first, second and third cache
-MEMORY_BYTES = 1 << 27  # and the memory: of all threads' arrays, but no less than a quarter each
+MEMORY_BYTES = 1 << 27  # for the memory: all threads' arrays, at least a quarter of it per thread
 
-# The half types sum in float32, whose peak is theirs until the engine has a product of their own.
+# The half types accumulate in float32, so float32's peak applies.
 PEAK_DTYPE = {"float32": "float32", "float64": "float64", "bfloat16": "float32",
               "float16": "float32"}  # fmt: skip
 
 
 class Roof(Protocol):
-    """What a device can do; rates in GFLOP/s and GB/s, of all threads together."""
+    """The limits of a device; rates in GFLOP/s and GB/s, summed over all threads."""
 
     bandwidth: dict[int, float]  # by the bytes of each thread's array
 
     def sample_peak(self, dtype: str) -> float:
-        """The peak here and now, of one of `cases.PRECISIONS`: a case takes the median of one
-        sample in each round."""
+        """The current peak for one of `cases.PRECISIONS`: a case uses the median of one sample per
+        round."""
 
     def seconds(self, case: Case, pass_: Pass, peak: float) -> float:
-        """The roof of a case during which that peak was measured."""
+        """The roof of a case, with the peak that was measured during the case."""
 
     def method(self, dtype: str) -> str:
-        """How the peak is measured."""
+        """The method of measuring the peak."""
 
 
 class CpuRoof:
@@ -79,10 +78,10 @@ class CpuRoof:
         return f"{loop}, in every round of every case, the median"
 
     def _bandwidth_of(self, weights: int) -> float:
-        """Of reading weights of so many bytes, each thread its share.
+        """The bandwidth of reading weights of so many bytes, divided among the threads.
 
-        Measured once for each power of two, the one below: a smaller array is never slower, nor
-        than any larger one that was measured.
+        It is measured once for the largest power of two below the size, because a smaller array is
+        never slower; for the same reason the result is at least that of any larger measured array.
         """
         size = max(FEWEST_BYTES, _power_of_two(weights // self._threads))
         if size not in self.bandwidth:
@@ -96,13 +95,13 @@ class CpuRoof:
 
 
 def _power_of_two(size: int) -> int:
-    """The largest that is no more than `size`, which is 1 at least."""
+    """The largest power of two that does not exceed `size`; at least 1."""
     return 1 << (max(size, 1).bit_length() - 1)
 
 
 def roof_seconds(case: Case, pass_: Pass, peak: float, bandwidth: Callable[[int], float]) -> float:
-    """The roof on a CPU with that peak in GFLOP/s; `bandwidth` gives GB/s for bytes of weights."""
-    reuse = 2.0 * case.B / ELEMENT_BYTES[case.dtype]  # operations for each byte of weights
+    """The roof on a CPU with that peak in GFLOP/s; `bandwidth` maps bytes of weights to GB/s."""
+    reuse = 2.0 * case.B / ELEMENT_BYTES[case.dtype]  # operations per byte of weights
     layers = case.products()
     projection = sum(p.projection for p in layers)
     recurrence = sum(p.recurrence for p in layers)

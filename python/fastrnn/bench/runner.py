@@ -1,4 +1,4 @@
-"""Runs cases: prepare every provider, check the peers against ours, measure in turns."""
+"""Run cases: prepare every provider, compare the results with fastrnn's, measure in turns."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 
 DEFAULT_PEERS = {"cpu": ("torch", "onnxruntime"), "cuda": ("torch", "flashrnn")}
 
-# Largest difference from ours, as a share of the largest value of the array. Peers may keep the
-# cell state in half precision.
+# The largest allowed difference from fastrnn's result, relative to the largest value of the array.
+# Peers may keep the cell state in half precision.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 TOLERANCE_TF32 = 2e-2
 
 
 class MismatchError(Exception):
-    """A provider's result is not ours: nothing measured on it would mean anything."""
+    """A provider's result differs from fastrnn's, so its times would be meaningless."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to run. `peers` None: those of the device, or of a step, that are installed."""
+    """What to run. `peers` None: the installed default peers of the device and kind of case."""
 
     cases: Sequence[tuple[str, Case]]
     device: str = "cpu"
@@ -51,12 +51,12 @@ class Request:
     threads: int | None = None
     peers: Sequence[str] | None = None
     seconds: float = 1.0
-    keep_going: bool = False  # a case that fails is listed with the reason, and the next one runs
+    keep_going: bool = False  # list a case that fails with the reason, and run the next one
 
 
 @dataclass
 class Results:
-    """What was measured; complete unless `interrupted`."""
+    """The measurements; complete unless `interrupted`."""
 
     device: str
     threads: int
@@ -72,16 +72,15 @@ def run(
     on_case: Callable[[str], None] = lambda label: None,
     after_case: Callable[[Results], None] = lambda results: None,
 ) -> Results:
-    """Measures every case and pass; `on_case` is told of each before it starts.
+    """Measure every case and pass; call `on_case` with its name before each of them.
 
-    `after_case` gets the results so far after each. Ctrl-C ends the run and keeps what was
-    measured.
+    `after_case` is called with the results so far after each. Ctrl-C ends the run and keeps the
+    measurements.
 
     Raises:
-        ValueError: a peer's name is not known, the device is not there, or a case wants TF32 on
-            a CPU.
-        MissingPeerError: a peer that was asked for by name is not installed.
-        MismatchError: a peer's result differs from ours.
+        ValueError: a peer's name is unknown, there is no CUDA device, or a case uses TF32 on a CPU.
+        MissingPeerError: a peer that was requested by name is not installed.
+        MismatchError: a peer's result differs from fastrnn's.
     """
     if request.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device on this machine")
@@ -123,7 +122,7 @@ def _peers(request: Request, results: Results) -> list[Provider]:
 
 
 def _is_default(peer: str, case: Case) -> bool:
-    """Whether a case of a layer or of a step is run against the peer where none is named."""
+    """Whether the peer is a default peer of the case: of a layer's cases or of a step's."""
     return (peer in STEP_PEERS) == case.is_step
 
 
@@ -207,7 +206,7 @@ def _run_case(
 
 
 def _prepare(provider: Provider, case: Case, data: Data, pass_: Pass) -> Prepared | str:
-    """The case ready to run, or why the provider cannot run it."""
+    """The case ready to run, or the reason why the provider cannot run it."""
     try:
         return provider.prepare(case, data, pass_)
     except UnsupportedError as unsupported:
@@ -219,10 +218,10 @@ def _milliseconds(timing: Timing) -> dict[str, float]:
 
 
 def check(case: Case, data: Data, pass_: Pass, prepared: dict[str, Prepared]) -> None:
-    """Compares every array of every peer with ours.
+    """Compare every array of every peer with fastrnn's.
 
     Raises:
-        MismatchError: naming provider, case, pass, array and difference.
+        MismatchError: names provider, case, pass, array and difference.
     """
     limit = tolerance(case)
     ours = prepared["fastrnn"].results()
@@ -240,12 +239,12 @@ def check(case: Case, data: Data, pass_: Pass, prepared: dict[str, Prepared]) ->
 
 
 def tolerance(case: Case) -> float:
-    """The largest difference that results of the case may have, as `difference` gives it."""
+    """The largest allowed `difference` for results of the case."""
     return TOLERANCE_TF32 if case.tf32 else TOLERANCE[case.dtype]
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """The largest one, as a share of the largest value of ``theirs``."""
+    """The largest difference, relative to the largest value of ``theirs``."""
     if ours.shape != theirs.shape:
         return float("inf")
     a, b = ours.double(), theirs.double()

@@ -1,7 +1,7 @@
-"""The suite `cells`: a cell that is a torch module, through `fastrnn.Recurrent` and by its peers.
+"""The suite `cells`: a cell that is a torch module, run by `fastrnn.Recurrent` and by its peers.
 
-The peers are the loop over its steps in torch, ``torch.compile`` of that loop where it compiles
-within `COMPILE_SECONDS`, and, of the cells that torch.nn has too, our own layer.
+The peers are the loop over its steps in torch, ``torch.compile`` of that loop if it compiles within
+`COMPILE_SECONDS`, and, for cells that torch.nn has, fastrnn's own layer.
 """
 
 from __future__ import annotations
@@ -35,21 +35,23 @@ if TYPE_CHECKING:
 
     from fastrnn.bench.cases import Pass
 
-COMPILE_SECONDS = 60.0  # for one case and pass, torch's own start included
+COMPILE_SECONDS = 60.0  # for one case and pass, including torch's import
 LAYERS = {"PlainGRU": "GRU", "PlainLSTM": "LSTM"}
 LOOP = "operations of torch, a step at a time"
 
 
 def make_cell(case: Case, data: Data) -> nn.Module:
-    """The cell of the case, of equal weights for every provider.
+    """The cell of the case, with the same weights for every provider.
 
     Raises:
-        UnsupportedError: it is one of torchrecurrent's, which is not installed, or the case has
-            more than one layer, both directions or options.
+        UnsupportedError: the cell is one of torchrecurrent's, which is not installed, or the case
+            has more than one layer, both directions or options.
     """
     plain = Case(case.cell, case.T, case.B, case.I, case.H, dtype=case.dtype, tf32=case.tf32)
     if case != plain:
-        raise UnsupportedError(f"a cell that is a torch module is measured as {plain.label()}")
+        raise UnsupportedError(
+            f"a cell that is a torch module is measured only as {plain.label()}, without options"
+        )
     ours = {**cells.CELLS, "PlainGRU": cells.PlainGRUCell, "PlainLSTM": cells.PlainLSTMCell}
     made: Callable[[int, int], nn.Module]
     if case.cell in ours:
@@ -74,7 +76,7 @@ def _prepare(make_layer: Callable[[nn.Module], nn.Module], case: Case, data: Dat
 
 
 def prepare_recurrent(case: Case, data: Data, pass_: Pass) -> Prepared:
-    """The case through `fastrnn.Recurrent`; `kernel` says whether the engine ran it."""
+    """The case with `fastrnn.Recurrent`; `kernel` states whether the engine ran it."""
     layer = fastrnn.Recurrent(make_cell(case, data))
     prepared = prepare_layer(layer, data, pass_, {}, list(layer.cell.named_parameters()))
     x = data.inputs[0]
@@ -85,21 +87,21 @@ def prepare_recurrent(case: Case, data: Data, pass_: Pass) -> Prepared:
 
 
 def calls_of(layer: fastrnn.Recurrent, x: Tensor) -> int:
-    """How often the layer calls its cell: a loop does it at every step, the engine does not."""
+    """How often the layer calls its cell: a loop calls it at every step, the engine does not."""
     calls = 0
 
     def count(*_: object) -> None:
         nonlocal calls
         calls += 1
 
-    layer(x)  # the engine makes its program
+    layer(x)  # builds the program
     with layer.cell.register_forward_pre_hook(count):
         layer(x)
     return calls
 
 
 class Loop:
-    """The loop over the steps that everybody writes."""
+    """The usual Python loop over the steps."""
 
     name: ClassVar[str] = "loop"
 
@@ -114,11 +116,11 @@ class Loop:
 
 
 class Compiled:
-    """``torch.compile`` of the loop, by torch's defaults.
+    """``torch.compile`` of the loop, with torch's defaults.
 
-    It is compiled in a process of its own first, which can be ended when the time is up; this
-    process then finds the result in inductor's cache. A case whose inference did not compile in
-    time is not tried in training, which is larger.
+    A separate process compiles it first, so that it can be killed at the time limit; this process
+    then finds the result in inductor's cache. If a case did not compile for inference in time,
+    training is not attempted, because its graph is larger.
     """
 
     name: ClassVar[str] = "compile"
@@ -145,7 +147,7 @@ def _compiled(cell: nn.Module) -> nn.Module:
 
 
 def compile_elsewhere(case: Case, device: str, pass_: Pass) -> str | None:
-    """Compiles and runs the case once in a process of its own; why it failed, or None."""
+    """Compile and run the case once in a separate process; return the failure, or None."""
     arguments = [json.dumps(case.as_record()), device, pass_, str(torch.get_num_threads())]
     with subprocess.Popen(
         [sys.executable, "-m", "fastrnn.bench.step_providers", *arguments],
@@ -167,16 +169,16 @@ def compile_elsewhere(case: Case, device: str, pass_: Pass) -> str | None:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Ends what still runs of the process, its compilers too where the system has groups."""
+    """Kill the process, and its compilers too if the system has process groups."""
     if hasattr(os, "killpg"):
-        with suppress(ProcessLookupError, PermissionError):  # all of the group have ended
+        with suppress(ProcessLookupError, PermissionError):  # the whole group has ended
             os.killpg(process.pid, signal.SIGKILL)
     else:
         process.kill()
 
 
 class Layer:
-    """fastrnn.GRU or LSTM with the weights of the cell that is written out."""
+    """fastrnn.GRU or LSTM with the weights of the plain cell."""
 
     name: ClassVar[str] = "layer"
 
@@ -186,7 +188,7 @@ class Layer:
     def prepare(self, case: Case, data: Data, pass_: Pass) -> Prepared:
         _require_step(case)
         if case.cell not in LAYERS:
-            raise UnsupportedError("fastrnn has no layer of this cell")
+            raise UnsupportedError("fastrnn has no layer for this cell")
         layer: nn.Module = getattr(fastrnn, LAYERS[case.cell])(case.I, case.H).to(data.d_output)
         cell = make_cell(case, data)
         layer.load_state_dict({f"{name}_l0": w for name, w in cell.state_dict().items()})
@@ -198,7 +200,7 @@ class Layer:
 
 def _require_step(case: Case) -> None:
     if not case.is_step:
-        raise UnsupportedError("its cell is no torch module; expected a case of the suite cells")
+        raise UnsupportedError("only cases of the suite cells, whose cells are torch modules")
 
 
 PROVIDERS: dict[str, type[Loop] | type[Compiled] | type[Layer]] = {
@@ -207,7 +209,7 @@ PROVIDERS: dict[str, type[Loop] | type[Compiled] | type[Layer]] = {
 
 
 def main(record: str, device: str, pass_: Pass, threads: str) -> None:
-    """What the other process does."""
+    """The main function of the separate process."""
     torch.set_num_threads(int(threads))
     case = Case(**json.loads(record))
     prepared = _prepare(_compiled, case, make_data(case, device), pass_)

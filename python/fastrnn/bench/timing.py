@@ -1,4 +1,4 @@
-"""Clocks, interleaved measuring, percentiles."""
+"""Clocks, interleaved measurement, percentiles."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
     from fastrnn.bench.providers import Prepared
 
-ROUNDS = 5  # times that every provider has its turn
-FEWEST_ROUNDS = 3  # where the budget does not reach for ROUNDS
-SETTLE_SECONDS = 0.003  # of untimed calls at the start of a turn
-REST_SECONDS = 0.006  # longer than a tick, in which the system accounts for running threads
+ROUNDS = 5  # turns of every provider
+FEWEST_ROUNDS = 3  # if the budget does not suffice for ROUNDS
+SETTLE_SECONDS = 0.003  # untimed calls at the start of a turn
+REST_SECONDS = 0.006  # longer than the tick in which the system accounts CPU time of threads
 MOST_REST_SECONDS = 0.25
-MOST_CALLS = 2000  # timed in one turn
+MOST_CALLS = 2000  # timed calls in one turn
 
 
 class Clock(Protocol):
     def time(self, run: Callable[[int], Any], inputs: int, calls: int) -> list[float]:
-        """Seconds of each of `calls` runs, input after input."""
+        """The seconds of each of `calls` runs, which cycle through the inputs."""
 
 
 class HostClock:
@@ -41,7 +41,7 @@ class HostClock:
 
 
 class CudaClock:
-    """Device events around every call; the host waits once, after the last one."""
+    """Device events around every call; the host synchronises once, after the last one."""
 
     def time(self, run: Callable[[int], Any], inputs: int, calls: int) -> list[float]:
         event: Callable[..., Any] = torch.cuda.Event
@@ -79,13 +79,12 @@ def measure(
     seconds: float,
     each_round: Callable[[], Any] = lambda: None,
 ) -> dict[str, Timing]:
-    """Times every provider in turns, about `seconds` in all, but never fewer than three turns.
+    """Time all providers in turns, about `seconds` in total, with at least three turns each.
 
-    A turn opens with a pause that lasts until the threads of the provider before are asleep (ONNX
-    Runtime's spin for about 45 ms after a call, and take a core from whoever comes next), and with
-    untimed calls that bring the caches back; the order turns with every round. Each round begins
-    with `each_round`, after a pause of its own: what it measures of the machine is of the same
-    moments.
+    A turn begins with a pause until the threads of the previous provider are asleep (ONNX Runtime's
+    threads spin for about 45 ms after a call, and would occupy a core), and with untimed calls that
+    warm the caches. The order rotates with every round. Each round begins with a pause and a call
+    of `each_round`, so that its measurements of the machine are from the same time.
     """
     estimates = {name: _warm_up(p, clock, inputs) for name, p in prepared.items()}
     rounds = ROUNDS if ROUNDS * sum(estimates.values()) <= seconds else FEWEST_ROUNDS
@@ -120,7 +119,7 @@ def rest() -> None:
 
 
 def _warm_up(prepared: Prepared, clock: Clock, inputs: int) -> float:
-    """Two untimed calls, then one that says how long a call takes."""
+    """Two untimed calls, then one that estimates the time of a call."""
     with prepared.context():
         clock.time(prepared.run, inputs, 2)
         return max(clock.time(prepared.run, inputs, 1)[0], 1e-6)

@@ -1,35 +1,36 @@
-"""``fastrnn certify``: what of the CUDA kernels is right and faster than torch's, on this machine.
+"""``fastrnn certify``: find the CUDA kernels that are correct and faster than torch's.
 
-Our kernels run against torch's layers, in a process of its own under a watchdog (watch.py), so that
-a kernel that hangs, crashes or spoils the device is a line of the report and not a lost session.
-A *class* (plan.py) is a cell, a precision, a stack, a pass, a kind of kernels, and a range of H and
-of B. It is trusted if every one of its cases was
+The run compares fastrnn's kernels with torch's layers, in a separate process with a watchdog
+(watch.py). A kernel that hangs, crashes or makes the device unusable is therefore one line of the
+report and does not end the run. A *class* (plan.py) is a cell, a precision, a stack, a pass, a kind
+of kernels, and a range of H and of B. It is trusted if every case of the class was
 
-- right: outputs, final states and all gradients as torch's, within the tolerances of
+- correct: outputs, final states and all gradients agree with torch's, within the tolerances of
   ``fastrnn bench``;
-- repeatable: the same bits before and after all that was timed;
-- faster by `judge.MARGIN` than torch's, interleaved with it, by medians.
+- repeatable: the same bits before and after the timed calls;
+- faster than torch's by `judge.MARGIN`, by the medians of interleaved runs.
 
 The report, with the trusted classes, is the certificate that the route reads (_certificate.py).
 
-What is trusted must have been run, or follow from what was run:
+Everything that is trusted was run, or follows from cases that were run:
 
-- *H and B*: the cases are the corners of the ranges, and one in the middle whose sizes are odd, for
-  the corners are the sizes that suit tensor cores. Below and above the ranges nothing is trusted.
-- *T*: a call takes a constant and a time for each step. Two lengths, T = 1 and a long one, give
-  both, of ours and of torch's, and so the number of steps from which ours is faster.
-- *stacks*: one layer in one direction; and two layers in both directions, which holds for any
-  number of layers, since each layer must wait for the whole one below, of whichever library. A
-  stack in one direction is never trusted: cuDNN may run its layers side by side, so that its time
-  does not follow from one layer's.
-- *lengths and resets*: one case of each for every cell, precision, stack, pass and kind, against
-  what runs without our kernels; if it fails, none of the sizes is trusted.
-- *input size, bias*: the input is as wide as the layer, with biases. Layers without biases,
-  projections, heads and options that torch.nn lacks are never trusted. The odd case of an RNN
-  computes relu, the others tanh.
+- *H and B*: the cases are the corners of the ranges, and one case in the middle with odd sizes,
+  because the corners have sizes that suit tensor cores. Sizes outside the ranges are not trusted.
+- *T*: the model of a call's time is a constant plus a time per step. Two lengths, T = 1 and a long
+  one, determine both, for fastrnn and for torch, and so the number of steps from which on fastrnn
+  is faster.
+- *stacks*: one layer in one direction; and two layers in both directions, which represents any
+  number of layers, because in every library each layer must wait for the whole layer below. A
+  stack in one direction is never trusted: cuDNN may overlap its layers, so its time does not follow
+  from the time of one layer.
+- *lengths and resets*: one case each for every cell, precision, stack, pass and kind, compared with
+  the default route without fastrnn's kernels. If it fails, none of the sizes is trusted.
+- *input size, bias*: the input size equals the hidden size, with biases. Layers without biases,
+  projections, heads and options that torch.nn does not have are never trusted. For the RNN the odd
+  case uses relu, the other cases tanh.
 
-Of a class that has been refused, nothing more is run; one that time does not suffice for is not
-trusted. The order of `plan.Grid` brings the most used ones first.
+After a class is rejected, its remaining cases do not run. A class that the time limit interrupts is
+not trusted. The order of `plan.Grid` puts the most common classes first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The child of `fastrnn certify`, which starts it: ``python -m fastrnn.certify cuda:0``."""
+"""The child process that `fastrnn certify` starts: ``python -m fastrnn.certify cuda:0``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The process that runs our kernels and torch's: asked on stdin, answers on stdout, in JSON lines.
+"""The process that runs fastrnn's and torch's kernels; it communicates in JSON lines.
 
-The first line says of what device the answers are, or why there will be none. Then one line for
-each trial. After an error that leaves the device unusable the process ends: whatever it computed
-afterwards would mean nothing.
+It reads requests from stdin and writes answers to stdout. The first line identifies the device, or
+gives the reason why there are no answers; then there is one line for each trial. After an error
+that leaves the device unusable the process ends, because later results would be meaningless.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 
 class RefusedError(Exception):
-    """There is nothing to certify here; the message says why and what to do."""
+    """There is nothing to certify on this machine; the message says why and what to do."""
 
 
 def serve(make_device: Callable[[], Device]) -> None:
-    """Answers until stdin ends, or the device is of no use any more."""
+    """Answer requests until stdin ends or the device is unusable."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    os.dup2(2, 1)  # so that output of libraries is not taken for an answer
 
     def send(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=answers, flush=True)
@@ -48,7 +48,7 @@ def serve(make_device: Callable[[], Device]) -> None:
         return
     send({"key": device.key()._asdict()})
     gc.collect()
-    gc.freeze()  # torch's own objects: to walk them takes longer than to measure a case
+    gc.freeze()  # torch's own objects: traversing them takes longer than measuring a case
     for line in sys.stdin:
         answer = attempt(device, json.loads(line))
         answer["sound"] = device.is_sound()
@@ -60,7 +60,7 @@ def serve(make_device: Callable[[], Device]) -> None:
 
 
 def attempt(device: Device, asked: dict[str, Any]) -> dict[str, Any]:
-    """What was found of one trial: right, or in which way not."""
+    """The result of one trial: "right", or the failure."""
     case = Case(**asked["case"])
     answer: dict[str, Any] = {"found": "right", "ms": []}
     try:
@@ -76,7 +76,7 @@ def attempt(device: Device, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compare(device: Device, case: Case, asked: dict[str, Any], answer: dict[str, Any]) -> str:
-    """Checks and times one length; adds to the answer, gives what is wrong or nothing."""
+    """Check and time one length; add to the answer, return the failure or an empty string."""
     pair = device.prepare(case, asked["pass"], asked["kernels"])
     answer["kernel"] = pair.ours.kernel
     first = pair.ours.results()
@@ -92,7 +92,7 @@ def _compare(device: Device, case: Case, asked: dict[str, Any], answer: dict[str
     answer["ms"].append([times["ours"].median, times["theirs"].median])
     again = pair.ours.results()
     other = [name for name, x in first.items() if not _same_bits(x, again[name])]
-    return f"not repeatable: {other[0]} has other bits the second time" if other else ""
+    return f"not repeatable: {other[0]} has other bits in the second run" if other else ""
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

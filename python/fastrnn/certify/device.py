@@ -1,7 +1,7 @@
-"""What certify asks of a device, and how a CUDA device answers.
+"""The interface to a device that certify needs, and its implementation for CUDA.
 
-The only seam for tests: on machines without a GPU they put another device in its place, whose CUDA
-is virtual (tests/virtual_certify.py).
+Tests on machines without a GPU replace it by a device whose CUDA is virtual
+(tests/virtual_certify.py).
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ SWITCH_OF = {"steps": "1", "persistent": "persistent"}
 
 
 class Pair(NamedTuple):
-    """One case by our kernels and by what runs without them."""
+    """One case, prepared with fastrnn's kernels and without them."""
 
     ours: Prepared
     theirs: Prepared
-    inputs: int  # how many each of them has
+    inputs: int  # the number of inputs of each
 
 
 class Device(Protocol):
     clock: Clock
 
     def key(self) -> _certificate.Key:
-        """What the certificate is to hold for."""
+        """The key of the certificate."""
 
     def prepare(self, case: Case, pass_: Pass, kernels: str) -> Pair:
-        """A case ready to run, by ``kernels`` of `_certificate.KERNELS`."""
+        """A case ready to run, with ``kernels`` from `_certificate.KERNELS`."""
 
     def is_sound(self) -> bool:
-        """Whether what it computes still means something."""
+        """Whether the device still gives meaningful results."""
 
 
 class Cuda:
-    """A CUDA device of torch's."""
+    """A CUDA device, through torch."""
 
     def __init__(self, name: str) -> None:
         if not built_with_cuda():
             raise RefusedError(
-                "this build of fastrnn has no CUDA kernels to certify; build it where nvcc is "
-                "found, see docs/installation.md"
+                "this build of fastrnn has no CUDA kernels to certify; build it with nvcc "
+                "installed, see docs/installation.md"
             )
         device = torch.device(name)
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -82,20 +82,20 @@ class Cuda:
         def ours(switch: str) -> Prepared:
             return switched(switch, lambda: Fastrnn().prepare(case, data, pass_))
 
-        # Of lengths and resets torch.nn has no notion: there our own default is the rival.
+        # torch.nn has no lengths and resets: compare with fastrnn's default route there.
         theirs = ours("0") if case.options else Torch().prepare(case, data, pass_)
         return Pair(ours(SWITCH_OF[kernels]), theirs, len(data.inputs))
 
     def is_sound(self) -> bool:
         try:
             torch.cuda.synchronize()
-        except RuntimeError:  # an error that stays: every later call gives it again
+        except RuntimeError:  # a sticky error, which every later call would raise again
             return False
         return True
 
 
 def switched(value: str, prepare: Callable[[], Prepared]) -> Prepared:
-    """What is prepared and runs with FASTRNN_CUDA_KERNELS set to ``value``."""
+    """Prepare with FASTRNN_CUDA_KERNELS set to ``value``, and set it in every run as well."""
     with _switch(value):
         prepared = prepare()
 

@@ -1,4 +1,4 @@
-"""The run: asks a child about every case, judges every class, makes the report."""
+"""The run: requests every case from a child, judges every class, builds the report."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fastrnn.certify.watch import START_SECONDS, Child, LostError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-MARGIN = 1.03  # how many times as fast ours must be
+MARGIN = 1.03  # the least speed of fastrnn's kernels relative to torch's
 TRIAL_SECONDS = 60.0  # after which a case counts as hung
 OUT_OF_TIME = "not run: out of time"
 
 
 class CertifyError(Exception):
-    """There is nothing to certify, or no way to; the message says what to do."""
+    """There is nothing to certify, or the run cannot start; the message says what to do."""
 
 
 def run(
@@ -32,20 +32,20 @@ def run(
     child: Sequence[str] = (sys.executable, "-m", "fastrnn.certify"),
     trial_seconds: float = TRIAL_SECONDS,
 ) -> dict[str, Any]:
-    """Tries the classes of ``grid`` on a device; writes nothing.
+    """Test the classes of ``grid`` on a device; write no file.
 
     Arguments:
         device: ``cuda:N``.
         grid: `WHOLE` or `QUICK`.
-        on_class: told of each class before it is tried.
-        child: the command that runs the cases; another one is for tests.
-        trial_seconds: how long a case may take.
+        on_class: called with the name of each class before its cases run.
+        child: the command that runs the cases; tests pass another one.
+        trial_seconds: the time limit of a case.
 
     Returns:
-        The report, which `_certificate.write` takes.
+        The report, for `_certificate.write`.
 
     Raises:
-        CertifyError: there is no such device, or no kernels.
+        CertifyError: the device does not exist, or the build has no kernels.
     """
     start = time.monotonic()
     worker = _Worker([*child, device], grid, start + grid.seconds, trial_seconds)
@@ -74,7 +74,7 @@ def run(
 
 
 class _Worker:
-    """Children, one after the other, that run trials until the time is up."""
+    """Runs trials in a child process until the deadline; starts a new child after a failure."""
 
     def __init__(
         self, command: list[str], grid: Grid, deadline: float, trial_seconds: float
@@ -86,7 +86,7 @@ class _Worker:
         self._child: Child | None = None
 
     def start(self) -> None:
-        """Raises CertifyError where the child does not start, or says that there is no use."""
+        """Raises CertifyError if the child does not start, or refuses to run."""
         self._child = Child(self.command)
         try:
             hello = self._child.answer(START_SECONDS)
@@ -103,7 +103,7 @@ class _Worker:
         self._child = None
 
     def found(self, trial: Trial) -> dict[str, Any]:
-        """What is known of a trial, once it has been run."""
+        """The answer of a trial, which runs at the first request."""
         if trial not in self.answers:
             if time.monotonic() > self.deadline:
                 return {"found": OUT_OF_TIME}
@@ -132,9 +132,9 @@ class _Worker:
 
 
 class Verdict(NamedTuple):
-    """Whether a class is trusted, from which T on, how much faster ours was at worst, or why not.
+    """Whether a class is trusted, the smallest T, the worst ratio, or the reason against it.
 
-    ``ratio`` is time of torch's / time of ours at the long T.
+    ``ratio`` is torch's time / fastrnn's time at the long T.
     """
 
     trusted: bool
@@ -144,7 +144,7 @@ class Verdict(NamedTuple):
 
 
 def _judge(trials: Sequence[Trial], worker: _Worker) -> Verdict:
-    """Runs the cases of a class until one refuses it."""
+    """Run the cases of a class until one fails."""
     slowest, first = math.inf, 1
     for trial in trials:
         answer = worker.found(trial)
@@ -155,29 +155,29 @@ def _judge(trials: Sequence[Trial], worker: _Worker) -> Verdict:
         slowest = min(slowest, ratio)
         steps = faster_from(short, long, worker.grid.steps)
         if steps is None:
-            why = f"{trial.case.label()}: right, but {ratio:.2f} times as fast as torch's"
+            why = f"{trial.case.label()}: right, but only {ratio:.2f} times as fast as torch's"
             return Verdict(False, None, slowest, why)
         first = max(first, steps)
     return Verdict(True, first, slowest, "")
 
 
 def faster_from(short: Sequence[float], long: Sequence[float], steps: int) -> int | None:
-    """The T from which on ours is faster by `MARGIN`; None: there is none.
+    """The smallest T from which on fastrnn is faster by `MARGIN`; None if there is none.
 
-    A call's time is taken for a constant and a time for each step.
+    The model of a call's time is a constant plus a time per step.
 
     Arguments:
-        short: times of ours and of torch's for T = 1.
+        short: the times of fastrnn and torch for T = 1.
         long: the same for T = ``steps``.
 
     >>> faster_from((1.0, 2.0), (50.0, 100.0), 100)
     1
     >>> faster_from((10.0, 2.0), (60.0, 100.0), 100)
     19
-    >>> faster_from((1.0, 2.0), (90.0, 92.0), 100)  # but by less than the margin
+    >>> faster_from((1.0, 2.0), (90.0, 92.0), 100)  # faster by less than the margin
     """
     lost_short, lost_long = (MARGIN * ours - theirs for ours, theirs in (short, long))
-    if lost_long > min(0.0, lost_short):  # slower, or slower for each step
+    if lost_long > min(0.0, lost_short):  # slower at the long T, or slower per step
         return None
     if lost_short <= 0:
         return 1

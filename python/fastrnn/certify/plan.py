@@ -1,4 +1,4 @@
-"""Which cases make a class trusted, and in which order they run."""
+"""The classes, the cases that each class needs, and their order."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from fastrnn.bench.cases import Pass
 
 Range = tuple[int, int]
-RESETS = 0.05  # of the case with resets: the share of steps at which an episode begins
+RESETS = 0.05  # the share of steps at which an episode begins, for the case with resets
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One case, one pass, one kind of our kernels: what is run and compared at once."""
+    """One case, one pass, one kind of kernels: the unit that is run and compared."""
 
-    case: Case  # of the longest T
+    case: Case  # with the longest T
     pass_: Pass
     kernels: str  # of KERNELS
 
@@ -31,11 +31,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class Class:
-    """What is trusted or refused as one, bounds of ranges included."""
+    """The calls that are trusted or rejected together; ranges include their bounds."""
 
     cell: str
     dtype: str  # of PRECISIONS
-    layers: int  # of its cases; in both directions it holds for any number
+    layers: int  # of its cases; with both directions they represent any number
     bidirectional: bool
     hidden: Range
     rows: Range
@@ -48,7 +48,7 @@ class Class:
         return f"{self.cell} {self.dtype} {stack} {self.pass_} {sizes}"
 
     def as_record(self) -> dict[str, Any]:
-        """The class as the certificate names it."""
+        """The class as a record of the certificate."""
         return {
             "cell": self.cell,
             "dtype": self.dtype,
@@ -63,7 +63,7 @@ class Class:
 
 @dataclass(frozen=True)
 class Grid:
-    """The classes of a run, each list with the most useful first, and its limits."""
+    """The classes of a run, each list with the most useful entries first, and the limits."""
 
     stacks: tuple[tuple[int, bool], ...] = ((1, False), (2, True))  # layers, both directions
     dtypes: tuple[str, ...] = ("tf32", "bfloat16", "float16", "float32")
@@ -73,7 +73,7 @@ class Grid:
     passes: tuple[Pass, ...] = PASSES
     kernels: tuple[str, ...] = KERNELS[::-1]
     steps: int = 100  # the long T of every case; the short one is 1
-    measured_seconds: float = 0.04  # of each T, ours and torch's together
+    measured_seconds: float = 0.04  # for each T, fastrnn and torch together
     seconds: float = 600  # of the whole run
 
 
@@ -88,9 +88,9 @@ QUICK = Grid(
 
 
 def plan(grid: Grid) -> dict[Class, list[Trial]]:
-    """The classes in the order in which they are tried, each with its cases.
+    """The classes in the order of their tests, each with its cases.
 
-    Classes share cases: the corners of ranges that meet, and the cases with lengths and resets.
+    Classes share cases: common corners of adjacent ranges, and the cases with lengths and resets.
 
     >>> classes = plan(QUICK)
     >>> first = next(iter(classes))
@@ -127,5 +127,5 @@ def _trials(of: Class, grid: Grid) -> list[Trial]:
 
 
 def _odd_middle(bounds: Range) -> int:
-    """An odd size, as many times the first as the last is it."""
+    """An odd size near the geometric mean of the bounds."""
     return math.isqrt(bounds[0] * bounds[1]) | 1

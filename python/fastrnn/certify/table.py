@@ -1,4 +1,4 @@
-"""The report as a table for people."""
+"""The report as a table."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 from fastrnn._certificate import KERNELS
 
 COLUMNS = ("class", *KERNELS, "runs now")
-TORCH = "torch's own call"
+TORCH = "torch's own operator"
 
 
 def render(document: dict[str, Any]) -> str:
-    """A line for each class, then what is wrong with those that are refused for it."""
+    """One line for each class, then the failures of rejected classes."""
     rows: list[tuple[str, ...]] = [COLUMNS]
     for sizes, kinds in _by_sizes(document).items():
         trusted = [entry for entry in kinds.values() if entry["trusted"]]
@@ -29,7 +29,7 @@ def render(document: dict[str, Any]) -> str:
 
 
 def _by_sizes(document: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """The classes by all but the kind of kernels, then by that."""
+    """The classes grouped by everything except the kind of kernels, then by kind."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for entry in document["classes"]:
         stack = "both directions" if entry["bidirectional"] else "one layer"
@@ -40,7 +40,7 @@ def _by_sizes(document: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _found(entry: dict[str, Any]) -> str:
-    """What was found of a class, in a few words."""
+    """The result of a class in a few words."""
     if not entry["trusted"]:
         kind = entry["why"].split(": ")[1].split(" (")[0].split(",")[0]
         return "slower" if kind == "right" else kind

@@ -1,4 +1,4 @@
-"""A child process under a watchdog: it answers in time, or is killed with all that it started."""
+"""A child process with a watchdog: if it does not answer in time, its process group is killed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-START_SECONDS = 180.0  # torch may come over a network
-END_SECONDS = 10.0  # after its output has ended
+START_SECONDS = 180.0  # importing torch from a network file system takes long
+END_SECONDS = 10.0  # after the child has closed its output
 
 
 class LostError(Exception):
@@ -38,7 +38,7 @@ class Child:
             stderr=self._errors,
             encoding="utf-8",
             errors="replace",
-            start_new_session=True,  # its own group, to be killed whole; Ctrl-C is the parent's
+            start_new_session=True,  # its own group, to kill as a whole; Ctrl-C goes to the parent
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -52,18 +52,18 @@ class Child:
         self._lines.put(None)
 
     def ask(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """The answer to a question.
+        """Send a question and return the answer.
 
         Raises:
-            LostError: there was none in time, or the process ended.
+            LostError: there was no answer in time, or the process ended.
         """
         assert self._process.stdin is not None
-        with suppress(OSError):  # it has ended, and `answer` says how
+        with suppress(OSError):  # the process has ended; `answer` raises the error
             print(json.dumps(question), file=self._process.stdin, flush=True)
         return self.answer(seconds)
 
     def answer(self, seconds: float) -> dict[str, Any]:
-        """The next line that the child writes, as `ask`."""
+        """The next answer that the child writes; raises as `ask`."""
         try:
             line = self._lines.get(timeout=seconds)
         except queue.Empty:
@@ -87,16 +87,16 @@ class Child:
         return f"died ({how})" + (f": {said[-1]}" if said else "")
 
     def kill(self) -> None:
-        """Ends the process and those that it started; nothing where they have ended."""
+        """Kill the process and the processes that it started, if they still run."""
         if sys.platform == "win32":
             self._process.kill()
         else:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):  # the driver may hold it for a while
+        with suppress(subprocess.TimeoutExpired):  # the driver may block its exit for a while
             self._process.wait(END_SECONDS)
         self._reader.join(END_SECONDS)
         assert self._process.stdin is not None
-        with suppress(OSError):  # of a question that nobody read
+        with suppress(OSError):  # from a question that the child has not read
             self._process.stdin.close()
         self._errors.close()

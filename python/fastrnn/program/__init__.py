@@ -1,8 +1,4 @@
-"""Programs: a step written in torch, run by the engine. README.md says which file does what."""
+"""Programs: a step as a list of operations, run by the engine.
 
-from .explanation import Explanation, explained
-from .run import routed, warn
-from .stand_ins import Traced
-from .start import start, whole
-
-__all__ = ["Explanation", "Traced", "explained", "routed", "start", "warn", "whole"]
+README.md says which file does what.
+"""

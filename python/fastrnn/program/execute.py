@@ -1,4 +1,4 @@
-"""A program and its arrays: `Executable.forward` and `backward` are one call of the engine each.
+"""A program and torch tensors: each pass of an `Executable` is one call of the engine.
 
 Arrays are as the engine wants them, with contiguous units: states and fixed inputs (B, width), xs
 and outputs (T, B, width), shared tensors dense in memory, in whatever order of their axes.
@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _C
-from .passes import Pass, Passes, passes
+from .prepared import Prepared
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,38 +46,20 @@ class Gradients(NamedTuple):
     shared: dict[int, Tensor]
 
 
-class _Ready(NamedTuple):
-    passes: Passes
-    forward: _C.Program
-    backward: _C.Program | None
-
-
-class Executable:
-    """A program, and what the engine made of it for each set of wanted gradients."""
+class Executable(Prepared):
+    """A program of torch tensors, and what the engine made of it for each set of gradients."""
 
     def __init__(self, graph: Graph, widths: dict[int, int], dtype: torch.dtype) -> None:
-        self.graph, self.widths, self.dtype = graph, widths, dtype
-        self._ready: dict[tuple[Needs | None, bool], _Ready] = {}
+        super().__init__(graph, widths, DTYPES[dtype])
+        self.torch_dtype = dtype
 
-    def ready(self, needs: Needs | None, reverse: bool) -> _Ready:
-        found = self._ready.get((needs, reverse))
-        if found is None:
-            both = passes(self.graph, self.widths, needs, reverse)
-            backward = None if both.backward is None else self._engine(both.backward)
-            found = _Ready(both, self._engine(both.forward), backward)
-            self._ready[needs, reverse] = found
-        return found
-
-    def _engine(self, one: Pass) -> _C.Program:
-        return _C.Program(DTYPES[self.dtype], *one.code.arguments())
-
-    def forward(
+    def run_forward(
         self, inputs: Inputs, steps: int, rows: int, reverse: bool, needs: Needs | None
     ) -> Outputs:
-        ready = self.ready(needs, reverse)
-        plan, graph = ready.passes.forward, self.graph
+        plan, program = self.forward(needs)
+        graph, kept_widths = self.graph, self.passes(needs).saved
         empty = torch.empty
-        dtype = self.dtype
+        dtype = self.torch_dtype
         ys = [empty(steps, rows, graph.widths[i], dtype=dtype) for i in graph.ys]
         finals = [empty(rows, width, dtype=dtype) for width in plan.widths]
         of_y = dict(zip(graph.ys, ys, strict=True))
@@ -91,10 +72,10 @@ class Executable:
             elif kind == "y":
                 sequences.append(of_y[i])
             else:
-                width = ready.passes.saved[i] if kind == "saved" else self.widths[i]
+                width = kept_widths[i] if kind == "saved" else self.widths[i]
                 kept[what] = empty(steps, rows, width, dtype=dtype)
                 sequences.append(kept[what])
-        ready.forward.run(
+        program.run(
             steps, rows, reverse, 0,
             [inputs.shared[j] for j in plan.shared],
             sequences, [None] * len(sequences),
@@ -104,7 +85,7 @@ class Executable:
         )  # fmt: skip
         return Outputs(finals, ys, kept)
 
-    def backward(
+    def run_backward(
         self,
         inputs: Inputs,
         ys: Sequence[Tensor | None],
@@ -116,12 +97,9 @@ class Executable:
         reverse: bool,
         needs: Needs,
     ) -> Gradients:
-        """``ys`` and ``kept`` as `forward` gave them, where `read_back` names them."""
-        ready = self.ready(needs, reverse)
-        plan = ready.passes.backward
-        assert plan is not None
-        assert ready.backward is not None
-        dtype = self.dtype
+        """``ys`` and ``kept`` as `run_forward` gave them, where `read_back` names them."""
+        plan, program = self.backward(needs, reverse)
+        dtype = self.torch_dtype
         empty = torch.empty
         of_y = dict(zip(self.graph.ys, ys, strict=True))
         d_of_y = dict(zip(self.graph.ys, d_ys, strict=True))
@@ -143,11 +121,11 @@ class Executable:
                 sequences.append(d_xs[i])
             else:
                 sequences.append(kept[what])
-        begins = dict(zip(ready.passes.forward.carries, d_finals, strict=True))
+        begins = dict(zip(self.forward(needs).plan.carries, d_finals, strict=True))
         inits = [begins[k] for k in plan.carries] + [None] * len(plan.fixed_sums)
         finals = [empty(rows, width, dtype=dtype) for width in plan.widths]
         sums = [empty(inputs.shared[j].numel(), dtype=dtype) for j in plan.targets]  # as they lie
-        ready.backward.run(
+        program.run(
             steps, rows, not reverse, 0,
             [inputs.shared[j] for j in plan.shared],
             sequences,
@@ -169,18 +147,16 @@ class Executable:
 
     def _given(self, d: Tensor | None, steps: int, rows: int, width: int) -> Tensor:
         if d is None:
-            return torch.zeros(width, dtype=self.dtype).expand(steps, rows, width)
+            return torch.zeros(width, dtype=self.torch_dtype).expand(steps, rows, width)
         return unit(d)
 
     def read_back(self, needs: Needs, reverse: bool) -> list[tuple[str, int]]:
-        """The sequences that `backward` reads: ("x", i), ("y", i), ("saved", j), ("state", k)."""
-        plan = self.ready(needs, reverse).passes.backward
-        assert plan is not None
-        return plan.sequences
+        """What `run_backward` reads: ("x", i), ("y", i), ("saved", j), ("state", k)."""
+        return self.backward(needs, reverse).plan.sequences
 
-    def active(self, needs: Needs, reverse: bool) -> tuple[list[bool], list[bool]]:
+    def active(self, needs: Needs) -> tuple[list[bool], list[bool]]:
         """Which finals and ys have a gradient."""
-        both = self.ready(needs, reverse).passes
+        both = self.passes(needs)
         return (
             [k in both.active_nexts for k in both.forward.carries],
             [i in both.active_ys for i in self.graph.ys],

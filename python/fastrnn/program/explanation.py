@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .execute import DTYPES
 from .grad import Needs
 from .ir import COSTLY, INPUTS, Graph, Product
-from .passes import Pass, Passes, passes
+from .passes import Pass, Passes, backward_pass, passes
 from .run import recorded, sizes_of, width_of
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def explained(step: Any, init: list[torch.Tensor], xs: list[torch.Tensor]) -> Ex
         tuple(shared),
     )
     widths = {k: width_of(leaf) for k, leaf in enumerate(sizes.carry)}
-    both = passes(graph, widths, needs, False)
+    both = passes(graph, widths, needs)
     bytes_ = sum(both.saved) * sizes.dtype.itemsize
     bytes_ += (
         sum(widths[k] for k, (kind, _) in both.states.items() if kind == "state")
@@ -98,10 +98,10 @@ def _report(graph: Graph, both: Passes, saved: int, dtype: str) -> str:
         *_pass(both.forward),
         f"  kept for backward: {saved} bytes for each step and row, beside xs and ys",
     ]
-    if both.backward is not None:
-        lines += ["Backward", *_pass(both.backward)]
-        sums = len(both.backward.code.reductions)
-        lines.append(f"  over all steps and rows: {sums} sums for what the step closes over")
+    backward = backward_pass(graph, both, False)
+    lines += ["Backward", *_pass(backward)]
+    sums = len(backward.code.reductions)
+    lines.append(f"  over all steps and rows: {sums} sums for what the step closes over")
     return "\n".join(lines)
 
 

@@ -20,9 +20,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .ir import COMPARISONS, Arg, Graph, Node, Product, Reduce
+
+if TYPE_CHECKING:
+    from collections.abc import Container
 
 
 class Outer(NamedTuple):
@@ -72,13 +75,14 @@ class Backward:
     active_ys: set[int] = field(default_factory=set)
 
 
-def backward(forward: Graph, needs: Needs) -> Backward:
-    return _Gradients(forward, needs).run()
+def backward(forward: Graph, needs: Needs, ys: Container[int] | None = None) -> Backward:
+    """``ys``: the outputs that have a gradient; None: all."""
+    return _Gradients(forward, needs, forward.ys if ys is None else ys).run()
 
 
 class _Gradients:
-    def __init__(self, forward: Graph, needs: Needs) -> None:
-        self.forward, self.needs = forward, needs
+    def __init__(self, forward: Graph, needs: Needs, ys: Container[int]) -> None:
+        self.forward, self.needs, self.ys = forward, needs, ys
         self.graph = Graph()
         self.result = Backward(self.graph)
         self.parts: dict[
@@ -99,7 +103,7 @@ class _Gradients:
                     assert isinstance(index, int)
                     if wanted[node.op][index] or (node.op == "carry" and index in states):
                         active.add(i)
-                elif node.op == "stop" or node.op in COMPARISONS or node.op == "sign":
+                elif node.op in ("stop", "sign") or node.op in COMPARISONS or _is_moments(node):
                     continue
                 elif any(a.value in active for a in node.args) or (
                     isinstance(node.info, Product) and node.info.weight in active
@@ -202,6 +206,8 @@ class _Gradients:
                 result.widths.append(width)
                 self.give(arg, width, carry)
         for i, arg in forward.ys.items():
+            if i not in self.ys:
+                continue
             width = forward.widths[i]
             self.give(arg, width, Arg(graph.add("x", (), width, i)))
         result.active_nexts = {k for k, a in forward.nexts.items() if a.value in self.active}
@@ -280,8 +286,10 @@ class _Gradients:
         a = args[0]
         b = args[1] if len(args) > 1 else a
         match node.op:
-            case "copy":
+            case "copy" | "bfloat16" | "float16":
                 give(0, g)
+            case "clip":
+                give(0, op("minimum", op("maximum", g, op("neg", b)), b))
             case "neg":
                 give(0, op("neg", g))
             case "abs":
@@ -309,9 +317,9 @@ class _Gradients:
                 bell = op("exp", op("neg", op("mul", a, a)))
                 give(0, op("mul", g, op("mul", bell, 2 / math.sqrt(math.pi))))
             case "sigmoid":
-                give(0, op("mul", op("mul", g, op("sub", 1, out)), out))
+                give(0, op("sigmoid_grad", g, out))
             case "tanh":
-                give(0, op("mul", g, op("sub", 1, op("mul", out, out))))
+                give(0, op("tanh_grad", g, out))
             case "relu":
                 give(0, op("where", op("le", out, 0), 0, g))
             case "softplus1":
@@ -340,6 +348,20 @@ class _Gradients:
                     give(0, op("where", op(loses, a, b), 0, shared))
                 if wants[1]:
                     give(1, op("where", op(loses, b, a), 0, shared))
+            case "fma":
+                if wants[0]:
+                    give(0, op("mul", g, b))
+                if wants[1]:
+                    give(1, op("mul", g, a))
+                give(2, g)
+            case "normalize":
+                g = self.vector(g, width)
+                means = Arg(
+                    self.graph.add("reduce", (g, out), 2, Reduce("means", 1, width, width, 1))
+                )
+                centred = op("sub", g, means._replace(scalar=True))
+                skewed = op("mul", out, means._replace(offset=1, scalar=True))
+                give(0, op("mul", op("sub", centred, skewed), args[2]))
             case "where":
                 if wants[1]:
                     give(1, op("where", a, g, 0))
@@ -436,3 +458,7 @@ class _Gradients:
             for e in entry:
                 lists[e - low].append(j)
         self._give_lists(x.value, x.offset + low, lists, self.vector(g, node.width))
+
+
+def _is_moments(node: Node) -> bool:
+    return isinstance(node.info, Reduce) and node.info.kind == "moments"

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 _ONE: dict[str, Callable[[Tensor], Tensor]] = {
     "copy": lambda a: a,
     "stop": torch.Tensor.detach,
+    "bfloat16": lambda a: a.bfloat16().to(a.dtype),
+    "float16": lambda a: a.half().to(a.dtype),
     "softplus1": lambda a: torch.nn.functional.softplus(a, threshold=80),
     **{
         name: getattr(torch, name)

@@ -16,18 +16,22 @@ Operations::
 
     a pointwise code of `POINTWISE`
     product     (x,) by a part of a shared tensor: `Product`
-    reduce      sum or max over segments: `Reduce`
+    reduce      sum or max over segments, moments or means of a row: `Reduce`
+    normalize   (x - mean)·scale; the gradient takes mean and scale for those of the whole of x
     collect     out[i] = sum of the elements of x that list i of a `Table` names
     cat         parts one after the other
     stop        a copy that no gradient passes
+    clip        a copy of x whose gradient is held between ± its second operand
 
-Comparisons give 1 or 0. grad.py differentiates a program, plan.py prepares it for the engine. Which
+Comparisons give 1 or 0. bfloat16 and float16 round to what that type can hold, and pass the
+gradient on as it is. grad.py differentiates a program, plan.py prepares it for the engine. Which
 files of this folder import torch, README.md says.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -35,12 +39,15 @@ from typing import NamedTuple
 POINTWISE = {
     **dict.fromkeys(
         "copy neg abs sign reciprocal sqrt rsqrt exp expm1 log log1p sin cos erf sigmoid tanh relu "
-        "softplus1".split(),
+        "softplus1 bfloat16 float16".split(),
         1,
     ),
-    **dict.fromkeys("add sub mul div maximum minimum lt le gt ge eq ne".split(), 2),
-    **dict.fromkeys(["where", "fma"], 3),
+    **dict.fromkeys(
+        "add sub mul div maximum minimum lt le gt ge eq ne tanh_grad sigmoid_grad".split(), 2
+    ),
+    **dict.fromkeys(["where", "fma", "normalize"], 3),
 }
+COPIES = frozenset(["stop", "clip"])  # of their first operand
 COMPARISONS = frozenset("lt le gt ge eq ne".split())
 INPUTS = frozenset("x carry fixed shared const".split())
 # What costs about as much as a dozen additions.
@@ -70,9 +77,13 @@ class Product(NamedTuple):
 
 
 class Reduce(NamedTuple):
-    """out[g] = Σ_j x[g·segment + j·element], j < length, or the maximum."""
+    """out[g] = Σ_j x[g·segment + j·element], j < length, or the maximum.
 
-    kind: str  # "sum" or "max"
+    Of a row of ``length`` elements side by side, ``"moments"`` (x,): the mean and
+    1 / √(variance + 1e-5), which pass no gradient; ``"means"`` (x, y): those of x and of x·y.
+    """
+
+    kind: str  # "sum", "max", "moments" or "means"
     groups: int
     segment: int
     length: int
@@ -211,6 +222,43 @@ class Graph:
         lines += [f"next {k} = {_arg_text(a)}" for k, a in self.nexts.items()]
         lines += [f"y {i}[{self.widths[i]}] = {_arg_text(a)}" for i, a in self.ys.items()]
         return "\n".join(lines) + "\n"
+
+
+def contracted(graph: Graph) -> Graph:
+    """The program with fma for a product that only one sum reads.
+
+    Before anything is kept for backward, so that a result has the same bits whether it is or not.
+    """
+    uses: Counter[int] = Counter(a.value for node in graph.nodes for a in node.args)
+    uses.update(a.value for a in (*graph.nexts.values(), *graph.ys.values()))
+    joined: dict[int, tuple[int, tuple[Arg, ...]]] = {}  # of a sum: the product, fma's operands
+    for i, node in enumerate(graph.nodes):
+        if node.op != "add":
+            continue
+        for product, other in (node.args, node.args[::-1]):
+            factors = graph.nodes[product.value]
+            whole = graph.full(product, node.width) or node.width == 1
+            if factors.op == "mul" and uses[product.value] == 1 and whole:
+                joined[i] = (product.value, (*factors.args, other))
+                break
+    out = Graph(widths=graph.widths)
+    place: dict[int, int] = {}
+
+    def moved(a: Arg) -> Arg:
+        return a._replace(value=place[a.value])
+
+    gone = {product for product, _ in joined.values()}
+    for i, node in enumerate(graph.nodes):
+        if i in gone:
+            continue
+        op, args = ("fma", joined[i][1]) if i in joined else (node.op, node.args)
+        info = node.info
+        if isinstance(info, Product):
+            info = info._replace(weight=place[info.weight])
+        place[i] = out.add(op, tuple(map(moved, args)), node.width, info)
+    out.nexts = {k: moved(a) for k, a in graph.nexts.items()}
+    out.ys = {i: moved(a) for i, a in graph.ys.items()}
+    return out
 
 
 def _arg_text(a: Arg) -> str:

@@ -68,13 +68,13 @@ class _Operands:
                 of_states[k] = wanted
             self.needs = Needs(tuple(of_states), *parts[1:])
 
-    def kept(self, reverse: bool) -> list[tuple[str, int]]:
+    def kept(self) -> list[tuple[str, int]]:
         """What forward keeps, in the order of the operator's results."""
-        plan = self.program.ready(self.needs, reverse).passes.forward
+        plan = self.program.forward(self.needs).plan
         return [what for what in plan.sequences if what[0] in ("saved", "state")]
 
-    def width(self, what: tuple[str, int], reverse: bool) -> int:
-        both = self.program.ready(self.needs, reverse).passes
+    def width(self, what: tuple[str, int]) -> int:
+        both = self.program.passes(self.needs)
         return both.saved[what[1]] if what[0] == "saved" else self.program.widths[what[1]]
 
 
@@ -83,8 +83,8 @@ def _forward(
     reverse: bool, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     call = _Operands(text, states, xs, fixed, shared, needs)
-    out = call.program.forward(call.inputs, call.steps, call.rows, reverse, call.needs)
-    kept = [out.kept[what] for what in call.kept(reverse)] if call.needs else []
+    out = call.program.run_forward(call.inputs, call.steps, call.rows, reverse, call.needs)
+    kept = [out.kept[what] for what in call.kept()] if call.needs else []
     return [*out.finals, *out.ys, *kept]
 
 
@@ -97,9 +97,9 @@ def _forward_fake(
     finals = [new((call.rows, s.shape[1])) for s in states]
     graph = call.program.graph
     ys = [new((call.steps, call.rows, graph.widths[i])) for i in graph.ys]
-    kept = call.kept(reverse) if call.needs else []
+    kept = call.kept() if call.needs else []
     return [
-        *finals, *ys, *(new((call.steps, call.rows, call.width(w, reverse))) for w in kept)
+        *finals, *ys, *(new((call.steps, call.rows, call.width(w))) for w in kept)
     ]  # fmt: skip
 
 
@@ -110,8 +110,8 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     call = _Operands(text, states, xs, fixed, shared, needs)
     assert call.needs is not None
-    names = call.kept(reverse)
-    found = call.program.backward(
+    names = call.kept()
+    found = call.program.run_backward(
         call.inputs, ys, dict(zip(names, kept, strict=True)), d_finals, d_ys, call.steps,
         call.rows, reverse, call.needs,
     )  # fmt: skip
@@ -164,7 +164,7 @@ class _Recorded(torch.autograd.Function):
         ctx.text, ctx.counts, ctx.reverse, ctx.ys = text, counts, reverse, ys
         ctx.save_for_backward(*arrays, *out[finals:])
         ctx.set_materialize_grads(False)
-        active = [a for group in call.program.active(call.needs, reverse) for a in group]
+        active = [a for group in call.program.active(call.needs) for a in group]
         ctx.mark_non_differentiable(
             *(o for o, a in zip(out, active, strict=False) if not a), *out[finals + ys :]
         )

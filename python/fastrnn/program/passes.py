@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .grad import Backward, Needs, Outer, backward
-from .ir import COSTLY, INPUTS, POINTWISE, Arg, Graph, Node
+from .ir import COPIES, COSTLY, INPUTS, POINTWISE, Arg, Graph, Node, Reduce
 from .plan import Code, Home, Output, lower
 
 # Cheap operations that are rather done again than kept, and what a costly one counts for.
@@ -36,13 +36,15 @@ class Pass:
 
 @dataclass
 class Passes:
+    """The forward pass, and what it keeps; `backward_pass` makes the other from it."""
+
     forward: Pass
-    backward: Pass | None = None
     saved: list[int] = field(default_factory=list)  # widths of what forward keeps
     states: dict[int, tuple[str, int]] = field(default_factory=dict)  # where state k is kept
     # Final states and outputs that have a gradient.
     active_nexts: set[int] = field(default_factory=set)
     active_ys: set[int] = field(default_factory=set)
+    found: _Backward | None = None
 
 
 class _Inputs:
@@ -70,7 +72,7 @@ class _Inputs:
         return Home(home, items.index(index), width)
 
 
-def passes(graph: Graph, widths: dict[int, int], needs: Needs | None, reverse: bool) -> Passes:
+def passes(graph: Graph, widths: dict[int, int], needs: Needs | None) -> Passes:
     """``widths`` of the states; without ``needs`` nothing is kept."""
     found = _Backward(graph, backward(graph, needs)) if needs is not None else None
     made = Passes(_forward(graph, widths, found))
@@ -79,8 +81,29 @@ def passes(graph: Graph, widths: dict[int, int], needs: Needs | None, reverse: b
         made.states = found.states
         made.active_nexts = found.made.active_nexts
         made.active_ys = found.made.active_ys
-        made.backward = _lower_backward(graph, found, reverse)
+        made.found = found
     return made
+
+
+def backward_pass(
+    graph: Graph,
+    whole: Passes,
+    reverse: bool,
+    part: tuple[Needs, frozenset[int]] | None = None,
+) -> Pass:
+    """The backward pass for what forward keeps.
+
+    Arguments:
+        whole: what `passes` made of the program.
+        reverse: whether forward walks from the last step.
+        part: the wanted gradients, fewer than those that forward kept values for, and the outputs
+            that have a gradient; of the others it is zero. None: all.
+    """
+    found = whole.found
+    assert found is not None
+    if part is not None:
+        found = _Backward(graph, backward(graph, *part), found)
+    return _lower_backward(graph, found, reverse)
 
 
 def _forward(graph: Graph, widths: dict[int, int], backward: _Backward | None) -> Pass:
@@ -126,7 +149,7 @@ def _bind(node: Node, i: int, inputs: _Inputs) -> None:
 class _Backward:
     """What backward's program reads of forward's values: kept, or computed again."""
 
-    def __init__(self, forward: Graph, made: Backward) -> None:
+    def __init__(self, forward: Graph, made: Backward, whole: _Backward | None = None) -> None:
         self.forward, self.made = forward, made
         self.graph = made.graph
         self.roots = [a.value for a in (*self.graph.nexts.values(), *self.graph.ys.values())]
@@ -138,7 +161,10 @@ class _Backward:
         self.again: dict[int, int] = {}  # forward's value: backward's node that makes it
         self.kept: list[tuple[int, int, int]] = []  # value, and the part of it
         self.states: dict[int, tuple[str, int]] = {}
-        self._decide()
+        if whole is None:
+            self._decide()
+        else:
+            self._decide_as(whole)
 
     def sources(self) -> list[int]:
         return [v for v, _, _ in self.kept]
@@ -173,8 +199,10 @@ class _Backward:
         if node.op == "cat":
             assert isinstance(node.info, tuple)
             return node.info[position]  # type: ignore[no-any-return]
-        if node.op in POINTWISE or node.op == "stop":
+        if node.op in POINTWISE or node.op in COPIES:
             return node.width
+        if isinstance(node.info, Reduce) and position > 0:
+            return node.info.length
         return self.graph.nodes[node.args[0].value].width - node.args[0].offset
 
     def _decide(self) -> None:
@@ -194,6 +222,16 @@ class _Backward:
                 self.kept.append((value, low, high))
                 if (low, high) == (0, node.width):
                     there.add(value)
+
+    def _decide_as(self, whole: _Backward) -> None:
+        """What a backward pass for more gradients has kept is there, the rest is made again."""
+        self.kept, self.states = whole.kept, whole.states
+        kept = {value for value, _, _ in self.kept}
+        nodes = self.forward.nodes
+        self.there |= {v for v, low, high in self.kept if (low, high) == (0, nodes[v].width)}
+        for value in sorted(self.read):
+            if nodes[value].op not in INPUTS and value not in kept:
+                self._make_again(value)
 
     def _keep_state(self, k: int) -> None:
         forward = self.forward
@@ -221,7 +259,7 @@ class _Backward:
             node = nodes[i]
             if node.op in ("x", "fixed", "shared", "const"):
                 continue
-            if node.op not in POINTWISE and node.op not in ("stop", "cat"):
+            if node.op not in POINTWISE and node.op not in COPIES and node.op != "cat":
                 return float("inf")
             cost += _COSTLY_AGAIN if node.op in COSTLY else 1
             if cost > _MOST_AGAIN:

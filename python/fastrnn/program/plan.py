@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .grad import Columns, Outer
-from .ir import POINTWISE, Arg, Graph, Node, Product, Reduce
+from .ir import COPIES, POINTWISE, Arg, Graph, Node, Product, Reduce
 
 BEFORE, STEP, AFTER = range(3)
 _MOST_REGISTERS = 28  # of 32, for what a run must hold besides
@@ -309,7 +309,7 @@ class _Lowering:
         arg = output.arg._replace(value=i)
         whole = not arg.scalar and arg.offset == 0 and self.nodes[i].width == output.width
         state = output.home.home == "next"
-        fits = not self._read(i) and self._phase_of(i) == STEP if state else True
+        fits = self._phase_of(i) == STEP if state else True
         if whole and not self.is_input(i) and i not in self.place and fits:
             self.place[i] = (value, 0)
             return
@@ -372,14 +372,17 @@ class _Lowering:
     def _leaves_run(self, i: int) -> bool:
         """Whether anything but a pointwise operation over the same columns may read a value."""
         node, phase = self.nodes[i], self._phase_of(i)
-        if node.op not in POINTWISE and node.op != "stop":
+        if not self._pointwise(i):
             return True
         if AFTER + 1 in self._read_phases(i):
             return True
         for user in self.users[i]:
             other = self.nodes[user]
-            pointwise = other.op in POINTWISE or other.op == "stop"
-            if not pointwise or self._phase_of(user) != phase or other.width != node.width:
+            if (
+                not self._pointwise(user)
+                or self._phase_of(user) != phase
+                or other.width != node.width
+            ):
                 return True
             for arg in self.operands(user):
                 if arg.value == i and (arg.offset or (arg.scalar and node.width > 1)):
@@ -411,7 +414,7 @@ class _Lowering:
         return begin <= self.place[copy][1] < begin + max(width, 1)
 
     def _pointwise(self, i: int) -> bool:
-        return self.nodes[i].op in POINTWISE or self.nodes[i].op == "stop"
+        return self.nodes[i].op in POINTWISE or self.nodes[i].op in COPIES
 
     def _emit_others(
         self, phase: int, todo: list[int], waits: dict[int, set[int]], done: set[int]
@@ -447,20 +450,15 @@ class _Lowering:
                  info.in_group, info.w_group, info.w_k, info.w_n, info.K, info.N, init, init_offset)
             )  # fmt: skip
         elif isinstance(info, Reduce):
+            second: tuple[int, ...] = ()
+            if info.kind == "means":
+                other = self.operands(i)[1]
+                place, begin = self.place[other.value]
+                second = (place, begin + other.offset)
             out.append(
-                (
-                    "reduce",
-                    info.kind,
-                    value,
-                    offset,
-                    source,
-                    start,
-                    info.groups,
-                    info.segment,
-                    info.length,
-                    info.element,
-                )
-            )
+                ("reduce", info.kind, value, offset, source, start, info.groups, info.segment,
+                 info.length, info.element, *second)
+            )  # fmt: skip
         else:
             out.append(("collect", value, offset, source, start, node.width, self._table(info)))
 
@@ -531,23 +529,33 @@ class _Lowering:
             for a in self.operands(i):
                 if a.value in register:
                     operands.append((self._register(register[a.value]), 0, False))
+                elif a.value in inside:
+                    operands.append((*self.place[a.value], False))
                 else:
                     operands.append(self._operand(a))
             ended = {a.value for a in self.operands(i) if last.get(a.value) == at}
-            free += [register.pop(value) for value in sorted(ended)]
+            free += [register.pop(value) for value in sorted(ended & register.keys())]
+            code = node.op
+            if code in COPIES:
+                code, operands = "copy", operands[:1]
             operands += [None] * (3 - len(operands))
-            code = "copy" if node.op == "stop" else node.op
-            if i in last:
-                if not free:
-                    return None
-                register[i] = free.pop()
-                target = (self._register(register[i]), 0, False)
-                operations.append((code, target, *operands))
-                if i in self.place:
-                    operations.append(("copy", (*self.place[i], False), target, None, None))
-            else:
+            if i in self.place and (i not in last or self._has_place_alone(i)):
                 operations.append((code, (*self.place[i], False), *operands))
+                continue
+            if not free:
+                return None
+            register[i] = free.pop()
+            target = (self._register(register[i]), 0, False)
+            operations.append((code, target, *operands))
+            if i in self.place:
+                operations.append(("copy", (*self.place[i], False), target, None, None))
         return operations
+
+    def _has_place_alone(self, i: int) -> bool:
+        """Whether a value fills its place, so that a run may write and read it there."""
+        value, offset = self.place[i]
+        width: int = self.code.values[value][2]
+        return offset == 0 and width == self.nodes[i].width
 
     def _placed_later(self, run: list[int], inside: set[int]) -> list[tuple[Any, ...]] | None:
         for i in run:

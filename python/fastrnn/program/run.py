@@ -216,7 +216,7 @@ class Call:
         if torch.is_grad_enabled() and any(t.requires_grad for t in leaves):
             return self._results(list(_Recorded.apply(self, *leaves)))  # type: ignore[no-untyped-call]
         inputs = self.arrays(self.init, self.xs, self.fixed, self.shared)
-        out = self.program.forward(inputs, self.steps, self.rows, self.reverse, None)
+        out = self.program.run_forward(inputs, self.steps, self.rows, self.reverse, None)
         return self._results([*out.finals, *out.ys])
 
     def arrays(self, init: Leaves, xs: Leaves, fixed: Leaves, shared: Leaves) -> Inputs:
@@ -290,7 +290,7 @@ class Call:
         init, xs, fixed, shared = self.split(leaves)
         inputs = self.arrays(init, xs, fixed, shared)
         count = len(self.graph.nexts)
-        found = self.program.backward(
+        found = self.program.run_backward(
             inputs,
             ys,
             kept,
@@ -359,7 +359,7 @@ class _Recorded(torch.autograd.Function):
         init, xs, fixed, shared = call.split(ctx.needs_input_grad[1:])
         needs = Needs(tuple(init), tuple(xs), tuple(fixed), tuple(shared))
         inputs = call.arrays(*call.split(leaves))
-        out = call.program.forward(inputs, call.steps, call.rows, call.reverse, needs)
+        out = call.program.run_forward(inputs, call.steps, call.rows, call.reverse, needs)
         ctx.call, ctx.needs = call, needs
         ctx.set_materialize_grads(False)
         read = call.program.read_back(needs, call.reverse)
@@ -368,7 +368,7 @@ class _Recorded(torch.autograd.Function):
         saved_ys = [y for y, wanted in zip(out.ys, ctx.ys, strict=True) if wanted]
         ctx.save_for_backward(*leaves, *saved_ys, *(out.kept[what] for what in ctx.names))
         results = [*out.finals, *out.ys]
-        states, ys = call.program.active(needs, call.reverse)
+        states, ys = call.program.active(needs)
         ctx.mark_non_differentiable(
             *(r for r, active in zip(results, [*states, *ys], strict=True) if not active)
         )

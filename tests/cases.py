@@ -1,4 +1,8 @@
-"""Stacks with options: each option by itself, and few combinations in which all pairs meet."""
+"""What the tests run: stacks, the layout of their data, and options, alone and in pairs.
+
+`Case` says which stack; problems.py makes its data in NumPy, stacks.py in torch.
+`fastrnn.bench.cases.Case` is another thing: what is timed, as a suite's file names it.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,33 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastrnn._options import Options
-from problems import LAYOUTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
-class OptionCase(NamedTuple):
-    """A stack, the layout of its data, one of `LAYOUTS`, and what its options ask for besides."""
+LAYOUTS = ("padded", "lengths", "packed", "reset", "lengths-reset")
+EXTRAS = ("reset_hx", "dropout", "zoneout_h", "zoneout_c")
+
+STACKS = {
+    "rnn": Options("RNN"),
+    "rnn-sigmoid-2": Options("RNN", num_layers=2, activation="sigmoid"),
+    "gru": Options("GRU"),
+    "gru-bidirectional-2": Options("GRU", num_layers=2, bidirectional=True),
+    "gru-before-no-bias": Options("GRU", bias=False, reset_after=False),
+    "lstm": Options("LSTM"),
+    "lstm-identity-hard": Options("LSTM", activation="identity", gate_activation="hardsigmoid"),
+    "lstm-bidirectional-2": Options("LSTM", num_layers=2, bidirectional=True, bias=False),
+    "lstm-projected": Options("LSTM", num_layers=2, bidirectional=True, proj_size=2),
+}
+
+
+class Case(NamedTuple):
+    """A stack, the layout of its data, and which further arrays its options take."""
 
     options: Options
-    layout: str = "lengths and reset"
-    extras: tuple[str, ...] = ()  # of problems.EXTRAS
+    layout: str = "lengths-reset"  # of LAYOUTS
+    extras: tuple[str, ...] = ()  # of EXTRAS
 
     def __str__(self) -> str:
         own = [
@@ -25,14 +44,14 @@ class OptionCase(NamedTuple):
             for name, field in self.options.__dataclass_fields__.items()
             if name != "cell" and getattr(self.options, name) != field.default
         ]
-        return " ".join([self.options.cell, *own, self.layout.replace(" ", "-"), *self.extras])
+        return " ".join([self.options.cell, *own, self.layout, *self.extras])
 
 
 def all_pairs(parameters: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Combinations of one value of each parameter in which every two values meet at least once.
 
-    Greedy: each new combination begins with two values that have not met, and takes for every other
-    parameter the value that meets most of those it has not met.
+    Greedy: each new combination starts from two values that have not met, and takes for every other
+    parameter the value that adds the most new meetings.
     """
     names = list(parameters)
     apart = {
@@ -61,7 +80,7 @@ def all_pairs(parameters: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _case(cell: Any, layout: str = "lengths and reset", **given: Any) -> OptionCase:
+def _case(cell: Any, layout: str = "lengths-reset", **given: Any) -> Case:
     """A case from fields of `Options` and how zoneout, dropout and learned states are given."""
     extras = []
     if given.pop("learned", False):
@@ -74,7 +93,7 @@ def _case(cell: Any, layout: str = "lengths and reset", **given: Any) -> OptionC
             extras.append(name)
         if how != "off":
             given[name] = 0.3
-    return OptionCase(Options(cell, **given), layout, tuple(extras))
+    return Case(Options(cell, **given), layout, tuple(extras))
 
 
 ALONE = [

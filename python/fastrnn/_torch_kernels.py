@@ -8,7 +8,6 @@ torch's call cannot compute is composed of plain operations.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from . import _by_torch, _composed
 from ._engine import Extras
-from ._options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
 
     from ._by_torch import States, Steps
     from ._engine import CudaRoute
+    from ._options import Options
 
 
 class _Given(NamedTuple):
@@ -51,40 +50,31 @@ class _Given(NamedTuple):
         return self.batch_sizes, self.lengths, self.reset, Extras(*self[7:])
 
 
-_TENSORS = len(_Given._fields)
-_OPTIONS = len(fields(Options))
-_SAVED = 8  # tensors that backward takes besides: hidden, cell, gates and five cotangents
-
-
-def leaves_to_engine(*arguments: Any) -> bool:
+def leaves_to_engine(given: Sequence[Any], options: Options, training: bool) -> bool:
     """Whether the engine computes a call that asks for it: on CUDA where its kernels are trusted.
 
     A graph that was made on a CPU asks for the engine after it was moved, too.
     """
-    given = _Given(*arguments[:_TENSORS])
-    if not given.input.is_cuda:
-        return given.input.device.type == "cpu"
-    training = arguments[-2] is not False  # forward's `save`, or backward's `needs`
-    first = _TENSORS + (0 if isinstance(arguments[-2], bool) else _SAVED)
-    return kernels(given, arguments[first : first + _OPTIONS], training).kernels
+    if not given[0].is_cuda:
+        return bool(given[0].device.type == "cpu")
+    return kernels(given, options, training).kernels
 
 
-def kernels(given: Sequence[Any], scalars: Sequence[Any], training: bool) -> CudaRoute:
-    """`_by_torch.kernels` of what an operator takes: its first tensors, and its options."""
-    own = _Given(*given[:_TENSORS])
+def kernels(given: Sequence[Any], options: Options, training: bool) -> CudaRoute:
+    """`_by_torch.kernels` of an operator's first tensors and its options."""
+    own = _Given(*given)
     batch_sizes, *_, extras = own.steps
-    options = Options(*scalars)
     return _by_torch.kernels(options, extras, own.input, own.weights, batch_sizes, training)
 
 
-def forward_kernel(*arguments: Any) -> tuple[Any, ...]:
-    """What ``fastrnn::forward`` gives, by torch's call or, where that cannot, composed operations.
-
-    None for what is not wanted.
+def forward_kernel(
+    arguments: Sequence[Any], options: Options, states: bool, save: bool, by_torch: bool
+) -> tuple[Any, ...]:
+    """The results of ``fastrnn::forward`` by torch's function or, where it cannot, by composed
+    operations. None for what was not asked for.
     """
-    given, (*scalars, states, save, by_torch) = _Given(*arguments[:_TENSORS]), arguments[_TENSORS:]
-    options, steps = Options(*scalars), given.steps
-    found = None
+    given = _Given(*arguments)
+    steps, found = given.steps, None
     if by_torch or (_by_torch.has(options, steps[3], states) and not save):
         found = _forward(options, given, states, save)
     if found is not None:
@@ -108,11 +98,15 @@ def forward_kernel(*arguments: Any) -> tuple[Any, ...]:
     return stack.hidden[-1], stack.h_n, stack.c_n, hidden, cell, None
 
 
-def backward_kernel(*arguments: Any) -> list[Tensor | None]:
-    """What ``fastrnn::backward`` gives, likewise."""
-    given, saved = _Given(*arguments[:_TENSORS]), arguments[_TENSORS : _TENSORS + _SAVED]
-    *scalars, needs, by_torch = arguments[_TENSORS + _SAVED :]
-    options, (hidden, _, reserve, *cotangents) = Options(*scalars), saved
+def backward_kernel(
+    arguments: Sequence[Any],
+    saved: Sequence[Any],
+    options: Options,
+    needs: Sequence[bool],
+    by_torch: bool,
+) -> list[Tensor | None]:
+    """The results of ``fastrnn::backward``, likewise."""
+    given, (hidden, _, reserve, *cotangents) = _Given(*arguments), saved
     found = None
     if by_torch:
         cotangents = _of_the_output(cotangents)

@@ -1,8 +1,8 @@
-"""Runs `fastrnn._C` on arrays of a CUDA device that is virtual, against the reference.
+"""Runs `fastrnn._C` on arrays of a virtual CUDA device, against the reference.
 
-A program of its own, because the module that it is given stands in for `fastrnn._C`. In it the CUDA
-backend is the package's own, but CUDA's runtime is that of cuda/tests/virtual, which runs the
-kernels' PTX on the CPU. The device's memory is the host's.
+A separate program, because the module that it is given replaces `fastrnn._C`. That module has the
+package's own CUDA backend over the CUDA runtime of cuda/tests/virtual, which runs the kernels' PTX
+on the CPU. The device's memory is the host's.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ import itertools
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from replaced_module import load
 
 load(sys.argv[1])
 
 import engine  # noqa: E402
+from cases import LAYOUTS  # noqa: E402
 from fastrnn import _C  # noqa: E402
 from fastrnn._options import Options  # noqa: E402
-from problems import LAYOUTS, random_problem  # noqa: E402
+from problems import random_problem  # noqa: E402
 from virtual_array import OnDevice, workspace  # noqa: E402
 
 persistent = sys.argv[2] == "persistent"
-work = {"workspace": workspace, "stream": 0, "persistent": persistent}
+work = (workspace, 0, False, persistent)
 to_float64 = engine.to_float64
 engine.on_device = lambda device: (OnDevice, work)
 engine.to_float64 = lambda x: to_float64(x.host if isinstance(x, OnDevice) else x)

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _C, _by_torch, _checks, _composed, _ops, _transforms  # noqa: F401  (registers)
+from . import _C, _by_torch, _checks, _composed, _flops, _operators, _program_torch
+from ._autograd import Recurrence
 from ._C import Frozen
 from ._engine import (
     NO_EXTRAS,
@@ -31,7 +32,7 @@ from ._engine import (
     cuda_switch,
     each_layer,
     no_kernels,
-    scalars,
+    prepared,
 )
 from ._options import Options
 
@@ -102,7 +103,9 @@ def usual_layer(layer: Any, input: Any, hx: tuple[Any, ...] | None) -> Result | 
         return None
     parameters, options = layer._parameters, layer._options
     weights: list[Any] = [parameters.get(name) for name in layer._flat_weights_names]
-    if any(w is None for w in weights) or not _C.nothing_listens((input, *(hx or ()), *weights)):
+    if any(w is None for w in weights) or not _C.bypass_is_unobservable(
+        (input, *(hx or ()), *weights)
+    ):
         return None
     if any(x.layout is not torch.strided or x.is_nested for x in (input, *(hx or ()), *weights)):
         return None
@@ -166,6 +169,25 @@ def cell_by_torch(
     return chosen is None or chosen is _torch_as_operator
 
 
+_C.set_torch(
+    Tensor,
+    torch.nn.Parameter,
+    torch.get_num_threads,
+    torch.is_grad_enabled,
+    [torch.float32, torch.float64, torch.bfloat16, torch.float16],
+    # Whoever would notice that a call bypasses the dispatcher: a mode, a trace, a profiler.
+    [torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state],
+    [(vars(torch.autograd.profiler), "_is_profiler_enabled")],
+    # Whatever changes what a call means: a cast, a transform, forward mode, a watcher.
+    [
+        partial(torch.is_autocast_enabled, "cpu"),
+        torch._C._functorch.maybe_current_level,
+        _composed.watchers.get,
+    ],
+    [(vars(forward_ad), "_current_level")],
+)
+
+
 _Route = Callable[
     [Options, Tensor, tuple[Tensor, ...] | None, Sequence[Tensor], _by_torch.Steps, bool,
      Frozen | None],
@@ -221,12 +243,30 @@ def _engine_route(
     *rows, extras = steps
     leaves = (input, h0, c0, extras.reset_h, extras.reset_c, *weights)
     save = _by_torch.records(leaves)
-    given = (input, h0, c0, weights, *rows, *extras, *scalars(options))
     if frozen is not None and save:
         frozen.thaw()
-    output, h_n, c_n, hidden, cell, _ = _ops.forward(
-        *given, return_states, save, by_torch=by_torch, frozen=frozen
-    )
+    if (
+        by_torch
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.maybe_current_level() is not None
+        or not _C.bypass_is_unobservable((input, h0, c0, *weights, *extras))
+    ):
+        if not torch.compiler.is_compiling():
+            _flops.register()
+        given = (input, h0, c0, weights, *rows, *extras)
+        outputs = _operators.forward_op(*given, options.text, return_states, False, by_torch)
+    else:
+        given = (input, h0, c0, weights, *rows, *extras)
+        call = _program_torch.call(options, given, frozen)
+        if save:
+            others = (*rows, *extras[2:])
+            outputs = Recurrence.apply(prepared(options), call, others, return_states, *leaves)  # type: ignore[no-untyped-call]
+        else:
+            device = None
+            if input.is_cuda:
+                device = _operators.device_of(given, options, False)
+            outputs = call.forward(return_states, False, False, device)
+    output, h_n, c_n, hidden, cell, _ = outputs
     if options.cell != "LSTM":
         c_n = cell = None
     states = States(hidden, cell) if return_states else None

@@ -1,0 +1,235 @@
+// What Python calls: `_C.Call` and the functions around it.
+//
+//   Call(…).forward(…)   any call: the arguments checked, then run, with what backward needs or
+//                        without
+//   backward(…)          its gradients
+//   …_members(…)         the same for an ensemble
+//   layer(…)             the whole call of a layer or cell of torch, where nothing about it is
+//                        unusual: one call from Python instead of many
+#include "calls.h"
+
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "call.h"
+#include "torch.h"
+
+namespace fastrnn::bind {
+namespace {
+
+using Arg = py::handle;
+
+Device device_of(py::handle device) {
+  if (device.is_none()) return {};
+  const auto [workspace, stream, allow_tf32, persistent] =
+      device.cast<std::tuple<py::object, std::uintptr_t, bool, bool>>();
+  return {workspace, stream, allow_tf32, persistent};
+}
+
+py::tuple as_tuple(Results&& r) {
+  return py::make_tuple(std::move(r.output), std::move(r.h_n), std::move(r.c_n),
+                        std::move(r.hidden), std::move(r.cell), std::move(r.saved));
+}
+
+Results saved_results(Arg hidden, Arg cell, Arg saved) {
+  Results results;
+  results.hidden = py::reinterpret_borrow<py::object>(hidden);
+  results.cell = py::reinterpret_borrow<py::object>(cell);
+  results.saved = py::reinterpret_borrow<py::object>(saved);
+  return results;
+}
+
+std::unique_ptr<Call> make_call(const CheckedOptions& options, Arg input, Arg h0, Arg c0,
+                                Arg weights, Arg batch_sizes, Arg lengths, Arg reset, Arg reset_hx,
+                                int threads, bool cell, Frozen* frozen) {
+  auto call = std::make_unique<Call>(options, threads, cell);
+  call->set_inputs({input, h0, c0, weights, batch_sizes, lengths, reset, reset_hx});
+  if (frozen != nullptr) call->set_frozen(weights, *frozen);
+  const py::tuple each(py::reinterpret_borrow<py::object>(weights));
+  call->hold(py::make_tuple(input, h0, c0, each, lengths, reset, reset_hx));
+  return call;
+}
+
+py::list backward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg weights,
+                  Arg batch_sizes, Arg lengths, Arg reset, Arg hidden, Arg cell_state, Arg saved,
+                  Arg d_output, Arg d_hidden, Arg d_cell, Arg d_h_n, Arg d_c_n,
+                  const py::tuple& needs, bool consume_saved, int threads, bool cell, Arg device) {
+  Call call(options, threads, cell);
+  call.set_inputs({input, h0, c0, weights, batch_sizes, lengths, reset, py::none()});
+  return call.backward(saved_results(hidden, cell_state, saved),
+                       {d_output, d_hidden, d_cell, d_h_n, d_c_n}, needs, consume_saved,
+                       device_of(device));
+}
+
+// ---- ensembles ----------------------------------------------------------------------------------
+
+class Ensemble {
+ public:
+  Ensemble(const CheckedOptions& options, std::int64_t count, int threads, const Inputs& inputs)
+      : members_{count, {}, {}} {
+    if (count < 1)
+      throw py::value_error("members: expected 1 or more, got " + std::to_string(count));
+    for (std::int64_t index = 0; index < count; ++index) {
+      owned_.push_back(std::make_unique<Call>(options, threads, false, &members_, index));
+      calls_.push_back(&owned_.back()->set_inputs(inputs));
+    }
+  }
+  const std::vector<Call*>& calls() const { return calls_; }
+
+ private:
+  Members members_;
+  std::vector<std::unique_ptr<Call>> owned_;
+  std::vector<Call*> calls_;
+};
+
+py::tuple forward_members(const CheckedOptions& options, std::int64_t members, Arg input, Arg h0,
+                          Arg c0, Arg weights, Arg batch_sizes, Arg lengths, Arg reset,
+                          Arg reset_hx, bool states, bool save, int threads, bool zeros) {
+  const Ensemble ensemble(options, members, threads,
+                          {input, h0, c0, weights, batch_sizes, lengths, reset, reset_hx});
+  return as_tuple(Call::forward_members(ensemble.calls(), states, save, zeros));
+}
+
+py::list backward_members(const CheckedOptions& options, std::int64_t members, Arg input, Arg h0,
+                          Arg c0, Arg weights, Arg batch_sizes, Arg lengths, Arg reset, Arg hidden,
+                          Arg cell, Arg saved, Arg d_output, Arg d_hidden, Arg d_cell, Arg d_h_n,
+                          Arg d_c_n, const py::tuple& needs, int threads) {
+  const Ensemble ensemble(options, members, threads,
+                          {input, h0, c0, weights, batch_sizes, lengths, reset, py::none()});
+  return Call::backward_members(ensemble.calls(), saved_results(hidden, cell, saved),
+                                {d_output, d_hidden, d_cell, d_h_n, d_c_n}, needs);
+}
+
+// ---- the call of a torch layer or cell ----------------------------------------------------------
+
+// The arguments of a call in the usual form. Those of any other form are left to Python, which
+// handles them or says what is wrong.
+class Usual {
+ public:
+  // False where a tensor is not plain.
+  bool take(const py::dict& parameters, const py::tuple& names, py::handle input, py::handle hx,
+            int states) {
+    recording_ = grad_enabled();
+    if (!take_tensor(input)) return false;
+    weights = py::tuple(names.size());
+    for (std::size_t i = 0; i < names.size(); ++i) {
+      // Null where it is parametrized, under weight norm, in a replica: no registered parameter.
+      PyObject* weight =
+          PyDict_GetItemWithError(parameters.ptr(), PyTuple_GET_ITEM(names.ptr(), i));
+      if (weight == nullptr || !take_tensor(weight)) return false;
+      weights[i] = py::handle(weight);
+    }
+    h0 = c0 = py::handle(Py_None);
+    if (hx.is_none()) return true;
+    h0 = hx;
+    if (states == 1) return take_tensor(h0);
+    if (!PyTuple_CheckExact(hx.ptr()) || PyTuple_GET_SIZE(hx.ptr()) != states) return false;
+    h0 = PyTuple_GET_ITEM(hx.ptr(), 0);
+    c0 = PyTuple_GET_ITEM(hx.ptr(), 1);
+    return take_tensor(h0) && take_tensor(c0);
+  }
+  bool records() const { return records_; }
+
+  py::handle h0, c0;
+  py::tuple weights;
+
+ private:
+  bool take_tensor(py::handle tensor) {
+    if (!is_plain_tensor(tensor) || negation_pending(tensor)) return false;
+    records_ = records_ || (recording_ && requires_grad(tensor));
+    return true;
+  }
+
+  bool recording_ = false, records_ = false;
+};
+
+// The results with a gradient: (output, h_n, c_n, …) of the autograd Function.
+py::object recorded(py::handle own, std::unique_ptr<Call> call, py::handle input,
+                    const Usual& usual) {
+  const py::object checked = py::cast(std::move(call));
+  std::vector<PyObject*> arguments = {own.ptr(),      checked.ptr(), Py_None,
+                                      Py_False,       input.ptr(),   usual.h0.ptr(),
+                                      usual.c0.ptr(), Py_None,       Py_None};
+  for (const py::handle weight : usual.weights) arguments.push_back(weight.ptr());
+  PyObject* results =
+      PyObject_Vectorcall(recording_apply().ptr(), arguments.data(), arguments.size(), nullptr);
+  if (results == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(results);
+}
+
+// (output, hx_n, None) of a layer, hx_n of a cell, as tuples; None: Python's turn.
+py::object layer(py::handle own, const CheckedOptions& options, Frozen* frozen,
+                 const py::dict& parameters, const py::tuple& names, py::handle input,
+                 py::handle hx, bool batch_first, bool cell) {
+  if (!no_observer() || !no_transform()) return py::none();
+  Usual usual;
+  std::unique_ptr<Call> call;
+  py::object x = py::reinterpret_borrow<py::object>(input);
+  try {
+    if (!usual.take(parameters, names, input, hx, options.traits.states)) return py::none();
+    if (batch_first) x = transposed(input);
+    call = std::make_unique<Call>(options, torch_threads(), cell);
+    const py::handle none(Py_None);
+    call->set_inputs({x, usual.h0, usual.c0, usual.weights, none, none, none, none});
+    if (!call->on_host()) return py::none();
+  } catch (const py::builtin_exception&) {
+    return py::none();
+  } catch (const py::error_already_set& error) {  // torch shows no memory: meta, sparse
+    if (!error.matches(PyExc_TypeError) && !error.matches(PyExc_IndexError)) throw;
+    return py::none();
+  }
+  py::tuple results;
+  if (usual.records()) {
+    if (frozen != nullptr) frozen->thaw();
+    results = recorded(own, std::move(call), x, usual);
+  } else {
+    if (frozen != nullptr) call->set_frozen(usual.weights, *frozen);
+    results = as_tuple(call->forward(false, false, false, {}));
+  }
+  const bool two = options.traits.states > 1;
+  py::tuple hx_n(two ? 2 : 1);
+  for (std::size_t i = 0; i < hx_n.size(); ++i) hx_n[i] = results[i + 1];
+  if (cell) return hx_n;
+  const py::object output = results[0];
+  return py::make_tuple(batch_first ? transposed(output) : output, hx_n, py::none());
+}
+
+}  // namespace
+
+// Every argument may be given by position: naming one costs the dispatcher more than all the
+// checks.
+void register_calls(py::module_& module) {
+  using py::arg;
+  py::class_<Call>(module, "Call")
+      .def(py::init(&make_call), arg("options"), arg("input"), arg("h0"), arg("c0"), arg("weights"),
+           arg("batch_sizes") = py::none(), arg("lengths") = py::none(), arg("reset") = py::none(),
+           arg("reset_hx") = py::none(), arg("threads") = 0, arg("cell") = false,
+           arg("frozen") = py::none())
+      .def(
+          "forward",
+          [](Call& self, bool states, bool save, bool zeros, Arg device) {
+            return as_tuple(self.forward(states, save, zeros, device_of(device)));
+          },
+          arg("states") = false, arg("save") = false, arg("zeros") = false,
+          arg("device") = py::none());
+  module.def("backward", backward, arg("options"), arg("input"), arg("h0"), arg("c0"),
+             arg("weights"), arg("batch_sizes"), arg("lengths"), arg("reset"), arg("hidden"),
+             arg("cell_state"), arg("saved"), arg("d_output"), arg("d_hidden"), arg("d_cell"),
+             arg("d_h_n"), arg("d_c_n"), arg("needs"), arg("consume_saved") = false,
+             arg("threads") = 0, arg("cell") = false, arg("device") = py::none());
+  module.def("forward_members", forward_members, arg("options"), arg("members"), arg("input"),
+             arg("h0"), arg("c0"), arg("weights"), arg("batch_sizes"), arg("lengths"), arg("reset"),
+             arg("reset_hx"), arg("states"), arg("save"), arg("threads") = 0, arg("zeros") = false);
+  module.def("backward_members", backward_members, arg("options"), arg("members"), arg("input"),
+             arg("h0"), arg("c0"), arg("weights"), arg("batch_sizes"), arg("lengths"), arg("reset"),
+             arg("hidden"), arg("cell_state"), arg("saved"), arg("d_output"), arg("d_hidden"),
+             arg("d_cell"), arg("d_h_n"), arg("d_c_n"), arg("needs"), arg("threads") = 0);
+  module.def("layer", layer);
+  module.def("fill_new_arrays", fill_new_arrays, arg("byte"));
+}
+
+}  // namespace fastrnn::bind

@@ -1,0 +1,146 @@
+"""The autograd Function of a call whose engine runs without torch's dispatcher."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd import forward_ad
+
+from . import _C, _composed, _operators, _program_torch, _transforms
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from ._engine import Prepared
+
+_BEFORE = 4  # arguments of `Recurrence.apply` that are no tensors
+_STEPS = 6  # batch_sizes, lengths, reset and three masks
+
+
+class Recurrence(torch.autograd.Function):
+    """A call of the engine with its gradient.
+
+    A first gradient is the engine's; where the gradient is itself to be differentiated, it comes
+    from composed operations. In ctx style: ``setup_context`` costs 30 µs a call.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        own: Prepared,
+        call: Any,
+        steps: tuple[Tensor | None, ...] | None,
+        states: bool,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        """Run a checked call.
+
+        Arguments:
+            own: the stack or the cell.
+            call: its arguments, checked: a ``_C.Call`` or what `_program_torch.call` gives.
+            steps: batch_sizes, lengths, reset and the masks of `Extras`; None: none of them.
+            states: whether hidden and cell are wanted.
+            tensors: input, h0, c0, reset_h, reset_c and the weights, which have gradients.
+        """
+        input: Any = tensors[0]
+        device = _device(own, tensors, steps) if input.is_cuda else None
+        output, h_n, c_n, hidden, cell, saved = call.forward(states, True, False, device)
+        ctx.own, ctx.stepped = own, steps is not None
+        ctx.fresh = True  # `saved` is as forward left it
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, cell, saved, *(steps or ()), *tensors)
+        return output, h_n, c_n, hidden if states else None, cell if states else None, None
+
+    @staticmethod
+    def backward(
+        ctx: Any, d_output: Any, d_h_n: Any, d_c_n: Any, d_hidden: Any, d_cell: Any, _: None
+    ) -> tuple[Tensor | None, ...]:
+        cotangents = (d_output, d_hidden, d_cell, d_h_n, d_c_n)
+        needs = ctx.needs_input_grad[_BEFORE:]
+        if all(d is None for d in cotangents):
+            return (None,) * (_BEFORE + len(needs))
+        hidden, cell, saved, *tensors = ctx.saved_tensors
+        steps: Sequence[Tensor | None] = (None,) * _STEPS
+        if ctx.stepped:
+            steps, tensors = tensors[:_STEPS], tensors[_STEPS:]
+        own, plain = ctx.own, not torch.is_grad_enabled() and forward_ad._current_level < 0
+        found: Any = None
+        # The gradients of the gates overwrite `saved`. A second backward (retain_graph=True) finds
+        # it spent, and runs forward again.
+        spent = saved is not None and not ctx.__dict__.pop("fresh", False)
+        if plain and not spent and _C.bypass_is_unobservable(cotangents):
+            found = _by_engine(own, tensors, steps, (hidden, cell, saved, *cotangents), needs)
+        if found is None:
+            results = None if spent else (hidden, cell, saved)
+            found = _unusual(own, tensors, steps, results, cotangents, needs, plain)
+        return (*(None,) * _BEFORE, *found)
+
+
+def _device(own: Prepared, tensors: Sequence[Any], steps: Any) -> Any:
+    input, h0, c0, reset_h, reset_c, *weights = tensors
+    batch_sizes, lengths, reset, *masks = steps or (None,) * _STEPS
+    given = (input, h0, c0, weights, batch_sizes, lengths, reset, reset_h, reset_c, *masks)
+    return _operators.device_of(given, own.options, True)
+
+
+def _by_engine(
+    own: Prepared,
+    tensors: Sequence[Any],
+    steps: Sequence[Any],
+    saved: tuple[Any, ...],
+    needs: tuple[bool, ...],
+) -> Any:
+    """The gradients by the engine, which may overwrite ``saved``; None where it cannot read one."""
+    input, h0, c0, reset_h, reset_c, *weights = tensors
+    batch_sizes, lengths, reset, *masks = steps
+    device = _device(own, tensors, steps) if input.is_cuda else None
+    given = (input, h0, c0, weights, batch_sizes, lengths, reset, reset_h, reset_c, *masks)
+    try:
+        return _program_torch.backward(own.options, given, saved, needs, True, own.cell, device)
+    except TypeError:  # a gradient that vmap has wrapped, whose memory cannot be read
+        if not _transforms.is_mapped(saved[3:]):
+            raise
+    return None
+
+
+def _unusual(
+    own: Prepared,
+    tensors: Sequence[Any],
+    steps: Sequence[Any],
+    saved: tuple[Any, ...] | None,
+    cotangents: tuple[Any, ...],
+    needs: Sequence[bool],
+    plain: bool,
+) -> list[Tensor | None]:
+    """The gradients where they are differentiated in turn, observed or mapped, or come a second
+    time (``saved`` is None).
+    """
+    input, h0, c0, reset_h, reset_c, *weights = tensors
+    if own.cell:
+        input, h0, c0 = (x if x is None else x.unsqueeze(0) for x in (input, h0, c0))
+        cotangents = tuple(d if d is None else d.unsqueeze(0) for d in cotangents)
+    batch_sizes, lengths, reset, *masks = steps
+    given = (input, h0, c0, weights, batch_sizes, lengths, reset, reset_h, reset_c, *masks)
+    options = own.options
+    found: Any
+    if plain or (forward_ad._current_level < 0 and _transforms.is_transforming()):
+        if saved is None:
+            results = _operators.forward_op(*given, options.text, False, True, False)
+            saved = results[3:]
+        empty = input.new_empty(0)
+        saved = tuple(empty if x is None else x for x in saved)
+        found = _transforms.backward(*given, *saved, *cotangents, options.text, needs, False)
+    elif forward_ad._current_level >= 0:
+        found = _transforms.gradients_of(_transforms.ONE, options, given, needs, cotangents)
+    else:
+        found = _composed.gradients(options, given, cotangents, needs)
+    wanted: list[Any] = [d if need else None for d, need in zip(found, needs, strict=True)]
+    if own.cell:
+        wanted[:3] = [d if d is None else d.squeeze(0) for d in wanted[:3]]
+    return wanted
+
+
+_C.set_apply(super(torch.autograd.Function, Recurrence).apply)
