@@ -106,8 +106,8 @@ test-torch: $(if $(TORCH),$(TORCH_VENV)/.installed)  ## the Python tests beside 
 	@test -n '$(TORCH)' || { echo 'make test-torch: say which, for example TORCH=2.14.1'; exit 1; }
 	$(TORCH_VENV)/bin/python -m pytest $(PYTEST_ARGS) -m 'not virtual_device'
 
-typecheck: $(INSTALLED)  ## mypy --strict over the package
-	$(BIN)/mypy --strict python/fastrnn
+typecheck: $(INSTALLED)  ## mypy --strict over the package and benchmarks/
+	$(BIN)/mypy --strict
 
 format: $(INSTALLED)  ## write Python and C++ in the house's format
 	$(BIN)/ruff check --fix

@@ -161,11 +161,17 @@ def tests(options: Options) -> list[Command]:
 
 def sanitizer(options: Options) -> list[Command]:
     smallest = (options.python, str(Path(__file__).resolve()), "--smallest-cases")
-    listed = []
+    listed: list[Command] = []
     for tool, share in (("memcheck", 0.5), ("racecheck", 1.0)):
         # Only fastrnn's kernels. No API errors, because libraries probe the driver's features with
         # calls that may fail.
-        with_tool = (_of_toolkit("compute-sanitizer"), "--tool", tool, "--error-exitcode", "9")
+        with_tool: tuple[str, ...] = (
+            _of_toolkit("compute-sanitizer"),
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "9",
+        )
         with_tool += ("--report-api-errors", "no", "--kernel-name", "kns=fastrnn")
         listed.append(Command(tool, (*with_tool, *smallest), share))
     return listed
@@ -185,7 +191,7 @@ def ladder(options: Options) -> list[Command]:
 
 def bench(options: Options) -> list[Command]:
     runs = [(suite, route) for route in ROUTES for suite in options.suites]
-    listed = []
+    listed: list[Command] = []
     for left, (suite, route) in zip(range(len(runs), 0, -1), runs, strict=True):
         file = f"bench-{suite}-{route}.json"
         passes = "inference" if suite in INFERENCE_ALONE else "inference,training"
@@ -441,10 +447,10 @@ def reaching(
         an H200.
     """
     from fastrnn import _C
-    from fastrnn._engine import engine_options, scalars
+    from fastrnn._engine import engine_options
     from fastrnn._options import Options as LayerOptions
 
-    options = engine_options(*scalars(LayerOptions(cell)))  # type: ignore[arg-type]
+    options = engine_options(LayerOptions(cell))  # type: ignore[arg-type]
     dtype, tf32 = OPERANDS[operand]
     reached: set[tuple[str, str]] = set()
     for rows, hidden_size in SIZES:
