@@ -24,8 +24,7 @@ std::int64_t version_of(py::handle tensor) {
 
 bool same_packing(const Options& a, const Options& b) {
   return a.cell == b.cell && a.maths.reset_after == b.maths.reset_after && a.layers == b.layers &&
-         a.directions == b.directions && a.proj_size == b.proj_size &&
-         a.maths.heads == b.maths.heads;
+         a.directions == b.directions && a.proj_size == b.proj_size;
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
 // The weights of a layer in the order in which forward reads them.
 //
 // Layouts       weight_ih  [block][k][tile][gate][lane], k < I            (pack.h: gates)
-//               weight_hh  [head · block][k][tile][gate][lane], k < O / heads: the gates of a
-//                          step's first product (all of them but in a reset-before GRU)
-//               weight_hn  likewise, k < H / heads, compute type: the gates of a reset-before GRU
+//               weight_hh  [block][k][tile][gate][lane], k < O: the gates of a step's first
+//                          product (all of them but in a reset-before GRU)
+//               weight_hn  likewise, k < H, compute type: the gates of a reset-before GRU
 //                          that multiply r∘h
 //               weight_hr  [block of outputs][k][vector][lane], k < H, compute type: projection
 //               bias_x     [block][tile][gate][lane] b_ih, plus b_hh where the cell adds both sides
@@ -28,13 +28,11 @@ class ForwardWeights : Tiling<Cell, S> {
   // came packed may be null.
   ForwardWeights(const Layer& layer, void* base)
       : layer_(layer),
-        heads_(layer.maths.heads),
         blocks_(ceil_div(layer.H, units)),
-        head_blocks_(ceil_div(layer.H / heads_, units)),
         out_blocks_(ceil_div(layer.O, wide * lanes)),
         block_ih_(whole_steps<E>(layer.I) * vectors * lanes),
-        block_hh_(whole_steps<E>(layer.O / heads_) * first * tiles * lanes),
-        block_hn_(layer.H / heads_ * (gates - first) * tiles * lanes),
+        block_hh_(whole_steps<E>(layer.O) * first * tiles * lanes),
+        block_hn_(layer.H * (gates - first) * tiles * lanes),
         block_hr_(layer.H * wide * lanes),
         packs_x_(layer.packed || !layer.x_in_place),
         packs_h_(layer.packed || !layer.h_in_place) {
@@ -43,8 +41,8 @@ class ForwardWeights : Tiling<Cell, S> {
       Group& g = group_[d];
       if (packs_x_) g.weight_ih = arena.take<E>(blocks_ * block_ih_);
       if (packs_h_) {
-        g.weight_hh = arena.take<E>(hidden_blocks() * block_hh_);
-        if (K::two_products) g.weight_hn = arena.take<C>(hidden_blocks() * block_hn_);
+        g.weight_hh = arena.take<E>(blocks_ * block_hh_);
+        if (K::two_products) g.weight_hn = arena.take<C>(blocks_ * block_hn_);
         if (layer.P) g.weight_hr = arena.take<C>(out_blocks_ * block_hr_);
       }
       g.bias_x = arena.take<C>(blocks_ * vectors * lanes);
@@ -75,18 +73,13 @@ class ForwardWeights : Tiling<Cell, S> {
   const C* bias_x(Index d, Index b) const { return group_[d].bias_x + b * vectors * lanes; }
   const C* bias_h(Index d, Index b) const { return group_[d].bias_h + b * vectors * lanes; }
 
-  // Blocks of W_hh: of one head, and of all heads.
-  Index head_blocks() const { return head_blocks_; }
-  Index hidden_blocks() const { return heads_ * head_blocks_; }
-
   // Packs the thread's blocks. The biases are always copied.
   void pack(int thread, int threads) const {
     for (Index d = 0; d < layer_.directions; ++d) {
       const Range blocks = split(blocks_, thread, threads);
       for (Index b = blocks.begin; b < blocks.end; ++b) pack_input(d, b);
       if (!packs_h_) continue;
-      const Range hidden = split(hidden_blocks(), thread, threads);
-      for (Index b = hidden.begin; b < hidden.end; ++b) pack_hidden(d, b);
+      for (Index b = blocks.begin; b < blocks.end; ++b) pack_hidden(d, b);
       const Range outs = split(layer_.P ? out_blocks_ : 0, thread, threads);
       for (Index b = outs.begin; b < outs.end; ++b) pack_projection(d, b);
     }
@@ -99,21 +92,17 @@ class ForwardWeights : Tiling<Cell, S> {
     C *bias_x, *bias_h;
   };
 
-  Weight head_of_block(Index d, Index block) const {
-    return head_of(layer_.parameters[d].weight_hh, block / head_blocks_, sizeof(S));
-  }
   BlockInPlace hidden_in_place(Index d, Index b, int begin, int count) const {
-    return {head_of_block(d, b), layer_.H / heads_, begin, count, b % head_blocks_ * units};
+    return {layer_.parameters[d].weight_hh, layer_.H, begin, count, b * units};
   }
 
-  void pack_hidden(Index d, Index block) const {
-    const Index b = block % head_blocks_, units_of_head = layer_.H / heads_;
-    const Weight w = head_of_block(d, block);
-    pack_gates<E, S>(group_[d].weight_hh + block * block_hh_, w, units_of_head, layer_.O / heads_,
-                     0, first, tiles, b * units);
+  void pack_hidden(Index d, Index b) const {
+    const Weight& w = layer_.parameters[d].weight_hh;
+    pack_gates<E, S>(group_[d].weight_hh + b * block_hh_, w, layer_.H, layer_.O, 0, first, tiles,
+                     b * units);
     if constexpr (K::two_products)
-      pack_gates<C, S>(group_[d].weight_hn + block * block_hn_, w, units_of_head, units_of_head,
-                       first, gates - first, tiles, b * units);
+      pack_gates<C, S>(group_[d].weight_hn + b * block_hn_, w, layer_.H, layer_.H, first,
+                       gates - first, tiles, b * units);
   }
 
   void pack_input(Index d, Index b) const {
@@ -145,7 +134,7 @@ class ForwardWeights : Tiling<Cell, S> {
   }
 
   const Layer& layer_;
-  const Index heads_, blocks_, head_blocks_, out_blocks_;
+  const Index blocks_, out_blocks_;
   const Index block_ih_, block_hh_, block_hn_, block_hr_;  // elements of one block
   const bool packs_x_, packs_h_;
   Group group_[2] = {};

@@ -96,12 +96,6 @@ FASTRNN_INLINE typename Factor<E>::V weight_row(const Weight& w, Index row, Inde
   return packed;
 }
 
-// One head of a recurrent matrix.
-FASTRNN_INLINE Weight head_of(Weight w, Index head, Index bytes) {
-  if (w.data) w.data = static_cast<char*>(w.data) + head * w.head * bytes;
-  return w;
-}
-
 // One block of gates first … first + gates − 1 of W, the hidden units from `unit` on: squares of
 // lanes units by lanes columns are read along W's rows and turned.
 template <class E, class S>

@@ -68,7 +68,7 @@ bool pays_in_place(std::int64_t products, std::int64_t rows, std::int64_t weight
 void read_in_place(const Stack& s, Layer& layer) {
   const std::int64_t outputs = s.cell.traits.gates * layer.H;
   layer.x_in_place = pays_in_place(1, s.pairs, outputs * layer.I, s.storage);
-  layer.h_in_place = pays_in_place(s.p.T, s.p.B, outputs * layer.O / layer.maths.heads, s.storage);
+  layer.h_in_place = pays_in_place(s.p.T, s.p.B, outputs * layer.O, s.storage);
   for (std::int64_t d = 0; d < layer.directions; ++d) {
     const Parameters& p = layer.parameters[d];
     layer.x_in_place = layer.x_in_place && p.weight_ih.unit == 1;

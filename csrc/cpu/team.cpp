@@ -32,7 +32,7 @@ double layer_time(const Stack& s, int rows, int columns) {
   const double H = static_cast<double>(p.H), O = static_cast<double>(s.O);
   const double mine = std::ceil(static_cast<double>(p.B) / rows), threads = rows * columns;
   const double of_input = G * H * static_cast<double>(p.I) / columns,
-               of_state = G * H * O / static_cast<double>(p.options.maths.heads) / columns;
+               of_state = G * H * O / columns;
   const double all = of_input + of_state;  // a thread's weights in a whole call
   const double project =
       product_time(s, std::ceil(static_cast<double>(s.pairs) / rows), of_input, all);

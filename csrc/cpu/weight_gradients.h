@@ -40,17 +40,12 @@ class WeightGradients : BackwardTiling<Cell, S> {
         steps_(*layer.steps),
         Hp_(padded(layer.H)),
         Op_(padded(layer.O)),
-        saved_width_(saved_width<Cell>(layer)),
-        heads_(layer.maths.heads),
-        head_units_(layer.H / heads_),
-        head_outputs_(layer.O / heads_) {
-    for (int gate = 0; gate < gates; ++gate) every_gate_[gate] = gate;
-  }
+        saved_width_(saved_width<Cell>(layer)) {}
 
   // Takes the sums that parts of a layer continue. Their place must not depend on the size of a
   // part, so they are taken before all that does.
   void lay_out_sums(Arena& arena) {
-    const Index products = gates * layer_.H * (layer_.I + head_outputs_) + layer_.P * layer_.H;
+    const Index products = gates * layer_.H * (layer_.I + layer_.O) + layer_.P * layer_.H;
     sums_ = sizeof(S) != sizeof(C) ? arena.take<C>(products) : nullptr;
     bias_sums_ = layer_.part ? arena.take<C>(Cell::gradients * Hp_) : nullptr;
   }
@@ -85,35 +80,29 @@ class WeightGradients : BackwardTiling<Cell, S> {
  private:
   // ---- the products ---------------------------------------------------------------------------
 
-  // The gradient of one matrix of one direction, of one head or several.
+  // The gradient of one matrix of one direction.
   struct Product {
     const C* d_rows = nullptr;  // [pairs][width], the plane of gate g at planes[g]·Hp
     Index width = 0;
     const int* planes = nullptr;
     int first_gate = 0, gates = 1;  // of the matrix
-    Index heads = 1;
-    Index units = 0;  // rows of a gate, of one head
+    Index units = 0;                // rows of a gate
     Index columns = 0;
-    S* to = nullptr;  // [heads][.., columns], `head` elements apart; null: not wanted
-    Index head = 0;
-    const int* places = nullptr;  // in packed rows gate g begins at rows_at + places[g]·groups
-    Index rows_at = 0;            // in groups of rows
-    Index panels_at = 0;          // in panels
-    C* sums = nullptr;  // [heads, gates·units, columns], where storage is narrower than the sums
+    S* to = nullptr;      // [gates·units, columns]; null: not wanted
+    Index rows_at = 0;    // where packed rows of its planes begin, in groups of rows
+    Index panels_at = 0;  // in panels
+    C* sums = nullptr;    // [gates·units, columns], where storage is narrower than the sums
 
-    Index groups_of_head() const { return ceil_div(units, rows); }
-    Index groups() const { return heads * groups_of_head(); }
-    Index panels_of_head() const { return ceil_div(columns, block_units); }
-    Index panels() const { return heads * panels_of_head(); }
-    Index blocks_of_head() const { return panels_of_head() * gates * groups_of_head(); }
-    Index blocks() const { return to ? heads * blocks_of_head() : 0; }
+    Index groups() const { return ceil_div(units, rows); }
+    Index panels() const { return ceil_div(columns, block_units); }
+    Index blocks() const { return to ? panels() * gates * groups() : 0; }
   };
   // By matrix: W_hh has the gates of the first product, W_hn those of the second.
   enum { kWeightIh, kWeightHh, kWeightHn, kWeightHr, kProducts };
 
   // A block of a product: which panel of columns, which group of rows of which gate.
   struct Spot {
-    Index head, panel, gate, group;
+    Index panel, gate, group;
   };
 
   template <class Hidden>
@@ -147,18 +136,17 @@ class WeightGradients : BackwardTiling<Cell, S> {
         pack_panels(hidden, d, which, products[which], 0, 0, steps_.pairs, thread, threads);
     layer_.barriers[0].wait(threads, Barrier::Wait::part);
     for (const Product& p : products) {
-      const Range mine = split(p.to ? p.heads * p.gates * p.units : 0, thread, threads);
+      const Range mine = split(p.to ? p.gates * p.units : 0, thread, threads);
       for (Index row = mine.begin; row < mine.end; ++row) one_row(p, row);
     }
   }
 
   void one_row(const Product& p, Index row) {
-    const Index head = row / (p.gates * p.units), in_head = row % (p.gates * p.units);
-    const Index gate = in_head / p.units, unit = in_head % p.units;
-    const C* d_row = p.d_rows + p.planes[p.first_gate + gate] * Hp_ + head * p.units + unit;
-    S* to = p.to + head * p.head + in_head * p.columns;
-    for (Index b = 0; b < p.panels_of_head(); ++b) {
-      const C* columns = panel(p, 0, head * p.panels_of_head() + b);
+    const Index gate = row / p.units, unit = row % p.units;
+    const C* d_row = p.d_rows + p.planes[p.first_gate + gate] * Hp_ + unit;
+    S* to = p.to + row * p.columns;
+    for (Index b = 0; b < p.panels(); ++b) {
+      const C* columns = panel(p, 0, b);
       for (int v = 0; v < wide; ++v) {
         const Index column = b * block_units + v * lanes, left = p.columns - column;
         if (left <= 0) break;
@@ -175,14 +163,13 @@ class WeightGradients : BackwardTiling<Cell, S> {
     const Parameters to = layer_.d_parameters ? layer_.d_parameters[d] : Parameters{};
     static constexpr int only[] = {0};
     const auto data = [](const Weight& w) { return static_cast<S*>(w.data); };
-    const Index H = layer_.H, part = head_units_ * head_outputs_;  // one gate of one head
+    const Index H = layer_.H;
     for (Product& p : products) p = {};
     for (int which : {kWeightIh, kWeightHh, kWeightHn}) {
       Product& p = products[which];
       p.d_rows = gradients.d_gates[d];
       p.width = gradients.width;
       p.planes = which == kWeightIh ? Cell::input_gradient : Cell::hidden_gradient;
-      p.places = shares_rows() ? p.planes : every_gate_;
     }
     Product &ih = products[kWeightIh], &hh = products[kWeightHh];
     Product &hn = products[kWeightHn], &hr = products[kWeightHr];
@@ -194,33 +181,27 @@ class WeightGradients : BackwardTiling<Cell, S> {
     hn.first_gate = first;
     hn.gates = gates - first;
     for (Product* p : {&hh, &hn}) {
-      p->heads = heads_;
-      p->units = head_units_;
-      p->columns = head_outputs_;
+      p->units = H;
+      p->columns = layer_.O;
       p->to = data(to.weight_hh);
-      p->head = gates * part;
-      if (!shares_rows()) p->rows_at = gates * ih.groups();
     }
     if (!K::two_products) hn = {};
-    if (hn.to) hn.to += first * part;
+    if (hn.to) hn.to += first * H * layer_.O;
     hr.d_rows = gradients.d_proj[d];
     hr.width = Op_;
-    hr.planes = hr.places = only;
+    hr.planes = only;
     hr.units = layer_.P;
     hr.columns = layer_.P ? H : 0;
     hr.to = layer_.P ? data(to.weight_hr) : nullptr;
-    hr.rows_at = shares_rows() ? Cell::gradients * ih.groups() : hh.rows_at + gates * hh.groups();
+    hr.rows_at = Cell::gradients * ih.groups();  // after the planes that the others share
     Index panels = 0, sums = 0;
     for (Product& p : products) {
       p.panels_at = panels;
       panels += p.panels();
       p.sums = sums_ ? sums_ + sums : nullptr;
-      sums += p.heads * p.gates * p.units * p.columns;
+      sums += p.gates * p.units * p.columns;
     }
   }
-
-  // Whether the products of W_ih and W_hh read the same planes of gradients, in the same groups.
-  bool shares_rows() const { return heads_ == 1; }
 
   // body(product, spot) for the blocks in `mine`: all blocks of a panel before those of the next,
   // so that a panel stays in the cache.
@@ -229,14 +210,12 @@ class WeightGradients : BackwardTiling<Cell, S> {
                                  Body body) const {
     Index at = 0;
     for (const Product& p : products) {
-      const Index blocks = p.blocks(), groups = p.groups_of_head();
+      const Index blocks = p.blocks(), groups = p.groups();
       const Index begin = mine.begin > at ? mine.begin - at : 0;
       const Index end = least(mine.end - at, blocks);
-      for (Index all = begin; all < end; ++all) {
-        const Index head = p.heads == 1 ? 0 : all / p.blocks_of_head();
-        const Index block = all - head * p.blocks_of_head();
+      for (Index block = begin; block < end; ++block) {
         const Index row = block % (p.gates * groups);
-        body(p, Spot{head, block / (p.gates * groups), row / groups, row % groups});
+        body(p, Spot{block / (p.gates * groups), row / groups, row % groups});
       }
       at += blocks;
     }
@@ -254,8 +233,7 @@ class WeightGradients : BackwardTiling<Cell, S> {
   }
 
   C* packed_group(const Product& p, Index slot, const Spot& at) const {
-    const Index groups = p.places[p.first_gate + at.gate] * p.groups();
-    const Index group = groups + at.head * p.groups_of_head() + at.group;
+    const Index group = p.planes[p.first_gate + at.gate] * p.groups() + at.group;
     return packed_rows_ + slot * rows_slot_ + (p.rows_at + group) * rows * kPairs;
   }
   C* panel(const Product& p, Index slot, Index panel) const {
@@ -273,31 +251,19 @@ class WeightGradients : BackwardTiling<Cell, S> {
 
   // ---- packing --------------------------------------------------------------------------------
 
-  // The gate gradients of `count` pairs, in groups of `rows` units. Products that read the same
-  // planes share their packed rows.
+  // The gate gradients of `count` pairs, in groups of `rows` units: each plane once, for all
+  // products that read it.
   void pack_rows(const Product (&products)[kProducts], Index slot, Index n0, Index count,
                  int thread, int threads) {
-    if (shares_rows()) {
-      const Product& ih = products[kWeightIh];
-      const Index groups = ceil_div(layer_.H, rows);
-      for (int plane = 0; plane < Cell::gradients; ++plane)
-        pack_groups(packed_rows_ + slot * rows_slot_ + plane * groups * rows * kPairs,
-                    ih.d_rows + n0 * ih.width + plane * Hp_, ih.width, layer_.H,
-                    split(groups, thread, threads), count);
-      pack_product(products[kWeightHr], slot, n0, count, thread, threads);
-    } else {
-      for (const Product& p : products) pack_product(p, slot, n0, count, thread, threads);
-    }
-  }
-
-  void pack_product(const Product& p, Index slot, Index n0, Index count, int thread, int threads) {
-    if (!p.to) return;
-    const Range mine = split(p.groups_of_head(), thread, threads);
-    for (Index gate = 0; gate < p.gates; ++gate)
-      for (Index head = 0; head < p.heads; ++head)
-        pack_groups(packed_group(p, slot, Spot{head, 0, gate, 0}),
-                    p.d_rows + n0 * p.width + p.planes[p.first_gate + gate] * Hp_ + head * p.units,
-                    p.width, p.units, mine, count);
+    const Product &ih = products[kWeightIh], &hr = products[kWeightHr];
+    const Index groups = ih.groups();
+    for (int plane = 0; plane < Cell::gradients; ++plane)
+      pack_groups(packed_rows_ + slot * rows_slot_ + plane * groups * rows * kPairs,
+                  ih.d_rows + n0 * ih.width + plane * Hp_, ih.width, layer_.H,
+                  split(groups, thread, threads), count);
+    if (hr.to)
+      pack_groups(packed_group(hr, slot, Spot{0, 0, 0}), hr.d_rows + n0 * hr.width, hr.width,
+                  hr.units, split(hr.groups(), thread, threads), count);
   }
 
   static void pack_groups(C* to, const C* from, Index width, Index units, const Range& groups,
@@ -324,16 +290,12 @@ class WeightGradients : BackwardTiling<Cell, S> {
     const Range mine = split(p.panels(), thread, threads);
     if (mine.begin == mine.end) return;
     PairWalk pair(steps_, n0);
-    const Index panels = p.panels_of_head(), first_head = mine.begin / panels;
     for (Index k = 0; k < count; ++k, pair.advance()) {
       const Operand<S> row = operand(hidden, d, which, pair, n0 + k);
-      Index head = first_head, in_head = mine.begin - first_head * panels;
       for (Index b = mine.begin; b < mine.end; ++b) {
         C* to = panel(p, slot, b) + k * block_units;
-        const Index column = head * p.columns + in_head * block_units;
         for (int v = 0; v < wide; ++v)
-          operand_tile(row, column + v * lanes, (head + 1) * p.columns).store(to + v * lanes);
-        if (++in_head == panels) in_head = 0, ++head;
+          operand_tile(row, b * block_units + v * lanes, p.columns).store(to + v * lanes);
       }
     }
   }
@@ -363,14 +325,14 @@ class WeightGradients : BackwardTiling<Cell, S> {
 
   // Row r of a block, in the gradient.
   static S* result_row(const Product& p, const Spot& at, Index r) {
-    return p.to + at.head * p.head + (at.gate * p.units + at.group * rows + r) * p.columns;
+    return p.to + (at.gate * p.units + at.group * rows + r) * p.columns;
   }
   // Where its sums are: in the gradient itself, or in scratch where storage is narrower.
   static C* sums_row(const Product& p, const Spot& at, Index r) {
     if constexpr (sizeof(S) == sizeof(C))
       return result_row(p, at, r);
     else
-      return p.sums + ((at.head * p.gates + at.gate) * p.units + at.group * rows + r) * p.columns;
+      return p.sums + (at.gate * p.units + at.group * rows + r) * p.columns;
   }
 
   void add_block(const Product& p, Index slot, const Spot& at, Index count, bool start) {
@@ -389,8 +351,7 @@ class WeightGradients : BackwardTiling<Cell, S> {
       for (int v = 0; v < N; ++v) __builtin_prefetch(sums_row(p, at, r) + column + v * lanes, 1);
     V acc[rows][N];
     clear(acc);
-    accumulate_packed<rows, N>(acc, packed_group(p, slot, at), count,
-                               panel(p, slot, at.head * p.panels_of_head() + at.panel),
+    accumulate_packed<rows, N>(acc, packed_group(p, slot, at), count, panel(p, slot, at.panel),
                                block_units);
     const Sums<rows, N, C> block(acc);
     for (Index r = 0; r < rows && r < have; ++r) {
@@ -468,8 +429,6 @@ class WeightGradients : BackwardTiling<Cell, S> {
   const Layer& layer_;
   const Steps& steps_;
   const Index Hp_, Op_, saved_width_;
-  const Index heads_, head_units_, head_outputs_;
-  int every_gate_[gates];
   C *packed_rows_ = nullptr, *panels_ = nullptr, *sums_ = nullptr, *bias_sums_ = nullptr;
   Index rows_slot_ = 0, panels_slot_ = 0, slots_ = 1;  // elements of a slot; slots
 };

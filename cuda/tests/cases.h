@@ -44,6 +44,16 @@ inline void choose_rows(Case& c, Kind kind, Random& random) {
   if (c.B == 0) c.lengths.clear(), c.reset.clear();
 }
 
+// A random number of heads, of which the sizes are multiples; occasionally one head per unit.
+inline void choose_heads(Case& c, Random& random) {
+  std::int64_t& heads = c.options.maths.heads;
+  heads = chance(random, 0.2) && !c.P() ? c.H : between(random, 2, 5);
+  c.H = (c.H + heads - 1) / heads * heads;
+  if (!c.P()) return;
+  c.options.proj_size = (c.P() + heads - 1) / heads * heads;
+  if (c.P() >= c.H) c.H = c.P() + heads;
+}
+
 inline Case random_case(Random& random, bool smooth, bool many_rows) {
   Case c;
   static constexpr const char* cells[] = {"RNN", "LSTM", "GRU"};
@@ -64,8 +74,7 @@ inline Case random_case(Random& random, bool smooth, bool many_rows) {
   c.H = between(random, 1, 37);
   if (c.options.cell == "LSTM" && c.H > 1 && chance(random, 0.4))
     c.options.proj_size = between(random, 1, c.H - 1);
-  // One head: the CPU engine, with which results are compared, has no others. Heads on CUDA are
-  // compared with NumPy's reference (tests/virtual_check.py).
+  if (chance(random, 0.3)) choose_heads(c, random);
   choose_rows(c, static_cast<Kind>(between(random, 0, kKinds - 1)), random);
   c.training = chance(random, 0.8);
   c.every_layer = chance(random, 0.5);
@@ -281,6 +290,57 @@ void run(const Backend& backend, const Case& c, Arrays<S>& a) {
   p.workspace = w.take(backend.workspace_size(p, Pass::backward));
   backend.backward(p);
   check::that("the end of backward's workspace", w.is_whole());
+}
+
+// Element (head, row, column) of weight_hh of several heads, and its place in the same matrix with
+// one head, which is zero outside the heads' blocks.
+struct HeadBlock {
+  std::int64_t heads, G, H, O;
+
+  std::int64_t rows() const { return G * H / heads; }
+  std::int64_t columns() const { return O / heads; }
+  std::int64_t in_head(std::int64_t head, std::int64_t m, std::int64_t k, bool turned) const {
+    return head * rows() * columns() + (turned ? k * rows() + m : m * columns() + k);
+  }
+  std::int64_t in_whole(std::int64_t head, std::int64_t m, std::int64_t k, bool turned) const {
+    const std::int64_t units = H / heads, row = m / units * H + head * units + m % units;
+    const std::int64_t column = head * columns() + k;
+    return turned ? column * G * H + row : row * O + column;
+  }
+  // body(place in the heads' blocks, place in the whole matrix) for every element.
+  template <class Body>
+  void each(bool turned, Body body) const {
+    for (std::int64_t head = 0; head < heads; ++head)
+      for (std::int64_t m = 0; m < rows(); ++m)
+        for (std::int64_t k = 0; k < columns(); ++k)
+          body(size_of(in_head(head, m, k, turned)), size_of(in_whole(head, m, k, turned)));
+  }
+};
+
+// What the kernels are compared with: the CPU engine, which has no heads, and computes a stack of
+// several with one block-diagonal matrix.
+template <class S>
+void run_reference(const Case& c, Arrays<S>& a) {
+  if (c.heads() == 1) return run(cpu_backend(), c, a);
+  const HeadBlock blocks{c.heads(), c.G(), c.H, c.O()};
+  const std::size_t whole_size = size_of(c.G() * c.H * c.O());
+  const std::vector<std::vector<S>> weights = a.weights;
+  for (std::int64_t g = 0; g < c.groups(); ++g) {
+    std::vector<S>& w = a.weights[size_of(g * 5 + 1)];
+    std::vector<S> whole(whole_size);
+    blocks.each(c.turned, [&](std::size_t from, std::size_t to) { whole[to] = w[from]; });
+    w = whole;
+  }
+  Case one = c;
+  one.options.maths.heads = 1;
+  run(cpu_backend(), one, a);
+  a.weights = weights;
+  for (std::int64_t g = 0; g < c.groups() && c.training; ++g) {
+    std::vector<S>& d = a.d_weights[size_of(g * 5 + 1)];
+    std::vector<S> of_heads(weights[size_of(g * 5 + 1)].size());
+    blocks.each(false, [&](std::size_t to, std::size_t from) { of_heads[to] = d[from]; });
+    d = of_heads;
+  }
 }
 
 // ---- the checks ---------------------------------------------------------------------------------

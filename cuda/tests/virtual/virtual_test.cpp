@@ -42,7 +42,7 @@ template <class S>
 void check_case(const char* type, const Case& c, Random& random, double tolerance) {
   check::context() = std::string(type) + " " + c.text();
   Arrays<S> expected = random_arrays<S>(c, random), got = expected;
-  run(cpu_backend(), c, expected);
+  run_reference(c, expected);
   for (const Order order : {Order::in_turn, Order::shuffled}) {
     Arrays<S> again = expected;
     device().order = order;
