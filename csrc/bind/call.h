@@ -73,6 +73,7 @@ class List {
   List(py::handle object, const char* argument);
   std::int64_t size() const { return PyTuple_GET_SIZE(items_.ptr()); }
   py::handle operator[](std::int64_t i) const { return PyTuple_GET_ITEM(items_.ptr(), i); }
+  const py::object& items() const { return items_; }  // a tuple
 
  private:
   py::object items_;
@@ -86,7 +87,7 @@ class Call {
        std::int64_t index = 0);
 
   // Check and fill; both return *this. The arrays must live until the call is over: hold() keeps
-  // them.
+  // references to them.
   Call& set_inputs(const Inputs& inputs);
   void hold(py::object objects) { held_ = std::move(objects); }
   Call& set_frozen(py::handle weights, Frozen& frozen);  // use packed weights that still match

@@ -4,8 +4,8 @@
 //                        without
 //   backward(…)          its gradients
 //   …_members(…)         the same for an ensemble
-//   layer(…)             the whole call of a layer or cell of torch, where nothing about it is
-//                        unusual: one call from Python instead of many
+//   layer(…)             the whole usual call of a torch layer or cell: one call from Python
+//                        instead of many
 #include "calls.h"
 
 #include <pybind11/stl.h>
@@ -47,9 +47,10 @@ std::unique_ptr<Call> make_call(const CheckedOptions& options, Arg input, Arg h0
                                 Arg weights, Arg batch_sizes, Arg lengths, Arg reset, Arg reset_hx,
                                 int threads, bool cell, Frozen* frozen) {
   auto call = std::make_unique<Call>(options, threads, cell);
-  call->set_inputs({input, h0, c0, weights, batch_sizes, lengths, reset, reset_hx});
-  if (frozen != nullptr) call->set_frozen(weights, *frozen);
-  const py::tuple each(py::reinterpret_borrow<py::object>(weights));
+  const List list(weights, "weights");
+  const py::handle each = list.items();
+  call->set_inputs({input, h0, c0, each, batch_sizes, lengths, reset, reset_hx});
+  if (frozen != nullptr) call->set_frozen(each, *frozen);
   call->hold(py::make_tuple(input, h0, c0, each, lengths, reset, reset_hx));
   return call;
 }
@@ -107,7 +108,7 @@ py::list backward_members(const CheckedOptions& options, std::int64_t members, A
 // ---- the call of a torch layer or cell ----------------------------------------------------------
 
 // The arguments of a call in the usual form. Those of any other form are left to Python, which
-// handles them or says what is wrong.
+// handles them or raises the error.
 class Usual {
  public:
   // False where a tensor is not plain.
@@ -161,7 +162,7 @@ py::object recorded(py::handle own, std::unique_ptr<Call> call, py::handle input
   return py::reinterpret_steal<py::object>(results);
 }
 
-// (output, hx_n, None) of a layer, hx_n of a cell, as tuples; None: Python's turn.
+// (output, hx_n, None) of a layer, hx_n of a cell, as tuples; None: Python has to handle the call.
 py::object layer(py::handle own, const CheckedOptions& options, Frozen* frozen,
                  const py::dict& parameters, const py::tuple& names, py::handle input,
                  py::handle hx, bool batch_first, bool cell) {

@@ -122,7 +122,7 @@ class Options:
         """1: h alone; 2: h and c."""
     @property
     def saved_planes(self) -> int:
-        """Planes of `gates` that backward needs; with `recompute` none."""
+        """Planes of `saved` that backward needs; with `recompute` none."""
 
 class Frozen:
     """A layer's weights, packed once; csrc/bind/frozen.h says when the layer thaws.

@@ -41,7 +41,7 @@ class Saved(NamedTuple):
     h_n: _C.Tensor
     c_n: _C.Tensor | None
     cell: _C.Tensor | None
-    gates: _C.Tensor | None  # None with `recompute`
+    kept: _C.Tensor | None  # the values that backward needs besides; None with `recompute`
 
 
 class Results(NamedTuple):
@@ -83,10 +83,10 @@ def forward(
         again = takes_backward(options, given.extras)
         flags = (return_states or return_saved, False) if again else (return_states, return_saved)
         written = Outputs(*call.forward(*flags))
-    output, h_n, c_n, hidden, cell, gates = written
+    output, h_n, c_n, hidden, cell, kept = written
     saved = None
     if return_saved and hidden is not None:
-        saved = Saved(options, batch_first, given, hidden, h_n, c_n, cell, gates)
+        saved = Saved(options, batch_first, given, hidden, h_n, c_n, cell, kept)
     return Results(
         output.transpose(0, 1) if batch_first else output,
         (h_n,) if c_n is None else (h_n, c_n),
@@ -103,7 +103,7 @@ def backward(
     list[_C.Tensor],
     tuple[_C.Tensor | None, ...] | None,
 ]:
-    options, batch_first, given, hidden, h_n, c_n, cell, gates = saved
+    options, batch_first, given, hidden, h_n, c_n, cell, kept = saved
     last = hidden[-1]
     d_output = _gradient("d_output", d_output, last.transpose(0, 1) if batch_first else last)
     if d_output is not None and batch_first:
@@ -125,7 +125,7 @@ def backward(
             x if x is None else _C.empty(x.shape, given.input.dtype) for x in leaves
         ]
         program.backward(
-            Outputs(None, None, hidden=hidden, cell=cell, gates=writable(gates)),
+            Outputs(None, None, hidden=hidden, cell=cell, saved=writable(kept)),
             cotangents,
             _writable(gradients),
         )
@@ -144,7 +144,7 @@ def backward(
             given.reset,
             hidden,
             cell,
-            gates,
+            kept,
             *cotangents,
             (True, *(x is not None for x in (h0, c0)), *(True,) * len(given.weights)),
         )

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
     from ._engine import Prepared
 
-_BEFORE = 4  # arguments of `Recurrence.apply` that are no tensors
-_STEPS = 6  # batch_sizes, lengths, reset and three masks
+_BEFORE = 4  # arguments of `Recurrence.apply` before the tensors
+_NO_STEPS = (None,) * 6  # batch_sizes, lengths, reset and three masks
 
 
 class Recurrence(torch.autograd.Function):
     """A call of the engine with its gradient.
 
-    A first gradient is the engine's; where the gradient is itself to be differentiated, it comes
-    from composed operations. In ctx style: ``setup_context`` costs 30 µs a call.
+    The engine computes a first gradient; a gradient that is itself differentiated comes from
+    composed operations. In ctx style, because ``setup_context`` costs 30 µs a call.
     """
 
     @staticmethod
@@ -46,7 +46,11 @@ class Recurrence(torch.autograd.Function):
             tensors: input, h0, c0, reset_h, reset_c and the weights, which have gradients.
         """
         input: Any = tensors[0]
-        device = _device(own, tensors, steps) if input.is_cuda else None
+        device = None
+        if input.is_cuda:
+            device = _operators.device_of(
+                _arguments(tensors, steps or _NO_STEPS), own.options, True
+            )
         output, h_n, c_n, hidden, cell, saved = call.forward(states, True, False, device)
         ctx.own, ctx.stepped = own, steps is not None
         ctx.fresh = True  # `saved` is as forward left it
@@ -63,43 +67,46 @@ class Recurrence(torch.autograd.Function):
         if all(d is None for d in cotangents):
             return (None,) * (_BEFORE + len(needs))
         hidden, cell, saved, *tensors = ctx.saved_tensors
-        steps: Sequence[Tensor | None] = (None,) * _STEPS
+        steps: Sequence[Tensor | None] = _NO_STEPS
         if ctx.stepped:
-            steps, tensors = tensors[:_STEPS], tensors[_STEPS:]
+            steps, tensors = tensors[: len(_NO_STEPS)], tensors[len(_NO_STEPS) :]
+        arguments = _arguments(tensors, steps)
         own, plain = ctx.own, not torch.is_grad_enabled() and forward_ad._current_level < 0
         found: Any = None
         # The gradients of the gates overwrite `saved`. A second backward (retain_graph=True) finds
         # it spent, and runs forward again.
         spent = saved is not None and not ctx.__dict__.pop("fresh", False)
         if plain and not spent and _C.bypass_is_unobservable(cotangents):
-            found = _by_engine(own, tensors, steps, (hidden, cell, saved, *cotangents), needs)
+            results = (hidden, cell, saved, *cotangents)
+            found = _by_engine(own, arguments, results, needs, ctx.stepped)
         if found is None:
-            results = None if spent else (hidden, cell, saved)
-            found = _unusual(own, tensors, steps, results, cotangents, needs, plain)
+            kept = None if spent else (hidden, cell, saved)
+            found = _unusual(own, arguments, kept, cotangents, needs, plain)
         return (*(None,) * _BEFORE, *found)
 
 
-def _device(own: Prepared, tensors: Sequence[Any], steps: Any) -> Any:
+def _arguments(tensors: Sequence[Any], steps: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments of the operator ``forward`` up to the options."""
     input, h0, c0, reset_h, reset_c, *weights = tensors
-    batch_sizes, lengths, reset, *masks = steps or (None,) * _STEPS
-    given = (input, h0, c0, weights, batch_sizes, lengths, reset, reset_h, reset_c, *masks)
-    return _operators.device_of(given, own.options, True)
+    batch_sizes, lengths, reset, *masks = steps
+    return input, h0, c0, weights, batch_sizes, lengths, reset, reset_h, reset_c, *masks
 
 
 def _by_engine(
     own: Prepared,
-    tensors: Sequence[Any],
-    steps: Sequence[Any],
+    arguments: tuple[Any, ...],
     saved: tuple[Any, ...],
     needs: tuple[bool, ...],
+    stepped: bool,
 ) -> Any:
     """The gradients by the engine, which may overwrite ``saved``; None where it cannot read one."""
-    input, h0, c0, reset_h, reset_c, *weights = tensors
-    batch_sizes, lengths, reset, *masks = steps
-    device = _device(own, tensors, steps) if input.is_cuda else None
-    given = (input, h0, c0, weights, batch_sizes, lengths, reset, reset_h, reset_c, *masks)
+    device = _operators.device_of(arguments, own.options, True)
     try:
-        return _program_torch.backward(own.options, given, saved, needs, True, own.cell, device)
+        if own.gradient_by_cells and not stepped:
+            return _program_torch.cells_backward(
+                own.engine, arguments, saved, needs, True, own.cell, device
+            )
+        return _program_torch.backward(own.options, arguments, saved, needs, True, own.cell, device)
     except TypeError:  # a gradient that vmap has wrapped, whose memory cannot be read
         if not _transforms.is_mapped(saved[3:]):
             raise
@@ -108,8 +115,7 @@ def _by_engine(
 
 def _unusual(
     own: Prepared,
-    tensors: Sequence[Any],
-    steps: Sequence[Any],
+    arguments: tuple[Any, ...],
     saved: tuple[Any, ...] | None,
     cotangents: tuple[Any, ...],
     needs: Sequence[bool],
@@ -118,19 +124,16 @@ def _unusual(
     """The gradients where they are differentiated in turn, observed or mapped, or come a second
     time (``saved`` is None).
     """
-    input, h0, c0, reset_h, reset_c, *weights = tensors
-    if own.cell:
-        input, h0, c0 = (x if x is None else x.unsqueeze(0) for x in (input, h0, c0))
+    given, options = arguments, own.options
+    if own.cell:  # with the axes of steps and layers
+        given = (*(x if x is None else x.unsqueeze(0) for x in arguments[:3]), *arguments[3:])
         cotangents = tuple(d if d is None else d.unsqueeze(0) for d in cotangents)
-    batch_sizes, lengths, reset, *masks = steps
-    given = (input, h0, c0, weights, batch_sizes, lengths, reset, reset_h, reset_c, *masks)
-    options = own.options
     found: Any
     if plain or (forward_ad._current_level < 0 and _transforms.is_transforming()):
         if saved is None:
             results = _operators.forward_op(*given, options.text, False, True, False)
             saved = results[3:]
-        empty = input.new_empty(0)
+        empty = given[0].new_empty(0)
         saved = tuple(empty if x is None else x for x in saved)
         found = _transforms.backward(*given, *saved, *cotangents, options.text, needs, False)
     elif forward_ad._current_level >= 0:

@@ -3,7 +3,7 @@
 The engine's fused cells compute what torch.nn has, with any activation. Whatever else options ask
 for is a program (program/build.py): `takes` and `takes_backward` say which calls. Both passes read
 and write arrays of torch or of NumPy alike, through `Arrays`. Outputs, and what backward reads of
-them, are those of ``fastrnn::forward`` (_operators.py); there ``gates`` holds, for each layer and
+them, are those of ``fastrnn::forward`` (_operators.py); there ``saved`` holds, for each layer and
 direction and each pair of step and row, what the program's forward pass keeps.
 
 Programs compute float32 and float64. Half types are widened on the way in, and h is rounded to them
@@ -64,7 +64,7 @@ class Outputs(NamedTuple):
     c_n: Any = None
     hidden: Any = None
     cell: Any = None
-    gates: Any = None
+    saved: Any = None
 
 
 class Cotangents(NamedTuple):
@@ -131,7 +131,7 @@ def kept_width(
     options: Options, input_size: int, hidden_size: int, dtype: str, extras: Extras,
     lengths: bool, reset: bool,
 ) -> int:  # fmt: skip
-    """How many values ``gates`` holds for each layer, direction, step and row."""
+    """How many values ``saved`` holds for each layer, direction, step and row."""
     widths = [input_size]
     if options.num_layers > 1:
         widths.append(options.directions * (options.proj_size or hidden_size))
@@ -167,7 +167,7 @@ def _of_one_direction(options: Options) -> Options:
 
 
 class _Layout(NamedTuple):
-    """Where each value that forward keeps stands in a row of ``gates``."""
+    """Where each value that forward keeps stands in a row of ``saved``."""
 
     places: dict[tuple[str, int], slice]
     gaps: list[slice]  # what no value takes
@@ -234,7 +234,7 @@ class Call:
 
     @property
     def kept_width(self) -> int:
-        """How many values ``gates`` holds for each layer, direction, step and row."""
+        """How many values ``saved`` holds for each layer, direction, step and row."""
         given = self.given
         return kept_width(
             self.options, self.input.shape[-1], self.hidden_size, self.dtype, given.extras,
@@ -306,7 +306,7 @@ class Call:
         Arguments:
             ys: where h and c of every step go.
             finals: where the last ones go; None: not wanted.
-            kept: a row of ``gates``, (T·B, width), or None.
+            kept: a row of ``saved``, (T·B, width), or None.
         """
         program = layer_program(spec)
         reverse = self._reverse(group)
@@ -378,7 +378,7 @@ class Call:
                 y = last if layer == L - 1 else between[layer % 2]
             spec = self._spec(layer, cell is not None)
             for group in range(layer * D, (layer + 1) * D):
-                kept = None if out.gates is None else out.gates[group]
+                kept = None if out.saved is None else out.saved[group]
                 self._run_group(
                     spec,
                     group,
@@ -401,7 +401,7 @@ class Call:
     # ---- backward --------------------------------------------------------------------------------
 
     def backward(self, saved: Outputs, d: Cotangents, out: Gradients) -> None:
-        """``saved``: hidden, cell and gates of forward; without gates they are made again."""
+        """``saved``: hidden, cell and saved of forward; saved may be None: it is computed again."""
         L, D = self.options.num_layers, self.options.directions
         every = (saved.hidden, saved.cell, d.hidden, d.cell, d.output)
         hidden: Any
@@ -427,7 +427,7 @@ class Call:
                         x,
                         self._parts(group, hidden[layer], None if cell is None else cell[layer]),
                         self._parts(group, d_y, None if d_cell is None else d_cell[layer]),
-                        None if saved.gates is None else saved.gates[group],
+                        None if saved.saved is None else saved.saved[group],
                     ),
                     [None if g is None else g[group] for g in d_finals],
                     second,
@@ -525,7 +525,7 @@ class _Step(NamedTuple):
     x: Any
     ys: tuple[Any, Any]  # h and c of every step
     d_ys: tuple[Any, Any]  # their gradients; None: zero
-    kept: Any  # a row of ``gates``; None: to be made again
+    kept: Any  # a row of ``saved``; None: to be made again
 
 
 def _sum(a: Any, b: Any) -> Any:

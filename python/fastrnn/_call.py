@@ -1,14 +1,16 @@
-"""The one place that chooses how a stack of torch tensors is computed.
+"""The only place that chooses how a stack of torch tensors is computed.
 
-- engine: the operator ``fastrnn::forward``, for real tensors on the CPU, and on CUDA where the
-  user's machine has found our kernels right and faster (``fastrnn certify``);
-- a first gradient: the same operator, whose backward is the operator ``fastrnn::backward``; under
-  ``torch.func``'s vmap, grad and vjp too, by the rules of _transforms.py;
-- by torch: torch.nn's own call, for what torch.nn can compute on every other device (_by_torch.py);
-- composed: plain torch operations, for complex numbers, in forward-mode differentiation, and where
-  the gradients of all states are watched (``gradient_flow``); on such a device for what torch.nn
-  lacks, and under the transforms; and, from inside the backward of the others, for derivatives of
-  derivatives.
+A usual call of a layer or cell on a CPU does not come here: it is one call of ``_C.layer``
+(_layer.py, _cells.py). For all other calls:
+
+- engine: real tensors on the CPU, and on CUDA where ``fastrnn certify`` found our kernels correct
+  and faster on this machine. Where an observer would notice that torch's dispatcher is bypassed,
+  and under ``torch.func``'s vmap, grad and vjp, it runs as the operator ``fastrnn::forward``, whose
+  backward is the operator ``fastrnn::backward``;
+- torch: torch.nn's own operator, for what torch.nn has, on every other device (_by_torch.py);
+- composed: plain torch operations, for complex numbers, in forward-mode differentiation, and while
+  `gradient_flow` records; on devices other than the CPU also for what torch.nn does not have, and
+  under the transforms. The backward of the other routes uses it for double backward.
 """
 
 from __future__ import annotations
@@ -63,10 +65,11 @@ def recurrent(
         batch_sizes: int64 (T,), on the CPU, of a PackedSequence.
         lengths: int64 (B,), the valid steps of each row, on any device.
         reset: bool (T, B), True where an episode starts.
-        extras: what the options ask for besides: states after a reset, masks.
+        extras: the arrays that options need: states after a reset, masks.
         return_states: whether to return the states of every layer at every step.
         dropout: probability of a zero in what one layer passes to the next.
-        frozen: the weights as they were packed when the layer was frozen; a gradient thaws it.
+        frozen: the packed weights of a frozen layer, or None; a call that records a gradient
+            unfreezes the layer.
 
     Returns:
         ``output`` (T, B, D·O) or packed (N, D·O); ``(h_n,)`` or ``(h_n, c_n)``, shaped as ``hx``;
@@ -77,7 +80,7 @@ def recurrent(
     run = _route(options, input, hx, weights, steps, return_states)
     if lengths is not None:
         by_torch = run is None or run is _torch_as_operator
-        # Torch's call is spared a wait for the device where lengths lie on the CPU.
+        # Torch's operator reads lengths on the CPU, so moving them would only wait for the device.
         if not (by_torch and lengths.device.type == "cpu"):
             steps = (batch_sizes, lengths.to(input.device), reset, extras)
     if run is None:
@@ -92,10 +95,10 @@ def recurrent(
 
 
 def usual_layer(layer: Any, input: Any, hx: tuple[Any, ...] | None) -> Result | None:
-    """The call of a layer on a GPU without anything unusual, in a few steps; None: the long way.
+    """The usual call of a layer on a device other than the CPU, in a few steps.
 
-    The same checks and results. The caller has seen to it that there are no lengths, no resets, no
-    masks and no learned states.
+    Same checks and results as `recurrent`; None where the call is not a usual one or an argument
+    does not fit. The caller makes sure that there are no lengths, resets, masks or learned states.
     """
     if torch.compiler.is_compiling() or not isinstance(input, Tensor) or input.dim() != 3:
         return None
@@ -144,8 +147,8 @@ def casts_by_itself(
     batch_sizes: Tensor | None,
     return_states: bool,
 ) -> bool:
-    """Whether a call without masks, lengths and resets goes to torch's own, which under autocast
-    casts by itself.
+    """Whether torch's own operator computes a call without masks, lengths and resets. Under
+    autocast that operator casts its arguments.
     """
     steps = (batch_sizes, None, None, NO_EXTRAS)
     return _route(options, input, hx, weights, steps, return_states) is None
@@ -157,15 +160,15 @@ def cell_by_torch(
     hx: tuple[Tensor, ...] | None,
     weights: Sequence[Tensor],
 ) -> bool:
-    """Whether torch's own function takes a cell's step: it has derivatives of every order, and a
-    compiler knows it. input is (B, I), the states (B, H).
+    """Whether torch's own function computes a cell's step: it has derivatives of every order, and
+    compilers support it. input is (B, I), the states (B, H).
     """
     if input.device.type in _ENGINE_DEVICES:
         return False
     steps = (None, None, None, NO_EXTRAS)
     chosen = _route(options, input.unsqueeze(0), hx, weights, steps, False)
     if chosen is _engine_route and not torch.compiler.is_compiling():
-        return cuda_switch() is None  # a certificate compares layers, and says nothing of cells
+        return cuda_switch() is None  # certificates compare layers, not cells
     return chosen is None or chosen is _torch_as_operator
 
 
@@ -175,10 +178,10 @@ _C.set_torch(
     torch.get_num_threads,
     torch.is_grad_enabled,
     [torch.float32, torch.float64, torch.bfloat16, torch.float16],
-    # Whoever would notice that a call bypasses the dispatcher: a mode, a trace, a profiler.
+    # Observers, which would notice that a call bypasses the dispatcher: modes, traces, profilers.
     [torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state],
     [(vars(torch.autograd.profiler), "_is_profiler_enabled")],
-    # Whatever changes what a call means: a cast, a transform, forward mode, a watcher.
+    # Transforms, which change what a call means: autocast, torch.func, forward mode, gradient_flow.
     [
         partial(torch.is_autocast_enabled, "cpu"),
         torch._C._functorch.maybe_current_level,
@@ -193,7 +196,7 @@ _Route = Callable[
      Frozen | None],
     Result,
 ]  # fmt: skip
-_ENGINE_DEVICES = frozenset({"cpu", "meta"})  # on meta the operator only works out shapes
+_ENGINE_DEVICES = frozenset({"cpu", "meta"})  # on meta the operator only computes shapes
 
 
 def _route(
@@ -204,13 +207,13 @@ def _route(
     steps: _by_torch.Steps,
     return_states: bool,
 ) -> _Route | None:
-    """The way of a call; None: torch's own, by itself."""
+    """The route of a call; None: torch's own operator, in torch's own graph."""
     if input.is_complex():
         return _composed_route
     elsewhere = input.device.type not in _ENGINE_DEVICES
     if not torch.compiler.is_compiling():
         watched = torch.is_grad_enabled() and _composed.watchers.get()
-        # Neither torch's call nor ensembles of the CUDA kernels know of a transform.
+        # Neither torch's operator nor ensembles of the CUDA kernels support transforms.
         transformed = elsewhere and torch._C._functorch.maybe_current_level() is not None
         if forward_ad._current_level >= 0 or watched or transformed:
             return _composed_route
@@ -245,6 +248,7 @@ def _engine_route(
     save = _by_torch.records(leaves)
     if frozen is not None and save:
         frozen.thaw()
+    given = (input, h0, c0, weights, *rows, *extras)
     if (
         by_torch
         or torch.compiler.is_compiling()
@@ -253,18 +257,14 @@ def _engine_route(
     ):
         if not torch.compiler.is_compiling():
             _flops.register()
-        given = (input, h0, c0, weights, *rows, *extras)
         outputs = _operators.forward_op(*given, options.text, return_states, False, by_torch)
     else:
-        given = (input, h0, c0, weights, *rows, *extras)
         call = _program_torch.call(options, given, frozen)
         if save:
             others = (*rows, *extras[2:])
             outputs = Recurrence.apply(prepared(options), call, others, return_states, *leaves)  # type: ignore[no-untyped-call]
         else:
-            device = None
-            if input.is_cuda:
-                device = _operators.device_of(given, options, False)
+            device = _operators.device_of(given, options, False)
             outputs = call.forward(return_states, False, False, device)
     output, h_n, c_n, hidden, cell, _ = outputs
     if options.cell != "LSTM":
@@ -313,7 +313,7 @@ def _layer_by_layer(
     return_states: bool,
     dropout: float,
 ) -> Result:
-    """Dropout on what each layer but the last puts out, by torch: the masks are torch.nn's."""
+    """Apply torch's dropout to the output of each layer but the last, with torch.nn's masks."""
     x = input
     hx_n: list[tuple[Tensor, ...]] = []
     states: list[States] = []

@@ -61,7 +61,7 @@ def _forward(operators: Any, *arguments: Any) -> tuple[Any, ...]:
     *given, options, states, save, _ = arguments
     _check(operators, given)
     count = len(_transforms._FORWARD)
-    # What the gradient needs besides, it computes again: `_backward` reads no gates.
+    # `_backward` computes everything again: it does not read `saved`.
     scalars = (options, states or save, False, False)
     return _transforms._composed_outputs(operators, given[:count], scalars)
 

@@ -1,4 +1,4 @@
-"""What the torch operators and the route without torch both ask of the engine."""
+"""What every route needs to know about the engine: its options, and its kernels on a GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class States(NamedTuple):
 
 
 class Extras(NamedTuple):
-    """The arrays of a call that options alone ask for, of the kind of the input; None: not given.
+    """The arrays of a call that only options need, of the kind of the input; None: not given.
 
     Packed data has (L·D, N, ·) in place of (L·D, T, B, ·).
     """
@@ -76,9 +76,9 @@ def engine_options(options: Options) -> _C.Options:
 
 
 class Prepared:
-    """A stack or a cell as the engine takes it: kept by a module from call to call, never copied.
+    """A stack or a cell as the engine takes it. A module keeps it from call to call.
 
-    It holds nothing that a call could change, but the packed weights of a frozen module.
+    Nothing in it depends on the values of a call, except the packed weights of a frozen module.
     """
 
     __slots__ = ("by_cells", "cell", "engine", "frozen", "gradient_by_cells", "names", "options")
@@ -90,8 +90,7 @@ class Prepared:
         self.names = names  # of the module's weights, in the order of the flat list
         self.engine = engine_options(options)
         self.cell = cell  # whether it is one step without the axes of steps and layers
-        # Which passes are those of the fused cells, where a call brings no arrays of its own; the
-        # others are programs.
+        # Whether the fused cells compute each pass of a call without `Extras`; else programs do.
         self.by_cells = not options.beyond_the_cells
         self.gradient_by_cells = self.by_cells and options.grad_clip == 0
         self.frozen: Any = None  # by fastrnn.freeze: _C.Frozen, or the weights of a program

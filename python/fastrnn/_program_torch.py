@@ -119,7 +119,7 @@ def _mark(weight: Tensor) -> tuple[Any, ...]:
 
 
 class _ProgramCall:
-    """A call whose forward pass is one of programs."""
+    """A call whose forward pass is a program."""
 
     def __init__(
         self, options: Options, arguments: tuple[Any, ...], frozen: FrozenWeights | None
@@ -132,7 +132,7 @@ class _ProgramCall:
     def forward(
         self, states: bool, save: bool, zeros: bool = False, device: Any = None
     ) -> tuple[Tensor | None, ...]:
-        """As ``_C.Call.forward``; a program writes every value, so that there is none to zero."""
+        """As ``_C.Call.forward``; a program writes every value, so nothing needs to be zeroed."""
         input, batch_sizes = self.arguments[0], self.arguments[4]
         rows = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
         saved = save and not self.options.recompute
@@ -147,8 +147,8 @@ class _ProgramCall:
         return tuple(outputs)
 
 
-class _CallMadeAgain:
-    """A call of the engine's cells whose backward pass is one of programs, which saves nothing."""
+class _CallWithoutSaved:
+    """A call of the engine's cells whose backward pass is a program: it saves only h and c."""
 
     def __init__(self, call: _C.Call) -> None:
         self.call = call
@@ -195,7 +195,7 @@ def shapes(
 
 
 def call(options: Options, arguments: Any, frozen: Any = None) -> Any:
-    """A checked call, for its ``forward``.
+    """A checked call; its ``forward`` runs it.
 
     Arguments:
         arguments: input, h0, c0, weights, batch_sizes, lengths, reset and the extras.
@@ -208,7 +208,7 @@ def call(options: Options, arguments: Any, frozen: Any = None) -> Any:
     resets = extras[:2] if extras[0] is not None else None
     given: Any = (*arguments[:7], resets, torch.get_num_threads(), False, frozen)
     made = _C.Call(engine_options(options), *given)
-    return _CallMadeAgain(made) if on_cpu and takes_backward(options, extras) else made
+    return _CallWithoutSaved(made) if on_cpu and takes_backward(options, extras) else made
 
 
 def backward(
@@ -232,9 +232,22 @@ def backward(
     """
     if not arguments[0].is_cuda and takes_backward(options, Extras(*arguments[7:])):
         return _by_program(options, arguments, saved, needs)
+    return cells_backward(engine_options(options), arguments, saved, needs, consume, cell, device)
+
+
+def cells_backward(
+    engine: _C.Options,
+    arguments: Any,
+    saved: Any,
+    needs: tuple[bool, ...],
+    consume: bool = False,
+    cell: bool = False,
+    device: Any = None,
+) -> list[Tensor | None]:
+    """The same where the engine's cells compute the gradients."""
     own = (*needs[:3], *needs[5:])
     given: Any = (*arguments[:7], *saved, own, consume, torch.get_num_threads(), cell, device)
-    found = _C.backward(engine_options(options), *given)
+    found = _C.backward(engine, *given)
     return [*found[:3], None, None, *found[3:]]
 
 

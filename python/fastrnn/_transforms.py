@@ -138,7 +138,7 @@ def _as_members(operators: _Operators, name: str, x: Any, dim: Any, size: int) -
     """An argument with the mapped axis as the members, before the members it has."""
     if x is None or name == "batch_sizes":
         return x
-    if name in ("cell_state", "gates") and x.dim() == 1:  # there are none
+    if name in ("cell_state", "saved") and x.dim() == 1:  # there are none
         return x
     if isinstance(x, (list, tuple)):
         dims = [None] * len(x) if dim is None else dim
@@ -250,12 +250,12 @@ class _AtOneTransform(_SingleLevelFunction):
 
 def _as_asked(outputs: tuple[Tensor, ...], states: bool, save: bool) -> tuple[Tensor, ...]:
     """Of everything (``save=True``) what the operator gives for these flags."""
-    output, h_n, c_n, hidden, cell, gates = outputs
+    output, h_n, c_n, hidden, cell, saved = outputs
     if save:
         return outputs
     if not states:
         hidden, cell = hidden.new_empty(0), cell.new_empty(0)
-    return output, h_n, c_n, hidden, cell, gates.new_empty(0)
+    return output, h_n, c_n, hidden, cell, saved.new_empty(0)
 
 
 def _further_out(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -288,7 +288,7 @@ class _Recorded(_AtOneTransform):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        *flat, hidden, cell, gates = ctx.saved_tensors
+        *flat, hidden, cell, saved = ctx.saved_tensors
         if all(d is None for d in gradients):
             return (None,) * (2 + len(flat))
         arguments = _nested(flat, _FORWARD)
@@ -299,7 +299,7 @@ class _Recorded(_AtOneTransform):
             found = gradients_of(ctx.operators, ctx.parsed, arguments, needs, cotangents)
         else:
             found = ctx.operators.backward(
-                *arguments, hidden, cell, gates, *cotangents, ctx.options, needs, ctx.by_torch
+                *arguments, hidden, cell, saved, *cotangents, ctx.options, needs, ctx.by_torch
             )
         wanted = (d if need else None for d, need in zip(found, needs, strict=True))
         return (None, None, *wanted, *(None,) * (len(flat) - len(needs)))
