@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fastrnn import _C, _by_program
+from fastrnn import _C
 from fastrnn._engine import CUDA_SWITCH, NO_EXTRAS, Extras, engine_options
-from fastrnn._program_numpy import NumPyArrays
+from fastrnn.calls import by_program
+from fastrnn.calls.program_numpy import NumPyArrays
 from fastrnn.reference import States
 from problems import Gradients, Problem, Solution
 from tolerances import assert_close
@@ -166,9 +167,9 @@ class EngineCall:
         own = Extras(*self.extras) if self.extras else NO_EXTRAS
         self.program: Any = None
         self.of_program: Callable[[Any], Any] = same
-        if device is None and _by_program.takes_backward(problem.options, own):
+        if device is None and by_program.takes_backward(problem.options, own):
             self.program = self._program(own)
-        self.forward_too = device is None and _by_program.takes(problem.options, own)
+        self.forward_too = device is None and by_program.takes(problem.options, own)
 
     def _extras(self, arrange: Callable[[Any], Any]) -> tuple[Any, ...] | None:
         """`extras` of the engine: states after a reset and masks; None where there are none."""
@@ -181,10 +182,10 @@ class EngineCall:
         dropout = self.storage(given.get("dropout_mask"))
         return (*map(self.storage, anew), dropout, *keep)
 
-    def _program(self, extras: Extras) -> _by_program.Call:
+    def _program(self, extras: Extras) -> by_program.Call:
         arrays: Any = NumPyArrays(self.dtype)
         if self.dtype == "bfloat16":
-            from fastrnn._program_torch import TorchArrays
+            from fastrnn.calls.program_torch import TorchArrays
 
             arrays = TorchArrays(self.read[0].dtype)
             self.of_program = tensor_or_none
@@ -192,13 +193,13 @@ class EngineCall:
             extras = Extras(*map(tensor_or_none, extras))
             self.read = (*self.read[:4], batch_sizes, lengths, reset)
         arrays.threads = self.threads
-        given = _by_program.Given(*self.read, extras)
-        return _by_program.Call(arrays, self.problem.options, self.dtype, given)
+        given = by_program.Given(*self.read, extras)
+        return by_program.Call(arrays, self.problem.options, self.dtype, given)
 
     def blank(self, *shape: int, dtype: str = "") -> Any:
         return self.of_program(engine_array(np.full(shape, np.nan), dtype or self.dtype))
 
-    def _blank_outputs(self, every: bool, save: bool) -> _by_program.Outputs:
+    def _blank_outputs(self, every: bool, save: bool) -> by_program.Outputs:
         """Arrays for a program to write, where it runs the forward pass."""
         groups, B, two = self.L * self.D, self.problem.batch, self.options.states == 2
         compute, steps = compute_dtype(self.dtype), self.problem.steps
@@ -207,7 +208,7 @@ class EngineCall:
             width = self.program.kept_width
             saved = self.blank(groups, steps * B, width, dtype=compute)
         cell = two and every
-        return _by_program.Outputs(
+        return by_program.Outputs(
             self.blank(*self.where, self.D * self.O),
             self.blank(groups, B, self.O),
             self.blank(groups, B, self.H) if two else None,
@@ -276,9 +277,9 @@ class EngineCall:
         saved = None if not self.forward_too else self.saved
         outputs = (None, None, None, self.hidden, self.cell, saved)
         self.program.backward(
-            _by_program.Outputs(*map(self.of_program, map(numpy_or_same, outputs))),
-            _by_program.Cotangents(*map(self.of_program, cotangents)),
-            _by_program.Gradients(*found[:3], d_reset_h, d_reset_c, found[3:]),
+            by_program.Outputs(*map(self.of_program, map(numpy_or_same, outputs))),
+            by_program.Cotangents(*map(self.of_program, cotangents)),
+            by_program.Gradients(*found[:3], d_reset_h, d_reset_c, found[3:]),
         )
         return found
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from fastrnn import _scan
+from fastrnn.any_cell import scan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -33,31 +33,31 @@ def mapped(function: Callable[..., Any], *values: Any) -> Any:
 @contextmanager
 def by_loop() -> Iterator[None]:
     """Inside, every step runs as the package's loop of torch operations."""
-    routed = _scan.program.routed
-    _scan.program.routed = lambda *_: None
+    routed = scan.program.routed
+    scan.program.routed = lambda *_: None
     try:
         yield
     finally:
-        _scan.program.routed = routed
+        scan.program.routed = routed
 
 
 @contextmanager
 def by_engine() -> Iterator[None]:
     """Inside, a step that does not run on the engine is an error."""
-    routed = _scan.program.routed
+    routed = scan.program.routed
 
     def checked(*call: Any) -> Any:
         result = routed(*call)
         assert isinstance(result, tuple), f"the loop would run: {result and result.reason}"
         return result
 
-    _scan.program.routed = checked
+    scan.program.routed = checked
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             yield
     finally:
-        _scan.program.routed = routed
+        scan.program.routed = routed
 
 
 def gradients_of(outputs: Any, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -84,7 +84,7 @@ def both_ways(
             lambda t: t.clone().requires_grad_(t.is_floating_point()), (init, xs)
         )
         with way():
-            outputs = _scan.scan(step, given_init, given_xs, **options)
+            outputs = scan.scan(step, given_init, given_xs, **options)
         inputs = [
             t for t in pytree.tree_leaves((given_init, given_xs, list(weights))) if t.requires_grad
         ]

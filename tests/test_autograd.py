@@ -14,9 +14,10 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from cases import LAYOUTS, STACKS
-from fastrnn import _C, _call, _composed, _operators
-from fastrnn._call import recurrent
+from fastrnn import _C
 from fastrnn._options import Options
+from fastrnn.calls import call, composed, operators
+from fastrnn.calls.call import recurrent
 from stacks import Arguments, make
 
 if TYPE_CHECKING:
@@ -49,9 +50,9 @@ def loss(values: tuple[Tensor, ...]) -> Tensor:
     return total
 
 
-def composed(case: Arguments, **extra: Any) -> tuple[Tensor, ...]:
+def by_operations(case: Arguments, **extra: Any) -> tuple[Tensor, ...]:
     """The same by plain torch operations."""
-    with patch.object(_call, "_route", lambda *_: _call._composed_route):
+    with patch.object(call, "_route", lambda *_: call._composed_route):
         return outputs(case, **extra)
 
 
@@ -59,7 +60,7 @@ def composed(case: Arguments, **extra: Any) -> tuple[Tensor, ...]:
 @every_step
 def test_operator_equals_composed(options: Options, steps: str) -> None:
     case = make(options, steps)
-    ours, plain = outputs(case, return_states=True), composed(case, return_states=True)
+    ours, plain = outputs(case, return_states=True), by_operations(case, return_states=True)
     torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
     gradients = [torch.autograd.grad(loss(y), case.leaves) for y in (ours, plain)]
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
@@ -94,7 +95,7 @@ def test_third_derivative_equals_composed(cell: str) -> None:
             value = d_x.pow(2).sum()
         return torch.autograd.grad(value, case.weights[1])[0]
 
-    torch.testing.assert_close(third(outputs), third(composed), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(third(outputs), third(by_operations), rtol=1e-9, atol=1e-9)
 
 
 def test_double_backward_of_arguments_that_depend_on_each_other() -> None:
@@ -105,7 +106,7 @@ def test_double_backward_of_arguments_that_depend_on_each_other() -> None:
         (d_w,) = torch.autograd.grad(loss(route(tied)), case.weights[0], create_graph=True)
         return torch.autograd.grad(d_w.pow(2).sum(), case.weights[0])[0]
 
-    torch.testing.assert_close(second(outputs), second(composed), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(second(outputs), second(by_operations), rtol=1e-9, atol=1e-9)
 
 
 def test_backward_twice_with_retain_graph(cell: str) -> None:
@@ -165,7 +166,7 @@ def test_unused_outputs_get_no_gradient(cell: str) -> None:
             outputs(case, return_states=True)[k].sum(), case.leaves, materialize_grads=True
         )
         plain = torch.autograd.grad(
-            composed(case, return_states=True)[k].sum(), case.leaves, materialize_grads=True
+            by_operations(case, return_states=True)[k].sum(), case.leaves, materialize_grads=True
         )
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
 
@@ -261,7 +262,7 @@ def test_graph_is_freed_without_the_garbage_collector(cell: str) -> None:
 def test_operator_saves_by_itself_where_a_gradient_is_recorded() -> None:
     options = Options("LSTM", num_layers=2)
     case = make(options)
-    given = _operators.forward_op(
+    given = operators.forward_op(
         case.input, *case.hx, case.weights, *(None,) * 8, options.text, False, False, False
     )[:3]
     got = torch.autograd.grad(loss(given), case.leaves)
@@ -273,7 +274,7 @@ def test_operator_saves_by_itself_where_a_gradient_is_recorded() -> None:
 def test_half_types(cell: str, dtype: torch.dtype) -> None:
     options = Options(cell, num_layers=2, bidirectional=True)  # type: ignore[arg-type]
     case = make(options, "lengths-reset", dtype=dtype)
-    ours, plain = outputs(case, return_states=True), composed(case, return_states=True)
+    ours, plain = outputs(case, return_states=True), by_operations(case, return_states=True)
     assert [y.dtype for y in ours] == [y.dtype for y in plain]
     tolerance = 8 * torch.finfo(dtype).eps
     torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
@@ -328,7 +329,7 @@ def test_dropout_masks_of_packed_data_are_those_of_torch(cell: str) -> None:
 
 def test_complex_numbers_take_the_composed_route(cell: str) -> None:
     case = make(Options(cell), dtype=torch.complex128)  # type: ignore[arg-type]
-    with patch.object(_composed, "forward", wraps=_composed.forward) as route:
+    with patch.object(composed, "forward", wraps=composed.forward) as route:
         assert gradcheck(
             lambda *leaves: outputs(case.with_leaves(*leaves)), case.leaves, fast_mode=True
         )
@@ -344,7 +345,7 @@ def test_padding_may_hold_anything(cell: str) -> None:
     spoilt = case._replace(
         input=case.input.detach().masked_fill(padding[..., None], torch.nan).requires_grad_()
     )
-    for got in (outputs(spoilt, return_states=True), composed(spoilt, return_states=True)):
+    for got in (outputs(spoilt, return_states=True), by_operations(spoilt, return_states=True)):
         torch.testing.assert_close([y.detach() for y in got], expected, rtol=1e-10, atol=1e-10)
         again = torch.autograd.grad(loss(got), spoilt.leaves)
         torch.testing.assert_close(again, gradients, rtol=1e-10, atol=1e-10)
@@ -382,5 +383,5 @@ def test_meta_device_gives_shapes() -> None:
 def test_autocast_leaves_the_dtypes_alone() -> None:
     case = make(Options("GRU"), dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        values = (*outputs(case), *composed(case))
+        values = (*outputs(case), *by_operations(case))
     assert {y.dtype for y in chain(values)} == {torch.float32}

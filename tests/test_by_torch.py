@@ -23,18 +23,11 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 import fastrnn
 from cases import LAYOUTS, STACKS
-from fastrnn import (
-    _C,
-    _by_torch,
-    _call,
-    _composed,
-    _episodes,
-    _operators,
-    _torch_kernels,
-)
-from fastrnn._call import recurrent
+from fastrnn import _C
 from fastrnn._engine import NO_EXTRAS
 from fastrnn._options import Options
+from fastrnn.calls import call, composed, episodes, operators, torch_kernels, torch_route
+from fastrnn.calls.call import recurrent
 from operators import opcheck
 from pairs import CELLS, LAYERS, outcome, pair, tensors
 from stacks import Arguments, as_function, make
@@ -69,7 +62,7 @@ T, B, SIZE, H = 6, 4, 3, 5
 
 @pytest.fixture(autouse=True)
 def _in_the_place_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_call, "_ENGINE_DEVICES", frozenset({"meta"}))
+    monkeypatch.setattr(call, "_ENGINE_DEVICES", frozenset({"meta"}))
     monkeypatch.setattr(_C, "layer", lambda *_: None)
 
 
@@ -77,13 +70,13 @@ def _in_the_place_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
     """The arguments of torch's calls, of which there is at least one."""
     made: list[tuple[Any, ...]] = []
-    call = _by_torch.call
+    call = torch_route.call
 
     def noted(*arguments: Any) -> Any:
         made.append(arguments)
         return call(*arguments)
 
-    monkeypatch.setattr(_by_torch, "call", noted)
+    monkeypatch.setattr(torch_route, "call", noted)
     yield made
     assert made
 
@@ -97,7 +90,7 @@ def run(case: Arguments, **more: Any) -> list[Tensor]:
 
 
 def by_the_engine(case: Arguments, **more: Any) -> list[Tensor]:
-    with patch.object(_call, "_ENGINE_DEVICES", frozenset({"cpu"})):
+    with patch.object(call, "_ENGINE_DEVICES", frozenset({"cpu"})):
         return run(case, **more)
 
 
@@ -179,7 +172,7 @@ def test_states_of_any_strides_are_taken(layer: str, calls: list[Any]) -> None:
 def test_a_cell_gives_torch_nns_bits(cell: str) -> None:
     theirs, ours = pair(cell, SIZE, H)
     x = torch.randn(B, SIZE)
-    with patch.object(_by_torch, "cell", wraps=_by_torch.cell) as spy:
+    with patch.object(torch_route, "cell", wraps=torch_route.cell) as spy:
         mine = outcome(ours, x)
     assert spy.call_count == 1
     torch.testing.assert_close(mine, outcome(theirs, x), rtol=0, atol=0)
@@ -218,9 +211,9 @@ def test_under_autocast_lengths_leave_the_dtypes_as_they_are(
             return [y.dtype for y in tensors(ours(x, lengths=lengths))]
 
     by_torch = dtypes()
-    with patch.object(_by_torch, "_is_capturing", lambda _: True):
+    with patch.object(torch_route, "_is_capturing", lambda _: True):
         assert dtypes() == by_torch
-    with patch.object(_call, "_ENGINE_DEVICES", frozenset({"cpu"})):
+    with patch.object(call, "_ENGINE_DEVICES", frozenset({"cpu"})):
         assert dtypes() == by_torch
 
 
@@ -279,12 +272,12 @@ def cases(draw: st.DrawFn) -> Arguments:
 @given(case=cases())
 def test_any_lengths_and_resets(case: Arguments) -> None:
     with (
-        patch.object(_call, "_ENGINE_DEVICES", frozenset({"meta"})),
-        patch.object(_composed, "forward", wraps=_composed.forward) as composed,
+        patch.object(call, "_ENGINE_DEVICES", frozenset({"meta"})),
+        patch.object(composed, "forward", wraps=composed.forward) as called,
     ):
         assert_as_the_engine(case)
     none_runs = "lengths" in case.steps and not case.steps["lengths"].any()
-    assert composed.called == none_runs
+    assert called.called == none_runs
 
 
 @every_layer
@@ -302,19 +295,19 @@ def test_a_padded_batch_is_packed_as_torch_packs_it(layer: str, calls: list[Any]
 def test_lengths_on_the_cpu_are_not_waited_for() -> None:
     """On meta no value can be read: that of an input, or of what was computed there."""
     lengths, device = torch.tensor([2, 0, 3]), torch.device("meta")
-    found = _episodes.find(torch.empty(4, 3, 2, device=device), lengths, None)
+    found = episodes.find(torch.empty(4, 3, 2, device=device), lengths, None)
     assert found is not None
     assert found.batch_sizes.tolist() == [2, 2, 1]
     assert found.source.device == device
     with pytest.raises(NotImplementedError, match="meta"):
-        _episodes.find(torch.empty(4, 3, 2, device=device), lengths.to(device), None)
+        episodes.find(torch.empty(4, 3, 2, device=device), lengths.to(device), None)
 
 
 def test_nothing_of_a_reset_is_made_elsewhere() -> None:
     """From the CPU it would have to come over, and be waited for."""
     reset = torch.tensor([[False, True, False], [True, False, False]])
     with torch.device("meta"):  # where tensors are made that say no place
-        found = _episodes.find(torch.empty(2, 3, 1, device="cpu"), None, reset)
+        found = episodes.find(torch.empty(2, 3, 1, device="cpu"), None, reset)
     assert found is not None
     assert found.batch_sizes.tolist() == [4, 2]
 
@@ -329,7 +322,7 @@ def test_only_cuda_is_trusted_with_a_copy_that_is_not_waited_for(device: str) ->
         return self
 
     with patch.object(Tensor, "to", to):
-        _episodes._on(torch.device(device), torch.zeros(2))
+        episodes._on(torch.device(device), torch.zeros(2))
     assert asked == [device == "cuda"]
 
 
@@ -337,7 +330,7 @@ def test_only_cuda_is_trusted_with_a_copy_that_is_not_waited_for(device: str) ->
 def test_lengths_stay_on_the_cpu_until_the_episodes_are_known(layer: str) -> None:
     ours = getattr(fastrnn, layer)(SIZE, H)
     seen = []
-    with patch.object(_episodes, "find", side_effect=lambda x, n, r: seen.append((n, r))):
+    with patch.object(episodes, "find", side_effect=lambda x, n, r: seen.append((n, r))):
         ours(torch.randn(T, B, SIZE), lengths=[1, 2, 3, 4])
     assert seen[0][0].device.type == "cpu"
     assert seen[0][1] is None
@@ -350,8 +343,8 @@ def test_a_graph_that_is_captured_composes_lengths(layer: str) -> None:
     x, lengths = torch.randn(T, B, SIZE, dtype=torch.float64), torch.tensor([2, 6, 1, 4])
     expected = ours(x, lengths=lengths)
     with (
-        patch.object(_by_torch, "_is_capturing", lambda _: True),
-        patch.object(_episodes, "find", side_effect=AssertionError),
+        patch.object(torch_route, "_is_capturing", lambda _: True),
+        patch.object(episodes, "find", side_effect=AssertionError),
     ):
         torch.testing.assert_close(ours(x, lengths=lengths), expected, rtol=1e-12, atol=1e-13)
 
@@ -368,7 +361,7 @@ def test_returning_the_states_of_h_calls_torch_once_a_layer(
 
 def test_returning_the_states_of_c_takes_the_composed_route() -> None:
     case = make(Options("LSTM", 2), "lengths-reset")
-    with patch.object(_by_torch, "call", side_effect=AssertionError):
+    with patch.object(torch_route, "call", side_effect=AssertionError):
         assert_as_the_engine(case, return_states=True)
 
 
@@ -478,7 +471,7 @@ def test_the_output_may_be_written_to_before_backward(
 def test_transforms_are_composed(layer: str) -> None:
     ours = getattr(fastrnn, layer)(SIZE, H, dtype=torch.float64)
     x = torch.randn(7, T, 2, SIZE, dtype=torch.float64)
-    with patch.object(_by_torch, "call", side_effect=AssertionError):
+    with patch.object(torch_route, "call", side_effect=AssertionError):
         mapped = torch.func.vmap(lambda one: ours(one)[0])(x)
         torch.func.jvp(lambda one: ours(one)[0], (x[0],), (x[1],))
     torch.testing.assert_close(mapped, torch.stack([ours(one)[0] for one in x]))
@@ -507,7 +500,7 @@ def test_operators_give_contiguous_tensors_of_any_strides(options: Options, step
     case = make(options, steps)
     strided = [x.detach().transpose(0, -1).contiguous().transpose(0, -1) for x in case.leaves]
     arguments = operator_arguments(case.with_leaves(*strided), False, True, True)
-    output, h_n, c_n, hidden, cell, gates = _operators.forward_op(*arguments)
+    output, h_n, c_n, hidden, cell, gates = operators.forward_op(*arguments)
     two = options.cell == "LSTM"
     d = [
         torch.randn(y.shape[::-1], dtype=y.dtype).permute(2, 1, 0)
@@ -516,7 +509,7 @@ def test_operators_give_contiguous_tensors_of_any_strides(options: Options, step
     cotangents = (d[0], None, None, d[1], d[2] if two else None)
     needs = [True, True, two, False, False, *[True] * len(case.weights)]
     given = (*arguments[:12], hidden, cell, gates, *cotangents, options.text, needs, True)
-    found = _operators.backward_op(*given)
+    found = operators.backward_op(*given)
     assert all(y.is_contiguous() for y in (output, h_n, c_n, hidden, *found))
 
 
@@ -526,7 +519,7 @@ def test_a_program_holds_one_operator(layer: str, calls: list[Any]) -> None:
     x = torch.randn(T, B, SIZE)
     dynamic = ({0: torch.export.Dim("T", min=2, max=64), 1: torch.export.Dim("B", min=2, max=64)},)
     program = torch.export.export(ours, (x,), dynamic_shapes=dynamic)
-    nodes = [node for node in program.graph.nodes if node.target is _operators.forward_op]
+    nodes = [node for node in program.graph.nodes if node.target is operators.forward_op]
     assert len(nodes) == 1
     assert nodes[0].args[-1] is True
     longer = torch.randn(2 * T, B + 1, SIZE)
@@ -548,16 +541,16 @@ def test_opcheck(kind: str, steps: str) -> None:
     options = OURS[kind]
     states = options.cell != "LSTM"
     case = make(options, steps, requires_grad=False)
-    opcheck(_operators.forward_op, operator_arguments(make(options, steps), states, True, True))
+    opcheck(operators.forward_op, operator_arguments(make(options, steps), states, True, True))
     arguments = operator_arguments(case, states, True, True)
-    output, h_n, c_n, hidden, cell, gates = _operators.forward_op(*arguments)
+    output, h_n, c_n, hidden, cell, gates = operators.forward_op(*arguments)
     assert hidden.shape[0] == (options.num_layers if states else 1)
     two = options.cell == "LSTM"
     d = (torch.randn_like(output), torch.randn_like(hidden) if states else None, None)
     d = (*d, torch.randn_like(h_n), torch.randn_like(c_n) if two else None)
     needs = [True, True, two, False, False, *[True] * len(case.weights)]
     given = (*arguments[:12], hidden, cell, gates, *d, options.text, needs, True)
-    opcheck(_operators.backward_op, given)
+    opcheck(operators.backward_op, given)
 
 
 @every_stack
@@ -571,8 +564,8 @@ def test_a_graph_of_a_cpu_computes_where_kernels_are_not_trusted(
     expected = by_the_engine(case, return_states=states)
     wanted = gradients(case, expected)
     arguments = operator_arguments(case, states, False, False)
-    with patch.object(_torch_kernels, "leaves_to_engine", lambda *_: False):
-        output, h_n, c_n, hidden, cell, _ = _operators.forward_op(*arguments)
+    with patch.object(torch_kernels, "leaves_to_engine", lambda *_: False):
+        output, h_n, c_n, hidden, cell, _ = operators.forward_op(*arguments)
         got = [output, h_n, c_n, hidden, cell]
         got = [y for y in got if y.dim() > 1]
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
@@ -592,7 +585,7 @@ def test_no_graph_leaves_memory_of_another_device_to_the_engine(device: str, eng
     x: Any = SimpleNamespace(device=torch.device(device), is_cuda=False)
     arguments = operator_arguments(make(Options("GRU")), False, False, False)
     given = (x, *arguments[1:12])
-    assert _torch_kernels.leaves_to_engine(given, Options("GRU"), False) is engine
+    assert torch_kernels.leaves_to_engine(given, Options("GRU"), False) is engine
 
 
 # ---- what is cuDNN's alone -----------------------------------------------------------------------
@@ -630,7 +623,7 @@ def test_weights_are_copied_into_one_piece_without_touching_them(layer: str, cud
     options = Options(layer, 2, True)  # type: ignore[arg-type]
     case = make(options)
     places = [w.data_ptr() for w in case.weights]
-    flat = list(_by_torch._Flat.apply(options, SIZE, *case.weights))
+    flat = list(torch_route._Flat.apply(options, SIZE, *case.weights))
     assert [w.data_ptr() for w in case.weights] == places
     assert len({w.untyped_storage().data_ptr() for w in flat}) == 1
     torch.testing.assert_close(flat, case.weights, rtol=0, atol=0)
@@ -645,14 +638,14 @@ def test_weights_are_copied_into_one_piece_without_touching_them(layer: str, cud
 @pytest.fixture
 def laid(cudnn: Cudnn, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
     """Whether torch's call would be given copies of weights, for an input said to be on a GPU."""
-    monkeypatch.setattr(_by_torch, "_places", {})
+    monkeypatch.setattr(torch_route, "_places", {})
     monkeypatch.setattr(torch, "_use_cudnn_rnn_flatten_weight", lambda: True)
     monkeypatch.setattr(torch, "cudnn_is_acceptable", lambda _: True)
 
     def copied(options: Options, weights: list[Tensor]) -> bool:
         x: Any = SimpleNamespace(is_cuda=True, shape=(T, B, SIZE))
         before = len(cudnn.flattened)
-        given = _by_torch._laid_flat(options, weights, x)
+        given = torch_route._laid_flat(options, weights, x)
         torch.testing.assert_close(given, weights, rtol=0, atol=0)
         copied = len(cudnn.flattened) > before
         assert copied or all(a is b for a, b in zip(given, weights, strict=True))
@@ -732,7 +725,7 @@ def test_autocast_copies_the_weights_that_it_casts(
 
 
 def test_layers_lay_their_weights_when_made_and_moved() -> None:
-    with patch.object(_by_torch, "_flatten") as flatten:
+    with patch.object(torch_route, "_flatten") as flatten:
         layer = fastrnn.LSTM(SIZE, H)
         assert flatten.call_count == 1
         layer.double()
@@ -755,14 +748,14 @@ def test_cudnns_backward_receives_the_reserve_of_its_forward(
     case = make(options, steps)
     expected = gradients(case, run(case))
     left = torch.arange(7, dtype=torch.uint8)
-    monkeypatch.setattr(_torch_kernels, "_reserve", lambda _: left)
+    monkeypatch.setattr(torch_kernels, "_reserve", lambda _: left)
     operator, asked = torch.ops.aten._cudnn_rnn_backward.default, []
 
     def double(**given: Any) -> Any:
         asked.append(given)
         leaves = [x.detach().requires_grad_() for x in case.leaves]
         twin = case.with_leaves(*leaves)
-        with _torch_kernels.recording(), torch.enable_grad():
+        with torch_kernels.recording(), torch.enable_grad():
             output, *hx_n = by_the_engine(twin)
             torch.testing.assert_close(given["output"], output.detach())
             cotangents = (given["grad_output"], given["grad_hy"], given["grad_cy"])
@@ -774,7 +767,7 @@ def test_cudnns_backward_receives_the_reserve_of_its_forward(
         return d_input, states[0], states[1] if len(states) > 1 else None, weights
 
     monkeypatch.setattr(torch.ops.aten, "_cudnn_rnn_backward", double)
-    output, h_n, c_n, *_ = _operators.forward_op(*operator_arguments(case, False, False, True))
+    output, h_n, c_n, *_ = operators.forward_op(*operator_arguments(case, False, False, True))
     values = [output, h_n, c_n][: 1 + len(case.hx)]
     torch.testing.assert_close(gradients(case, values), expected, rtol=1e-10, atol=1e-11)
     (given,) = asked
@@ -800,12 +793,12 @@ def test_long_sequences_are_cut_to_the_steps_that_cudnn_takes(
         return torch.zeros(1), torch.zeros(1)
 
     weights = [torch.zeros(3, 1), torch.zeros(3, 1)]
-    monkeypatch.setattr(_by_torch, "CUDNN_STEPS", 4)
-    monkeypatch.setattr(_by_torch, "_laid_flat", lambda *_: weights)
-    monkeypatch.setattr(_by_torch._VF, "gru", double)
+    monkeypatch.setattr(torch_route, "CUDNN_STEPS", 4)
+    monkeypatch.setattr(torch_route, "_laid_flat", lambda *_: weights)
+    monkeypatch.setattr(torch_route._VF, "gru", double)
     for steps in (3, 4):
         x: Any = SimpleNamespace(is_cuda=True, shape=(steps, 1, 1), new_zeros=torch.zeros)
-        _by_torch.call(Options("GRU", bias=False), x, None, weights, None, 0.0, False)
+        torch_route.call(Options("GRU", bias=False), x, None, weights, None, 0.0, False)
     assert seen == [True, False]
     assert torch._C._get_cudnn_enabled()
 
@@ -814,11 +807,11 @@ def test_threads_leave_cudnn_as_they_found_it() -> None:
     entered = threading.Event()
 
     def other() -> None:
-        with _by_torch._without_cudnn():
+        with torch_route._without_cudnn():
             entered.set()
 
     thread = threading.Thread(target=other)
-    with _by_torch._without_cudnn():
+    with torch_route._without_cudnn():
         thread.start()
         assert not entered.wait(0.2)
     thread.join()
@@ -835,5 +828,5 @@ def test_nothing_warns_about_weights_apart() -> None:
 
 
 def test_extras_are_of_no_use_without_a_reset() -> None:
-    assert _by_torch.has(Options("GRU"), NO_EXTRAS, return_states=True)
-    assert not _by_torch.has(Options("LSTM"), NO_EXTRAS, return_states=True)
+    assert torch_route.has(Options("GRU"), NO_EXTRAS, return_states=True)
+    assert not torch_route.has(Options("LSTM"), NO_EXTRAS, return_states=True)

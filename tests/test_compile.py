@@ -14,9 +14,10 @@ from torch.export import Dim
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import LAYOUTS, STACKS
-from fastrnn import _call, _operators, functional
-from fastrnn._call import recurrent
+from fastrnn import functional
 from fastrnn._options import Options
+from fastrnn.calls import call, operators
+from fastrnn.calls.call import recurrent
 from operators import opcheck
 from stacks import Arguments, make
 
@@ -85,7 +86,7 @@ def test_compiled_equals_eager(stack: str, steps: str) -> None:
 
 def test_the_composed_route_compiles(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it does for tensors on devices without kernels."""
-    monkeypatch.setattr(_call, "_route", lambda *_: _call._composed_route)
+    monkeypatch.setattr(call, "_route", lambda *_: call._composed_route)
     options = Options(cell, bidirectional=True)  # type: ignore[arg-type]
     case = make(options, "lengths-reset", sizes=(3, 3, 2, 3))  # every step is compiled
     run = runner(case, return_states=True)
@@ -266,14 +267,14 @@ def test_compiled_autograd_takes_the_gradient_of_an_operator(operator: str, cell
     arguments = forward_arguments(case, states=True, save=True)
 
     def loss() -> Tensor:
-        output, h_n, _, hidden, cell, gates = _operators.forward_op(*arguments)
+        output, h_n, _, hidden, cell, gates = operators.forward_op(*arguments)
         if operator == "forward":
             return output.square().sum() + h_n.sum()
         saved = [x.detach() for x in (hidden, cell, gates)]
         given = (*arguments[:12], *saved, None, None, None, torch.ones_like(h_n), None)
         needs = [x is not None for x in (*arguments[:3], *case.extras[:2])]
         needs += [True] * len(case.weights)
-        found = _operators.backward_op(*given, case.options.text, needs, False)
+        found = operators.backward_op(*given, case.options.text, needs, False)
         return sum((d.square().sum() for d in found), torch.zeros(()))
 
     expected = torch.autograd.grad(loss(), case.leaves)
@@ -323,7 +324,7 @@ def test_opcheck_backward(stack: str, steps: str, which: str) -> None:
     options = STACKS[stack]
     case = make(options, steps, requires_grad=False)
     arguments = forward_arguments(case, states=True, save=True)
-    output, h_n, c_n, hidden, cell, gates = _operators.forward_op(*arguments)
+    output, h_n, c_n, hidden, cell, gates = operators.forward_op(*arguments)
     two = options.cell == "LSTM"
     d_output, d_hidden = torch.randn_like(output), torch.randn_like(hidden)
     d_cell = torch.randn_like(cell) if two else None

@@ -21,8 +21,8 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
-from fastrnn._cells import RecurrentCell
-from fastrnn._layer import RecurrentLayer
+from fastrnn.layers.cells import RecurrentCell
+from fastrnn.layers.layer import RecurrentLayer
 from pairs import CELLS, LAYERS, Outcome, backward, fresh, tensors
 
 pytestmark = pytest.mark.filterwarnings(

@@ -21,10 +21,11 @@ from torch import Tensor
 import fastrnn
 from cases import LAYOUTS, STACKS
 from engine import DTYPES, EngineCall, assert_solutions_bitwise, check_against_reference, rounded
-from fastrnn import _C, _engine, _operators
-from fastrnn._call import recurrent
+from fastrnn import _C, _engine
 from fastrnn._engine import engine_options
 from fastrnn._options import Options
+from fastrnn.calls import operators
+from fastrnn.calls.call import recurrent
 from pairs import Outcome, outcome, pair
 from problems import random_problem
 from stacks import Arguments, as_function, make, moved, replayed
@@ -306,7 +307,7 @@ def test_the_operator_is_what_runs(gpu: torch.device, cell: str) -> None:
     case = moved(make(Options(cell)), gpu)  # type: ignore[arg-type]
     h0, c0 = (*case.hx, None)[:2]
     steps_and_extras = (None,) * 8
-    output = _operators.forward_op(
+    output = operators.forward_op(
         case.input, h0, c0, case.weights, *steps_and_extras, case.options.text, False, False
     )[0]
     assert torch.equal(output, run(case)[0])

@@ -16,9 +16,10 @@ from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
 from cases import LAYOUTS, STACKS
-from fastrnn import _by_torch, _composed, _engine
-from fastrnn._call import recurrent
+from fastrnn import _engine
 from fastrnn._options import Options
+from fastrnn.calls import composed, torch_route
+from fastrnn.calls.call import recurrent
 from pairs import CELLS, LAYERS, outcome, pair
 from stacks import Arguments, as_function, make, moved, replayed
 
@@ -111,7 +112,7 @@ def test_a_gradient_in_eval_works(gpu: torch.device, layer: str) -> None:
 def test_equals_the_cpu(gpu: torch.device, options: Options, steps: str, extras: list[str]) -> None:
     case = make(options, steps, extras=extras if "reset" in steps else [])
     device_case = moved(case, gpu)
-    with patch.object(_composed, "forward", side_effect=AssertionError):
+    with patch.object(composed, "forward", side_effect=AssertionError):
         actual = run(device_case)
     expected = run(case)
     torch.testing.assert_close([y.cpu() for y in actual], expected, rtol=1e-12, atol=1e-12)
@@ -139,7 +140,7 @@ def test_compiled_equals_eager(gpu: torch.device, options: Options, steps: str) 
     expected = call(*arguments)
     wanted = gradients(case, expected)
     torch._dynamo.reset()
-    with patch.object(_by_torch, "call", wraps=_by_torch.call) as spy:
+    with patch.object(torch_route, "call", wraps=torch_route.call) as spy:
         got = torch.compile(call, fullgraph=True, backend="aot_eager")(*arguments)
         found = gradients(case, got)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
@@ -226,7 +227,7 @@ def test_weights_as_cudnn_lays_them_are_not_copied(gpu: torch.device, layer: str
     ours = getattr(fastrnn, layer)(SIZE, H, 2, bidirectional=True, device=gpu)
     x = torch.randn(T, B, SIZE, device=gpu)
     ours(x)  # learns the layout
-    with patch.object(_by_torch, "flat_copies", side_effect=AssertionError):
+    with patch.object(torch_route, "flat_copies", side_effect=AssertionError):
         ours(x)
 
 

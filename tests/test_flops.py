@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastrnn
-from fastrnn import _composed
 from fastrnn._engine import NO_EXTRAS
+from fastrnn.calls import composed
 from pairs import LAYERS, tensors
 
 T, B, I, H = 10, 4, 32, 64  # noqa: E741
@@ -84,14 +84,14 @@ def test_as_the_same_in_plain_operations(case: str) -> None:
         layer.weight_ih_l1.requires_grad_(False)
     x = torch.randn(T, B, I)
 
-    def composed(x: torch.Tensor) -> tuple[Any, ...]:
+    def by_operations(x: torch.Tensor) -> tuple[Any, ...]:
         hx = None
         if layer.learn_initial_state:
             hx = (layer.h_0.expand(-1, B, -1), layer.c_0.expand(-1, B, -1))
-        stack = _composed.forward(layer._options, x, hx, layer._flat_weights, extras=NO_EXTRAS)
+        stack = composed.forward(layer._options, x, hx, layer._flat_weights, extras=NO_EXTRAS)
         return stack.hidden[-1], stack.h_n, stack.c_n
 
-    assert both_passes(layer, x) == both_passes(composed, x)
+    assert both_passes(layer, x) == both_passes(by_operations, x)
 
 
 @every_layer

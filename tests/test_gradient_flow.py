@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fastrnn
-from fastrnn import _composed
+from fastrnn.calls import composed
 from pairs import LAYERS, assert_same, outcome, tensors
 
 F64 = torch.float64
@@ -250,14 +250,14 @@ def test_an_exception_leaves_everything_as_it_was(
         if where == "before":
             fail()
         if where == "inside":
-            monkeypatch.setattr(_composed, "step", fail)
+            monkeypatch.setattr(composed, "step", fail)
         layer(input)
         fail()
 
     with pytest.raises(error), fastrnn.gradient_flow(layer):
         use()
     monkeypatch.undo()
-    assert _composed.watchers.get() == ()
+    assert composed.watchers.get() == ()
     assert hooks(layer) == before == 0
     assert set(vars(layer)) - {"_prepared"} == state - {"_prepared"}
     assert type(layer(input)[0].grad_fn).__name__ == "RecurrenceBackward"  # the engine again
@@ -268,7 +268,7 @@ def test_a_failed_call_inside_does_not_disturb_the_next() -> None:
     with fastrnn.gradient_flow(layer) as flow:
         with pytest.raises(RuntimeError, match="input"):
             layer(torch.randn(STEPS, ROWS, 7))
-        assert _composed.watchers.get() == ()
+        assert composed.watchers.get() == ()
         layer(torch.randn(STEPS, ROWS, 3))[0].sum().backward()
     assert len(flow.norms["LSTM.h"]) == STEPS
 

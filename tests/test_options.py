@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from cases import ALONE, EXTRAS, PAIRS, Case
-from fastrnn import _call, _operators, functional
-from fastrnn._call import recurrent
+from fastrnn import functional
 from fastrnn._options import Options
+from fastrnn.calls import call, operators
+from fastrnn.calls.call import recurrent
 from operators import opcheck
 from problems import problem_of
 from stacks import Arguments, in_torch, make
@@ -45,7 +46,7 @@ def run(case: Arguments, **changes: Any) -> tuple[Tensor, ...]:
 
 def composed(case: Arguments, **changes: Any) -> tuple[Tensor, ...]:
     """The same by plain torch operations."""
-    with patch.object(_call, "_route", lambda *_: _call._composed_route):
+    with patch.object(call, "_route", lambda *_: call._composed_route):
         return run(case, **changes)
 
 
@@ -432,7 +433,7 @@ def test_opcheck(case: Case) -> None:
     opcheck(torch.ops.fastrnn.forward.default, arguments)
     detached = given(case, requires_grad=False)
     arguments = operator_arguments(detached, save=True)
-    output, h_n, c_n, hidden, cell, gates = _operators.forward_op(*arguments)
+    output, h_n, c_n, hidden, cell, gates = operators.forward_op(*arguments)
     two = case.options.cell == "LSTM"
     anew = [x is not None for x in detached.extras[:2]]
     needs = [True, True, two, *anew, *[True] * len(detached.weights)]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
-from fastrnn import _masks
-from fastrnn._layer import COMMON_OPTIONS
+from fastrnn.layers import random_masks
+from fastrnn.layers.layer import COMMON_OPTIONS
 from pairs import CELLS, LAYERS, tensors
 
 F64 = torch.float64
@@ -313,13 +313,13 @@ def test_masks_are_drawn_in_training_alone_and_repeat_with_the_seed(
 
 
 def test_masks_are_those_that_draw_gives(layer: str) -> None:
-    """The layer is the function with the masks of `_masks.draw` under the same seed."""
+    """The layer is the function with the masks of `random_masks.draw` under the same seed."""
     options = {"recurrent_dropout": 0.4, "zoneout": 0.3, "num_layers": 2, "bidirectional": True}
     ours, input = make(layer, **options), batch(layer)
     torch.manual_seed(5)
     expected, _ = ours(input)
     torch.manual_seed(5)
-    extras = _masks.draw(ours._options, input, B, H, 0.4)
+    extras = random_masks.draw(ours._options, input, B, H, 0.4)
     masks = (extras.zoneout_h_mask, extras.zoneout_c_mask)
     got, _ = getattr(fastrnn.functional, layer.lower())(
         input,
@@ -336,7 +336,7 @@ def test_masks_are_those_that_draw_gives(layer: str) -> None:
 
 def test_masks_have_the_probabilities_asked_for() -> None:
     lstm = fastrnn.LSTM(2, 50, num_layers=2, bidirectional=True, zoneout=(0.1, 0.7))
-    extras = _masks.draw(lstm._options, torch.randn(20, 30, 2), 30, 50, 0.25)
+    extras = random_masks.draw(lstm._options, torch.randn(20, 30, 2), 30, 50, 0.25)
     assert extras.dropout_mask.shape == (4, 30, 50)
     assert extras.dropout_mask.unique().tolist() == [0.0, torch.tensor(1 / 0.75).item()]
     assert extras.dropout_mask.mean().item() == pytest.approx(1.0, abs=0.05)

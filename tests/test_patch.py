@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import fastrnn
-from fastrnn._layer import RecurrentLayer
+from fastrnn.layers.layer import RecurrentLayer
 from pairs import CELLS, LAYERS, assert_same, outcome
 from programs import run_program
 
@@ -407,7 +407,7 @@ def test_torchs_modules_that_name_the_layers_work_while_patched() -> None:
         import torch.ao.quantization, torch.ao.ns.fx.mappings, torch.ao.pruning
         import torch.nn.quantized, torch.nn.quantized.dynamic, torch.nn.quantizable
         import torch.ao.nn.quantized.reference.modules.rnn as reference
-        assert issubclass(reference.LSTM, fastrnn._layer.RecurrentLayer)
+        assert issubclass(reference.LSTM, fastrnn.layers.layer.RecurrentLayer)
         assert reference.LSTM(3, 4)(torch.randn(5, 2, 3))[0].shape == (5, 2, 4)
         assert reference.GRUCell(3, 4)(torch.randn(2, 3)).shape == (2, 4)
         fastrnn.unpatch_torch()

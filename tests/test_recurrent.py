@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 from torch.utils import _pytree as pytree
 
 import fastrnn
-from fastrnn._any_cell import Recurrent
+from fastrnn.any_cell.recurrent import Recurrent
 from pairs import LAYERS, STACKS, backward, outcome, tensors
 from steps import loop as loop_of_steps
 

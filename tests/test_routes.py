@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastrnn import _C, _by_torch, _call, _engine
+from fastrnn import _C, _engine
 from fastrnn._engine import NO_EXTRAS, CudaRoute, engine_options
 from fastrnn._options import GATES, Options
+from fastrnn.calls import call, torch_route
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Stands for a tensor on a device whose kernels are turned on."""
-    monkeypatch.setattr(_by_torch, "no_kernels", lambda _: False)
-    monkeypatch.setattr(_by_torch, "cuda_route", lambda *_: CudaRoute(True, "a test"))
+    monkeypatch.setattr(torch_route, "no_kernels", lambda _: False)
+    monkeypatch.setattr(torch_route, "cuda_route", lambda *_: CudaRoute(True, "a test"))
     return SimpleNamespace(
         device=SimpleNamespace(type="cuda", index=0),
         dtype=torch.float16,
@@ -41,11 +42,11 @@ def route(
     """engine, torch, torch as an operator, or composed."""
     weights = [SimpleNamespace(shape=(16, 3), requires_grad=False)] * 4
     steps = (batch_sizes, None, None, NO_EXTRAS._replace(**extras))
-    found = _call._route(options, input, None, weights, steps, states)
+    found = call._route(options, input, None, weights, steps, states)
     names = {
-        _call._engine_route: "engine",
-        _call._torch_as_operator: "torch as an operator",
-        _call._composed_route: "composed",
+        call._engine_route: "engine",
+        call._torch_as_operator: "torch as an operator",
+        call._composed_route: "composed",
         None: "torch",
     }
     return names[found]
@@ -55,7 +56,7 @@ def test_cuda_kernels_run_where_they_are_trusted(
     cuda: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert route(cuda) == "engine"
-    monkeypatch.setattr(_by_torch, "cuda_route", lambda *_: CudaRoute(False, "a test"))
+    monkeypatch.setattr(torch_route, "cuda_route", lambda *_: CudaRoute(False, "a test"))
     assert route(cuda) == "torch"
 
 
@@ -88,7 +89,7 @@ def test_neither_cuda_kernels_nor_torch_know_masks(cuda: Any) -> None:
 def test_no_certificate_is_of_packed_sequences_or_of_all_states(
     cuda: Any, asked: CudaRoute | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_by_torch, "cuda_switch", lambda: asked)
+    monkeypatch.setattr(torch_route, "cuda_switch", lambda: asked)
     expected = "torch" if asked is None else "engine"
     assert route(cuda, Options("GRU"), states=True) == expected
     assert route(cuda, Options("GRU"), batch_sizes=torch.tensor([2, 2, 1])) == expected
@@ -99,11 +100,11 @@ def test_no_certificate_is_of_packed_sequences_or_of_all_states(
 def test_no_certificate_is_of_cells(
     cuda: Any, asked: CudaRoute | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (_by_torch, _call):
+    for module in (torch_route, call):
         monkeypatch.setattr(module, "cuda_switch", lambda: asked)
     cuda.unsqueeze = lambda _: cuda
     weights: Any = [SimpleNamespace(shape=(16, 3), requires_grad=False)] * 4
-    assert _call.cell_by_torch(Options("LSTM"), cuda, None, weights) == (asked is None)
+    assert call.cell_by_torch(Options("LSTM"), cuda, None, weights) == (asked is None)
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
@@ -124,13 +125,13 @@ def test_no_certificate_is_of_cells(
 def test_torch_computes_what_it_can_on_every_other_device(
     cuda: Any, kind: str, options: Options, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_by_torch, "cuda_route", lambda *_: CudaRoute(False, "a test"))
+    monkeypatch.setattr(torch_route, "cuda_route", lambda *_: CudaRoute(False, "a test"))
     cuda.device.type, cuda.is_cuda = kind, kind == "cuda"
     assert route(cuda, options) == expected
 
 
 def test_torch_has_no_c_of_every_step(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_by_torch, "cuda_route", lambda *_: CudaRoute(False, "a test"))
+    monkeypatch.setattr(torch_route, "cuda_route", lambda *_: CudaRoute(False, "a test"))
     assert route(cuda, Options("GRU"), states=True) == "torch"
     assert route(cuda, Options("LSTM"), states=True) == "composed"
 
@@ -138,7 +139,7 @@ def test_torch_has_no_c_of_every_step(cuda: Any, monkeypatch: pytest.MonkeyPatch
 def test_a_traced_graph_has_torchs_call_as_one_operator(
     cuda: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_by_torch, "cuda_route", lambda *_: CudaRoute(False, "a test"))
+    monkeypatch.setattr(torch_route, "cuda_route", lambda *_: CudaRoute(False, "a test"))
     with FlopCounterMode(display=False):
         assert route(cuda) == "torch as an operator"
     assert route(cuda) == "torch"
@@ -167,7 +168,7 @@ def test_a_compiler_takes_the_cuda_route_for_a_constant(
     monkeypatch.setattr(_engine, "built_with_cuda", lru_cache(lambda: True))
 
     def call(x: torch.Tensor) -> torch.Tensor:
-        return x + 1 if _by_torch._kernels_of_graphs() else x
+        return x + 1 if torch_route._kernels_of_graphs() else x
 
     torch._dynamo.reset()
     got = torch.compile(call, fullgraph=True, backend="eager")(torch.zeros(2))

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastrnn._explain import explain
-from fastrnn._scan import scan
+from fastrnn.any_cell.explain import explain
+from fastrnn.any_cell.scan import scan
 from pairs import backward
 from steps import loop, mapped
 

@@ -32,10 +32,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
 from cases import ALONE, EXTRAS, LAYOUTS, PAIRS, STACKS, Case
-from fastrnn import _C, _by_program, _composed, _masks, _operators, _program_torch, functional
-from fastrnn._call import recurrent
+from fastrnn import _C, functional
 from fastrnn._engine import NO_EXTRAS, Extras
 from fastrnn._options import Options
+from fastrnn.calls import by_program, composed, operators, program_torch
+from fastrnn.calls.call import recurrent
+from fastrnn.layers import random_masks
 from operators import opcheck
 from stacks import Arguments, make
 from tolerances import assert_close
@@ -172,11 +174,11 @@ def counted() -> Iterator[dict[str, int]]:
 
     with (
         patch.multiple(_C, **{n: count(label or n, getattr(_C, n)) for n, label in names.items()}),
-        patch.object(_composed, "forward", count("composed", _composed.forward)),
+        patch.object(composed, "forward", count("composed", composed.forward)),
         patch.multiple(
-            _program_torch,
-            _ProgramCall=count("program", _program_torch._ProgramCall),
-            _by_program=count("program_backward", _program_torch._by_program),
+            program_torch,
+            _ProgramCall=count("program", program_torch._ProgramCall),
+            _by_program=count("program_backward", program_torch._by_program),
         ),
     ):
         yield calls
@@ -186,8 +188,8 @@ class ByEach(TorchDispatchMode):
     """Sees to it that a kernel for one member after the other gives the bits of the ensemble's."""
 
     kernels: ClassVar = {
-        _operators.forward_members_op: _operators._forward_of_each,
-        _operators.backward_members_op: _operators._backward_of_each,
+        operators.forward_members_op: operators._forward_of_each,
+        operators.backward_members_op: operators._backward_of_each,
     }
     compared = 0
 
@@ -278,11 +280,10 @@ def calls_of(
 ) -> dict[str, int]:
     """How the engine is entered: for its cells once, for an ensemble of programs by each member."""
     kind, times = ("_members", SIZE) if members else ("", 1)
-    by_program = _by_program.takes(options, extras)
-    calls = {"program": times} if by_program else {f"forward{kind}": 1}
+    calls = {"program": times} if by_program.takes(options, extras) else {f"forward{kind}": 1}
     if backward:
-        by_program = _by_program.takes_backward(options, extras)
-        calls |= {"program_backward": times} if by_program else {f"backward{kind}": 1}
+        programs = by_program.takes_backward(options, extras)
+        calls |= {"program_backward": times} if programs else {f"backward{kind}": 1}
     return calls
 
 
@@ -1098,7 +1099,7 @@ def test_masks_drawn_under_vmap_mask_as_those_of_a_loop(
         return functional_call(layers[0], named, (x,))[0].pow(2).sum()
 
     def masks(weights: list[Tensor], x: Tensor) -> tuple[Tensor, ...]:
-        drawn = _masks.draw(options, x, x.shape[1], 8, 0.5)
+        drawn = random_masks.draw(options, x, x.shape[1], 8, 0.5)
         return tuple(mask for mask in drawn if mask is not None)
 
     def by_hand(weights: list[Tensor], x: Tensor, extras: Extras) -> Tensor:
@@ -1257,7 +1258,7 @@ def members_arguments(each: list[dict[str, Any]], requires_grad: bool) -> tuple[
 
 def opcheck_backward_members(options: Options, each: list[dict[str, Any]]) -> None:
     arguments = members_arguments(each, requires_grad=False)
-    given = _operators.forward_members_op(*arguments, options.text, True, True, False)
+    given = operators.forward_members_op(*arguments, options.text, True, True, False)
     output, h_n, _, hidden, cell, gates = given
     two = options.cell == "LSTM"
     anew = [x is not None for x in arguments[7:9]]
@@ -1270,7 +1271,7 @@ def opcheck_backward_members(options: Options, each: list[dict[str, Any]]) -> No
         None,
     )
     opcheck(
-        _operators.backward_members_op,
+        operators.backward_members_op,
         (*arguments, hidden, cell, gates, *cotangents, options.text, needs, False),
     )
 
@@ -1280,7 +1281,7 @@ def opcheck_backward_members(options: Options, each: list[dict[str, Any]]) -> No
 def test_opcheck_members_with_options(case: Case, recompute: bool) -> None:
     options = replace(case.options, recompute=recompute)
     arguments = members_arguments(several_with(case), requires_grad=True)
-    opcheck(_operators.forward_members_op, (*arguments, options.text, True, True, False))
+    opcheck(operators.forward_members_op, (*arguments, options.text, True, True, False))
     opcheck_backward_members(options, several_with(case))
 
 
@@ -1289,7 +1290,7 @@ def test_opcheck_members_with_options(case: Case, recompute: bool) -> None:
 @pytest.mark.parametrize("save", [False, True])
 def test_opcheck_forward_members(options: Options, steps: str, save: bool) -> None:
     arguments = members_arguments(several(options, steps), requires_grad=True)
-    opcheck(_operators.forward_members_op, (*arguments, options.text, True, save, False))
+    opcheck(operators.forward_members_op, (*arguments, options.text, True, save, False))
 
 
 @every_stack

@@ -41,7 +41,7 @@ pybind11::object new_array(pybind11::handle like, bool host, const Shape& shape,
 // torch.Tensor.transpose(0, 1), recorded by autograd as usual.
 pybind11::object transposed(pybind11::handle tensor);
 
-// The autograd Function's apply (python/fastrnn/_autograd.py), called by layers' short calls.
+// The autograd Function's apply (python/fastrnn/calls/autograd.py), called by layers' short calls.
 pybind11::handle recording_apply();
 
 void register_torch(pybind11::module_& module);

@@ -156,7 +156,7 @@ def set_torch(
     """
 
 def set_apply(apply: Callable[..., Any]) -> None:
-    """The apply of the autograd Function (_autograd.py) that `layer` calls."""
+    """The apply of the autograd Function (calls/autograd.py) that `layer` calls."""
 
 def bypass_is_unobservable(tensors: tuple[Any, ...]) -> bool:
     """Whether a call that bypasses torch's dispatcher gives what one through it does.

@@ -20,18 +20,18 @@ from .info import info  # not lazily: the module of this name would take the fun
 
 if TYPE_CHECKING:
     from . import functional, reference
-    from ._any_cell import Recurrent
     from ._C import Tensor, from_dlpack
-    from ._convert import convert, to_torch
-    from ._decompositions import decompositions
-    from ._explain import explain
-    from ._freeze import freeze, unfreeze
-    from ._gradient_flow import gradient_flow
-    from ._keras import from_keras
-    from ._onnx import onnx_translation_table
-    from ._patch import patch_torch, unpatch_torch
-    from ._scan import scan
     from ._stream import Stream
+    from .any_cell.explain import explain
+    from .any_cell.recurrent import Recurrent
+    from .any_cell.scan import scan
+    from .calls.decompositions import decompositions
+    from .layers.onnx_nodes import onnx_translation_table
+    from .models.convert import convert, to_torch
+    from .models.freeze import freeze, unfreeze
+    from .models.gradient_flow import gradient_flow
+    from .models.keras import from_keras
+    from .models.patch import patch_torch, unpatch_torch
     from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
     __version__: str
@@ -69,16 +69,16 @@ _SUBMODULES = ("functional", "nn", "reference")
 _HOMES = {  # name: the module it comes from, imported when the name is first used
     **dict.fromkeys(("Tensor", "from_dlpack"), "_C"),
     **dict.fromkeys(("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"), "nn"),
-    **dict.fromkeys(("convert", "to_torch"), "_convert"),
-    "Recurrent": "_any_cell",
-    "decompositions": "_decompositions",
-    "explain": "_explain",
-    **dict.fromkeys(("freeze", "unfreeze"), "_freeze"),
-    "from_keras": "_keras",
-    "gradient_flow": "_gradient_flow",
-    "onnx_translation_table": "_onnx",
-    **dict.fromkeys(("patch_torch", "unpatch_torch"), "_patch"),
-    "scan": "_scan",
+    **dict.fromkeys(("convert", "to_torch"), "models.convert"),
+    "Recurrent": "any_cell.recurrent",
+    "decompositions": "calls.decompositions",
+    "explain": "any_cell.explain",
+    **dict.fromkeys(("freeze", "unfreeze"), "models.freeze"),
+    "from_keras": "models.keras",
+    "gradient_flow": "models.gradient_flow",
+    "onnx_translation_table": "layers.onnx_nodes",
+    **dict.fromkeys(("patch_torch", "unpatch_torch"), "models.patch"),
+    "scan": "any_cell.scan",
     "Stream": "_stream",
 }
 

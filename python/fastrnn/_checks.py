@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _autocast, _torch_version
+from . import _torch_version
+from .layers import autocast
 
 _torch_version.check(torch.__version__)
 
@@ -85,7 +86,7 @@ def check_integers(**sizes: Any) -> None:
 
 def check_input(input: Tensor, weight: Tensor, dims: int, input_size: int) -> None:
     """Refuse an input of another dtype than the weights, or of the wrong rank or size."""
-    if input.dtype != weight.dtype and _autocast.requested(input) is None:
+    if input.dtype != weight.dtype and autocast.requested(input) is None:
         raise ValueError(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
             f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"

@@ -1,9 +1,9 @@
 """One step of every cell with every option, written once.
 
 The step is written over `Operations`, a small set of functions, and over ``+``, ``-`` and ``*``.
-With those of _composed.py its values are torch tensors: the readable specification, and the route
-of derivatives of derivatives. With those of program/build.py its values record what is done with
-them: the program that the CPU engine runs. Nothing here imports torch.
+With those of calls/composed.py its values are torch tensors: the readable specification, and the
+route of derivatives of derivatives. With those of program/build.py its values record what is done
+with them: the program that the CPU engine runs. Nothing here imports torch.
 """
 
 from __future__ import annotations

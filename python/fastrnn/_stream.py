@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _C
-from ._arguments import REAL, check_number_of_weights, is_torch, weight_names
-from ._by_program import step_programs
 from ._engine import engine_options
 from ._options import Options, check_integers, make_options
+from .calls.arguments import REAL, check_number_of_weights, is_torch, weight_names
+from .calls.by_program import step_programs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -297,7 +297,7 @@ class _Layer:
     torch = True
 
     def __init__(self, layer: Any) -> None:
-        module = sys.modules.get("fastrnn._layer")  # imported, if layer is a fastrnn layer
+        module = sys.modules.get("fastrnn.layers.layer")  # imported, if layer is a fastrnn layer
         if module is None or module.RecurrentLayer not in type(layer).__mro__:
             hint = "; fastrnn.convert makes one from it" if _is_torch_module(layer) else ""
             raise TypeError(

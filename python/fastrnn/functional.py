@@ -40,13 +40,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import _arrays
-from ._arguments import is_torch, make_extras
 from ._engine import Extras, States
 from ._options import Options, check_bool, check_integers, make_options
+from .calls import arrays
+from .calls.arguments import is_torch, make_extras
 
 if TYPE_CHECKING:
-    from ._call import recurrent
+    from .calls.call import recurrent
 
 __all__ = [
     "States",
@@ -356,9 +356,9 @@ def _forward(
     """The call, given input, hx, weights, lengths, reset and extras."""
     check_bool("return_states", return_states)
     check_bool("return_saved", return_saved)
-    route: Any = _arrays
+    route: Any = arrays
     if is_torch(given[0]):
-        from . import _tensors as route
+        from .calls import tensors as route
     output, hx_n, states, saved = route.forward(
         options,
         *given,
@@ -388,9 +388,9 @@ def _backward(cell: str, d_output: Any, d_hx_n: Any, saved: Any, d_states: Any) 
         d_states = States(None, None)
     elif not isinstance(d_states, (tuple, list)) or len(d_states) != 2:
         raise TypeError(f"d_states must be None or States, (d_h, d_c), got {d_states!r:.40}")
-    route: Any = _arrays
-    if not isinstance(saved, _arrays.Saved):
-        from . import _tensors as route
+    route: Any = arrays
+    if not isinstance(saved, arrays.Saved):
+        from .calls import tensors as route
     d_input, d_hx, d_weights, d_reset = route.backward(d_output, tuple(d_hx_n), saved, d_states)
     if cell != "LSTM":
         d_hx, d_reset = (None if d is None else d[0] for d in (d_hx, d_reset))
@@ -400,7 +400,7 @@ def _backward(cell: str, d_output: Any, d_hx_n: Any, saved: Any, d_states: Any) 
 def __getattr__(name: str) -> Any:
     if name != "recurrent":  # imported, torch with it, when first used
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ._call import recurrent
+    from .calls.call import recurrent
 
     globals()[name] = recurrent
     return recurrent

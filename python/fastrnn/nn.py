@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ._cells import GRUCell, LSTMCell, RNNCell
-from ._layer import COMMON_OPTIONS, Device, RecurrentLayer
-from ._surface import LSTMSurface
+from .layers.cells import GRUCell, LSTMCell, RNNCell
+from .layers.layer import COMMON_OPTIONS, Device, RecurrentLayer
+from .layers.surface import LSTMSurface
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

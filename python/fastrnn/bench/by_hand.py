@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fastrnn._arguments import weight_names
+from fastrnn.calls.arguments import weight_names
 
 if TYPE_CHECKING:
     from fastrnn.bench.cases import Case

@@ -39,7 +39,7 @@ class Sizes(NamedTuple):
 def routed(
     step: Any, init: Leaves, xs: Leaves, steps: int, reverse: bool
 ) -> tuple[Leaves, Leaves] | Recording | None:
-    """As `_scan.run`, where the engine runs the step.
+    """As `any_cell.scan.run`, where the engine runs the step.
 
     None where it is to run as a loop, and a recording where `warn` is to say so.
     """

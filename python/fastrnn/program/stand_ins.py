@@ -178,12 +178,9 @@ def _asked(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
     return session.call(func, args, kwargs or {})
 
 
-_PACKAGE = Path(__file__).parents[1]
-
-
 _NOT_THE_STEPS = (
     str(Path(__file__).parent),
-    *(str(_PACKAGE / f"{name}.py") for name in ("_scan", "_any_cell")),
+    str(Path(__file__).parents[1] / "any_cell"),
     str(Path(torch.__file__).parent),
     "<frozen",
 )

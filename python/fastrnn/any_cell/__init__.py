@@ -1,0 +1,1 @@
+"""Any step over a sequence: scan, Recurrent, explain."""

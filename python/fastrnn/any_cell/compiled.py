@@ -1,0 +1,27 @@
+"""A cell over a sequence inside torch.compile: one node, which AOTAutograd looks into.
+
+Imported while dynamo traces alone: the decorator needs torch._dynamo, whose import is dear.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import recurrent
+
+
+@torch._dynamo.nonstrict_trace
+def call(
+    cell: torch.nn.Module,
+    name: str,
+    return_states: bool,
+    reverse: bool,
+    sequence: torch.Tensor,
+    given: dict[str, Any],
+) -> Any:
+    """What `recurrent.Run` gives; ``given`` are those of valid, state and starts that there are."""
+    run = recurrent.Run(recurrent.Cell(cell, name), return_states, given.get("valid"), reverse)
+    final, (output, states) = run.here(sequence, given.get("state"), given.get("starts"))
+    return (final, output, states) if return_states else (final, output)

@@ -1,0 +1,1 @@
+"""How one call runs: its route, the operators of torch, their gradients."""

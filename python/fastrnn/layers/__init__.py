@@ -1,0 +1,1 @@
+"""The layers and cells as modules, without their public classes (nn.py)."""
