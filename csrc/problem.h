@@ -141,6 +141,9 @@ struct Problem {
 
   // Backward: `saved` is not needed afterwards; the gradients of the gates may take its place.
   bool consume_saved = false;
+  // Backward on a CPU: `saved` holds the gradients of the gates, as a call with consume_saved left
+  // them; d_parameters alone are computed.
+  bool parameters_alone = false;
 
   // ---- backward: read. Absent: zeros --------------------------------------------------------
   Sequence d_output;          // [T, B, D·O] or [N, D·O]: gradient of the last layer's output

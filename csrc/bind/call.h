@@ -100,6 +100,9 @@ class Call {
   py::list backward(const Results& saved, const Cotangents& cotangents, const py::tuple& needs,
                     bool consume_saved, const Device& device);
 
+  // The gradients of the weights alone, where `saved` holds those of the gates already.
+  py::list parameter_gradients(py::handle saved, const py::tuple& needs);
+
   static Results forward_members(const std::vector<Call*>& calls, bool states, bool save,
                                  bool zeros);
   static py::list backward_members(const std::vector<Call*>& calls, const Results& saved,
@@ -108,6 +111,7 @@ class Call {
   // Input and weights alone, for an input like (T, B, I): what packing needs.
   void set_weights_for(py::handle input, py::handle weights);
   bool on_host() const { return input_->host(); }
+  bool cell() const { return cell_; }
   const Problem& problem() const { return problem_; }
   const std::vector<Array>& weights() const { return weights_; }
 
@@ -136,6 +140,7 @@ class Call {
   Sequence layers_gradient(py::handle object, const char* name, dlpack::DataType dtype,
                            std::int64_t units, std::int64_t& layer_stride);
   void set_saved(const Results& saved, bool consume);
+  void set_gates(py::handle saved, bool consume);
   void set_cotangents(const Cotangents& cotangents);
 
   // A new array for the caller; `data` is where this call writes to it.

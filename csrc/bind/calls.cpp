@@ -66,6 +66,16 @@ py::list backward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg 
                        device_of(device));
 }
 
+// Of a cell's steps, one row for each step and row: `saved` as backward(consume_saved=True) left
+// it.
+py::list parameter_gradients(const CheckedOptions& options, Arg input, Arg h0, Arg weights,
+                             Arg saved, const py::tuple& needs, int threads) {
+  Call call(options, threads, true);
+  const py::handle none(Py_None);
+  call.set_inputs({input, h0, none, weights, none, none, none, none});
+  return call.parameter_gradients(saved, needs);
+}
+
 // ---- ensembles ----------------------------------------------------------------------------------
 
 class Ensemble {
@@ -123,6 +133,7 @@ class Usual {
           PyDict_GetItemWithError(parameters.ptr(), PyTuple_GET_ITEM(names.ptr(), i));
       if (weight == nullptr || !take_tensor(weight)) return false;
       weights[i] = py::handle(weight);
+      needs.push_back(requires_grad(weight));
     }
     h0 = c0 = py::handle(Py_None);
     if (hx.is_none()) return true;
@@ -137,6 +148,7 @@ class Usual {
 
   py::handle h0, c0;
   py::tuple weights;
+  std::vector<bool> needs;  // which weights have a gradient
 
  private:
   bool take_tensor(py::handle tensor) {
@@ -148,18 +160,52 @@ class Usual {
   bool recording_ = false, records_ = false;
 };
 
-// The results with a gradient: (output, h_n, c_n, …) of the autograd Function.
-py::object recorded(py::handle own, std::unique_ptr<Call> call, py::handle input,
-                    const Usual& usual) {
-  const py::object checked = py::cast(std::move(call));
-  std::vector<PyObject*> arguments = {own.ptr(),      checked.ptr(), Py_None,
-                                      Py_False,       input.ptr(),   usual.h0.ptr(),
-                                      usual.c0.ptr(), Py_None,       Py_None};
-  for (const py::handle weight : usual.weights) arguments.push_back(weight.ptr());
-  PyObject* results =
-      PyObject_Vectorcall(recording_apply().ptr(), arguments.data(), arguments.size(), nullptr);
-  if (results == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(results);
+// Whether a step with these weights is part of the loop (calls/autograd.py) that a node goes on
+// with. A loop is a tuple: steps, own, token, weights, needs.
+bool goes_on(py::handle loop, py::handle own, const Usual& usual) {
+  if (!PyTuple_Check(loop.ptr()) || PyTuple_GET_ITEM(loop.ptr(), 1) != own.ptr()) return false;
+  PyObject* weights = PyTuple_GET_ITEM(loop.ptr(), 3);
+  PyObject* needs = PyTuple_GET_ITEM(loop.ptr(), 4);
+  for (std::size_t i = 0; i < usual.weights.size(); ++i) {
+    const auto at = static_cast<Py_ssize_t>(i);
+    if (PyTuple_GET_ITEM(weights, at) != usual.weights[i].ptr()) return false;
+    if ((PyTuple_GET_ITEM(needs, at) == Py_True) != usual.needs[i]) return false;
+  }
+  return true;
+}
+
+// The results with a gradient: (output, h_n, c_n, …) of the autograd Function. The weights of a
+// step of a cell whose state is a recorded step's are a loop's, or `continued` begins one.
+py::object recorded(py::handle own, Call& call, py::handle input, const Usual& usual) {
+  static PyObject* const grad_fn = PyUnicode_InternFromString("grad_fn");
+  static PyObject* const next_loop = PyUnicode_InternFromString("next_loop");
+  const Recording& recording = torch_recording();
+  PyObject* function = recording.apply;
+  py::object node, loop = py::none();
+  std::vector<PyObject*> arguments;
+  if (call.cell() && !usual.h0.is_none()) {
+    node = usual.h0.attr(py::handle(grad_fn));
+    if (Py_TYPE(node.ptr()) == recording.node) {
+      loop = node.attr(py::handle(next_loop));
+      if (!goes_on(loop, own, usual)) {
+        loop = py::none();
+        function = recording.continued;
+        arguments.push_back(node.ptr());
+      }
+    }
+  }
+  const py::tuple results = as_tuple(call.forward(false, true, false, {}));
+  const py::handle none(Py_None), states(Py_False);
+  for (const py::handle each : {own, py::handle(results), none, states, py::handle(loop), input,
+                                usual.h0, usual.c0, none, none})
+    arguments.push_back(each.ptr());
+  if (loop.is_none())
+    for (const py::handle weight : usual.weights) arguments.push_back(weight.ptr());
+  else
+    arguments.push_back(PyTuple_GET_ITEM(loop.ptr(), 2));
+  PyObject* outputs = PyObject_Vectorcall(function, arguments.data(), arguments.size(), nullptr);
+  if (outputs == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(outputs);
 }
 
 // (output, hx_n, None) of a layer, hx_n of a cell, as tuples; None: Python has to handle the call.
@@ -186,7 +232,7 @@ py::object layer(py::handle own, const CheckedOptions& options, Frozen* frozen,
   py::tuple results;
   if (usual.records()) {
     if (frozen != nullptr) frozen->thaw();
-    results = recorded(own, std::move(call), x, usual);
+    results = recorded(own, *call, x, usual);
   } else {
     if (frozen != nullptr) call->set_frozen(usual.weights, *frozen);
     results = as_tuple(call->forward(false, false, false, {}));
@@ -222,6 +268,8 @@ void register_calls(py::module_& module) {
              arg("cell_state"), arg("saved"), arg("d_output"), arg("d_hidden"), arg("d_cell"),
              arg("d_h_n"), arg("d_c_n"), arg("needs"), arg("consume_saved") = false,
              arg("threads") = 0, arg("cell") = false, arg("device") = py::none());
+  module.def("parameter_gradients", parameter_gradients, arg("options"), arg("input"), arg("h0"),
+             arg("weights"), arg("saved"), arg("needs"), arg("threads") = 0);
   module.def("forward_members", forward_members, arg("options"), arg("members"), arg("input"),
              arg("h0"), arg("c0"), arg("weights"), arg("batch_sizes"), arg("lengths"), arg("reset"),
              arg("reset_hx"), arg("states"), arg("save"), arg("threads") = 0, arg("zeros") = false);

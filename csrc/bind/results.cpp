@@ -60,12 +60,13 @@ Results Call::allocate(const std::vector<Call*>& calls, bool states, bool save, 
   const Problem& p = first.problem_;
   const std::int64_t H = p.H, out = first.output_size();
   const bool every = states || save, two = first.traits_.states > 1;
+  const bool one_h = first.cell_ && !states;  // of a cell: h_n, which backward does not read
   const std::int64_t planes = first.traits_.saved_planes * padded(H);
   Made output, hidden, h_n, c_n, cell, saved;
   h_n = first.make(first.state_shape(out), first.storage_);
   if (two) c_n = first.make(first.state_shape(H), first.storage_);
   if (!first.cell_) output = first.make(first.sequence_shape(0, first.D_ * out), first.storage_);
-  if (every) hidden = first.make(first.sequence_shape(first.L_, first.D_ * out), first.storage_);
+  if (every && !one_h) hidden = first.make(first.sequence_shape(first.L_, first.D_ * out), first.storage_);
   if (every && two) cell = first.make(first.sequence_shape(first.L_, first.D_ * H), first.compute_);
   if (save && !p.options.recompute) {
     const bool incomplete = H % kUnitPadding != 0 || p.lengths;
@@ -80,8 +81,10 @@ Results Call::allocate(const std::vector<Call*>& calls, bool states, bool save, 
     problem.cell = call->part(cell);
     problem.saved = planes > 0 ? call->part(saved) : nullptr;
     problem.output = every && call->on_host() ? call->part(output) : nullptr;
-    // One step of a cell: its only hidden state is h_n.
-    if (!every) problem.hidden = call->cell_ ? problem.h_n : call->part(output);
+    if (one_h)
+      problem.hidden = problem.h_n;
+    else if (!every)
+      problem.hidden = call->part(output);
   }
   const auto object = [](Made& made) { return made.object ? std::move(made.object) : py::none(); };
   return {object(output), object(h_n), object(c_n), object(hidden), object(cell), object(saved)};
@@ -97,14 +100,19 @@ void* Call::read(py::handle object, const char* name, dlpack::DataType dtype, co
 void Call::set_saved(const Results& saved, bool consume) {
   const std::int64_t H = problem_.H;
   problem_.all_layers = true;
-  problem_.hidden = read(saved.hidden, "hidden", storage_, sequence_shape(L_, D_ * output_size()));
+  if (!cell_ || !saved.hidden.is_none())
+    problem_.hidden =
+        read(saved.hidden, "hidden", storage_, sequence_shape(L_, D_ * output_size()));
   if (traits_.states < 2)
     expect_absent(saved.cell, "cell");
   else
     problem_.cell = read(saved.cell, "cell", compute_, sequence_shape(L_, D_ * H));
-  if (problem_.options.recompute) return;
-  const std::int64_t planes = traits_.saved_planes * padded(H);
-  const Array a = array(saved.saved, {"saved"});
+  if (!problem_.options.recompute) set_gates(saved.saved, consume);
+}
+
+void Call::set_gates(py::handle saved, bool consume) {
+  const std::int64_t planes = traits_.saved_planes * padded(problem_.H);
+  const Array a = array(saved, {"saved"});
   a.expect_shape({groups(), N_, planes}).expect_dtype(compute_).expect_contiguous();
   if (consume) a.expect_writable();
   problem_.consume_saved = consume;
@@ -251,6 +259,16 @@ py::list Call::backward(const Results& saved, const Cotangents& cotangents, cons
   set_cotangents(cotangents);
   py::list gradients = allocate_gradients({this}, needs);
   run(Pass::backward, device);
+  return gradients;
+}
+
+py::list Call::parameter_gradients(py::handle saved, const py::tuple& needs) {
+  if (!on_host() || problem_.options.recompute || traits_.saved_planes == 0)
+    throw py::value_error("options: expected a call in host memory that saves its gates");
+  set_gates(saved, true);
+  problem_.all_layers = problem_.parameters_alone = true;
+  py::list gradients = allocate_gradients({this}, needs);
+  run(Pass::backward, {});
   return gradients;
 }
 

@@ -26,7 +26,7 @@ struct Torch {
   PyObject *tensor, *parameter;
   PyObject *get_num_threads, *is_grad_enabled;
   PyObject* dtypes[4];  // float32, float64, bfloat16, float16
-  PyObject* apply;
+  Recording recording;
   Questions observers, transforms;
 };
 Torch torch;
@@ -82,13 +82,17 @@ void set_torch(const py::type& tensor, const py::type& parameter, const py::obje
            get_num_threads.inc_ref().ptr(),
            is_grad_enabled.inc_ref().ptr(),
            {},
-           torch.apply,
+           torch.recording,
            questions(observers, observer_variables),
            questions(transforms, transform_variables)};
   for (std::size_t i = 0; i < 4; ++i) torch.dtypes[i] = py::object(dtypes[i]).inc_ref().ptr();
 }
 
-void set_apply(const py::object& apply) { torch.apply = apply.inc_ref().ptr(); }
+void set_recording(const py::object& apply, const py::type& node, const py::object& continued) {
+  torch.recording = {apply.inc_ref().ptr(),
+                     reinterpret_cast<PyTypeObject*>(node.inc_ref().ptr()),
+                     continued.inc_ref().ptr()};
+}
 
 }  // namespace
 
@@ -155,11 +159,11 @@ py::object new_array(py::handle like, bool host, const Shape& shape, dlpack::Dat
 
 py::object transposed(py::handle tensor) { return tensor.attr("transpose")(0, 1); }
 
-py::handle recording_apply() { return torch.apply; }
+const Recording& torch_recording() { return torch.recording; }
 
 void register_torch(py::module_& module) {
   module.def("set_torch", set_torch);
-  module.def("set_apply", set_apply);
+  module.def("set_recording", set_recording);
   module.def("bypass_is_unobservable", bypass_is_unobservable);
 }
 

@@ -41,8 +41,13 @@ pybind11::object new_array(pybind11::handle like, bool host, const Shape& shape,
 // torch.Tensor.transpose(0, 1), recorded by autograd as usual.
 pybind11::object transposed(pybind11::handle tensor);
 
-// The autograd Function's apply (python/fastrnn/calls/autograd.py), called by layers' short calls.
-pybind11::handle recording_apply();
+// What records a call of a layer (python/fastrnn/calls/autograd.py).
+struct Recording {
+  PyObject* apply = nullptr;      // of the autograd Function
+  PyTypeObject* node = nullptr;   // the type of its nodes in the graph
+  PyObject* continued = nullptr;  // records a step of a cell after another
+};
+const Recording& torch_recording();
 
 void register_torch(pybind11::module_& module);
 

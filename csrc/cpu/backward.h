@@ -86,15 +86,17 @@ class Backward : protected BackwardTiling<Cell, S> {
     take_thread(thread);
     prepare(thread, threads);
     everybody.wait(threads, Barrier::Wait::start);
-    run_directions(
-        layer_, plan, thread,
-        [&](Index d, const Share& share, Index done) {
-          return steps_.T - recur(d, share, steps_.T - done);
-        },
-        [](const Plan&, int) {});
-    everybody.wait(threads, Barrier::Wait::part);
-    if (wants_input(layer_))
-      InputGradient<Cell, S>(layer_, weights_, gradients_).run(thread, threads);
+    if (!layer_.parameters_alone) {
+      run_directions(
+          layer_, plan, thread,
+          [&](Index d, const Share& share, Index done) {
+            return steps_.T - recur(d, share, steps_.T - done);
+          },
+          [](const Plan&, int) {});
+      everybody.wait(threads, Barrier::Wait::part);
+      if (wants_input(layer_))
+        InputGradient<Cell, S>(layer_, weights_, gradients_).run(thread, threads);
+    }
     for (Index d = 0; d < layer_.directions && layer_.d_parameters; ++d) {
       if (d > 0) everybody.wait(threads, Barrier::Wait::part);  // both directions use one scratch
       parameter_gradients(d, thread, threads);
@@ -126,7 +128,7 @@ class Backward : protected BackwardTiling<Cell, S> {
   void prepare(int thread, int threads) {
     if (thread == 0)
       for (Index u = 0; u < (Hp_ > Op_ ? Hp_ : Op_); ++u) zeros_[u] = C(0);
-    weights_.pack(thread, threads);
+    if (!layer_.parameters_alone) weights_.pack(thread, threads);
     const Range mine = split(steps_.B, thread, threads);
     for (Index i = mine.begin; i < mine.end; ++i) {
       for (Index d = 0; d < layer_.directions; ++d) boundary_states(d, i);

@@ -40,6 +40,7 @@ struct Layer {
   void* saved = nullptr;                   // [D, pairs, planes·Hp], compute type; null: not kept
   std::int64_t saved_group = 0;            // elements between directions of `saved`
   bool consume_saved = false;              // the gradients of the gates take its place
+  bool parameters_alone = false;           // these gradients are there already
 
   Sequence d_output;                   // storage; absent for a layer below the last
   Sequence d_hidden;                   // storage; absent: zeros

@@ -168,6 +168,7 @@ Layer describe(const Stack& s, std::int64_t l) {
   layer.saved_group = s.saved_pairs * s.cell.planes * padded(p.H);
   layer.saved = shifted(p.saved, g * layer.saved_group, s.compute);
   layer.consume_saved = p.consume_saved;
+  layer.parameters_alone = p.parameters_alone;
   if (l == 0) {
     layer.input = normal(s, p.input);
   } else if (p.all_layers) {

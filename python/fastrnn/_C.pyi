@@ -155,8 +155,32 @@ def set_torch(
     negative, while there are none.
     """
 
-def set_apply(apply: Callable[..., Any]) -> None:
-    """The apply of the autograd Function (calls/autograd.py) that `layer` calls."""
+def set_recording(apply: Callable[..., Any], node: type, continued: Callable[..., Any]) -> None:
+    """What records a call of `layer` (calls/autograd.py).
+
+    Arguments:
+        apply: of the autograd Function.
+        node: the type of its nodes.
+        continued: records a step of a cell whose state is the output of such a node.
+    """
+
+def parameter_gradients(
+    options: Options,
+    input: _Array,
+    h0: _Array,
+    weights: tuple[Any, ...],
+    saved: _Array,
+    needs: tuple[bool, ...],
+    threads: int = 0,
+) -> list[Any]:
+    """The gradients of input, h0 and c0, which are None, and of each weight of a cell.
+
+    Arguments:
+        input: (B, I), the rows of any number of steps.
+        h0: (B, H), the states before them.
+        saved: (1, B, …), as `backward` with ``consume_saved`` left it for each step.
+        needs: as of `backward`.
+    """
 
 def bypass_is_unobservable(tensors: tuple[Any, ...]) -> bool:
     """Whether a call that bypasses torch's dispatcher gives what one through it does.

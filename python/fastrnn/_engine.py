@@ -81,7 +81,10 @@ class Prepared:
     Nothing in it depends on the values of a call, except the packed weights of a frozen module.
     """
 
-    __slots__ = ("by_cells", "cell", "engine", "frozen", "gradient_by_cells", "names", "options")
+    __slots__ = (
+        "by_cells", "cell", "engine", "frozen", "gradient_by_cells", "names", "options",
+        "shares_gradient",
+    )  # fmt: skip
 
     def __init__(
         self, options: Options, names: tuple[str, ...] = (), *, cell: bool = False
@@ -93,6 +96,10 @@ class Prepared:
         # Whether the fused cells compute each pass of a call without `Extras`; else programs do.
         self.by_cells = not options.beyond_the_cells
         self.gradient_by_cells = self.by_cells and options.grad_clip == 0
+        # Whether the steps of a loop share one product for the gradient of the weights. A GRU with
+        # reset_after=False needs more for it than the gates' gradients.
+        self.shares_gradient = cell and self.gradient_by_cells and options.reset_after
+        self.shares_gradient = self.shares_gradient and not options.recompute
         self.frozen: Any = None  # by fastrnn.freeze: _C.Frozen, or the weights of a program
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prepared:

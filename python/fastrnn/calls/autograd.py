@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
     from .._engine import Prepared
 
-_BEFORE = 4  # arguments of `Recurrence.apply` before the tensors
-_NO_STEPS = (None,) * 6  # batch_sizes, lengths, reset and three masks
+_BEFORE = 5  # arguments of `Recurrence.apply` before the tensors
+_OTHERS = 5  # tensors before the weights
+_NO_OTHERS = (None,) * 8  # reset_h, reset_c, batch_sizes, lengths, reset and three masks
 
 
 class Recurrence(torch.autograd.Function):
@@ -32,29 +33,31 @@ class Recurrence(torch.autograd.Function):
     def forward(
         ctx: Any,
         own: Prepared,
-        call: Any,
+        results: tuple[Any, ...],
         steps: tuple[Tensor | None, ...] | None,
         states: bool,
+        loop: _Loop | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        """Run a checked call.
+        """Record a call.
 
         Arguments:
             own: the stack or the cell.
-            call: its arguments, checked: a ``_C.Call`` or what `program_torch.call` gives.
+            results: what ``_C.Call.forward`` gave, with what backward needs.
             steps: batch_sizes, lengths, reset and the masks of `Extras`; None: none of them.
             states: whether hidden and cell are wanted.
-            tensors: input, h0, c0, reset_h, reset_c and the weights, which have gradients.
+            loop: of a step of a cell, the loop that it is part of.
+            tensors: input, h0, c0, reset_h, reset_c and the weights, which have gradients; in a
+                loop ``loop.token`` instead of the weights.
         """
-        input: Any = tensors[0]
-        device = None
-        if input.is_cuda:
-            device = operators.device_of(_arguments(tensors, steps or _NO_STEPS), own.options, True)
-        output, h_n, c_n, hidden, cell, saved = call.forward(states, True, False, device)
+        output, h_n, c_n, hidden, cell, saved = results
         ctx.own, ctx.stepped = own, steps is not None
+        ctx.loop = ctx.next_loop = loop
         ctx.fresh = True  # `saved` is as forward left it
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, cell, saved, *(steps or ()), *tensors)
+        weights = tensors[_OTHERS:] if loop is None else loop.weights
+        others = () if steps is None else (*tensors[3:_OTHERS], *steps)
+        ctx.save_for_backward(hidden, cell, saved, *tensors[:3], *others, *weights)
         return output, h_n, c_n, hidden if states else None, cell if states else None, None
 
     @staticmethod
@@ -65,30 +68,37 @@ class Recurrence(torch.autograd.Function):
         needs = ctx.needs_input_grad[_BEFORE:]
         if all(d is None for d in cotangents):
             return (None,) * (_BEFORE + len(needs))
-        hidden, cell, saved, *tensors = ctx.saved_tensors
-        steps: Sequence[Tensor | None] = _NO_STEPS
+        hidden, cell, saved, input, h0, c0, *weights = ctx.saved_tensors
+        others: Sequence[Tensor | None] = _NO_OTHERS
         if ctx.stepped:
-            steps, tensors = tensors[: len(_NO_STEPS)], tensors[len(_NO_STEPS) :]
-        arguments = _arguments(tensors, steps)
-        own, plain = ctx.own, not torch.is_grad_enabled() and forward_ad._current_level < 0
+            others, weights = weights[: len(_NO_OTHERS)], weights[len(_NO_OTHERS) :]
+        own, loop = ctx.own, ctx.loop
+        plain = not torch.is_grad_enabled() and forward_ad._current_level < 0
+        now = needs
+        if loop is not None:
+            # Whether this pass reaches the weights.
+            taken = torch._C._will_engine_execute_node(loop.token.grad_fn)
+            none = (False,) * len(weights)
+            now = needs[:_OTHERS] + none
+            needs = needs[:_OTHERS] + (loop.needs if taken else none)
         found: Any = None
         # The gradients of the gates overwrite `saved`. A second backward (retain_graph=True) finds
         # it spent, and runs forward again.
         spent = saved is not None and not ctx.__dict__.pop("fresh", False)
+        arguments = (input, h0, c0, weights, *others)
         if plain and not spent and _C.bypass_is_unobservable(cotangents):
             results = (hidden, cell, saved, *cotangents)
-            found = _by_engine(own, arguments, results, needs, ctx.stepped)
+            found = _by_engine(own, arguments, results, now, ctx.stepped)
+            if found is not None and loop is not None and taken:
+                loop.steps.add(input, h0, saved)
         if found is None:
-            kept = None if spent else (hidden, cell, saved)
+            kept = None if spent or hidden is None else (hidden, cell, saved)
             found = _unusual(own, arguments, kept, cotangents, needs, plain)
-        return (*(None,) * _BEFORE, *found)
-
-
-def _arguments(tensors: Sequence[Any], steps: Sequence[Any]) -> tuple[Any, ...]:
-    """The arguments of the operator ``forward`` up to the options."""
-    input, h0, c0, reset_h, reset_c, *weights = tensors
-    batch_sizes, lengths, reset, *masks = steps
-    return input, h0, c0, weights, batch_sizes, lengths, reset, reset_h, reset_c, *masks
+            if loop is not None and taken:
+                loop.steps.add_gradients(found[_OTHERS:])
+        if loop is not None:
+            found = (*found[:_OTHERS], None)
+        return (None, None, None, None, None, *found)
 
 
 def _by_engine(
@@ -98,18 +108,32 @@ def _by_engine(
     needs: tuple[bool, ...],
     stepped: bool,
 ) -> Any:
-    """The gradients by the engine, which may overwrite ``saved``; None where it cannot read one."""
-    device = operators.device_of(arguments, own.options, True)
+    """The gradients by the engine, which may overwrite ``saved``; None where it cannot read one.
+
+    Arguments:
+        arguments: input, h0, c0, weights, reset_h, reset_c, batch_sizes, lengths, reset and masks.
+    """
+    input, h0, c0, weights, *_ = arguments
+    device = operators.device_of(arguments, own.options, True) if input.is_cuda else None
     try:
         if own.gradient_by_cells and not stepped:
-            return program_torch.cells_backward(
-                own.engine, arguments, saved, needs, True, own.cell, device
+            given: Any = (
+                *(input, h0, c0, weights, None, None, None, *saved),
+                *(needs[:3] + needs[_OTHERS:], True, torch.get_num_threads(), own.cell, device),
             )
-        return program_torch.backward(own.options, arguments, saved, needs, True, own.cell, device)
+            d_input, d_h0, d_c0, *d_weights = _C.backward(own.engine, *given)
+            return d_input, d_h0, d_c0, None, None, *d_weights
+        ordered = _as_operator(arguments)
+        return program_torch.backward(own.options, ordered, saved, needs, True, own.cell, device)
     except TypeError:  # a gradient that vmap has wrapped, whose memory cannot be read
         if not transforms.is_mapped(saved[3:]):
             raise
     return None
+
+
+def _as_operator(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """In the order of the operator ``forward``."""
+    return (*arguments[:4], *arguments[6:9], *arguments[4:6], *arguments[9:])
 
 
 def _unusual(
@@ -123,9 +147,9 @@ def _unusual(
     """The gradients where they are differentiated in turn, observed or mapped, or come a second
     time (``saved`` is None).
     """
-    given, options = arguments, own.options
+    given, options = _as_operator(arguments), own.options
     if own.cell:  # with the axes of steps and layers
-        given = (*(x if x is None else x.unsqueeze(0) for x in arguments[:3]), *arguments[3:])
+        given = (*(x if x is None else x.unsqueeze(0) for x in given[:3]), *given[3:])
         cotangents = tuple(d if d is None else d.unsqueeze(0) for d in cotangents)
     found: Any
     if plain or (forward_ad._current_level < 0 and transforms.is_transforming()):
@@ -145,4 +169,111 @@ def _unusual(
     return wanted
 
 
-_C.set_apply(super(torch.autograd.Function, Recurrence).apply)
+# ---- the steps of a loop -------------------------------------------------------------------------
+
+# A loop over a cell calls it with the state that its last call returned. Each step by itself would
+# give the gradient of all weights, and torch would add them up: for few rows, most of the work of
+# backward. So from the second step on the weights are one node of the graph, `_Weights`, which
+# torch runs after all steps: the steps leave what they read and the gradients of their gates in
+# `_Steps`, and the gradient of the weights is one product over all rows of all steps.
+
+
+class _Steps:
+    """What the steps of a loop leave for the gradient of the weights, in each backward pass."""
+
+    def __init__(self, own: Prepared, weights: tuple[Tensor, ...], needs: tuple[bool, ...]) -> None:
+        self.own, self.weights, self.needs = own, weights, needs
+        self._rows: dict[int, list[tuple[Any, ...]]] = {}  # by the number of the pass
+        self._gradients: dict[int, list[Sequence[Tensor | None]]] = {}
+
+    def add(self, input: Tensor, h0: Tensor, saved: Tensor) -> None:
+        """A step: what it read, and the gradients of its gates."""
+        row = (input, h0, saved, input._version, h0._version)
+        self._rows.setdefault(torch._C._current_graph_task_id(), []).append(row)
+
+    def add_gradients(self, found: Sequence[Tensor | None]) -> None:
+        """A step whose gradient of the weights is there already."""
+        self._gradients.setdefault(torch._C._current_graph_task_id(), []).append(found)
+
+    def sum(self) -> tuple[Tensor | None, ...]:
+        """The gradients of the weights in this pass."""
+        number = torch._C._current_graph_task_id()
+        rows = self._rows.pop(number, None)
+        found = self._gradients.pop(number, [])
+        if rows is not None:
+            found.append(self._of_rows(rows[::-1]))
+        total: list[Tensor | None] = [None] * len(self.weights)
+        for each in found:
+            for i, d in enumerate(each):
+                before = total[i]
+                total[i] = d if before is None else before if d is None else before + d
+        return tuple(total)
+
+    def _of_rows(self, rows: list[tuple[Any, ...]]) -> list[Tensor | None]:
+        for input, h0, _, *versions in rows:
+            if versions != [input._version, h0._version]:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an "
+                    "inplace operation: the input or the state of a cell, after backward of its "
+                    "step and before that of the weights; do not change it in a hook"
+                )
+        inputs, states, saved, *_ = zip(*rows, strict=True)
+        if len(rows) > 1:
+            joined = torch.cat(inputs), torch.cat(states), torch.cat(saved, 1)
+        else:
+            joined = inputs[0], states[0], saved[0]
+        needs = (False, False, False, *self.needs)
+        found: list[Tensor | None] = _C.parameter_gradients(
+            self.own.engine, *joined[:2], self.weights, joined[2], needs, torch.get_num_threads()
+        )
+        return found[3:]
+
+
+class _Weights(torch.autograd.Function):
+    """The weights of a loop as one node; its output, which is empty, stands for them."""
+
+    @staticmethod
+    def forward(ctx: Any, steps: _Steps, *weights: Tensor) -> Tensor:
+        ctx.steps = steps
+        ctx.set_materialize_grads(False)
+        return weights[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _: None) -> tuple[Tensor | None, ...]:
+        return None, *ctx.steps.sum()
+
+
+class _Loop(NamedTuple):
+    """The steps of a loop, and the token that stands for the weights in the graph.
+
+    csrc/bind/calls.cpp reads the fields by their places. `_Steps` does not hold the token: a node
+    that holds its own output is never freed.
+    """
+
+    steps: _Steps
+    own: Prepared
+    token: Tensor
+    weights: tuple[Tensor, ...]
+    needs: tuple[bool, ...]
+
+
+def _continued(node: Any, *arguments: Any) -> Any:
+    """`Recurrence.apply` of a step of a cell whose state is the output of ``node``: the second step
+    of a loop, unless the cell or its weights are others.
+    """
+    own, *others = arguments[:_BEFORE]
+    tensors = arguments[_BEFORE:]
+    weights = tensors[_OTHERS:]
+    needs = tuple(w.requires_grad for w in weights)
+    if node.own is own and own.shares_gradient and any(needs):
+        steps = _Steps(own, weights, needs)
+        token = _Weights.apply(steps, *weights)  # type: ignore[no-untyped-call]
+        node.next_loop = _Loop(steps, own, token, weights, needs)
+        others[-1] = node.next_loop
+        tensors = (*tensors[:_OTHERS], node.next_loop.token)
+    return Recurrence.apply(own, *others, *tensors)  # type: ignore[no-untyped-call]
+
+
+_C.set_recording(
+    super(torch.autograd.Function, Recurrence).apply, Recurrence._backward_cls, _continued
+)

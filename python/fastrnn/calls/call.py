@@ -253,12 +253,13 @@ def _engine_route(
         outputs = operators.forward_op(*given, options.text, return_states, False, by_torch)
     else:
         call = program_torch.call(options, given, frozen)
+        device = operators.device_of(given, options, save)
+        outputs = call.forward(return_states, save, False, device)
         if save:
             others = (*rows, *extras[2:])
-            outputs = Recurrence.apply(prepared(options), call, others, return_states, *leaves)  # type: ignore[no-untyped-call]
-        else:
-            device = operators.device_of(given, options, False)
-            outputs = call.forward(return_states, False, False, device)
+            outputs = Recurrence.apply(  # type: ignore[no-untyped-call]
+                prepared(options), outputs, others, return_states, None, *leaves
+            )
     output, h_n, c_n, hidden, cell, _ = outputs
     if options.cell != "LSTM":
         c_n = cell = None
