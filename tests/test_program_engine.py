@@ -932,7 +932,7 @@ def read_only(*shape: int) -> Any:
         (
             {"sequences": [np.zeros((2, 3, 16))[:, :, ::2]] * 2},
             ValueError,
-            r"sequences\[0\]: expected units side by side",
+            r"sequences\[0\]: expected contiguous units",
         ),
         (
             {"sequences": [np.zeros((2, 3, 8)), read_only(2, 3, 8)]},

@@ -2,7 +2,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -16,7 +15,7 @@
 namespace fastrnn::bind {
 namespace {
 
-int first_byte = -1;  // of every byte of a new array; -1: whatever is there
+int first_byte = -1;  // every byte of a new array; -1: as allocated
 
 }  // namespace
 
@@ -24,7 +23,7 @@ int fill_new_arrays(int byte) { return std::exchange(first_byte, byte); }
 
 // ---- new arrays ---------------------------------------------------------------------------------
 
-// Of members the array has a leading axis, and each writes to its part.
+// For members the array has a leading axis, and each writes to its part.
 Call::Made Call::make(const Shape& shape, dlpack::DataType dtype, bool zeros) {
   Shape whole = shape;
   if (members_ != nullptr) {
@@ -182,7 +181,7 @@ py::list Call::allocate_gradients(const std::vector<Call*>& calls, const py::tup
   return objects;
 }
 
-// The places of one group's gradients, in the order of the flat list.
+// Where one group's gradients are written, in the order of the flat list.
 Parameters Call::gradients_of(const Made* made, const Parameters& of) const {
   Parameters gradients;
   for (Weight Parameters::* const member :
@@ -256,8 +255,8 @@ py::list Call::backward(const Results& saved, const Cotangents& cotangents, cons
 
 // ---- ensembles ----------------------------------------------------------------------------------
 
-// Whether the parameters lie in the same place. Those of an ensemble lie apart by one stride each,
-// so that two members tell of all.
+// Whether the parameters have the same addresses. In an ensemble each has one stride between
+// members, so comparing two members is enough.
 bool Call::same_weights(const Call& a, const Call& b) {
   for (std::size_t i = 0; i < a.weights_.size(); ++i)
     if (a.weights_[i].data() != b.weights_[i].data()) return false;
