@@ -14,19 +14,19 @@ enum class Pass { forward, backward };
 struct Backend {
   // Bytes of scratch the pass needs. Reads sizes, options, pointers for presence only.
   std::size_t (*workspace_size)(const Problem&, Pass);
-  // The two that follow are null where a device keeps no packed weights.
-  // Bytes that the stack's parameters take in the order in which the device's kernels read them,
-  // and their packing, which forward then need not do (`Problem::packed`). Both read options,
-  // dtype, I, H and, for pack, parameters and threads; the result serves any T and B.
+  // Bytes of the stack's parameters in the order in which the device's kernels read them, and their
+  // packing, which forward then need not do (`Problem::packed`). Both read options, dtype, I, H
+  // and, for pack, parameters and threads; the result serves any T and B. Null where a device has
+  // no packed weights.
   std::size_t (*packed_size)(const Problem&);
   void (*pack)(const Problem&, void* to);  // 64-byte aligned
   void (*forward)(const Problem&);
   void (*backward)(const Problem&);
   // An ensemble: `count` problems, 1 or more, of equal options, sizes and threads, none of which
-  // writes what another reads or writes. The pass of each, the problems shared out over the threads
-  // where that is faster than a team for each; a problem's results are the bits that it gives by
-  // itself. The first one's workspace is everybody's, of ensemble_workspace_size() bytes. Null
-  // where a device runs none.
+  // writes what another reads or writes. Runs the pass of each; the problems are divided among the
+  // threads where that is faster than a team for each. A problem's results have the same bits as
+  // alone. All use the first one's workspace, of ensemble_workspace_size() bytes. Null where a
+  // device runs none.
   std::size_t (*ensemble_workspace_size)(const Problem*, std::int64_t count, Pass);
   void (*run_ensemble)(const Problem*, std::int64_t count, Pass);
 };

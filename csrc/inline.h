@@ -1,5 +1,5 @@
-// How a function is compiled that every device uses. Always inlined: the kernels of an instruction
-// set, or of a GPU, never end up with another's copy. And how a loop over registers is.
+// How functions that every device uses are compiled: always inlined, so that no instruction set and
+// no GPU uses code that was compiled for another. And how loops over registers are unrolled.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -1,19 +1,17 @@
 // One call of the engine: a whole stack of recurrent layers, forward or backward.
 //
 // Sizes       T steps, B rows (batch), I input size, H hidden size, P projection size (0: none),
-//             L layers, D directions, O = P ? P : H (what a layer puts out per direction),
+//             L layers, D directions, O = P ? P : H (output units of a layer and direction),
 //             G gates of the cell, N = number of (step, row) pairs that hold data: T·B when padded,
 //             the sum of the lengths when packed.
 // Storage     the dtype of input, weights, states and outputs: f32, f64, bf16, f16.
 // Compute     float for f32, bf16 and f16; double for f64. Saved values are kept in it.
-// Padded size Hp = padded(H): H rounded up to kUnitPadding. Saved values use it, so that a vector
-//             store never needs a tail there, on any instruction set.
+// Padded size Hp = padded(H): H rounded up to kUnitPadding. Saved values use it, so that vector
+//             stores are whole on every instruction set.
 //
 // Ownership   every pointer belongs to the caller and stays valid for the whole call. Nothing the
 //             engine writes may overlap anything it reads. No pointer is kept after the call.
-// Absent      a null data pointer means "not given"; what that stands for is said at each field.
-//
-// This header includes neither Python nor torch nor a device's headers.
+// Absent      a null data pointer means "not given"; each field says what that stands for.
 #pragma once
 
 #include <cstddef>
@@ -37,7 +35,7 @@ inline constexpr std::int64_t padded(std::int64_t units) {
 // The most products of int8 in a sum of 32 bits: 2^17 · 127² < 2^31.
 inline constexpr std::int64_t kMostInt8Products = std::int64_t{1} << 17;
 
-// What changes the maths of one step. Lives with the cell (csrc/cells/).
+// What changes the maths of one step (csrc/cells/).
 struct CellOptions {
   Activation activation = Activation::tanh;
   GateActivation gate_activation = GateActivation::sigmoid;
@@ -52,7 +50,7 @@ struct Options {
   std::int64_t layers = 1;
   std::int64_t directions = 1;  // 1 or 2; direction 1 runs backwards in time
   std::int64_t proj_size = 0;
-  bool recompute = false;  // backward computes the gates again: forward keeps none
+  bool recompute = false;  // forward saves no gates: backward computes them again
 };
 
 // A sequence array. Padded: element (t, b, u) is at data[t·step + b·row + u·unit].
@@ -97,8 +95,8 @@ struct Problem {
   bool int8 = false;
 
   // ---- on a GPU -----------------------------------------------------------------------------
-  // All arrays lie in the memory of `device`, batch_sizes apart, which the host reads. The call
-  // does its work in the order of `stream` and waits for nothing.
+  // All arrays are in the memory of `device`, except batch_sizes, which the host reads. The call
+  // enqueues its work on `stream` and does not wait for it.
   int device = 0;
   void* stream = nullptr;   // a cudaStream_t
   bool allow_tf32 = false;  // float32 products may round their factors to TF32
@@ -108,7 +106,7 @@ struct Problem {
   // ---- which rows are active at each step (csrc/steps.h) ------------------------------------
   // At most one of the first two is given; neither: every row is active at every step.
   const std::int64_t* batch_sizes = nullptr;  // [T], not increasing: PackedSequence, data is packed
-  // [B], 0…T, any order: data is padded. On a GPU what lies outside counts as the nearest of these.
+  // [B], 0…T, any order: data is padded. On a GPU other values are clamped to this range.
   const std::int64_t* lengths = nullptr;
   const bool* reset = nullptr;  // reset[t·reset_step + b·reset_row]; padded data only.
   std::int64_t reset_step = 0, reset_row = 0;  // True: reset_h, reset_c replace the state before
@@ -119,15 +117,15 @@ struct Problem {
   bool wide_c0 = false;    // forward: c0 is of compute type, as `cell` is
   State reset_h, reset_c;  // forward: [L·D, O], [L·D, H], `row` ignored; absent: zeros
   const Parameters* parameters = nullptr;  // [L·D]
-  // Forward: the parameters as Backend::pack left them; `parameters` are then not read and may be
-  // null. Null: this call packs them for itself.
+  // Forward: the parameters as packed by Backend::pack; `parameters` are then not read and may be
+  // null. Null: this call packs them itself.
   const void* packed = nullptr;
 
   // ---- forward: written; backward: read. All contiguous -------------------------------------
   bool all_layers = false;  // hidden holds every layer, else the last alone
   void* hidden = nullptr;   // [L or 1, T, B, D·O] or [L or 1, N, D·O], storage; padding is zero
-  // Forward on a CPU: the last layer of `hidden` once more, [T, B, D·O] or [N, D·O], in an array
-  // that the caller may write to before backward reads `hidden`. Null: not wanted.
+  // Forward on a CPU: a copy of the last layer of `hidden`, [T, B, D·O] or [N, D·O], which the
+  // caller may overwrite before backward reads `hidden`. Null: not wanted.
   void* output = nullptr;
   void* h_n = nullptr;  // [L·D, B, O], storage
   void* c_n = nullptr;  // [L·D, B, H], storage; null for cells of one state
@@ -139,7 +137,7 @@ struct Problem {
   // is never given.
   void* saved = nullptr;
 
-  // Backward: `saved` is not needed afterwards; the gradients of the gates may take its place.
+  // Backward: `saved` is not needed afterwards; the gradients of the gates may overwrite it.
   bool consume_saved = false;
   // Backward on a CPU: `saved` holds the gradients of the gates, as a call with consume_saved left
   // them; d_parameters alone are computed.

@@ -1,18 +1,18 @@
 // One step of a recurrence as a list of operations over rows, run over all steps of a sequence.
 //
-// A program is data: built elsewhere, checked once (the constructor of Program), then run as often
-// as wanted. The same executor runs a recurrence forward and backward: the backward of a step is
-// another program, walked in the other direction, and the gradients of weights are its sums over
+// A program is data: built elsewhere, checked once (the constructor of Program), then run any
+// number of times. The same executor runs a recurrence forward and backward: the backward of a step
+// is another program, run in the other direction, and the gradients of weights are its sums over
 // pairs.
 //
 // Sizes      T steps, B rows; a pair is one (step, row). Offsets and strides count elements.
-// Values     For each pair, `width` elements of the dtype, float32 or float64. Where they live is
-//            their home (Home).
-// Phases     The steps are walked in blocks, t = 0 … T − 1 or, with `reverse`, T − 1 … 0. For each
-//            block of steps: `before` over all its pairs at once, then `step` over the rows, step
-//            after step, then `after` over all its pairs, then the pair sums. How long a block is
-//            depends on the program, T and B alone.
-// Results    A row's bits depend on nothing but that row and what is shared. Those of a pair sum
+// Values     For each pair, `width` elements of the dtype, float32 or float64. Home says where they
+//            are stored.
+// Phases     The steps run in blocks, t = 0 … T − 1 or, with `reverse`, T − 1 … 0. In each block:
+//            `before` over all its pairs at once, then `step` over the rows, step after step, then
+//            `after` over all its pairs, then the pair sums. The length of a block depends on the
+//            program, T and B alone.
+// Results    A row's bits depend on that row and the shared values alone. Those of a pair sum
 //            depend on T and B, never on the number of threads.
 #pragma once
 
@@ -26,8 +26,8 @@ namespace fastrnn {
 
 enum class Home : std::uint8_t {
   shared,    // the caller's shared[index], the same for every row
-  sequence,  // the caller's sequences[index] at the step, or at step + `previous`; where that is
-             // no step, the caller's firsts[index]
+  sequence,  // the caller's sequences[index] at step + `previous`; where there is no such step, the
+             // caller's firsts[index]
   fixed,     // the caller's fixed[index], (B, width), the same at every step; read only
   carry,     // state `index` before the step; read only, in `step` alone
   next,      // state `index` after the step; in `step` alone
@@ -35,6 +35,8 @@ enum class Home : std::uint8_t {
   local,     // scratch within one phase of one step
   tile,      // register `index` of a pointwise run
 };
+inline constexpr const char* kHomeNames[] = {"shared", "sequence", "fixed", "carry",
+                                             "next",   "block",    "local", "tile"};
 
 struct ProgramValue {
   Home home = Home::local;
@@ -53,7 +55,7 @@ struct RowAt {
 
 // out[o + g·out_group + n] = init + Σ_k in[i + g·in_group + k] · W[w + g·w_group + k·w_k + n·w_n]
 // for g < G, n < N; k runs from 0 to K − 1. init: none, or init[offset + g·out_group + n] of a row
-// or a shared vector. W is a shared value, of which only the addresses above count.
+// or a shared vector. W is a shared value; its width is ignored.
 struct Product {
   RowAt out, in, weight, init;
   std::int64_t G = 1, out_group = 0, in_group = 0, w_group = 0, w_k = 0, w_n = 0, K = 0, N = 0;
@@ -66,7 +68,7 @@ struct PointwiseRun {
 };
 
 // sum, maximum  out[o + g] = Σ, or the maximum, of in[i + g·segment + j·element] over j < n, g < G
-// Of one row of n elements side by side, which is all that these two take:
+// Of one row of n contiguous elements (G = 1, element = 1):
 // moments       out[o], out[o + 1] = the mean of in, and 1 / √(variance + kMomentsEpsilon)
 // means         out[o], out[o + 1] = the means of in, and of in·second
 struct Reduce {
@@ -88,6 +90,7 @@ struct Collect {
 
 struct Instruction {
   enum class Kind : std::uint8_t { product, run, reduce, collect } kind = Kind::run;
+  static constexpr const char* kNames[] = {"product", "run", "reduce", "collect"};
   Product product;
   PointwiseRun run;
   Reduce reduce;
@@ -136,8 +139,8 @@ enum class Point : std::uint8_t {
 };
 // Comparisons give 1 or 0. where(c, a, b): a where c is not 0. fma(a, b, c) = a·b + c.
 // normalize(a, b, c) = (a − b)·c. tanh_grad(d, y) = d·(1 − y²), sigmoid_grad(d, y) = d·(1 − y)·y.
-// softplus1(x) = log(1 + e^x). bfloat16 and float16 round to what the type can hold. NaN comes
-// through maximum, minimum and relu; its sign is 0.
+// softplus1(x) = log(1 + e^x). bfloat16 and float16 round to that type. maximum, minimum and relu
+// return NaN for NaN; sign returns 0.
 struct PointName {
   const char* name;
   int operands;
@@ -168,10 +171,10 @@ struct PointOp {
   PointOperand to, from[3];
 };
 
-// Sums over all pairs of the sequence, added to a gradient of the caller's, which is zero before
-// the first of them:
-//   outer     target[off + g·w_group + k·w_k + n·w_n] += Σ d[o + g·d_group + n]·x[i + g·x_group +
-//   k] columns   target[off + n] += Σ d[o + n], n < N
+// Sums over all pairs of the sequence, added to one of the caller's gradients, which starts at 0.
+//   outer     target[off + g·w_group + k·w_k + n·w_n]
+//                 += Σ d[o + g·d_group + n]·x[i + g·x_group + k]
+//   columns   target[off + n] += Σ d[o + n], n < N
 // d and x are sequence, fixed or block values.
 struct PairSum {
   bool outer = false;
@@ -179,8 +182,7 @@ struct PairSum {
   std::int64_t offset = 0;
   RowAt d, x;
   std::int64_t G = 1, d_group = 0, x_group = 0, w_group = 0, w_k = 0, w_n = 0, K = 1, N = 0;
-  // Nothing is added to its elements before it, so that it need not find zeros there: set by the
-  // check of a program.
+  // The first to add to its elements, which it therefore writes: set by the check of a program.
   bool starts = false;
 };
 
@@ -190,7 +192,7 @@ struct ProgramTable {
   std::vector<std::int64_t> starts, indices;
 };
 
-// A run of outputs of a collect that are made alike.
+// Consecutive outputs of a collect of the same kind.
 struct Piece {
   enum class Kind : std::uint8_t { zeros, copy, sums } kind = Kind::zeros;
   std::int64_t begin = 0, count = 0;
@@ -209,23 +211,23 @@ struct ProgramText {
 
 enum Phase { kBefore, kStep, kAfter, kPhases };
 
-// What a program reaches of one of the caller's arrays.
+// The part of one of the caller's arrays that a program accesses.
 struct Reach {
   std::int64_t low = 0, high = -1;  // offsets from the first element; none where high < low
-  std::int64_t contiguous = 0;      // elements that must lie side by side: used pointwise
+  std::int64_t contiguous = 0;      // elements that must be contiguous: used pointwise
 };
 
-// Elements begin … end − 1 of a gradient, which no pair sum starts; an end of −1 is the array's.
+// Elements begin … end − 1 of a gradient, which no pair sum starts; end −1: the end of the array.
 struct Gap {
   int target = 0;
   std::int64_t begin = 0, end = -1;
 };
 
-// A checked program. Immutable: threads may run it side by side.
+// A checked program. Immutable: threads may run it concurrently.
 class Program {
  public:
-  // std::invalid_argument, naming the instruction, for whatever could read or write out of bounds
-  // or read what was not written.
+  // Throws std::invalid_argument, naming the instruction, for any access out of bounds and any read
+  // of elements that were not written.
   explicit Program(ProgramText text);
 
   const ProgramText& text() const { return text_; }
@@ -235,7 +237,7 @@ class Program {
   std::vector<Gap> gaps;
   std::vector<std::int64_t> sequences, fixed, states;  // widths
   std::vector<bool> written;                           // of the sequences
-  std::vector<bool> previous;                          // of the sequences: takes firsts
+  std::vector<bool> previous;                          // of the sequences: has firsts
 
   // Of each phase, the values it uses, each once.
   std::vector<int> used[kPhases];
@@ -252,7 +254,7 @@ struct ProgramCall {
   const Program* program = nullptr;
   std::int64_t T = 0, B = 0;
   bool reverse = false;
-  int threads = 1;  // at most so many
+  int threads = 1;  // at most this many
   const void* const* shared = nullptr;
   const Sequence* sequences = nullptr;           // (T, B, width), units contiguous
   const State* firsts = nullptr;                 // (B, width), units contiguous; absent: zeros
@@ -264,11 +266,11 @@ struct ProgramCall {
   void* workspace = nullptr;                     // program_workspace_size() bytes, 64-byte aligned
 };
 
-// Reads the program, sizes and threads. std::bad_alloc where no machine has so much.
+// Reads the program, sizes and threads. Throws std::bad_alloc where no machine has as much memory.
 std::size_t program_workspace_size(const ProgramCall& call);
 void run_program(const ProgramCall& call);
 
-// How many threads a call uses where the cores are free, and whether they share the columns of a
+// How many threads a call uses where the cores are free, and whether they divide the columns of a
 // step or the rows.
 struct ProgramTeam {
   int threads = 1;

@@ -1,5 +1,5 @@
 // Which rows are active at each step. Padded, lengths, PackedSequence and reset all fill this one
-// table, and the engine knows nothing else of them.
+// table, which is all that the engine knows of them.
 //
 // Rows are sorted by length, longest first (`order`), so that the rows active at a step are a
 // prefix of length active[t]. A (step, row) pair has the flat number n = offset[t] + i, i being the
@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "problem.h"
 
@@ -27,14 +26,14 @@ struct Steps {
   std::int64_t* position = nullptr;  // [T] the step's place in the caller's arrays
   std::int64_t* order = nullptr;     // [B] the caller's row of each sorted row
   std::int64_t* length = nullptr;    // [B] steps of each sorted row
-  std::int64_t* extent = nullptr;    // [B] the same, counting those after the end of a part
-  // [N] or null. fresh[n]: an episode starts at the pair's step, nothing crosses from the step
+  std::int64_t* extent = nullptr;    // [B] the same, including steps after the end of a part
+  // [N] or null. fresh[n]: an episode starts at the pair's step; no state comes from the step
   // before.
   std::uint8_t* fresh = nullptr;
 };
 
-// The steps in the order in which one direction runs through them. Always inlined: the kernels of
-// every instruction set use it, and none may end up with another's copy.
+// The steps in the order of one direction. Always inlined: no instruction set may use code that was
+// compiled for another.
 struct Walk {
   const Steps& steps;
   bool reverse;
@@ -48,7 +47,7 @@ struct Walk {
   }
   FASTRNN_INLINE std::int64_t previous(std::int64_t t) const { return reverse ? t + 1 : t - 1; }
   FASTRNN_INLINE std::int64_t following(std::int64_t t) const { return reverse ? t - 1 : t + 1; }
-  // An episode starts here: the state before step t is zeros, whatever ran before.
+  // An episode starts here: the state before step t is the reset state.
   FASTRNN_INLINE bool starts_fresh(std::int64_t t, std::int64_t i) const {
     if (!steps.fresh) return false;
     const std::int64_t boundary = reverse ? t + 1 : t;
@@ -67,8 +66,7 @@ inline Steps build_steps(const Problem& p, void* scratch) {
   Steps s;
   s.T = p.T;
   s.B = p.B;
-  auto* words = static_cast<std::int64_t*>(scratch);
-  s.active = words;
+  s.active = static_cast<std::int64_t*>(scratch);
   s.offset = s.active + p.T;
   s.position = s.offset + p.T;
   s.order = s.position + p.T;
@@ -113,9 +111,9 @@ inline std::size_t part_size(const Problem& p, std::int64_t count) {
   return static_cast<std::size_t>(count + 1 + 2 * p.B) * sizeof(std::int64_t);
 }
 
-// `count` of the steps from `begin` on, for the rows that are active there; of a part that begins
-// at the first step for all rows. The pairs are counted from the part's first on; positions and
-// rows stay the caller's.
+// The `count` steps from `begin` on, for the rows that are active at `begin`; a part that begins at
+// the first step has all rows. Pairs are numbered from the part's first on; positions and rows stay
+// the caller's.
 inline Steps build_part(const Steps& whole, std::int64_t begin, std::int64_t count, void* scratch) {
   Steps s = whole;
   const std::int64_t end = begin + count;

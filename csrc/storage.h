@@ -1,4 +1,4 @@
-// The storage types and their conversion to and from the type that is computed in.
+// The storage types and their conversion to and from the compute type.
 #pragma once
 
 #include <cstdint>

@@ -864,7 +864,7 @@ def test_a_sequence_that_is_written_is_of_one_phase_and_read_nowhere_before() ->
     t = simple()
     t.value("sequence", 1, 8, -1)
     t.phases["step"].append(copy(1, 0, 0, 0))
-    assert "no other value may be of its array" in refused(t)
+    assert "no other value may use its array" in refused(t)
 
 
 def test_a_state_has_what_it_is_next() -> None:
@@ -894,7 +894,7 @@ def test_the_elements_of_a_gradient_are_apart() -> None:
     t.reductions = [("outer", 0, 0, 3, 0, 0, 0, 1, 0, 0, 0, 8, 1, 8, 8)]
     assert "value 3 (carry 0, width 8) cannot be summed" in refused(t)
     t.reductions = [("columns", 0, -1, 0, 0, 8)]
-    assert "element -1 is none" in refused(t)
+    assert "there is no element -1" in refused(t)
 
 
 def run_simple(t: Text, **changed: Any) -> None:
@@ -932,7 +932,7 @@ def read_only(*shape: int) -> Any:
         (
             {"sequences": [np.zeros((2, 3, 16))[:, :, ::2]] * 2},
             ValueError,
-            r"sequences\[0\]: expected units side by side",
+            r"sequences\[0\]: expected contiguous units",
         ),
         (
             {"sequences": [np.zeros((2, 3, 8)), read_only(2, 3, 8)]},

@@ -8,7 +8,7 @@
 namespace fastrnn::bind {
 namespace {
 
-// Where an array without elements points to: null would read as "not given".
+// The data of an array without elements: null would mean "not given".
 alignas(64) char nothing[64];
 
 Import borrow_named(py::handle object, const Name& name) {
@@ -66,17 +66,17 @@ Array::Array(py::handle object, const Name& name, Owners& owners) : name_(name) 
     complain("at most " + std::to_string(kMostAxes) + " axes",
              "shape " + text_of(view.shape, ndim_));
   std::copy(view.shape, view.shape + ndim_, shape_);
-  std::int64_t size = 1;
+  std::int64_t count = 1;
   for (std::int64_t i = ndim_; i-- > 0;) {
-    strides_[i] = view.strides != nullptr ? view.strides[i] : size;
-    size *= shape_[i];
+    strides_[i] = view.strides != nullptr ? view.strides[i] : count;
+    count *= shape_[i];
   }
   cuda_ = view.device.type == dlpack::kCUDA;
   cuda_device_ = cuda_ ? view.device.id : 0;
   if (!cuda_ && !on_host(view.device))
     complain("host or CUDA memory", "an array on " + device_name(view.device));
   data_ = static_cast<char*>(view.data) + view.byte_offset;
-  if (size == 0) {
+  if (count == 0) {
     data_ = nothing;
   } else if (reinterpret_cast<std::uintptr_t>(data_) % std::max(dtype_.bits / 8, 1) != 0) {
     complain("elements aligned to their size", "a misaligned array");
@@ -84,10 +84,10 @@ Array::Array(py::handle object, const Name& name, Owners& owners) : name_(name) 
   if (import.owner) owners.push_back(std::move(import.owner));
 }
 
-std::size_t Array::bytes() const {
-  std::size_t bytes = dtype_.bits / 8;
-  for (std::int64_t i = 0; i < ndim_; ++i) bytes *= static_cast<std::size_t>(shape_[i]);
-  return bytes;
+std::int64_t Array::size() const {
+  std::int64_t size = 1;
+  for (std::int64_t i = 0; i < ndim_; ++i) size *= shape_[i];
+  return size;
 }
 
 bool Array::contiguous() const {

@@ -1,5 +1,5 @@
-// One array argument of a call: borrowed, and checked against what problem.h says of it. Every
-// complaint names the argument, what it was and what was expected.
+// One array argument of a call: borrowed, and checked against problem.h. Every error names the
+// argument, what was expected and what it was.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 
 namespace fastrnn::bind {
 
-// Put together only when there is something to say.
+// Of an argument; its text is built only for an error.
 struct Name {
   const char* argument;
   std::int64_t index = -1;          // in a list of parameters
@@ -38,13 +38,13 @@ struct Shape {
   const std::int64_t* end() const { return sizes + ndim; }
 };
 
-// Keeps what was borrowed, until the call is over. Empty where nothing needs keeping.
+// Keeps borrowed memory alive until the call is over. Empty where nothing needs it.
 using Owners = std::vector<Owner>;
 
 class Array {
  public:
-  // TypeError where `object` is no array, ValueError where no engine can read its memory: it is
-  // neither the host's nor on a CUDA device.
+  // TypeError where `object` is no array; ValueError where its memory is neither the host's nor a
+  // CUDA device's.
   Array(py::handle object, const Name& name, Owners& owners);
 
   std::int64_t ndim() const { return ndim_; }
@@ -53,15 +53,16 @@ class Array {
   std::int64_t stride(int axis) const { return strides_[axis]; }
   void* data() const { return data_; }  // never null
   dlpack::DataType dtype() const { return dtype_; }
-  std::size_t bytes() const;
+  std::int64_t size() const;  // elements
+  std::size_t bytes() const { return static_cast<std::size_t>(size()) * (dtype_.bits / 8); }
   bool host() const { return !cuda_; }
-  int cuda_device() const { return cuda_device_; }  // of an array that is not the host's
+  int cuda_device() const { return cuda_device_; }  // where not host()
 
   // The part of member `index` of `members`, without the leading axis. ValueError where that axis
   // has another size.
   Array member(std::int64_t index, std::int64_t members) const;
 
-  // Each returns the array, so that they read as one sentence.
+  // Each returns the array, so that checks can be chained.
   const Array& expect_dtype(dlpack::DataType dtype) const;  // TypeError
   const Array& expect_shape(const Shape& shape) const;      // ValueError, as all that follow
   const Array& expect_axes(std::int64_t ndim, const char* meaning) const;

@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <limits>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "dtype.h"
@@ -46,6 +45,13 @@ int max_threads() {
 #endif
 }
 
+int checked_threads(int threads) {
+  if (threads < 0)
+    throw py::value_error("threads: expected 0 (the default) or more, got " +
+                          std::to_string(threads));
+  return threads > 0 ? threads : max_threads();
+}
+
 List::List(py::handle object, const char* argument)
     : items_(py::reinterpret_steal<py::object>(PySequence_Tuple(object.ptr()))) {
   if (items_) return;
@@ -60,10 +66,7 @@ Call::Call(const CheckedOptions& checked, int threads, bool cell, Members* membe
   problem_.options = checked.options;
   L_ = checked.options.layers;
   D_ = checked.options.directions;
-  if (threads < 0)
-    throw py::value_error("threads: expected 0 (the default) or more, got " +
-                          std::to_string(threads));
-  problem_.threads = threads > 0 ? threads : max_threads();
+  problem_.threads = checked_threads(threads);
 }
 
 Call& Call::set_inputs(const Inputs& inputs) {  // each sets sizes that the next one checks against
@@ -88,19 +91,19 @@ Array Call::array(py::handle object, const Name& name) {
     return a;
   }
   if (index_ == 0) members_->arrays.emplace_back(object, name, members_->owners).expect_host();
-  return members_->arrays.at(asked_++).member(index_, members_->count);
+  return members_->arrays.at(next_++).member(index_, members_->count);
 }
 
 std::int64_t Call::output_size() const {
   return problem_.options.proj_size > 0 ? problem_.options.proj_size : problem_.H;
 }
 
-// A copy of `count` values: what was checked is what the engine reads, whatever another thread
-// does to the array meanwhile.
+// Copies `count` values, so that the engine reads the values that were checked, even if another
+// thread writes to the array meanwhile.
 const std::int64_t* Call::kept(const Array& a, std::int64_t count) {
   const auto* values = static_cast<const std::int64_t*>(a.data());
   row_counts_.assign(values, values + count);
-  row_counts_.push_back(0);  // an empty one is not "not given"
+  row_counts_.push_back(0);  // so that data() is not null, which means "not given"
   return row_counts_.data();
 }
 
@@ -111,7 +114,7 @@ void Call::expect_absent(py::handle object, const char* name) const {
 }
 
 void Call::set_batch_sizes(py::handle batch_sizes, std::int64_t rows) {
-  const Array sizes(batch_sizes, {"batch_sizes"}, owners_);  // those of every member
+  const Array sizes(batch_sizes, {"batch_sizes"}, owners_);  // the same for every member
   sizes.expect_host()
       .expect_dtype({dlpack::kInt, 64, 1})
       .expect_axes(1, "one axis (T,)")
@@ -192,8 +195,7 @@ Parameters Call::parameters(const List& list, std::int64_t group) {
 void Call::set_weights(py::handle weights) {
   const List list(weights, "weights");
   const CellOptions& maths = problem_.options.maths;
-  const std::int64_t groups = L_ * D_;
-  const std::int64_t least = 2 + (problem_.options.proj_size > 0 ? 1 : 0);
+  const std::int64_t groups = L_ * D_, least = problem_.options.proj_size > 0 ? 3 : 2;
   per_group_ = list.size() / groups;
   has_biases_ = per_group_ == least + 2;
   if (list.size() % groups != 0 || (per_group_ != least && !has_biases_))
@@ -273,7 +275,7 @@ void Call::set_states(py::handle h0, py::handle c0) {
 State Call::reset_state(py::handle object, const char* name, std::int64_t units) {
   if (object.is_none()) return {};
   const Array a = array(object, {name});
-  a.expect_shape({L_ * D_, units}).expect_dtype(storage_);
+  a.expect_shape({groups(), units}).expect_dtype(storage_);
   return {a.data(), a.stride(0), 0, a.stride(1)};
 }
 

@@ -2,14 +2,13 @@
 // arrays of a call, allocates its results and runs it.
 //
 // The order: check every argument, fill the Problem, allocate the results, get a workspace, release
-// the GIL, run. Nothing reaches the engine unchecked.
+// the GIL, run.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <memory>
 #include <optional>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -24,14 +23,16 @@ namespace fastrnn::bind {
 
 namespace py = pybind11;
 
-// Threads of an OpenMP region here and now; 1 without OpenMP.
+// Threads of an OpenMP region in this thread; 1 without OpenMP.
 int max_threads();
+// The argument `threads` of a call: 0 stands for max_threads(). ValueError below 0.
+int checked_threads(int threads);
 
-// For tests: every byte of a new array in host memory is `byte`, so that what the engine leaves
-// unwritten shows; -1: as allocated. Returns the value before.
+// For tests: every byte of a new array in host memory is `byte`, so that elements that the engine
+// leaves unwritten show; -1: as allocated. Returns the value before.
 int fill_new_arrays(int byte);
 
-// The arrays that both passes read; each may be None but input and weights.
+// The arrays that both passes read; each may be None except input and weights.
 struct Inputs {
   py::handle input;        // (T, B, I); packed (N, I); of a cell (B, I)
   py::handle h0, c0;       // (L·D, B, ·); of a cell (B, ·)
@@ -42,7 +43,7 @@ struct Inputs {
   py::handle reset_hx;     // (h, c) after a reset, of forward alone: (L·D, ·) each; or None
 };
 
-// What forward wrote: None where it was not asked for.
+// The results of forward: None where not wanted.
 struct Results {
   py::object output, h_n, c_n, hidden, cell, saved;
 };
@@ -52,22 +53,23 @@ struct Cotangents {
   py::handle output, hidden, cell, h_n, c_n;
 };
 
-// What a CUDA device needs besides; the defaults on a CPU.
+// What a call on a CUDA device needs besides; the defaults on a CPU.
 struct Device {
   py::object workspace = py::none();  // a function: bytes -> array
   std::uintptr_t stream = 0;          // a cudaStream_t
   bool allow_tf32 = false, persistent = false;
 };
 
-// The arrays of an ensemble, in the order in which a call asks for them: borrowed once, after which
-// each member takes its part, found by the leading axis.
+// The arrays of an ensemble, in the order in which a call reads them: borrowed once; each member
+// takes its part along the leading axis.
 struct Members {
   std::int64_t count;
   std::vector<Array> arrays;
   Owners owners;
 };
 
-// A flat list of parameters, each held: another thread may change the list while the engine runs.
+// A flat list of parameters, each kept alive: another thread may change the list while the engine
+// runs.
 class List {
  public:
   List(py::handle object, const char* argument);
@@ -82,7 +84,7 @@ class List {
 class Call {
  public:
   // `cell`: one step of one layer and direction, without the axes of steps and layers. With
-  // `members`: the call of number `index` among them, after those before it.
+  // `members`: call number `index` of them, made in this order.
   Call(const CheckedOptions& checked, int threads, bool cell = false, Members* members = nullptr,
        std::int64_t index = 0);
 
@@ -93,7 +95,7 @@ class Call {
   Call& set_frozen(py::handle weights, Frozen& frozen);  // use packed weights that still match
 
   // `states`: hidden and cell are wanted; `save`: what backward reads; `zeros`: parts of `saved`
-  // that the engine never writes are zeros, as a torch operator must give the same every time.
+  // that the engine never writes are zeros, since a torch operator must be deterministic.
   Results forward(bool states, bool save, bool zeros, const Device& device);
 
   // The gradients of input, h0, c0 and each weight, None where not needed.
@@ -108,7 +110,7 @@ class Call {
   static py::list backward_members(const std::vector<Call*>& calls, const Results& saved,
                                    const Cotangents& cotangents, const py::tuple& needs);
 
-  // Input and weights alone, for an input like (T, B, I): what packing needs.
+  // Checks input (T, B, I) and weights alone: what packing needs.
   void set_weights_for(py::handle input, py::handle weights);
   bool on_host() const { return input_->host(); }
   bool cell() const { return cell_; }
@@ -166,16 +168,16 @@ class Call {
   bool cell_;
   Members* members_;  // null: a call by itself
   std::int64_t index_;
-  std::size_t asked_ = 0;  // of the members' arrays
+  std::size_t next_ = 0;  // the next of the members' arrays
   std::int64_t L_, D_, N_ = 0;
   std::int64_t per_group_ = 0;  // parameters of one layer and direction
   bool has_biases_ = false;     // among them
   dlpack::DataType storage_{}, compute_{};
   py::handle like_;                       // the input, whose kind new arrays have
-  std::vector<std::int64_t> row_counts_;  // lengths or batch_sizes, of which there is one at most
+  std::vector<std::int64_t> row_counts_;  // lengths or batch_sizes, never both
   std::vector<Parameters> parameters_, d_parameters_;
   std::optional<Array> input_;
-  py::object held_;  // what keeps the arrays alive
+  py::object held_;  // keeps the arrays alive
   std::vector<Array> weights_;
   std::shared_ptr<const Memory> packed_;
   Owners owners_;

@@ -1,21 +1,20 @@
-// What Python calls: `_C.Call` and the functions around it.
+// `_C.Call` and the functions around it: a call of the engine from Python.
 //
-//   Call(…).forward(…)   any call: the arguments checked, then run, with what backward needs or
-//                        without
+//   Call(…).forward(…)   any call: checks the arguments, then runs
 //   backward(…)          its gradients
 //   …_members(…)         the same for an ensemble
 //   layer(…)             the whole usual call of a torch layer or cell: one call from Python
 //                        instead of many
-#include "calls.h"
-
 #include <pybind11/stl.h>
 
 #include <cstdint>
 #include <memory>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "call.h"
+#include "register.h"
 #include "torch.h"
 
 namespace fastrnn::bind {
@@ -117,8 +116,7 @@ py::list backward_members(const CheckedOptions& options, std::int64_t members, A
 
 // ---- the call of a torch layer or cell ----------------------------------------------------------
 
-// The arguments of a call in the usual form. Those of any other form are left to Python, which
-// handles them or raises the error.
+// The arguments of a call in the usual form. Python handles any other form, or raises the error.
 class Usual {
  public:
   // False where a tensor is not plain.
@@ -128,7 +126,7 @@ class Usual {
     if (!take_tensor(input)) return false;
     weights = py::tuple(names.size());
     for (std::size_t i = 0; i < names.size(); ++i) {
-      // Null where it is parametrized, under weight norm, in a replica: no registered parameter.
+      // Null where it is no registered parameter: parametrized, under weight norm, in a replica.
       PyObject* weight =
           PyDict_GetItemWithError(parameters.ptr(), PyTuple_GET_ITEM(names.ptr(), i));
       if (weight == nullptr || !take_tensor(weight)) return false;

@@ -3,6 +3,7 @@
 #include "argument.h"
 #include "dtype.h"
 #include "gil.h"
+#include "register.h"
 #include "storage.h"
 
 namespace py = pybind11;

@@ -9,10 +9,8 @@
 
 namespace fastrnn::bind {
 
-// Rows of `units` elements, `unit` apart, to rows one after the other; of any floating types.
+// Converts rows of `units` elements, `unit` apart, to contiguous rows; any floating types.
 void convert_rows(const void* from, dlpack::DataType from_type, std::int64_t row, std::int64_t unit,
                   void* to, dlpack::DataType to_type, std::int64_t rows, std::int64_t units);
-
-void register_convert(pybind11::module_& module);
 
 }  // namespace fastrnn::bind

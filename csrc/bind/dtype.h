@@ -16,14 +16,12 @@ struct TypeInfo {
   const char* format;  // of the buffer protocol; null where it has none
 };
 
-inline constexpr const char* kInt64Format = sizeof(long) == 8 ? "l" : "q";
-
 inline constexpr TypeInfo kTypes[] = {
     {"float32", dlpack::kFloat, 32, "f"},
     {"float64", dlpack::kFloat, 64, "d"},
     {"bfloat16", dlpack::kBfloat, 16, nullptr},
     {"float16", dlpack::kFloat, 16, "e"},
-    {"int64", dlpack::kInt, 64, kInt64Format},
+    {"int64", dlpack::kInt, 64, sizeof(long) == 8 ? "l" : "q"},
     {"bool", dlpack::kBool, 8, "?"},
     {"uint8", dlpack::kUInt, 8, "B"},
     {"int8", dlpack::kInt, 8, "b"},

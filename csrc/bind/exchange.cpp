@@ -15,8 +15,7 @@ namespace {
 
 bool fast_dlpack = true;
 
-constexpr std::int32_t kMostDimensions =
-    64;  // NumPy's and torch's; the buffer protocol's own limit
+constexpr std::int32_t kMostDimensions = 64;  // the limit of NumPy, torch and the buffer protocol
 
 // ---- the buffer protocol ------------------------------------------------------------------------
 
@@ -49,8 +48,8 @@ dlpack::DataType type_of_format(const char* format, Py_ssize_t itemsize) {
   return {};
 }
 
-// Bytes may be what an exporter shows of elements that the protocol has no word for: NumPy's
-// scalars of dates do. Then the object's own dtype has another size.
+// An exporter may show elements for which the protocol has no format as bytes: NumPy's scalars of
+// dates do. Then the object's own dtype has another size.
 bool shows_its_elements(py::handle object, const Py_buffer& buffer) {
   if (buffer.itemsize != 1) return true;
   const py::object dtype = py::getattr(object, "dtype", py::none());
@@ -60,12 +59,11 @@ bool shows_its_elements(py::handle object, const Py_buffer& buffer) {
 
 // False where the object has no buffer that describes its elements.
 bool import_buffer(py::handle object, Import& import) {
-  const PyBufferProcs* procs = Py_TYPE(object.ptr())->tp_as_buffer;
-  if (procs == nullptr || procs->bf_getbuffer == nullptr) return false;
+  if (!PyObject_CheckBuffer(object.ptr())) return false;
   auto owned = std::make_unique<Buffer>();
   Py_buffer& buffer = owned->buffer;
   if (PyObject_GetBuffer(object.ptr(), &buffer, PyBUF_RECORDS_RO) != 0) {
-    PyErr_Clear();  // another way in may know the type
+    PyErr_Clear();  // another protocol may support the type
     return false;
   }
   Owner owner{owned.release(), release_buffer};
@@ -73,7 +71,7 @@ bool import_buffer(py::handle object, Import& import) {
   const dlpack::DataType dtype = type_of_format(buffer.format, buffer.itemsize);
   if (find_type(dtype) == nullptr || !shows_its_elements(object, buffer)) return false;
   if (buffer.ndim < 0 || buffer.ndim > kMostDimensions) return false;
-  // Exporters leave out what was asked for: a shape where there is one axis, strides in C order.
+  // Exporters may omit the shape where there is one axis, and strides in C order.
   if (buffer.shape != nullptr)
     shape.assign(buffer.shape, buffer.shape + buffer.ndim);
   else if (buffer.ndim <= 1)
@@ -122,7 +120,7 @@ Import own(dlpack::Managed* managed) {
   return import;
 }
 
-// A capsule gives its tensor away once: the new name says so.
+// A capsule can be consumed once; its new name marks that.
 Import consume(PyObject* capsule) {
   if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
     void* managed = PyCapsule_GetPointer(capsule, "dltensor_versioned");
@@ -137,8 +135,8 @@ Import consume(PyObject* capsule) {
   throw py::buffer_error("expected a DLPack capsule that is not used yet");
 }
 
-// Null where the type has no such table. Found tables are remembered, with a reference that keeps
-// the type, so that its address stays its own.
+// Null where the type has no such table. Found tables are cached, with a reference that keeps the
+// type, so that its address is not reused.
 const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
   struct Entry {
     PyTypeObject* type;
@@ -169,8 +167,8 @@ const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
   return api;
 }
 
-// The object with its values in its memory: a tensor of torch's may wait for a conjugation or a
-// negation, which DLPack cannot tell.
+// The object with its values in its memory: a torch tensor may have a pending conjugation or
+// negation, which DLPack cannot express.
 py::object settled(py::object object) {
   for (const char* resolve : {"resolve_conj", "resolve_neg"})
     if (py::hasattr(object, resolve)) object = object.attr(resolve)();
@@ -190,7 +188,7 @@ Import import_exchange(const dlpack::ExchangeApi& api, py::handle object, bool b
 }
 
 Import import_dlpack(py::object object) {
-  // torch refuses tensors that record a gradient; what is asked for is their values.
+  // torch refuses to export tensors that record a gradient; only their values are needed.
   if (py::hasattr(object, "detach")) object = object.attr("detach")();
   object = settled(std::move(object));
   const py::object method = object.attr("__dlpack__");
@@ -204,7 +202,7 @@ Import import_dlpack(py::object object) {
   return consume(capsule.ptr());
 }
 
-// NumPy exports no bfloat16, which it has from ml_dtypes: its bits go as uint16.
+// NumPy does not export ml_dtypes' bfloat16: its bits are imported as uint16.
 bool import_bfloat16(py::handle object, Import& import) {
   const py::object dtype = py::getattr(object, "dtype", py::none());
   if (!py::hasattr(object, "view") ||
@@ -223,8 +221,7 @@ void release_object(void* object) {
   Py_DECREF(static_cast<PyObject*>(object));
 }
 
-// What an exporter says of itself, as far as it can be checked. Each complaint goes on from the
-// name of the argument.
+// Checks the description given by an exporter. Each error text follows the name of the argument.
 Import checked(Import import) {
   const dlpack::Tensor& view = import.view;
   if (view.ndim < 0 || view.ndim > kMostDimensions)
@@ -242,7 +239,7 @@ Import checked(Import import) {
   }
   if (empty) return import;
   if (view.data == nullptr) throw py::value_error("expected an array with data, got one without");
-  // The bytes from the first element to the last, in either direction, in numbers that no size
+  // The bytes from the first element to the last, in either direction; in double, which no size
   // overflows.
   constexpr double kMostBytes = 4e18;
   double elements = 1, reach = std::max(view.dtype.bits / 8, 1);

@@ -16,7 +16,7 @@ namespace fastrnn::bind {
 
 namespace py = pybind11;
 
-// Keeps the memory of an array alive. Let go with the GIL held, or by OwnerPtr in any thread.
+// Keeps the memory of an array alive.
 using Owner = std::unique_ptr<void, void (*)(void*)>;
 
 // `view.shape` and `view.strides` belong to `owner`; strides may be null (contiguous).
@@ -26,15 +26,15 @@ struct Import {
   Owner owner{nullptr, nullptr};
 };
 
-// For the time of one call: while the caller holds `object`, and not beyond.
+// Valid for one call, while the caller holds `object`.
 Import borrow(py::handle object);
-// For as long as the owner lives.
+// Valid while the owner lives.
 Import keep(py::handle object);
 
 // Whether the DLPack C exchange API is used (the default). Returns what it was.
 bool set_fast_dlpack(bool on);
 
-// What an exporter says is wrong, on one line.
+// An exporter's error message, its first line.
 std::string reason(const py::error_already_set& error);
 
 // TypeError "expected an array …, got …"

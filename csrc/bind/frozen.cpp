@@ -5,6 +5,7 @@
 #include "backend.h"
 #include "call.h"
 #include "dtype.h"
+#include "register.h"
 
 namespace fastrnn::bind {
 namespace {
@@ -35,14 +36,8 @@ Frozen::Frozen(const CheckedOptions& options, py::handle input, const py::tuple&
   call.set_weights_for(input, weights);
   dtype_ = data_type(call.problem().dtype);
   for (std::size_t i = 0; i < call.weights().size(); ++i) {
-    const Array& a = call.weights()[i];
     const py::object tensor = weights[i];
-    Entry entry{a.data(), {}, {}, version_of(tensor), tensor.attr("detach")()};
-    for (int axis = 0; axis < a.ndim(); ++axis) {
-      entry.shape[axis] = a.shape(axis);
-      entry.strides[axis] = a.stride(axis);
-    }
-    entries_.push_back(std::move(entry));
+    entries_.push_back({call.weights()[i], version_of(tensor), tensor.attr("detach")()});
   }
   auto memory = std::make_shared<Memory>(cpu_backend().packed_size(call.problem()));
   cpu_backend().pack(call.problem(), memory->data());
@@ -50,11 +45,12 @@ Frozen::Frozen(const CheckedOptions& options, py::handle input, const py::tuple&
 }
 
 bool Frozen::matches(const Entry& entry, const Array& array, std::int64_t version) {
-  if (entry.data != array.data() || entry.version != version) return false;
-  for (int axis = 0; axis < array.ndim(); ++axis)
-    if (entry.shape[axis] != array.shape(axis) || entry.strides[axis] != array.stride(axis))
-      return false;
-  return true;
+  const Array& known = entry.array;
+  bool same =
+      known.data() == array.data() && entry.version == version && known.ndim() == array.ndim();
+  for (int axis = 0; same && axis < array.ndim(); ++axis)
+    same = known.shape(axis) == array.shape(axis) && known.stride(axis) == array.stride(axis);
+  return same;
 }
 
 std::shared_ptr<const Memory> Frozen::find(const Problem& problem, const py::object* objects,

@@ -1,11 +1,11 @@
-// `_C.Frozen`: a layer's weights packed once, in the order in which the kernels read them, for as
-// long as the layer stays frozen (fastrnn.freeze).
+// `_C.Frozen`: a layer's weights packed once, in the order in which the kernels read them, while
+// the layer is frozen (fastrnn.freeze).
 //
-// Thaws    at the first call for which a weight has another address, size, stride, dtype or version
+// Thaws    at the first call in which a weight has another address, size, stride, dtype or version
 //          counter: the packed copy is dropped and the call reads the weights that it was given. A
-//          view of each weight is held, so that no other memory can come to lie at its address.
-// Unseen   a write that torch's counter does not see (`.data`, a NumPy view). The user is told so.
-// Threads  under the GIL. A call keeps the packed weights that it found, whatever comes after.
+//          view of each weight is held, so that no other array can get its address.
+// Unseen   a write that torch's counter does not see (`.data`, a NumPy view). It is documented.
+// Threads  under the GIL. A call keeps the packed weights that it found, even if thawed meanwhile.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -23,11 +23,11 @@ namespace fastrnn::bind {
 
 class Frozen {
  public:
-  // Packs `weights`, torch tensors in the order of the flat list, for inputs like `input`, (T, B,
-  // I).
+  // Packs `weights`, torch tensors in the order of the flat list; `input` (T, B, I) gives I and
+  // dtype.
   Frozen(const CheckedOptions& options, py::handle input, const py::tuple& weights);
-  // The problem's parameters packed, or null where they have changed. `objects` are the tensors
-  // that `arrays` were read from, in the order of the flat list.
+  // The problem's parameters packed; null where they have changed. `objects`: the tensors of
+  // `arrays`.
   std::shared_ptr<const Memory> find(const Problem& problem, const py::object* objects,
                                      const std::vector<Array>& arrays);
   void thaw();
@@ -35,8 +35,7 @@ class Frozen {
 
  private:
   struct Entry {
-    void* data;
-    std::int64_t shape[3], strides[3];
+    Array array;
     std::int64_t version;
     py::object view;  // keeps the memory
   };
@@ -48,7 +47,5 @@ class Frozen {
   Options options_;
   std::shared_ptr<const Memory> packed_;
 };
-
-void register_frozen(py::module_& module);
 
 }  // namespace fastrnn::bind

@@ -1,4 +1,4 @@
-// Letting the GIL go, in threads that the interpreter may not outlive.
+// Releasing the GIL, in threads that may outlive the interpreter.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -16,17 +16,17 @@ inline bool interpreter_is_ending() {
 #endif
 }
 
-// Whether a thread that may not hold the GIL can still have it.
+// Whether this thread holds the GIL or can still acquire it.
 inline bool python_is_there() {
   return Py_IsInitialized() && (!interpreter_is_ending() || PyGILState_Check());
 }
 
-// The GIL is let go for the time of a scope.
+// Releases the GIL for a scope.
 //
-// A daemon thread may still be at work when the interpreter ends. Python before 3.14 ends a thread
-// that then asks for the GIL by pthread_exit, which unwinds the stack: through destructors, which
-// may not throw (std::terminate), and through objects that must not be touched any more. Such a
-// thread waits here for the end of the process instead, as in Python 3.14.
+// A daemon thread may still run when the interpreter ends. Python before 3.14 ends a thread that
+// then acquires the GIL by pthread_exit, which unwinds the stack: through destructors, which may
+// not throw (std::terminate), and through objects that must no longer be used. Such a thread waits
+// here for the end of the process instead, as in Python 3.14.
 class WithoutGil {
  public:
   WithoutGil() : ending_(interpreter_is_ending()), state_(PyEval_SaveThread()) {}

@@ -1,5 +1,5 @@
-#include "info.h"
-
+// What this build is and what it found: `_C.isa`, `isas`, `max_threads`, `cuda_info`,
+// `cuda_kernels`; and the limits of the machine: `fma_peak`, `read_bandwidth`.
 #include <pybind11/stl.h>
 
 #include <cmath>
@@ -14,6 +14,7 @@
 #include "dtype.h"
 #include "gil.h"
 #include "options.h"
+#include "register.h"
 
 #ifdef FASTRNN_HAS_CUDA
 #include "cuda_info.h"

@@ -19,7 +19,7 @@ class OutOfMemory : public std::bad_alloc {
   std::string message_;
 };
 
-// 64-byte aligned, to be given to free_aligned(). OutOfMemory where there is none.
+// 64-byte aligned, freed by free_aligned(). Throws OutOfMemory.
 void* new_aligned(std::size_t bytes);
 void free_aligned(void* data);
 
@@ -38,8 +38,8 @@ class Memory {
   std::size_t bytes_ = 0;
 };
 
-// Memory for the length of a call. A thread keeps its last for its next call, up to kKept bytes:
-// fresh pages cost more than the work of a small call.
+// Memory for one call. A thread keeps its last one for its next call, up to kKept bytes: fresh
+// pages cost more than the work of a small call.
 class Scratch {
  public:
   explicit Scratch(std::size_t bytes);

@@ -1,17 +1,8 @@
-// The Python module `fastrnn._C`: one line for each part that registers itself. For the process's
-// first interpreter alone: types and what is remembered of them are the process's.
+// The Python module `fastrnn._C`: one line for each part that registers itself. For the main
+// interpreter alone: types and references to them are kept for the whole process.
 #include <pybind11/pybind11.h>
 
-#include "calls.h"
-#include "convert.h"
-#include "frozen.h"
-#include "info.h"
-#include "options.h"
-#include "program.h"
-#include "stand_in.h"
-#include "stream.h"
-#include "tensor.h"
-#include "torch.h"
+#include "register.h"
 
 namespace {
 
@@ -38,8 +29,8 @@ PYBIND11_MODULE(_C_of_main, module) {
   fastrnn::bind::register_info(module);
 }
 
-// Before pybind11 has a look around, which waits for ever in a subinterpreter of Python
-// before 3.12. Newer ones may call this in the main interpreter first, and only then what is above.
+// Refuses before pybind11's own entry, which hangs in a subinterpreter of Python before 3.12. Newer
+// Pythons may call this in the main interpreter first, and then only the entry above.
 PyMODINIT_FUNC PyInit__C() {
   if (in_main_interpreter()) return PyInit__C_of_main();
   PyErr_SetString(PyExc_ImportError, kOnlyMain);

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <string>
 
+#include "register.h"
+
 namespace py = pybind11;
 
 namespace fastrnn::bind {
@@ -30,14 +32,6 @@ void expect_at_least(const char* argument, std::int64_t least, std::int64_t valu
                           " or more, got " + std::to_string(value));
 }
 
-void check_sizes(const Options& options) {
-  const std::int64_t heads = options.maths.heads;
-  expect_at_least("heads", 1, heads);
-  if (options.proj_size % heads != 0)
-    throw py::value_error("heads: expected a divisor of proj_size, " +
-                          std::to_string(options.proj_size) + ", got " + std::to_string(heads));
-}
-
 CheckedOptions make_options(const std::string& cell, std::int32_t num_layers, bool bidirectional,
                             std::int64_t proj_size, const std::string& activation,
                             const std::string& gate_activation, bool reset_after,
@@ -56,8 +50,11 @@ CheckedOptions make_options(const std::string& cell, std::int32_t num_layers, bo
   options.maths.reset_after = reset_after;
   options.recompute = recompute;
   options.maths.heads = heads;
-  checked.traits = cell_traits(options);  // knows the names of the cells
-  check_sizes(options);
+  checked.traits = cell_traits(options);  // throws for an unknown cell
+  expect_at_least("heads", 1, heads);
+  if (proj_size % heads != 0)
+    throw py::value_error("heads: expected a divisor of proj_size, " + std::to_string(proj_size) +
+                          ", got " + std::to_string(heads));
   return checked;
 }
 

@@ -1,4 +1,4 @@
-// `_C.Options`: csrc/problem.h's Options, checked, with what the engine knows of the cell.
+// `_C.Options`: csrc/problem.h's Options, checked, with the traits of the cell.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,7 +12,5 @@ struct CheckedOptions {
   fastrnn::Options options;
   CellTraits traits;
 };
-
-void register_options(pybind11::module_& module);
 
 }  // namespace fastrnn::bind

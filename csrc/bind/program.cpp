@@ -1,24 +1,27 @@
-#include "program.h"
+// `_C.Program`: a step as a list of operations (csrc/program.h), checked once, run often.
+#include "../program.h"
 
+#include <algorithm>
 #include <cstdint>
-#include <optional>
+#include <initializer_list>
+#include <iterator>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "../program.h"
 #include "argument.h"
 #include "call.h"
 #include "dtype.h"
 #include "gil.h"
 #include "memory.h"
+#include "register.h"
 
 namespace fastrnn::bind {
 namespace {
 
 using Index = std::int64_t;
 
-// ---- a program from its text form ---------------------------------------------------------------
+// ---- a program from Python's tuples -------------------------------------------------------------
 
 // One tuple of a program, read item by item.
 class Items {
@@ -61,6 +64,18 @@ class Items {
     return item.cast<std::string>();
   }
   RowAt row(std::size_t i) const { return {small(i), number(i + 1)}; }
+  // Items i, i + 1, …, to one number each.
+  void numbers(std::size_t i, std::initializer_list<Index*> to) const {
+    for (Index* each : to) *each = number(i++);
+  }
+  // The position of item i among `names`.
+  template <class Enum, std::size_t count>
+  Enum one_of(std::size_t i, const char* const (&names)[count], const char* expected) const {
+    const std::string name = text(i);
+    const auto found = std::find(std::begin(names), std::end(names), name);
+    if (found == std::end(names)) fail(std::string(expected) + ", got '" + name + "'");
+    return static_cast<Enum>(found - std::begin(names));
+  }
   Items items(std::size_t i) const { return {at(i), place_ + " item " + std::to_string(i)}; }
 
   [[noreturn]] void fail(const std::string& message) const {
@@ -72,33 +87,19 @@ class Items {
   std::string place_;
 };
 
-std::string place_of(const char* list, std::size_t i) {
-  return std::string(list) + "[" + std::to_string(i) + "]";
-}
-
 template <class Body>
 void each(py::handle list, const char* name, Body body) {
   const Items items(list, name);
-  for (std::size_t i = 0; i < items.size(); ++i) body(Items(items.at(i), place_of(name, i)));
+  for (std::size_t i = 0; i < items.size(); ++i)
+    body(Items(items.at(i), std::string(name) + "[" + std::to_string(i) + "]"));
 }
 
 ProgramValue value_of(const Items& items) {
   items.expect_size(3, 4);
-  constexpr const char* homes[] = {"shared", "sequence", "fixed", "carry",
-                                   "next",   "block",    "local", "tile"};
-  const std::string home = items.text(0);
   ProgramValue value;
-  bool known = false;
-  for (int i = 0; i < 8; ++i)
-    if (home == homes[i]) {
-      value.home = static_cast<Home>(i);
-      known = true;
-    }
-  if (!known)
-    items.fail("home: expected shared, sequence, fixed, carry, next, block, local or tile, got '" +
-               home + "'");
-  value.index = items.number(1);
-  value.width = items.number(2);
+  value.home = items.one_of<Home>(
+      0, kHomeNames, "home: expected shared, sequence, fixed, carry, next, block, local or tile");
+  items.numbers(1, {&value.index, &value.width});
   if (items.size() == 4) value.previous = items.small(3);
   return value;
 }
@@ -139,14 +140,7 @@ Product product_of(const Items& items) {
   p.out = items.row(1);
   p.in = items.row(3);
   p.weight = items.row(5);
-  p.G = items.number(7);
-  p.out_group = items.number(8);
-  p.in_group = items.number(9);
-  p.w_group = items.number(10);
-  p.w_k = items.number(11);
-  p.w_n = items.number(12);
-  p.K = items.number(13);
-  p.N = items.number(14);
+  items.numbers(7, {&p.G, &p.out_group, &p.in_group, &p.w_group, &p.w_k, &p.w_n, &p.K, &p.N});
   p.init = items.row(15);
   return p;
 }
@@ -154,21 +148,11 @@ Product product_of(const Items& items) {
 Reduce reduce_of(const Items& items) {
   items.expect_size(10, 12);
   Reduce r;
-  const std::string kind = items.text(1);
-  if (kind == "max")
-    r.kind = Reduce::Kind::maximum;
-  else if (kind == "moments")
-    r.kind = Reduce::Kind::moments;
-  else if (kind == "means")
-    r.kind = Reduce::Kind::means;
-  else if (kind != "sum")
-    items.fail("expected 'sum', 'max', 'moments' or 'means', got '" + kind + "'");
+  constexpr const char* kinds[] = {"sum", "max", "moments", "means"};  // in the order of Kind
+  r.kind = items.one_of<Reduce::Kind>(1, kinds, "expected 'sum', 'max', 'moments' or 'means'");
   r.out = items.row(2);
   r.in = items.row(4);
-  r.G = items.number(6);
-  r.segment = items.number(7);
-  r.n = items.number(8);
-  r.element = items.number(9);
+  items.numbers(6, {&r.G, &r.segment, &r.n, &r.element});
   if (items.size() > 10) r.second = items.row(10);
   return r;
 }
@@ -185,26 +169,26 @@ Collect collect_of(const Items& items) {
 
 Instruction instruction_of(const Items& items, ProgramText& text) {
   if (items.size() == 0) items.fail("expected an instruction");
-  const std::string kind = items.text(0);
   Instruction instruction;
-  if (kind == "product") {
-    instruction.kind = Instruction::Kind::product;
-    instruction.product = product_of(items);
-  } else if (kind == "run") {
-    items.expect_size(3, 3);
-    instruction.kind = Instruction::Kind::run;
-    const Items ops = items.items(2);
-    instruction.run = {items.number(1), static_cast<Index>(text.points.size()),
-                       static_cast<Index>(ops.size())};
-    for (std::size_t i = 0; i < ops.size(); ++i) text.points.push_back(point_of(ops.items(i)));
-  } else if (kind == "reduce") {
-    instruction.kind = Instruction::Kind::reduce;
-    instruction.reduce = reduce_of(items);
-  } else if (kind == "collect") {
-    instruction.kind = Instruction::Kind::collect;
-    instruction.collect = collect_of(items);
-  } else {
-    items.fail("expected product, run, reduce or collect, got '" + kind + "'");
+  instruction.kind = items.one_of<Instruction::Kind>(0, Instruction::kNames,
+                                                     "expected product, run, reduce or collect");
+  switch (instruction.kind) {
+    case Instruction::Kind::product:
+      instruction.product = product_of(items);
+      break;
+    case Instruction::Kind::run: {
+      items.expect_size(3, 3);
+      const Items ops = items.items(2);
+      instruction.run = {items.number(1), static_cast<Index>(text.points.size()),
+                         static_cast<Index>(ops.size())};
+      for (std::size_t i = 0; i < ops.size(); ++i) text.points.push_back(point_of(ops.items(i)));
+      break;
+    }
+    case Instruction::Kind::reduce:
+      instruction.reduce = reduce_of(items);
+      break;
+    case Instruction::Kind::collect:
+      instruction.collect = collect_of(items);
   }
   return instruction;
 }
@@ -217,14 +201,7 @@ PairSum sum_of(const Items& items) {
     items.expect_size(15, 15);
     s.outer = true;
     s.x = items.row(5);
-    s.G = items.number(7);
-    s.d_group = items.number(8);
-    s.x_group = items.number(9);
-    s.w_group = items.number(10);
-    s.w_k = items.number(11);
-    s.w_n = items.number(12);
-    s.K = items.number(13);
-    s.N = items.number(14);
+    items.numbers(7, {&s.G, &s.d_group, &s.x_group, &s.w_group, &s.w_k, &s.w_n, &s.K, &s.N});
   } else if (kind == "columns") {
     items.expect_size(6, 6);
     s.w_n = 1;
@@ -294,13 +271,6 @@ ProgramText text_of(const std::string& dtype, py::handle values, py::handle befo
 
 // ---- a run --------------------------------------------------------------------------------------
 
-int threads_of(int threads) {
-  if (threads < 0)
-    throw py::value_error("threads: expected 0 (the default) or more, got " +
-                          std::to_string(threads));
-  return threads > 0 ? threads : max_threads();
-}
-
 Index expect_size(const char* name, Index size) {
   constexpr Index most = (Index{1} << 31) - 1;
   if (size < 0 || size > most)
@@ -309,18 +279,18 @@ Index expect_size(const char* name, Index size) {
   return size;
 }
 
-// Every array of a run, checked against what the program reaches.
-class Call {
+// Every array of a run, checked against what the program accesses.
+class CheckedRun {
  public:
-  Call(const Program& program, Index T, Index B, int threads) : program_(program) {
+  CheckedRun(const Program& program, Index T, Index B, bool reverse, int threads)
+      : program_(program) {
     call_.threads = threads;
+    call_.reverse = reverse;
     dtype_ = data_type(program.text().dtype);
     call_.program = &program;
     call_.T = expect_size("T", T);
     call_.B = expect_size("B", B);
   }
-
-  void set_reverse(bool reverse) { call_.reverse = reverse; }
 
   void set_shared(py::handle list) {
     const Items items = list_of(list, "shared", program_.shared.size());
@@ -392,7 +362,7 @@ class Call {
       if (reach.high < reach.low) continue;
       const Array a = array(items.at(i), "gradients", i);
       a.expect_contiguous().expect_writable();
-      gradient_sizes_.back() = size_of(a);
+      gradient_sizes_.back() = a.size();
       if (reach.high >= gradient_sizes_.back())
         a.complain("at least " + std::to_string(reach.high + 1) + " elements",
                    std::to_string(gradient_sizes_.back()));
@@ -410,7 +380,7 @@ class Call {
   }
 
  private:
-  // As many items as the program has arrays of a kind; None stands for a list of none.
+  // As many items as the program has arrays of a kind; None stands for an empty list.
   static Items list_of(py::handle list, const char* name, std::size_t count) {
     const Items items(list.is_none() ? py::handle(py::tuple()) : list, name);
     if (items.size() != count)
@@ -427,37 +397,31 @@ class Call {
   }
 
   static void expect_units(const Array& a, Index width, int axis) {
-    if (width > 1 && a.stride(axis) != 1 && size_of(a) > 0)
-      a.complain("units side by side (a stride of 1 along the last axis)",
+    if (width > 1 && a.stride(axis) != 1 && a.size() > 0)
+      a.complain("contiguous units (a stride of 1 along the last axis)",
                  "a stride of " + std::to_string(a.stride(axis)));
   }
 
-  // Threads share the rows out: none may be part of another.
+  // The rows are divided among the threads, so no two may overlap.
   static void expect_rows_apart(const Array& a, Index width) {
     int inner = 0, outer = 1;  // axes
     if (a.stride(0) > a.stride(1)) std::swap(inner, outer);
     const Index end = (a.shape(inner) - 1) * a.stride(inner) + width;
-    if (size_of(a) > 0 && ((a.shape(inner) > 1 && a.stride(inner) < width) ||
-                           (a.shape(outer) > 1 && a.stride(outer) < end)))
+    if (a.size() > 0 && ((a.shape(inner) > 1 && a.stride(inner) < width) ||
+                         (a.shape(outer) > 1 && a.stride(outer) < end)))
       a.complain("rows that do not overlap", "strides of " + std::to_string(a.stride(0)) + " and " +
                                                  std::to_string(a.stride(1)) + " elements");
-  }
-
-  static Index size_of(const Array& a) {
-    Index size = 1;
-    for (Index i = 0; i < a.ndim(); ++i) size *= a.shape(static_cast<int>(i));
-    return size;
   }
 
   static void expect_reach(const Array& a, const Reach& reach) {
     if (reach.contiguous > 0) {
       a.expect_contiguous();
-      if (size_of(a) < reach.contiguous)
+      if (a.size() < reach.contiguous)
         a.complain("at least " + std::to_string(reach.contiguous) + " elements",
-                   std::to_string(size_of(a)));
+                   std::to_string(a.size()));
     }
     if (reach.high < reach.low) return;
-    Index low = 0, high = size_of(a) > 0 ? 0 : -1;
+    Index low = 0, high = a.size() > 0 ? 0 : -1;
     for (Index i = 0; i < a.ndim() && high >= 0; ++i) {
       const Index far = (a.shape(static_cast<int>(i)) - 1) * a.stride(static_cast<int>(i));
       (far < 0 ? low : high) += far;
@@ -468,7 +432,7 @@ class Call {
                  "offsets " + std::to_string(low) + " to " + std::to_string(high));
   }
 
-  // (B, width); of a width of 0 ignored.
+  // (B, width); ignored where the width is 0.
   State state(const Items& items, std::size_t i, const char* name, Index width,
               bool may_be_absent) {
     const py::object given = items.at(i);
@@ -494,23 +458,22 @@ class Call {
 void run(const Program& program, Index T, Index B, bool reverse, int threads, py::handle shared,
          py::handle sequences, py::handle firsts, py::handle fixed, py::handle inits,
          py::handle finals, py::handle gradients) {
-  Call call(program, T, B, threads_of(threads));
-  call.set_reverse(reverse);
-  call.set_shared(shared);
-  call.set_sequences(sequences, firsts);
-  call.set_fixed(fixed);
-  call.set_states(inits, finals);
-  call.set_gradients(gradients);
-  call.run();
+  CheckedRun checked(program, T, B, reverse, checked_threads(threads));
+  checked.set_shared(shared);
+  checked.set_sequences(sequences, firsts);
+  checked.set_fixed(fixed);
+  checked.set_states(inits, finals);
+  checked.set_gradients(gradients);
+  checked.run();
 }
 
-// How a run of these sizes would use threads.
+// How a run of these sizes uses threads.
 std::pair<int, const char*> team(const Program& program, Index T, Index B, int threads) {
   ProgramCall call;
   call.program = &program;
   call.T = expect_size("T", T);
   call.B = expect_size("B", B);
-  call.threads = threads_of(threads);
+  call.threads = checked_threads(threads);
   const ProgramTeam team = program_team(call);
   return {team.threads, team.columns ? "columns" : "rows"};
 }

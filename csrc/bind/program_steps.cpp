@@ -27,20 +27,17 @@ T* shifted(T* data, Index elements, std::size_t bytes) {
 ProgramSteps::ProgramSteps(py::handle programs, Index batch_size, dlpack::DataType storage)
     : rows_(batch_size), storage_(storage) {
   Owners owners;
-  Index layer_number = 0;
   for (const py::handle item : programs) {
     const auto pair = py::cast<py::tuple>(item);
     Layer layer{pair[0], py::cast<const Program*>(pair[0]), {}, {}};
     const Program& program = *layer.program;
     for (const py::handle array : pair[1]) {
-      const Array a(array, Name{"shared", layer_number}, owners);
+      const Array a(array, Name{"shared", static_cast<Index>(layers_.size())}, owners);
       a.expect_dtype(data_type(program.text().dtype)).expect_contiguous().expect_host();
       const std::size_t i = layer.shared.size();
-      Index size = 1;
-      for (Index axis = 0; axis < a.ndim(); ++axis) size *= a.shape(static_cast<int>(axis));
       if (i < program.shared.size() &&
-          size <= std::max(program.shared[i].high, program.shared[i].contiguous - 1))
-        a.complain("all that its program reads", std::to_string(size) + " elements");
+          a.size() <= std::max(program.shared[i].high, program.shared[i].contiguous - 1))
+        a.complain("all that its program reads", std::to_string(a.size()) + " elements");
       layer.shared.push_back(a.data());
       layer.held.push_back(py::reinterpret_borrow<py::object>(array));
     }
@@ -48,7 +45,6 @@ ProgramSteps::ProgramSteps(py::handle programs, Index batch_size, dlpack::DataTy
         !program.fixed.empty() || program.states.empty())
       throw py::value_error("programs: expected those of layers, each with its shared arrays");
     layers_.push_back(std::move(layer));
-    ++layer_number;
   }
   if (layers_.empty()) throw py::value_error("programs: expected one for each layer, got none");
   const std::size_t item = bytes_of(*layers_[0].program);
@@ -104,7 +100,7 @@ void ProgramSteps::run(const ProgramStep& step, int threads, void* workspace) {
     void* const h_n = shifted(step.h_n, number * rows_ * O, stored);
     if (half) convert_rows(h, storage_, O, 1, h_.data(), compute, rows_, O);
     void* const after = half ? h_n_[l % 2].data() : h_n;
-    // A program puts h out twice, as the state and as the output of a step.
+    // A program writes h twice, as the state and as the output of a step.
     const bool last = l + 1 == layers_.size();
     void* const y = last && !half ? step.output : y_.data();
     const Sequence sequences[] = {{const_cast<void*>(x), 0, x_row, 1}, {y, 0, O, 1}};

@@ -1,5 +1,5 @@
-// A stack of programs, one for each layer, run one step at a time: what a stream of a layer with
-// options runs.
+// A stack of programs, one for each layer, run one step at a time: for streams of layers with
+// options.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -27,16 +27,16 @@ struct ProgramStep {
 
 class ProgramSteps {
  public:
-  // Without programs it is empty, and nothing else may be asked of it.
+  // Empty: no other method may be called.
   ProgramSteps() = default;
-  // programs: of each layer its `_C.Program` and its shared arrays. Of a program the sequences are
-  // x and h, the states h and, where there is one, c.
+  // programs: for each layer its `_C.Program` and its shared arrays. A program's sequences are x
+  // and h, its states h and, where there is one, c.
   ProgramSteps(py::handle programs, std::int64_t batch_size, dlpack::DataType storage);
 
   bool empty() const { return layers_.empty(); }
   DType dtype() const { return layers_[0].program->text().dtype; }
   std::int64_t hidden_size() const { return layers_[0].program->states.back(); }
-  // Bytes that `run` needs of `workspace`, on up to so many threads.
+  // Bytes of the workspace of `run`, on at most `threads` threads.
   std::size_t workspace_size(int threads);
   void run(const ProgramStep& step, int threads, void* workspace);
 
@@ -54,7 +54,7 @@ class ProgramSteps {
   std::vector<Layer> layers_;
   std::int64_t rows_ = 0;
   dlpack::DataType storage_{};
-  // Of compute type: x; of half types h of a layer before the step, and after it, of the layers in
+  // Of compute type: x; for half types a layer's h before the step, and after it, for layers in
   // turn; the output of a layer.
   Memory x_, h_, h_n_[2], y_;
 };

@@ -2,7 +2,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -16,7 +15,7 @@
 namespace fastrnn::bind {
 namespace {
 
-int first_byte = -1;  // of every byte of a new array; -1: whatever is there
+int first_byte = -1;  // every byte of a new array; -1: as allocated
 
 }  // namespace
 
@@ -24,7 +23,7 @@ int fill_new_arrays(int byte) { return std::exchange(first_byte, byte); }
 
 // ---- new arrays ---------------------------------------------------------------------------------
 
-// Of members the array has a leading axis, and each writes to its part.
+// For members the array has a leading axis, and each writes to its part.
 Call::Made Call::make(const Shape& shape, dlpack::DataType dtype, bool zeros) {
   Shape whole = shape;
   if (members_ != nullptr) {
@@ -66,7 +65,8 @@ Results Call::allocate(const std::vector<Call*>& calls, bool states, bool save, 
   h_n = first.make(first.state_shape(out), first.storage_);
   if (two) c_n = first.make(first.state_shape(H), first.storage_);
   if (!first.cell_) output = first.make(first.sequence_shape(0, first.D_ * out), first.storage_);
-  if (every && !one_h) hidden = first.make(first.sequence_shape(first.L_, first.D_ * out), first.storage_);
+  if (every && !one_h)
+    hidden = first.make(first.sequence_shape(first.L_, first.D_ * out), first.storage_);
   if (every && two) cell = first.make(first.sequence_shape(first.L_, first.D_ * H), first.compute_);
   if (save && !p.options.recompute) {
     const bool incomplete = H % kUnitPadding != 0 || p.lengths;
@@ -190,7 +190,7 @@ py::list Call::allocate_gradients(const std::vector<Call*>& calls, const py::tup
   return objects;
 }
 
-// The places of one group's gradients, in the order of the flat list.
+// Where one group's gradients are written, in the order of the flat list.
 Parameters Call::gradients_of(const Made* made, const Parameters& of) const {
   Parameters gradients;
   for (Weight Parameters::* const member :
@@ -274,8 +274,8 @@ py::list Call::parameter_gradients(py::handle saved, const py::tuple& needs) {
 
 // ---- ensembles ----------------------------------------------------------------------------------
 
-// Whether the parameters lie in the same place. Those of an ensemble lie apart by one stride each,
-// so that two members tell of all.
+// Whether the parameters have the same addresses. In an ensemble each has one stride between
+// members, so comparing two members is enough.
 bool Call::same_weights(const Call& a, const Call& b) {
   for (std::size_t i = 0; i < a.weights_.size(); ++i)
     if (a.weights_[i].data() != b.weights_[i].data()) return false;

@@ -1,10 +1,14 @@
-// A step is run on stand-ins in every call of scan, to see that it still does what its program was
-// made of: each torch function that it calls is compared with the one recorded at this place. Here,
-// as it is the most of what a small call costs.
-#include "stand_in.h"
+// The stand-ins of a traced step (python/fastrnn/program/trace.py): what torch calls for each use.
+//
+// Every call of scan runs the step on stand-ins, to check that it still does what its program was
+// made from: each torch function call is compared with the one recorded at its position. In C++
+// because this is most of the cost of a small call.
+#include <pybind11/pybind11.h>
 
 #include <utility>
 #include <vector>
+
+#include "register.h"
 
 namespace py = pybind11;
 
@@ -21,27 +25,27 @@ struct Argument {
   long slot = -1;
 };
 
-struct Call {
+struct RecordedCall {
   py::object function;
-  py::object recorded;  // the call itself, for what is compared in Python
-  py::object outputs;   // null: the call has no place in a program
+  py::object recorded;  // the call itself, for comparisons in Python
+  py::object outputs;   // null: the call is not part of a program
   bool grad;            // whether gradients were on
   bool simple;          // every argument is an Argument, and there are no keywords
   std::vector<Argument> arguments;
 };
 
 // The calls of a recording, in their order.
-class Calls {
+class Recording {
  public:
-  explicit Calls(const py::list& recorded) {
+  explicit Recording(const py::list& recorded) {
     for (const py::handle call : recorded) {
       const py::object simple = call.attr("simple"), outputs = call.attr("outputs");
-      Call made{call.attr("func"),
-                py::reinterpret_borrow<py::object>(call),
-                {},
-                py::cast<bool>(call.attr("grad")),
-                !simple.is_none(),
-                {}};
+      RecordedCall made{call.attr("func"),
+                        py::reinterpret_borrow<py::object>(call),
+                        {},
+                        py::cast<bool>(call.attr("grad")),
+                        !simple.is_none(),
+                        {}};
       if (!outputs.is_none()) made.outputs = outputs;
       if (made.simple)
         for (const py::handle item : simple) made.arguments.push_back(argument(item));
@@ -49,7 +53,7 @@ class Calls {
     }
   }
   std::size_t size() const { return calls_.size(); }
-  const Call& operator[](std::size_t i) const { return calls_[i]; }
+  const RecordedCall& operator[](std::size_t i) const { return calls_[i]; }
 
  private:
   static Argument argument(py::handle item) {
@@ -59,26 +63,26 @@ class Calls {
     return {kind, pair[1], -1};
   }
 
-  std::vector<Call> calls_;
+  std::vector<RecordedCall> calls_;
 };
 
-// What Python brings, once.
+// Python functions, set once.
 struct Python {
-  PyObject* other = nullptr;            // what else a stand-in is asked
+  PyObject* other = nullptr;            // handles every other torch function of a stand-in
   PyObject* is_grad_enabled = nullptr;  // torch's
 };
 Python python;
 
-// A run that is compared, in this thread.
+// The comparison that runs in this thread.
 struct Replay {
-  const Calls* calls;
-  PyObject* session;  // its Python half
+  const Recording* calls;
+  PyObject* session;  // its part in Python
   std::size_t at = 0;
   std::vector<std::pair<PyObject*, long>> slots;  // of captured tensors, which the session holds
 };
 thread_local Replay* replay = nullptr;
 
-// The step does something else: raises that in the session.
+// The step does something else: the session raises.
 bool changed() {
   static PyObject* const name = PyUnicode_InternFromString("changed");
   Py_XDECREF(PyObject_CallMethodNoArgs(replay->session, name));
@@ -109,7 +113,7 @@ bool same(const Argument& known, PyObject* given) {
   return equal == 1 || (equal == 0 && changed());
 }
 
-bool same_grad(const Call& call) {
+bool same_grad(const RecordedCall& call) {
   PyObject* on = PyObject_CallNoArgs(python.is_grad_enabled);
   if (on == nullptr) return false;
   Py_DECREF(on);
@@ -117,7 +121,7 @@ bool same_grad(const Call& call) {
 }
 
 // The results of a call of the function that is expected here.
-PyObject* matched(const Call& call, PyObject* args, PyObject* keywords) {
+PyObject* matched(const RecordedCall& call, PyObject* args, PyObject* keywords) {
   const bool plain = keywords == nullptr || keywords == Py_None || PyDict_GET_SIZE(keywords) == 0;
   if (!call.simple || !plain || !PyTuple_Check(args) || !call.outputs) {
     static PyObject* const name = PyUnicode_InternFromString("matched");
@@ -135,7 +139,7 @@ PyObject* matched(const Call& call, PyObject* args, PyObject* keywords) {
 // __torch_function__: (class, function, types, arguments, keywords).
 PyObject* torch_function(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (replay != nullptr && count >= 4 && replay->at < replay->calls->size()) {
-    const Call& call = (*replay->calls)[replay->at];
+    const RecordedCall& call = (*replay->calls)[replay->at];
     const int expected = given[1] == call.function.ptr()
                              ? 1
                              : PyObject_RichCompareBool(given[1], call.function.ptr(), Py_EQ);
@@ -152,13 +156,13 @@ PyMethodDef torch_function_definition = {
     "torch_function", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(torch_function)),
     METH_FASTCALL, "What torch calls for each use of a stand-in."};
 
-// Runs `step`, comparing it with `calls`: how many calls it made of them, and what it gave.
-py::tuple run_replay(const Calls& calls, py::handle session, const py::function& step,
+// Runs `step`, comparing it with `calls`. Returns how many of them it made, and its results.
+py::tuple run_replay(const Recording& calls, py::handle session, const py::function& step,
                      const py::args& arguments) {
   struct Scope {
     Replay mine;
     Replay* before;
-    explicit Scope(const Calls& calls, py::handle session)
+    explicit Scope(const Recording& calls, py::handle session)
         : mine{&calls, session.ptr(), 0, {}}, before(replay) {
       replay = &mine;
     }
@@ -172,7 +176,8 @@ py::tuple run_replay(const Calls& calls, py::handle session, const py::function&
 }  // namespace
 
 void register_stand_in(py::module_& module) {
-  py::class_<Calls>(module, "StandInCalls", "The calls of a recorded step, to be compared with.")
+  py::class_<Recording>(module, "StandInCalls",
+                        "The calls of a recorded step, to be compared with.")
       .def(py::init<const py::list&>(), py::arg("calls"))
       .def("replay", &run_replay, py::arg("session"), py::arg("step"),
            "(number of calls, results) of step(*arguments), each call compared.");
@@ -185,7 +190,7 @@ void register_stand_in(py::module_& module) {
         return py::reinterpret_steal<py::object>(function);
       },
       py::arg("other"), py::arg("is_grad_enabled"),
-      "Takes what it needs of Python; gives the __torch_function__ of the stand-ins.");
+      "Stores the two functions; returns the __torch_function__ of the stand-ins.");
 }
 
 }  // namespace fastrnn::bind

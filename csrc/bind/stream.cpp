@@ -10,6 +10,7 @@
 #include "call.h"
 #include "dtype.h"
 #include "gil.h"
+#include "register.h"
 #include "torch.h"
 
 namespace fastrnn::bind {
@@ -31,7 +32,7 @@ void copy_row(char* to, const char* from, std::int64_t unit, std::int64_t count,
   for (std::int64_t i = 0; i < count; ++i, to += item, from += step) std::memcpy(to, from, item);
 }
 
-// All of an array of three axes to memory in a row.
+// Copies an array of three axes to contiguous memory.
 void copy_state(void* memory, const Array& a, std::size_t item) {
   auto* to = static_cast<char*>(memory);
   const auto bytes = static_cast<std::int64_t>(item), units = a.shape(2);
@@ -49,7 +50,7 @@ std::int64_t columns_of_first(py::handle weights) {
   return a.expect_axes(2, "two axes (G·H, I)").shape(1);
 }
 
-// Holds while a step runs.
+// Sets a flag while a step runs.
 class Busy {
  public:
   explicit Busy(bool& flag) : flag_(flag) { flag_ = true; }
@@ -104,7 +105,7 @@ Stream::Stream(const CheckedOptions& options, py::handle weights, std::int64_t b
   if (has_c() && half()) {
     narrow_c_ = zeros(L * B * H, item_);
     problem_.wide_c0 = true;
-    problem_.c_n = narrow_c_.data();  // asked for by forward, read by nobody
+    problem_.c_n = narrow_c_.data();  // required by forward, never read
     problem_.cell = c_[1].data();
   }
   set_threads();
@@ -157,7 +158,7 @@ void Stream::expect_hidden_size(std::int64_t H) const {
 
 // ---- x ------------------------------------------------------------------------------------------
 
-// x as the caller has it, held for the time of a step.
+// The caller's x, held during a step.
 class Stream::Reading {
  public:
   Reading(const Stream& stream, py::handle x, const View& view) {
@@ -179,8 +180,7 @@ class Stream::Reading {
   const Place& place() const { return place_; }
 
  private:
-  // The way of NumPy, without an allocation. False where x is not just what is expected; Array then
-  // says what is wrong.
+  // For NumPy, without an allocation. False where x is not exactly as expected; Array then raises.
   bool read_buffer(const Stream& stream, py::handle x) {
     if (PyObject_GetBuffer(x.ptr(), &buffer_, PyBUF_RECORDS_RO) != 0) {
       PyErr_Clear();
@@ -207,15 +207,13 @@ class Stream::Reading {
   Owners owners_;
 };
 
-// Of a type not seen before without an output: first x must be what is expected.
+// For a type not seen before the view has no output yet: x must be checked first.
 Stream::View Stream::view_of(py::handle x) {
   auto* type = reinterpret_cast<PyObject*>(Py_TYPE(x.ptr()));
   for (const View& view : views_)
     if (view.type.ptr() == type) return view;
-  const PyBufferProcs* procs = Py_TYPE(x.ptr())->tp_as_buffer;
   return {py::reinterpret_borrow<py::object>(type), py::object(),
-          procs != nullptr && procs->bf_getbuffer != nullptr,
-          PyObject_HasAttrString(type, "is_neg") == 1};
+          PyObject_CheckBuffer(x.ptr()) == 1, PyObject_HasAttrString(type, "is_neg") == 1};
 }
 
 void Stream::make_output(View& view, py::handle x) {
@@ -224,8 +222,8 @@ void Stream::make_output(View& view, py::handle x) {
   if (views_.size() < kMostTypes) views_.push_back(view);
 }
 
-// A step must not write what it reads: where x lies in the output, which a caller may well feed
-// back, its copy.
+// A step must not write what it reads: x is copied where it overlaps the output, which a caller may
+// feed back.
 Stream::Place Stream::apart_from_output(const Place& x) {
   const auto item = static_cast<std::int64_t>(item_);
   const std::int64_t rows = (problem_.B - 1) * x.row * item,
@@ -253,7 +251,7 @@ void Stream::expect_idle() const {
         "use one stream for each thread");
 }
 
-// Scratch is laid out for a number of threads, and made anew where that number has changed.
+// The workspace is sized for a number of threads, and again where that number changes.
 void Stream::set_threads() {
   long threads = 0;
   if (threads_.is_none()) {
@@ -293,7 +291,7 @@ void Stream::run_programs() {
 
 py::object Stream::step(py::handle x) {
   expect_idle();
-  const Busy busy(busy_);  // from here: x may be an object whose methods let other threads run
+  const Busy busy(busy_);  // from here on, since x's methods may let other threads run
   View view = view_of(x);
   const Reading reading(*this, x, view);
   if (!view.output) make_output(view, x);

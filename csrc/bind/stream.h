@@ -1,12 +1,11 @@
 // `_C.Stream`: a stack fed one step at a time. The weights are packed once; states, output and
 // scratch belong to the stream, and a step allocates nothing.
 //
-// States   two of each, read and written in turn. h is of storage type, c of compute type, as
-// inside
-//          a call of the whole sequence, so that the steps give its bits.
-// Output   one buffer, written by every step. What a step returns is a view of it, made once for
-//          each type of array that comes in: torch tensors, NumPy arrays, fastrnn.Tensor.
-// Threads  one step at a time. A large step lets the GIL go; another call meanwhile is an error.
+// States   two of each, read and written in turn. h is of storage type, c of compute type, as in a
+//          call of the whole sequence, so that the steps give its bits.
+// Output   one buffer, written by every step. A step returns a view of it, made once for each type
+//          of input array: torch tensors, NumPy arrays, fastrnn.Tensor.
+// Threads  one step at a time. A large step releases the GIL; another call meanwhile is an error.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -26,24 +25,24 @@ namespace fastrnn::bind {
 
 class Stream {
  public:
-  // dtype: of the arrays. threads: a function that gives how many a step may use, or None for
+  // dtype: of the arrays. threads: a function that returns how many a step may use, or None for
   // OpenMP's number. view(output, x): what a step returns for arrays of x's type.
-  // programs: of each layer of options beyond the cells its `_C.Program` and its shared arrays,
-  // which take the place of the weights; else None.
+  // programs: None, or for each layer its `_C.Program` and its shared arrays, which replace the
+  // weights: for options that the fused cells do not have.
   Stream(const CheckedOptions& options, py::handle weights, std::int64_t batch_size,
          const std::string& dtype, bool int8, py::object threads, py::object view,
          py::handle programs);
 
-  // Takes the weights anew; they must have the shapes and the dtype that they had.
+  // Packs the weights again; their shapes and dtype must not change.
   void pack(py::handle weights, py::handle programs);
   // From x (B, I) to a view of the output (B, O).
   py::object step(py::handle x);
-  // The rows where `mask` (B,) is true, or all for None, to the initial state.
+  // Sets the rows where `mask` (B,) is true, or all for None, to the initial state.
   void reset(py::handle mask);
   // Copies of h (L, B, O) and, where there is a c, of c (L, B, H).
   py::tuple state() const;
   void set_state(py::handle h, py::handle c);
-  // What reset() puts in place, (L, 1, O) and (L, 1, H). None: zeros.
+  // Sets the state that reset() writes, (L, 1, O) and (L, 1, H). None: zeros.
   void set_initial(py::handle h, py::handle c);
 
   std::int64_t input_size() const { return problem_.I; }
@@ -51,7 +50,7 @@ class Stream {
   const Tensor& output() const { return output_; }
 
  private:
-  // What is known of a type of arrays.
+  // For one type of input arrays.
   struct View {
     py::object type, output;
     bool buffer;     // it has the buffer protocol
@@ -84,16 +83,14 @@ class Stream {
   dlpack::DataType storage_, compute_;
   std::size_t item_, c_item_;  // bytes of an element of storage and of compute type
   char format_;                // of the buffer protocol; 0: it has none
-  bool large_ = false;         // worth letting the GIL go
+  bool large_ = false;         // worth releasing the GIL
   bool busy_ = false;
-  int now_ = 0;  // which of the states is of the last step
+  int now_ = 0;  // which of the two states is the current one
   Memory packed_, workspace_, h_[2], c_[2], narrow_c_, initial_h_, initial_c_, staged_;
   ProgramSteps programs_;
   Tensor output_;
   py::object threads_, view_;
   std::vector<View> views_;
 };
-
-void register_stream(py::module_& module);
 
 }  // namespace fastrnn::bind

@@ -9,11 +9,12 @@
 #include <utility>
 
 #include "memory.h"
+#include "register.h"
 
 namespace fastrnn::bind {
 namespace {
 
-// Where a tensor without elements points to: null would read as "not given".
+// The data of a tensor without elements: null would mean "not given".
 alignas(64) char nothing[64];
 
 std::vector<std::int64_t> contiguous_strides(const std::vector<std::int64_t>& shape) {
@@ -140,14 +141,13 @@ Tensor Tensor::copy() const {
   return other;
 }
 
-// ---- out: DLPack, the buffer protocol, NumPy, torch
-// -----------------------------------------------
+// ---- out: DLPack, the buffer protocol, NumPy, torch ---------------------------------------------
 
 namespace {
 
 PyTypeObject* tensor_type = nullptr;  // owned by the module
 
-// What a capsule holds: the description and a tensor of its own, which keeps the memory.
+// The content of a capsule: the description and a tensor of its own, which keeps the memory alive.
 template <class Managed>
 struct Export {
   Managed managed{};

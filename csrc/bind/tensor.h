@@ -2,8 +2,8 @@
 // torch tensor went in.
 //
 // Strides count elements, as torch's and DLPack's do (NumPy's count bytes). Views share memory with
-// what they were made from, and each keeps it alive. Nothing here copies, `__dlpack__(copy=True)`
-// and what NumPy itself copies apart.
+// their source, and each keeps it alive. Nothing here copies, except `__dlpack__(copy=True)` and
+// NumPy itself.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -55,7 +55,5 @@ class Tensor {
 
 // The tensor behind a fastrnn.Tensor; null for any other object.
 Tensor* as_tensor(py::handle object);
-
-void register_tensor(py::module_& module);
 
 }  // namespace fastrnn::bind

@@ -3,10 +3,11 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
-#include <string>
 #include <utility>
+#include <vector>
 
 #include "dtype.h"
+#include "register.h"
 #include "tensor.h"
 
 namespace py = pybind11;
@@ -15,7 +16,7 @@ namespace fastrnn::bind {
 namespace {
 
 // Functions that return False, None, 0 or (), and variables (a module's dictionary, a name) that
-// are False or negative, while torch is in its plain state.
+// are False or negative, while no torch mode or transform is active.
 struct Questions {
   std::vector<PyObject*> functions;
   std::vector<std::pair<PyObject*, PyObject*>> variables;
@@ -89,8 +90,7 @@ void set_torch(const py::type& tensor, const py::type& parameter, const py::obje
 }
 
 void set_recording(const py::object& apply, const py::type& node, const py::object& continued) {
-  torch.recording = {apply.inc_ref().ptr(),
-                     reinterpret_cast<PyTypeObject*>(node.inc_ref().ptr()),
+  torch.recording = {apply.inc_ref().ptr(), reinterpret_cast<PyTypeObject*>(node.inc_ref().ptr()),
                      continued.inc_ref().ptr()};
 }
 

@@ -1,12 +1,8 @@
-// What the binding asks torch, through Python: libtorch is never linked, and torch need not be
-// installed. set_torch() stores the types and functions once, when fastrnn's torch side is
-// imported.
+// torch through Python: libtorch is never linked, and torch need not be installed. set_torch()
+// stores the types and functions once, when fastrnn's torch side is imported.
 #pragma once
 
 #include <pybind11/pybind11.h>
-
-#include <cstdint>
-#include <vector>
 
 #include "argument.h"
 
@@ -16,10 +12,10 @@ namespace fastrnn::bind {
 // call means.
 bool is_plain_tensor(pybind11::handle object);
 
-// Whether the tensor's memory holds its values with the sign still to be changed.
+// Whether a negation of the tensor is pending: its memory holds its values with the opposite sign.
 bool negation_pending(pybind11::handle tensor);
 
-// Whether autograd records what is done with the tensor, where gradients are enabled.
+// Whether autograd records operations on the tensor, where gradients are enabled.
 bool requires_grad(pybind11::handle tensor);
 bool grad_enabled();
 
@@ -28,13 +24,14 @@ bool no_observer();
 // Whether no autocast, no transform of torch.func and no forward-mode level changes what a call
 // means.
 bool no_transform();
-// no_observer(), and the tensors (or None) are plain ones in host or CUDA memory, sign settled.
+// no_observer(), and the tensors (or None) are plain ones in host or CUDA memory, no negation
+// pending.
 bool bypass_is_unobservable(const pybind11::tuple& tensors);
 
 int torch_threads();  // torch.get_num_threads()
 
-// An uninitialised array of the kind of `like`: torch's; of other arrays in host memory,
-// fastrnn.Tensor; elsewhere what their own new_empty(shape, dtype=name) makes. `zeros`: zeroed.
+// An uninitialised array of the kind of `like`: a torch tensor; for other arrays in host memory a
+// fastrnn.Tensor; elsewhere the result of their own new_empty(shape, dtype=name). `zeros`: zeroed.
 pybind11::object new_array(pybind11::handle like, bool host, const Shape& shape,
                            dlpack::DataType dtype, bool zeros = false);
 
@@ -48,7 +45,5 @@ struct Recording {
   PyObject* continued = nullptr;  // records a step of a cell after another
 };
 const Recording& torch_recording();
-
-void register_torch(pybind11::module_& module);
 
 }  // namespace fastrnn::bind

@@ -1,12 +1,12 @@
 // The functions inside a cell, with their derivatives written in terms of their value.
 //
-// V is a value of the device: a SIMD vector on the CPU, a float on the GPU. It brings, found by
+// V is a value of the device: a SIMD vector on the CPU, a float on the GPU. It provides, found by
 // argument-dependent lookup: + - * /, fma(a, b, c) = a·b + c, exp_minus_one(x), exp_minus(x) =
 // e^-x, maximum(a, b), minimum(a, b), positive(x) = (x <= 0 ? 0 : 1), between(x, lo, hi) = 1 or 0,
 // absolute(x), copy_sign(x, sign).
 //
-// Accuracy: sigmoid and tanh within 4 ULP of the exact value. tanh goes through e^x − 1, so that
-// small arguments keep all their digits (2σ(2x) − 1 would lose them).
+// Accuracy: sigmoid and tanh within 4 ULP of the exact value. tanh is computed from e^x − 1, so
+// that small arguments keep all their digits (2σ(2x) − 1 would lose them).
 #pragma once
 
 #include "../inline.h"

@@ -19,8 +19,7 @@ namespace fastrnn {
 struct Gru {
   static constexpr const char* name = "GRU";
   static constexpr int gates = 3, states = 1, saved = 4;
-  // Kept gradients: x_n, r, z, h_n. The input side reads the first three, the hidden the last
-  // three.
+  // Kept gradients: x_n, r, z, h_n. The input side reads the first three, the hidden side the last.
   static constexpr int gradients = 4;
   static constexpr int input_gradient[] = {1, 2, 0}, hidden_gradient[] = {1, 2, 3};
   static constexpr bool separate[] = {false, false, true};
@@ -58,7 +57,7 @@ struct GruResetBefore {
   static constexpr int gradients = 3;
   static constexpr int input_gradient[] = {0, 1, 2}, hidden_gradient[] = {0, 1, 2};
   static constexpr bool separate[] = {false, false, false};
-  static constexpr int first_gates = 2;  // r and z; the rest are of the second product
+  static constexpr int first_gates = 2;  // r and z; n is of the second product
   static constexpr bool carries = true;
   static constexpr bool projects = false;
   static constexpr int operand = 3;  // the saved value that the second product reads
@@ -69,7 +68,7 @@ struct GruResetBefore {
                                          V* saved) {
     saved[0] = gate(o.gate_activation, a[0]);
     saved[1] = gate(o.gate_activation, a[1]);
-    saved[2] = V(0);  // n, which the second product brings
+    saved[2] = V(0);  // n, from the second product
     saved[3] = saved[0] * previous[0];
   }
 
@@ -80,7 +79,7 @@ struct GruResetBefore {
     next[0] = fma(saved[1], previous[0] - saved[2], saved[2]);
   }
 
-  // The gradients of z and n, and dh'·z.
+  // The gradients of z and n, and dh'·z in d_previous.
   template <class V>
   static FASTRNN_CELL void backward_second(const CellOptions& o, const V* saved, const V* previous,
                                            const V* d_next, V* d_previous, V* d_a) {
@@ -89,7 +88,7 @@ struct GruResetBefore {
     d_previous[0] = d_next[0] * saved[1];
   }
 
-  // Given d(r∘h): the gradient of r, and d(r∘h)·r on top of d_previous.
+  // Given d(r∘h): the gradient of r; adds d(r∘h)·r to d_previous.
   template <class V>
   static FASTRNN_CELL void backward_first(const CellOptions& o, const V* saved, const V* previous,
                                           const V* d_operand, V* d_previous, V* d_a) {

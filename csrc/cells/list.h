@@ -1,6 +1,6 @@
 // The fused cells, torch.nn's own; every other cell is a program (program.h).
-// `carries`: a part of h passes the cell without a product (a GRU's z·h), so backward reads h and
-// carries a part of dh past the product too.
+// `carries`: part of h bypasses the product (a GRU's z·h), so backward reads h, and part of dh
+// bypasses the product too.
 #pragma once
 
 #include "elman.h"

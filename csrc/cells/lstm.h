@@ -6,7 +6,7 @@
 //   c' = f·c + i·g
 //   h' = o·φ(c')
 //
-// Saved: i, f, g, o. c is kept by the caller, φ(c') is computed again.
+// Saved: i, f, g, o. The caller keeps c; φ(c') is computed again.
 // Gradient, given dh' and dc' (from the step after):
 //   dc = dc' + dh'·o·φ'(c')
 //   da_i = dc·g·σ'(i)  da_f = dc·c·σ'(f)  da_g = dc·i·φ'(g)  da_o = dh'·φ(c')·σ'(o)
@@ -33,10 +33,6 @@ struct Lstm {
     saved[0] = gate(o.gate_activation, a[0]);
     saved[1] = gate(o.gate_activation, a[1]);
     saved[2] = activate(o.activation, a[2]);
-    return next_state(saved, c);
-  }
-  template <class V>
-  static FASTRNN_CELL V next_state(const V* saved, V c) {
     return fma(saved[1], c, saved[0] * saved[2]);
   }
   template <class V>
@@ -45,7 +41,7 @@ struct Lstm {
     return saved[3] * activate(o.activation, c_next);
   }
 
-  // d_c, and what comes through h' on top of it.
+  // d_c plus the gradient through h'.
   template <class V>
   static FASTRNN_CELL V backward_output(const CellOptions& o, const V* saved, V c_next, V d_h,
                                         V d_c, V* d_a) {

@@ -15,7 +15,7 @@
 namespace fastrnn {
 namespace {
 
-// Enough for both plans: which one runs is known only when the pass begins.
+// Enough for both plans: the choice is made when the pass begins.
 std::size_t workspace_size(const Problem& p, Pass pass) {
   if (p.int8) return int8_workspace_size(p);
   const std::size_t usual = lay_out(plan_pass(p, pass, false), nullptr).bytes;
@@ -42,7 +42,7 @@ void pack(const Problem& p, void* to) {
 
 void forward(const Problem& p) {
   if (p.int8) return int8_forward(p);
-  Stack s = plan_pass(p, Pass::forward, cores_are_crowded());
+  Stack s = plan_pass(p, Pass::forward, cores_are_oversubscribed());
   const Workspace w = lay_out(s, p.workspace);
   s.steps = build_steps(p, w.steps);
   const Barriers barriers(w.barriers, 1 + s.plan.threads);
@@ -59,7 +59,7 @@ void forward(const Problem& p) {
   }
 }
 
-// The padding of d_input, which no part of the steps covers.
+// Clears the padding of d_input, which the parts of the steps do not write.
 void clear_input_gradient(const Stack& s) {
   const Problem& p = s.p;
   if (p.d_input && s.steps.padding)
@@ -67,7 +67,7 @@ void clear_input_gradient(const Stack& s) {
 }
 
 void backward(const Problem& p) {
-  Stack s = plan_pass(p, Pass::backward, cores_are_crowded());
+  Stack s = plan_pass(p, Pass::backward, cores_are_oversubscribed());
   const Workspace w = lay_out(s, p.workspace);
   s.steps = build_steps(p, w.steps);
   const Barriers barriers(w.barriers, 1 + s.plan.threads);

@@ -12,8 +12,8 @@
 //               size P first, then through W_hrᵀ to the hidden units.
 // Layouts       weights   backward_weights.h
 //               d_gates   [D][pairs][width]: planes of Hp as the cell's input_gradient and
-//                         hidden_gradient say; in the place of the saved values where the caller
-//                         gives these up (Layer::consume_saved)
+//                         hidden_gradient say; over the saved values where the caller allows it
+//                         (Layer::consume_saved)
 //               d_out     [pairs][D·O], compute type: dy where it cannot be read in place
 //               d_proj    [D][pairs][Op]: dh of a projected state
 //               carried   [B][Op], d_c [B][Hp]
@@ -32,8 +32,7 @@
 namespace fastrnn::FASTRNN_ISA {
 
 template <class Cell, class S>
-class Backward : protected BackwardTiling<Cell, S> {
- protected:
+class Backward : BackwardTiling<Cell, S> {
   using K = BackwardTiling<Cell, S>;
   using K::lanes, K::gates, K::first, K::wide, K::rows, K::block_units;
   using typename K::C;
@@ -53,10 +52,10 @@ class Backward : protected BackwardTiling<Cell, S> {
         weight_gradients_(layer) {
     Arena arena(base);
     const Index B = steps_.B, D = layer.directions, N = steps_.pairs;
-    // Sums that the parts of a layer continue come first: their place must not depend on the size
+    // Sums that the parts of a layer continue come first: their address must not depend on the size
     // of a part.
     weight_gradients_.lay_out_sums(arena);
-    zeros_ = arena.take<C>(Hp_ > Op_ ? Hp_ : Op_);
+    zeros_ = arena.take<C>(most(Hp_, Op_));
     d_out_ = reads_output_gradient() ? nullptr : arena.take<C>(N * D * layer.O);
     weights_.lay_out(arena);
     gradients_.width = layer.consume_saved ? saved_width_ : Cell::gradients * Hp_;
@@ -82,10 +81,10 @@ class Backward : protected BackwardTiling<Cell, S> {
   void run(int thread, int threads) {
     const FlushSubnormals guard;
     const Plan& plan = threads == layer_.plan.threads ? layer_.plan : layer_.single;
-    Barrier& everybody = layer_.barriers[0];
-    take_thread(thread);
+    Barrier& all = layer_.barriers[0];
+    next_rows_ = next_rows_of_all_ + thread * next_rows_count();
     prepare(thread, threads);
-    everybody.wait(threads, Barrier::Wait::start);
+    all.wait(threads, Barrier::Wait::start);
     if (!layer_.parameters_alone) {
       run_directions(
           layer_, plan, thread,
@@ -93,22 +92,19 @@ class Backward : protected BackwardTiling<Cell, S> {
             return steps_.T - recur(d, share, steps_.T - done);
           },
           [](const Plan&, int) {});
-      everybody.wait(threads, Barrier::Wait::part);
+      all.wait(threads, Barrier::Wait::part);
       if (wants_input(layer_))
         InputGradient<Cell, S>(layer_, weights_, gradients_).run(thread, threads);
     }
     for (Index d = 0; d < layer_.directions && layer_.d_parameters; ++d) {
-      if (d > 0) everybody.wait(threads, Barrier::Wait::part);  // both directions use one scratch
-      parameter_gradients(d, thread, threads);
+      if (d > 0) all.wait(threads, Barrier::Wait::part);  // both directions use one scratch
+      weight_gradients_.run(
+          d, gradients_, [&](Index t, Index i) { return previous_hidden(d, t, i); }, thread,
+          threads);
     }
   }
 
  private:
-  void parameter_gradients(Index d, int thread, int threads) {
-    weight_gradients_.run(
-        d, gradients_, [&](Index t, Index i) { return previous_hidden(d, t, i); }, thread, threads);
-  }
-
   struct Group {
     C *initial, *initial_c;  // h0 and c0
     C *d_h_n, *carried, *d_c;
@@ -120,14 +116,13 @@ class Backward : protected BackwardTiling<Cell, S> {
     return layer_.d_above || !layer_.d_output.data || layer_.d_output.unit == 1;
   }
 
-  void take_thread(int thread) { next_rows_ = next_rows_of_all_ + thread * next_rows_count(); }
   Index next_rows_count() const { return steps_.B + rows; }
 
   // ---- before the last step ---------------------------------------------------------------------
 
   void prepare(int thread, int threads) {
     if (thread == 0)
-      for (Index u = 0; u < (Hp_ > Op_ ? Hp_ : Op_); ++u) zeros_[u] = C(0);
+      for (Index u = 0; u < most(Hp_, Op_); ++u) zeros_[u] = C(0);
     if (!layer_.parameters_alone) weights_.pack(thread, threads);
     const Range mine = split(steps_.B, thread, threads);
     for (Index i = mine.begin; i < mine.end; ++i) {
@@ -143,9 +138,9 @@ class Backward : protected BackwardTiling<Cell, S> {
   void boundary_states(Index d, Index i) {
     const Group& g = group_[d];
     const Index row = steps_.order[i], O = layer_.O, H = layer_.H;
-    const bool started = i < layer_.rows_before, goes_on = i < layer_.rows_after;
+    const bool started = i < layer_.rows_before, continues = i < layer_.rows_after;
     load_state<S>(g.initial + i * Op_, started ? layer_.h_before : layer_.h0, d, row, O);
-    if (goes_on)
+    if (continues)
       gather(g.d_h_n + i * Op_, static_cast<const C*>(layer_.carry_h) + i * Op_, 1, Op_);
     else
       load_state<S>(g.d_h_n + i * Op_, layer_.d_h_n, d, row, O);
@@ -154,7 +149,7 @@ class Backward : protected BackwardTiling<Cell, S> {
         load_state<C>(g.initial_c + i * Hp_, layer_.c_before, d, row, H);
       else
         load_state<S>(g.initial_c + i * Hp_, layer_.c0, d, row, H);
-      if (goes_on)
+      if (continues)
         gather(g.d_c + i * Hp_, static_cast<const C*>(layer_.carry_c) + i * Hp_, 1, Hp_);
       else
         load_state<S>(g.d_c + i * Hp_, layer_.d_c_n, d, row, H);
@@ -181,8 +176,7 @@ class Backward : protected BackwardTiling<Cell, S> {
     const Index n = steps_.offset[t] + i, count = layer_.directions * layer_.O;
     C* to = d_out_ + n * count;
     if (layer_.d_above) {
-      const C* from = static_cast<const C*>(layer_.d_above) + n * layer_.d_above_width;
-      for (Index u = 0; u < count; ++u) to[u] = from[u];
+      gather(to, static_cast<const C*>(layer_.d_above) + n * layer_.d_above_width, 1, count);
     } else if (layer_.d_output.data) {
       gather(to, at<const S>(layer_.d_output, steps_, t, i), layer_.d_output.unit, count);
     } else {
@@ -209,22 +203,22 @@ class Backward : protected BackwardTiling<Cell, S> {
            (steps_.offset[p.t] + i) * saved_width_;
   }
 
-  // Runs the steps before `end`, the last first. Returns how many are left: 0, or more where a solo
-  // phase of the team begins or ends.
+  // Runs the steps before `end`, the last first. Returns the number of steps left: 0, or more where
+  // a solo phase of the team begins or ends.
   Index recur(Index d, const Share& share, Index end) {
     const Deal deal(steps_, share, rows);
     const Range blocks = split(blocks_, share.column, share.columns);
     const Range outs = split(weights_.out_blocks(), share.column, share.columns);
     for (Index s = end - 1; s >= 0; --s) {
-      if (share.resting > 0 && share.team->gathers(share.resting)) return s + 1;
+      if (share.resting > 0 && share.team->all_ready(share.resting)) return s + 1;
       const Walk walk{steps_, reverse(d)};
       const Position p{d, walk.step(s), deal, walk};
       const Index n = deal.count(steps_.active[p.t]);
       bool any = false;  // some row has a step after this one
       for (Index j = 0; j < n; ++j) {
-        const Index i = deal.row(j), next = walk.following(p.t);
-        const bool cut = walk.last(p.t, i) || walk.starts_fresh(next, i);
-        next_rows_[j] = cut ? nullptr : gradients_.row(d, steps_.offset[next] + i);
+        const Index i = deal.row(j);
+        const bool cut = cut_after(p, i);
+        next_rows_[j] = cut ? nullptr : gradients_.row(d, steps_.offset[walk.following(p.t)] + i);
         any |= !cut;
       }
       if (Cell::projects && layer_.P) {
@@ -258,8 +252,9 @@ class Backward : protected BackwardTiling<Cell, S> {
     }
   }
 
-  // dh of a tile: the gradient from the next step (at the last step d_h_n), then dy. In this order
-  // a sequence that is cut in chunks rounds alike: the d_h_n of a chunk is the d_h0 of the next.
+  // dh of a tile: the gradient from the next step (at the last step d_h_n), then dy. Added in this
+  // order, a sequence run in chunks gives the same bits: the d_h_n of a chunk is the d_h0 of the
+  // next.
   FASTRNN_INLINE V hidden_gradient(const Group& g, const Operand& dy, Index i, Index unit,
                                    V product, bool last, bool cut) const {
     V dh = product;
@@ -290,7 +285,7 @@ class Backward : protected BackwardTiling<Cell, S> {
   }
 
   // Block b of outputs, up to `limit`, for the thread's n rows: sum(acc, j) adds the products of
-  // the rows from j on, and done(j, unit, values, count) takes the tiles of row j.
+  // the rows from j on, then done(j, unit, values, count) is called with the tiles of row j.
   template <class Sum, class Done>
   FASTRNN_INLINE void product_tiles(Index b, Index n, Index limit, Sum sum, Done done) {
     const Index unit = b * block_units, count = least(wide, ceil_div(limit - unit, lanes));
@@ -329,8 +324,7 @@ class Backward : protected BackwardTiling<Cell, S> {
         });
   }
 
-  // Prefetches what cell_backward() is the first to read of a block of a row: it comes from memory
-  // while the product runs.
+  // Prefetches what cell_backward() reads of a block of a row, while the product runs.
   FASTRNN_INLINE void prefetch(const Position& p, Index i, Index unit) const {
     const auto prefetch_units = [&](const auto* from) FASTRNN_INLINE_LAMBDA {
       constexpr Index line = 64 / sizeof(*from);
@@ -349,19 +343,16 @@ class Backward : protected BackwardTiling<Cell, S> {
   // dh of the projected size first, then through W_hr to the hidden units.
   void projected_step(const Position& p, const Share& share, const Range& outs, const Range& blocks,
                       Index n, bool any) {
-    for (Index b = outs.begin; b < outs.end; ++b) projected_gradient(p, b, n, any);
+    for (Index b = outs.begin; b < outs.end; ++b)
+      hidden_tiles(
+          p, b, n, layer_.O, any, [](Index) {},
+          [&](Index j, Index unit, const V* products, Index count) {
+            projected_row(p, p.deal.row(j), unit, products, count, !next_rows_[j]);
+          });
     share.team->wait(share.columns);
     for (Index j = 0; j < n; ++j)
       next_rows_[j] = gradients_.d_proj[p.d] + (steps_.offset[p.t] + p.deal.row(j)) * Op_;
     for (Index b = blocks.begin; b < blocks.end; ++b) hidden_of_projected(p, b, n);
-  }
-
-  void projected_gradient(const Position& p, Index b, Index n, bool any) {
-    hidden_tiles(
-        p, b, n, layer_.O, any, [](Index) {},
-        [&](Index j, Index unit, const V* products, Index count) {
-          projected_row(p, p.deal.row(j), unit, products, count, !next_rows_[j]);
-        });
   }
 
   FASTRNN_NOINLINE void projected_row(const Position& p, Index i, Index unit, const V* products,
@@ -391,7 +382,7 @@ class Backward : protected BackwardTiling<Cell, S> {
     return p.walk.last(p.t, i) || p.walk.starts_fresh(p.walk.following(p.t), i);
   }
 
-  // The cell's backward (of two products, its half before the second) on tiles of one row.
+  // The cell's backward (with two products, its half before the second) on tiles of one row.
   // `incoming`: with `adds` the product's part of dh, to which dy and the rest are added; else dh.
   FASTRNN_NOINLINE void cell_backward(const Position& p, Index i, Index unit, const V* incoming,
                                       Index count, bool cut, bool adds) {
@@ -482,7 +473,7 @@ class Backward : protected BackwardTiling<Cell, S> {
     const Walk walk{steps_, reverse(d)};
     const Index n = deal.count(steps_.T > 0 ? steps_.active[0] : 0);
     for (Index j = 0; j < n; ++j) {
-      const Index i = deal.row(j), t = first_step(d, i);
+      const Index i = deal.row(j), t = reverse(d) ? steps_.length[i] - 1 : 0;
       next_rows_[j] = walk.starts_fresh(t, i) ? nullptr : gradients_.row(d, steps_.offset[t] + i);
     }
     if (layer_.d_h0 || layer_.rows_before > 0)
@@ -512,8 +503,6 @@ class Backward : protected BackwardTiling<Cell, S> {
     else if (layer_.d_c0)
       store_units(dc, static_cast<S*>(layer_.d_c0) + row * H + unit, H - unit);
   }
-
-  Index first_step(Index d, Index i) const { return reverse(d) ? steps_.length[i] - 1 : 0; }
 
   void initial_hidden(Index d, const Deal& deal, Index b, Index n) {
     const Group& g = group_[d];

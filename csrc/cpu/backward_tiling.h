@@ -12,7 +12,7 @@ struct BackwardTiling : Tiling<Cell, S> {
   using K = Tiling<Cell, S>;
   static constexpr int rows = K::wide_rows;
   static constexpr int block_units = K::wide * K::lanes;
-  static_assert(Cell::gradients <= Cell::saved, "the gradients take the place of what was saved");
+  static_assert(Cell::gradients <= Cell::saved, "the gradients overwrite the saved values");
 
   // Whether the last block of columns fills at most half of its vectors.
   static bool half_block(Index columns, Index b) {
@@ -20,8 +20,8 @@ struct BackwardTiling : Tiling<Cell, S> {
   }
 };
 
-// The gradients of the gates before their activation, as the recurrence leaves them, and dh of a
-// projected state, each for both directions.
+// What the recurrence computes, for both directions: the gradients of the gates before their
+// activation, and dh of a projected state.
 template <class C>
 struct GateGradients {
   C* d_gates[2] = {};  // [pairs][width], planes of Hp

@@ -8,7 +8,7 @@
 //               weight_hr  [block of units][k][vector][lane], k < P: with projection
 //               weight_ih  [block of inputs][gate][k][vector][lane], k < H
 // In place      blocks of W_hh and W_ih that are whole vectors and used too seldom to repay packing
-//               are read where they are (Columns has a stride); storage of compute type alone.
+//               are read in place (Columns has a stride); storage of compute type alone.
 // Ownership     packed by all threads, a run of blocks each, into scratch.
 #pragma once
 

@@ -1,5 +1,6 @@
-// The check of a program: what passes here can neither read nor write out of bounds, nor read what
-// nothing wrote, whatever the caller's arrays hold. Each access is followed element by element.
+// The check of a program: a program that passes neither reads nor writes out of bounds, nor reads
+// elements that were not written, whatever the caller's arrays hold. Each access is checked element
+// by element.
 #include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
@@ -16,11 +17,7 @@ using Index = std::int64_t;
 constexpr Index kMostElements = Index{1} << 26;  // of a row
 constexpr Index kMostStride = Index{1} << 34;    // three of them times kMostElements fit in 64 bits
 
-const char* name_of(Home home) {
-  constexpr const char* names[] = {"shared", "sequence", "fixed", "carry",
-                                   "next",   "block",    "local", "tile"};
-  return names[static_cast<int>(home)];
-}
+const char* name_of(Home home) { return kHomeNames[static_cast<int>(home)]; }
 
 // The elements offset + i·first + j·second + k of a row, i < firsts, j < seconds, k < run.
 struct Access {
@@ -39,7 +36,7 @@ struct Span {
   Index stride, count;
 };
 
-// The least and the greatest offset that is reached.
+// The least and the greatest offset that is accessed.
 Reach reach_of(Index offset, std::initializer_list<Span> spans) {
   Reach reach{offset, offset, 0};
   for (const Span& s : spans) {
@@ -50,13 +47,9 @@ Reach reach_of(Index offset, std::initializer_list<Span> spans) {
 }
 
 void widen_reach(Reach& all, const Reach& one) {
-  if (all.high < all.low) {
-    all.low = one.low;
-    all.high = one.high;
-    return;
-  }
-  all.low = std::min(all.low, one.low);
-  all.high = std::max(all.high, one.high);
+  const bool none = all.high < all.low;
+  all.low = none ? one.low : std::min(all.low, one.low);
+  all.high = none ? one.high : std::max(all.high, one.high);
 }
 
 template <class T>
@@ -80,7 +73,8 @@ class Checker {
         if (text_.values[v].home == Home::local) covered_[v].assign(covered_[v].size(), false);
       for (std::size_t i = 0; i < text_.phases[phase_].size(); ++i) {
         const Instruction& instruction = text_.phases[phase_][i];
-        place_ = std::string(names[phase_]) + "[" + std::to_string(i) + "]";
+        place_ = std::string(names[phase_]) + "[" + std::to_string(i) + "] (" +
+                 Instruction::kNames[static_cast<int>(instruction.kind)] + ")";
         check_instruction(instruction);
       }
       std::vector<int>& used = program_.used[phase_];
@@ -103,8 +97,10 @@ class Checker {
 
   // ---- values and tables ------------------------------------------------------------------------
 
+  const ProgramValue& at(int value) const { return text_.values[static_cast<std::size_t>(value)]; }
+
   std::string text_of(int value) const {
-    const ProgramValue& v = text_.values[static_cast<std::size_t>(value)];
+    const ProgramValue& v = at(value);
     return "value " + std::to_string(value) + " (" + name_of(v.home) + " " +
            std::to_string(v.index) + ", width " + std::to_string(v.width) + ")";
   }
@@ -206,13 +202,13 @@ class Checker {
   const ProgramValue& value(const RowAt& at, const char* what) const {
     expect(what, at.value, 0, static_cast<Index>(text_.values.size()) - 1);
     expect_stride("an offset", at.offset);
-    return text_.values[static_cast<std::size_t>(at.value)];
+    return this->at(at.value);
   }
 
   void within(const Access& a, const char* what) const {
     const Reach reach =
         reach_of(a.at.offset, {{a.first, a.firsts}, {a.second, a.seconds}, {1, a.run}});
-    const ProgramValue& v = text_.values[static_cast<std::size_t>(a.at.value)];
+    const ProgramValue& v = at(a.at.value);
     if (reach.low < 0 || reach.high >= v.width)
       fail(std::string(what) + ": elements " + std::to_string(reach.low) + " to " +
            std::to_string(reach.high) + " do not lie inside " + text_of(a.at.value));
@@ -224,9 +220,8 @@ class Checker {
 
   bool step_alone(Home home) const { return home == Home::carry || home == Home::next; }
 
-  // What nobody else has written, so that it must have been written before it is read.
-  bool needs_cover(const RowAt& at) const {
-    const ProgramValue& v = text_.values[static_cast<std::size_t>(at.value)];
+  // Whether the program itself must have written a value before it reads it.
+  bool needs_cover(const ProgramValue& v) const {
     return v.home == Home::block || v.home == Home::local || v.home == Home::next ||
            (v.home == Home::sequence && program_.written[static_cast<std::size_t>(v.index)]);
   }
@@ -242,7 +237,7 @@ class Checker {
       contiguous = std::max(contiguous, v.width);
     }
     if (v.home == Home::sequence) read_sequences_.push_back(a.at.value);
-    if (!needs_cover(a.at)) return;
+    if (!needs_cover(v)) return;
     const std::vector<bool>& covered = covered_[static_cast<std::size_t>(a.at.value)];
     a.each([&](Index i) {
       if (!covered[static_cast<std::size_t>(i)])
@@ -279,18 +274,18 @@ class Checker {
     if (phase >= 0 && phase != phase_)
       fail("out: " + text_of(id) + " is already written by another phase");
     for (const int other : read_sequences_)
-      if (text_.values[static_cast<std::size_t>(other)].index == v.index && phase < 0)
+      if (at(other).index == v.index && phase < 0)
         fail("out: " + text_of(id) + " has been read before");
     for (std::size_t other = 0; other < text_.values.size(); ++other) {
       const ProgramValue& o = text_.values[other];
       if (o.home == Home::sequence && o.index == v.index && static_cast<int>(other) != id)
-        fail("out: " + text_of(id) + " is written, so that no other value may be of its array");
+        fail("out: " + text_of(id) + " is written, so no other value may use its array");
     }
     phase = phase_;
     program_.written[static_cast<std::size_t>(v.index)] = true;
   }
 
-  // Of an instruction that finishes an output before it reads the next one's inputs.
+  // For an instruction that writes one output before it reads the next one's inputs.
   void apart(const Access& out, const Access& in, const char* what) const {
     if (out.at.value != in.at.value) return;
     std::vector<bool> written(covered_[static_cast<std::size_t>(out.at.value)].size(), false);
@@ -307,16 +302,12 @@ class Checker {
   void check_instruction(const Instruction& instruction) {
     switch (instruction.kind) {
       case Instruction::Kind::product:
-        place_ += " (product)";
         return check_product(instruction.product);
       case Instruction::Kind::run:
-        place_ += " (run)";
         return check_run(instruction.run);
       case Instruction::Kind::reduce:
-        place_ += " (reduce)";
         return check_reduce(instruction.reduce);
       case Instruction::Kind::collect:
-        place_ += " (collect)";
         return check_collect(instruction.collect);
     }
   }
@@ -337,8 +328,7 @@ class Checker {
     writes(out, "out");
     apart(out, in, "inp");
     if (p.init.value >= 0 && p.init.offset != p.out.offset) apart(out, init, "init");
-    const Index index = text_.values[static_cast<std::size_t>(p.weight.value)].index;
-    widen_reach(program_.shared[static_cast<std::size_t>(index)],
+    widen_reach(program_.shared[static_cast<std::size_t>(at(p.weight.value).index)],
                 reach_of(p.weight.offset, {{p.w_group, p.G}, {p.w_k, p.K}, {p.w_n, p.N}}));
   }
 
@@ -371,7 +361,7 @@ class Checker {
       fail("count: expected " + std::to_string(table.starts.size() - 1) +
            ", the outputs of the table, got " + std::to_string(c.count));
     const Access out{c.out, 1, 0, 1, 0, c.count};
-    // Of the indices each once: a table may list one very often.
+    // Each index once: a table may list one very often.
     std::vector<Index> indices = table.indices;
     std::sort(indices.begin(), indices.end());
     indices.erase(std::unique(indices.begin(), indices.end()), indices.end());
@@ -468,7 +458,7 @@ class Checker {
       expect_stride("a stride", stride);
     operand({s.d, s.G, s.d_group, 1, 0, s.N}, "d");
     if (s.outer) operand({s.x, s.G, s.x_group, 1, 0, s.K}, "x");
-    // Threads share the elements out: none may be two of them.
+    // The elements are divided among the threads, so no two sums may have the same element.
     std::vector<Span> spans{{std::abs(s.w_k), s.K}, {std::abs(s.w_n), s.N}};
     if (s.w_group != 0) spans.push_back({std::abs(s.w_group), s.G});
     std::sort(spans.begin(), spans.end(),
@@ -480,7 +470,7 @@ class Checker {
       covered += span.stride * (span.count - 1);
     }
     const Reach reach = reach_of(s.offset, {{s.w_group, s.G}, {s.w_k, s.K}, {s.w_n, s.N}});
-    if (reach.low < 0) fail("off: element " + std::to_string(reach.low) + " is none");
+    if (reach.low < 0) fail("off: there is no element " + std::to_string(reach.low));
     widen_reach(grown(program_.gradients, s.target), reach);
   }
 
@@ -493,7 +483,7 @@ class Checker {
 
   // ---- which sums start their elements ----------------------------------------------------------
 
-  // The elements of a sum, where they are all between two ends; else none: high < low.
+  // The elements of a sum, where they are contiguous; else none: high < low.
   static Reach whole_of(const PairSum& s) {
     const Span spans[] = {{s.w_k, s.K}, {s.w_n, s.N}, {s.w_group, s.w_group == 0 ? 1 : s.G}};
     Index elements = 1;
@@ -502,7 +492,7 @@ class Checker {
     return reach.high - reach.low + 1 == elements ? reach : Reach{};
   }
 
-  // A target whose sums have elements in common, or gaps inside, is zero to begin with.
+  // A target whose sums overlap, or have gaps inside, is cleared first.
   void find_starts() {
     for (std::size_t target = 0; target < program_.gradients.size(); ++target) {
       std::vector<std::pair<Reach, PairSum*>> sums;
@@ -527,14 +517,14 @@ class Checker {
     }
   }
 
-  // What is given back must be there, and a state after each step.
+  // All results must be written, and each state after each step.
   void check_written() {
     std::vector<bool> next(program_.states.size(), false);
     for (std::size_t i = 0; i < text_.values.size(); ++i) {
       const ProgramValue& v = text_.values[i];
       const bool is_next = v.home == Home::next;
       if (is_next && next[static_cast<std::size_t>(v.index)])
-        fail(text_of(static_cast<int>(i)) + " is there twice");
+        fail(text_of(static_cast<int>(i)) + " is listed twice");
       if (is_next) next[static_cast<std::size_t>(v.index)] = true;
       if (!is_next && (v.home != Home::sequence || written_by_[i] < 0)) continue;
       for (std::size_t e = 0; e < covered_[i].size(); ++e)
@@ -544,14 +534,14 @@ class Checker {
     }
     for (std::size_t k = 0; k < next.size(); ++k)
       if (program_.states[k] != 0 && !next[k])
-        fail("carry " + std::to_string(k) + " has no next, which says what it is after a step");
+        fail("carry " + std::to_string(k) + " has no next, its value after the step");
   }
 
   ProgramText& text_;
   Program& program_;
   std::string place_;
   int phase_ = 0;                           // kPhases: of the pair sums
-  std::vector<std::vector<bool>> covered_;  // of each value, what was written
+  std::vector<std::vector<bool>> covered_;  // of each value, the elements written
   std::vector<int> written_by_;             // of each value that is a sequence: the phase, or −1
   std::vector<int> read_sequences_;
 };

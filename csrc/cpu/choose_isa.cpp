@@ -19,7 +19,7 @@ struct Runs {
   static bool neon() { return true; }  // every CPU that it is built for
 #if defined(__x86_64__)
   static bool avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-  // Asks the processor itself: not every compiler that we support knows this feature's name.
+  // By cpuid: not every compiler that we support knows this feature's name.
   static bool avxvnni() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     return avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << 4)) != 0;

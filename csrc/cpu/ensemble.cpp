@@ -1,6 +1,6 @@
-// Runs an ensemble (ensemble.h). Either the threads share the problems out and each runs one alone,
-// or a team works on one problem after the other, whichever is faster by the estimate of team.h.
-// Each problem gives the bits that it gives by itself.
+// Runs an ensemble (ensemble.h). Either each thread runs whole problems alone, or a team works on
+// one problem after the other, whichever is faster by the estimate of team.h. Each problem gives
+// the bits that it gives by itself.
 #include "ensemble.h"
 
 #include <algorithm>
@@ -9,12 +9,11 @@
 
 #include "host.h"
 #include "team.h"
-#include "threads.h"
 
 namespace fastrnn {
 namespace {
 
-// How many threads share the problems out; 1: a team works on each in turn.
+// How many threads divide the problems among themselves; 1: a team works on each in turn.
 int sharing_threads(const Problem& p, std::int64_t count, Pass pass) {
   const auto threads = static_cast<int>(std::min<std::int64_t>(p.threads, count));
   if (threads <= 1) return 1;
@@ -39,25 +38,6 @@ std::size_t most_workspace(const Problem* problems, std::int64_t count, Pass pas
   return (most + 63) / 64 * 64;
 }
 
-struct Ensemble {
-  const Problem* problems;
-  std::int64_t count;
-  Pass pass;
-  bool alone;                         // each problem on one thread
-  std::size_t bytes;                  // of a thread's workspace
-  std::atomic<std::int64_t> next{0};  // the first problem that no thread has taken
-
-  void run(int thread) {
-    for (std::int64_t i = next++; i < count; i = next++) {
-      Problem p = problems[i];
-      if (alone) p.threads = 1;
-      p.workspace =
-          static_cast<char*>(problems[0].workspace) + bytes * static_cast<std::size_t>(thread);
-      (pass == Pass::forward ? cpu_backend().forward : cpu_backend().backward)(p);
-    }
-  }
-};
-
 }  // namespace
 
 std::size_t ensemble_workspace_size(const Problem* problems, std::int64_t count, Pass pass) {
@@ -67,12 +47,17 @@ std::size_t ensemble_workspace_size(const Problem* problems, std::int64_t count,
 
 void run_ensemble(const Problem* problems, std::int64_t count, Pass pass) {
   const int threads = sharing_threads(problems[0], count, pass);
-  Ensemble ensemble{problems, count, pass, threads > 1, 0};
-  ensemble.bytes = most_workspace(problems, count, pass, threads > 1);
-  run_threads(
-      threads,
-      [](void* argument, int thread, int) { static_cast<Ensemble*>(argument)->run(thread); },
-      &ensemble);
+  const bool alone = threads > 1;  // each problem on one thread
+  const std::size_t bytes = most_workspace(problems, count, pass, alone);
+  std::atomic<std::int64_t> next{0};  // the first problem that no thread has taken
+  run_threads(threads, [&](int thread, int) {
+    for (std::int64_t i = next++; i < count; i = next++) {
+      Problem p = problems[i];
+      if (alone) p.threads = 1;
+      p.workspace = shifted(problems[0].workspace, thread, bytes);
+      (pass == Pass::forward ? cpu_backend().forward : cpu_backend().backward)(p);
+    }
+  });
 }
 
 }  // namespace fastrnn

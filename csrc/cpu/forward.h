@@ -14,8 +14,8 @@
 //               c         [B][Hp], compute type, in place
 // Saved         for each pair a row of planes·Hp, compute type: the cell's saved values, then, with
 //               projection, the hidden units before it
-// Threads       share.h. A thread owns its x_gates; a team that shares rows meets once for each
-//               product of a step.
+// Threads       share.h. A thread owns its x_gates; a team that shares rows has a barrier for
+//               each product of a step.
 // Cost          per step and row G·H·(I + O) products, and 4·G·H·O bytes of packed W_hh from the
 //               cache for each block of rows.
 #pragma once
@@ -26,15 +26,14 @@
 namespace fastrnn::FASTRNN_ISA {
 
 template <class Cell, class S>
-class Forward : protected Tiling<Cell, S> {
- protected:
+class Forward : Tiling<Cell, S> {
   using K = Tiling<Cell, S>;
   using K::lanes, K::gates, K::tiles, K::vectors, K::rows, K::units, K::first, K::wide;
   using typename K::C, typename K::E;
   using typename K::V;
 
  public:
-  // Lays the scratch out from `base`; null: only counts the bytes.
+  // Lays out the scratch from `base`; a null base only counts the bytes.
   Forward(const Layer& layer, void* base)
       : layer_(layer),
         steps_(*layer.steps),
@@ -58,9 +57,8 @@ class Forward : protected Tiling<Cell, S> {
       const bool keeps = (layer.P || K::two_products) && !layer.saved;
       g.saved = keeps ? arena.take<C>(B * saved_width_) : nullptr;
     }
-    const Index many = per_thread(layer.plan).total * layer.plan.threads;
-    const Index alone = per_thread(layer.single).total;
-    threads_ = arena.take<char>(many > alone ? many : alone);
+    threads_ = arena.take<char>(
+        most(per_thread(layer.plan).total * layer.plan.threads, per_thread(layer.single).total));
     used_ = arena.used();
   }
 
@@ -87,9 +85,9 @@ class Forward : protected Tiling<Cell, S> {
     C* saved;    // [B][saved_width] of one step, for a second product where nothing is saved
   };
 
-  // Pairs of a block of steps at most, and the bytes of each thread's own scratch.
+  // The most pairs of a block of steps, and the bytes of each thread's own scratch.
   struct PerThread {
-    Index cap, x_gates, x_rows, h_rows, pointers, total;
+    Index pairs, x_gates, x_rows, h_rows, pointers, total;
   };
 
   PerThread per_thread(const Plan& plan) const {
@@ -99,13 +97,10 @@ class Forward : protected Tiling<Cell, S> {
     const Index blocks_mine = ceil_div(blocks_, plan.column_threads);
     constexpr Index kBytes = 256 * 1024;  // projected gates of a block of steps stay in the cache
     const Index row_bytes = blocks_mine * vectors * lanes * static_cast<Index>(sizeof(C));
-    p.cap = kBytes / (row_bytes > 0 ? row_bytes : 1);
-    if (p.cap > 256) p.cap = 256;
-    if (p.cap < 4 * rows) p.cap = 4 * rows;
-    if (p.cap < rows_mine) p.cap = rows_mine;
-    p.x_gates = p.cap * row_bytes;
-    p.x_rows = copies_ ? round_up(p.cap * layer_.I * static_cast<Index>(sizeof(E))) : 0;
-    p.pointers = round_up(p.cap * static_cast<Index>(sizeof(void*)));
+    p.pairs = most(least(kBytes / most(row_bytes, 1), 256), most(4 * rows, rows_mine));
+    p.x_gates = p.pairs * row_bytes;
+    p.x_rows = copies_ ? round_up(p.pairs * layer_.I * static_cast<Index>(sizeof(E))) : 0;
+    p.pointers = round_up(p.pairs * static_cast<Index>(sizeof(void*)));
     p.h_rows = round_up(rows_mine * static_cast<Index>(sizeof(void*)));
     p.total = round_up(p.x_gates) + p.x_rows + p.pointers + 2 * p.h_rows;
     return p;
@@ -115,7 +110,7 @@ class Forward : protected Tiling<Cell, S> {
   void take_thread(const Plan& plan, int thread) {
     const PerThread p = per_thread(plan);
     char* base = threads_ + thread * p.total;
-    cap_ = p.cap;
+    most_pairs_ = p.pairs;
     x_gates_ = reinterpret_cast<C*>(base);
     x_copied_ = reinterpret_cast<E*>(base + round_up(p.x_gates));
     x_rows_ = reinterpret_cast<const E**>(base + round_up(p.x_gates) + p.x_rows);
@@ -133,13 +128,10 @@ class Forward : protected Tiling<Cell, S> {
           load_state<S>(group_[d].reset_c, layer_.reset_c, d, 0, layer_.H);
       }
     if (!layer_.packed) weights_.pack(thread, threads);
-    for (Index d = 0; d < layer_.directions; ++d) {
-      const Range mine = split(steps_.B, thread, threads);
-      for (Index i = mine.begin; i < mine.end; ++i) initial_state(d, i);
-    }
-    if (steps_.padding) {
-      const Range mine = split(steps_.B, thread, threads);
-      for (Index i = mine.begin; i < mine.end; ++i) clear_padding(i);
+    const Range mine = split(steps_.B, thread, threads);
+    for (Index i = mine.begin; i < mine.end; ++i) {
+      for (Index d = 0; d < layer_.directions; ++d) initial_state(d, i);
+      if (steps_.padding) clear_padding(i);
     }
   }
 
@@ -183,29 +175,22 @@ class Forward : protected Tiling<Cell, S> {
     const Deal& deal;
     bool reverse;
   };
-  // Steps whose inputs are projected together, and the number of their pairs.
-  struct Block {
-    Index d;
-    Range steps;
-    Index pairs;
-    const Deal& deal;
-  };
 
-  // Runs the steps from s on. Returns the step after the last one that it completed: T, or less
-  // where a solo phase of the team begins or ends.
+  // Runs the steps from s on. Returns the number of completed steps: T, or less where a solo phase
+  // of the team begins or ends.
   Index recur(Index d, const Share& share, Index s) {
     const Deal deal(steps_, share, rows);
     const Walk walk{steps_, reverse(d)};
     const Range blocks = split(blocks_, share.column, share.columns);
     while (s < steps_.T) {
-      if (share.resting > 0 && share.team->gathers(share.resting)) return s;
+      if (share.resting > 0 && share.team->all_ready(share.resting)) return s;
       Index end = s, pairs = 0;
       for (; end < steps_.T; ++end) {
         const Index t = walk.step(end), n = deal.count(steps_.active[t]);
-        if (end > s && pairs + n > cap_) break;
+        if (end > s && pairs + n > most_pairs_) break;
         for (Index j = 0; j < n; ++j, ++pairs) x_rows_[pairs] = input_row(t, deal.row(j), pairs);
       }
-      project(Block{d, Range{s, end}, pairs, deal}, share, blocks);
+      project(d, pairs, blocks);
       for (Index m = 0; s < end; ++s) {
         const Index t = walk.step(s), n = deal.count(steps_.active[t]);
         const bool oversubscribed = step(Position{d, t, deal, reverse(d)}, share, blocks, n, m);
@@ -219,7 +204,7 @@ class Forward : protected Tiling<Cell, S> {
   // A part of a layer has one direction, which may be the one that runs backwards in time.
   bool reverse(Index d) const { return d == 1 || layer_.reverse; }
 
-  // A row of x as an operand: in place, or copied where the kernel cannot read it there.
+  // A row of x as an operand: in place, or copied where the kernel cannot read it in place.
   const E* input_row(Index t, Index i, Index pair) {
     const S* x = at<const S>(layer_.input, steps_, t, i);
     if constexpr (sizeof(S) == sizeof(E)) {
@@ -232,11 +217,11 @@ class Forward : protected Tiling<Cell, S> {
 
   // The projection of pair m of the block of steps, for the units of block b.
   C* x_gates(const Range& blocks, Index b, Index m) const {
-    return x_gates_ + ((b - blocks.begin) * cap_ + m) * vectors * lanes;
+    return x_gates_ + ((b - blocks.begin) * most_pairs_ + m) * vectors * lanes;
   }
 
-  void project(const Block& block, const Share&, const Range& blocks) {
-    const Index d = block.d, pairs = block.pairs;
+  // Projects the inputs of a block of steps.
+  void project(Index d, Index pairs, const Range& blocks) {
     for (Index b = blocks.begin; b < blocks.end; ++b) {
       const BlockOfWeights<E> weights = weights_.weight_ih(d, b);
       const C* bias = weights_.bias_x(d, b);
@@ -401,15 +386,12 @@ class Forward : protected Tiling<Cell, S> {
     return h_rows_[j] == group_[d].reset_h ? group_[d].reset_c : c_row(d, i);
   }
 
-  FASTRNN_INLINE void store_saved(C* keep, Index unit, const V* saved) {
-    for (int s = 0; s < Cell::saved; ++s) saved[s].store(keep + s * Hp_ + unit);
-  }
   template <int M>
   FASTRNN_INLINE void store_saved(C* keep, Index unit, const Rows<C, M>* saved, int r) {
     for (int s = 0; s < Cell::saved; ++s) saved[s].of[r].store(keep + s * Hp_ + unit);
   }
 
-  // Stores c of one tile likewise.
+  // Stores c of one tile: to the state, to `cell` and, at the row's last step, to c_n.
   FASTRNN_INLINE void finish_cell(const Position& p, Index i, Index unit, V c, C* to) {
     c.store(to);
     if (layer_.cell.data)
@@ -477,16 +459,8 @@ class Forward : protected Tiling<Cell, S> {
     }
   }
 
-  // h = W_hr · hidden units.
+  // h = W_hr · hidden units, for block b of the outputs.
   void project_hidden(const Position& p, Index b, Index n) {
-    hidden_tiles(p, b, n, [&](Index j, Index unit, V h) FASTRNN_INLINE_LAMBDA {
-      finish_hidden(p, p.deal.row(j), unit, h);
-    });
-  }
-
-  // done(j, unit, h) for the tiles of block b of W_hr · hidden units.
-  template <class Done>
-  FASTRNN_INLINE void hidden_tiles(const Position& p, Index b, Index n, Done done) {
     const BlockOfWeights<C> weights = weights_.weight_hr(p.d, b);
     in_blocks_of_rows<K::wide_rows>(n, [&](auto count, Index j) {
       constexpr int R = decltype(count)::value;
@@ -496,7 +470,7 @@ class Forward : protected Tiling<Cell, S> {
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < wide; ++v) {
           const Index unit = (b * wide + v) * lanes;
-          if (unit < layer_.O) done(j + r, unit, sums.v[r][v]);
+          if (unit < layer_.O) finish_hidden(p, p.deal.row(j + r), unit, sums.v[r][v]);
         }
     });
   }
@@ -504,13 +478,13 @@ class Forward : protected Tiling<Cell, S> {
   const Layer& layer_;
   const Steps& steps_;
   const Index Hp_, Op_, blocks_, out_blocks_, saved_width_;
-  const bool copies_;  // rows of x must be copied: another type, or their units are not contiguous
+  const bool copies_;  // rows of x are copied: another type, or their units are not contiguous
   const ForwardWeights<Cell, S> weights_;
   Group group_[2] = {};
   char* threads_ = nullptr;
   std::size_t used_ = 0;
   // The thread's own:
-  Index cap_ = 0;
+  Index most_pairs_ = 0;
   C* x_gates_ = nullptr;
   E* x_copied_ = nullptr;
   const E** x_rows_ = nullptr;

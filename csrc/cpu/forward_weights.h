@@ -8,8 +8,8 @@
 //               weight_hr  [block of outputs][k][vector][lane], k < H, compute type: projection
 //               bias_x     [block][tile][gate][lane] b_ih, plus b_hh where the cell adds both sides
 //               bias_h     likewise, b_hh
-// In place      weights that few rows are multiplied by are not packed but read where they are
-//               (Layer::x_in_place, h_in_place); the accessors return either form.
+// In place      weights that few rows are multiplied by are read in place (Layer::x_in_place,
+//               h_in_place); the accessors return either form.
 // Ownership     packed by all threads, a run of blocks each, into scratch or into Layer::packed.
 #pragma once
 
@@ -24,8 +24,8 @@ class ForwardWeights : Tiling<Cell, S> {
   using typename K::C, typename K::E;
 
  public:
-  // Lays the weights out from `base`; null: only counts the bytes. The parameters of a layer that
-  // came packed may be null.
+  // Lays out the weights from `base`; a null base only counts the bytes. The parameters of a layer
+  // that is already packed may be null.
   ForwardWeights(const Layer& layer, void* base)
       : layer_(layer),
         blocks_(ceil_div(layer.H, units)),

@@ -41,7 +41,7 @@ FASTRNN_INLINE Vec<T> negated(Vec<T> x) {
 
 // ---- exponentials -------------------------------------------------------------------------------
 
-// 2^k of the largest results has no room in a float: those are made half as large, then doubled.
+// 2^k of the largest results overflows: those are computed half as large, then doubled.
 template <class T>
 FASTRNN_INLINE Vec<T> exp(Vec<T> x) {
   using V = Vec<T>;
@@ -100,7 +100,7 @@ FASTRNN_INLINE Vec<T> finish_logarithm(Vec<T> k, Vec<T> f, Vec<T> c) {
   return fma(k, high, f - (half_square - small));
 }
 
-// The logarithm's value where the argument is none of its domain, or infinite.
+// The logarithm's value where the argument is outside its domain, or infinite.
 template <class T>
 FASTRNN_INLINE Vec<T> at_ends(Vec<T> x, Vec<T> value) {
   using V = Vec<T>;
@@ -117,7 +117,7 @@ FASTRNN_INLINE Vec<T> log(Vec<T> x) {
   return at_ends(x, finish_logarithm(l.k, l.m - Vec<T>(1), Vec<T>(0)));
 }
 
-// Of u = 1 + x, with what the sum lost of x; x itself where u is between √½ and √2.
+// The logarithm of u = 1 + x, with the rounding error of u; of x itself where u is in [√½, √2).
 template <class T>
 FASTRNN_INLINE Vec<T> log1p(Vec<T> x) {
   using V = Vec<T>;
@@ -137,8 +137,8 @@ FASTRNN_INLINE Vec<T> softplus1(Vec<T> x) {
 
 // ---- sine and cosine ----------------------------------------------------------------------------
 
-// The quarter turns beside x = quarters·π/2 + r, |r| ≤ π/4, and the functions of r. Three parts of
-// π/2 are so short that their products with the quarters are exact.
+// x = quarters·π/2 + r, |r| ≤ π/4, and sine and cosine of r. Three parts of π/2 are so short that
+// their products with the quarters are exact.
 struct Turn {
   Vec<float>::Bits quarters;
   Vec<float> sin, cos;
@@ -150,7 +150,7 @@ struct Turn {
     r = fma(k, V(-0.0004839897155761719), r);
     r = fma(k, V(1.6298145055770874e-07), r);
     r = fma(k, V(-6.0771007e-11), r);
-    quarters = (V::Bits)shifted.v;  // of which only the last bits count
+    quarters = (V::Bits)shifted.v;  // only the last bits are used
     const V z = r * r;
     sin = fma(r * z, polynomial(z, {-1.0 / 6, 1.0 / 120, -1.0 / 5040, 1.0 / 362880}), r);
     cos = fma(z * z, polynomial(z, {1.0 / 24, -1.0 / 720, 1.0 / 40320, -1.0 / 3628800}),
@@ -177,7 +177,7 @@ inline double library_cos(double x) { return __builtin_cos(x); }
 inline double library_erf(double x) { return __builtin_erf(x); }
 
 FASTRNN_INLINE Vec<float> sin(Vec<float> x) {
-  // −0 stays so, whatever is added to it on the way.
+  // −0 stays −0.
   return select((Vec<float>::Bits)(x.v == Vec<float>(0).v), x, sine<0>(x, library_sin));
 }
 FASTRNN_INLINE Vec<float> cos(Vec<float> x) { return sine<1>(x, library_cos); }
@@ -236,7 +236,7 @@ FASTRNN_INLINE Vec<T> sign(Vec<T> x) {
   return truth<T>((Bits)(x.v > V(0).v)) - truth<T>((Bits)(x.v < V(0).v));
 }
 
-// The larger, and NaN where one of them is NaN.
+// The larger and the smaller; NaN where either is NaN.
 template <class T>
 FASTRNN_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
   using Bits = typename Vec<T>::Bits;

@@ -7,8 +7,8 @@
 //
 // It is vectorised over outputs and sequential over k, so a result's bits depend on neither the
 // number of rows beside it nor the number of threads. Row counts below R run the same code with
-// fewer rows. The weights of one k are N vectors in a row; those of the next lie `stride` further:
-// packed, so that they stream, or where they are, where they serve too few rows to repay packing.
+// fewer rows. The weights of one k are N contiguous vectors; those of the next are `stride`
+// further: packed, or in place where too few rows are multiplied by them to repay packing.
 #pragma once
 
 #include "simd.h"
@@ -29,8 +29,8 @@ constexpr int rows_per_block(int vectors) {
   return FASTRNN_REGISTERS == 32 ? 24 / vectors : 12 / vectors;
 }
 
-// body(Int<R>{}, first) over `rows` rows in as few blocks as there can be of at most MaxRows, all
-// of them about as large: a block of one or two rows would wait for the weights alone.
+// body(Int<R>{}, first) over `rows` rows in as few blocks of at most MaxRows as possible, of about
+// equal size: a block of one or two rows would be bound by reading the weights.
 template <int MaxRows, class Body>
 FASTRNN_INLINE void block_of_rows(Index rows, Index first, Body& body) {
   if constexpr (MaxRows > 0) {
@@ -61,8 +61,8 @@ FASTRNN_INLINE void clear(Vec<C> (&acc)[R][N]) {
     for (int n = 0; n < N; ++n) acc[r][n] = Vec<C>(0);
 }
 
-// The sums in memory, for what is done with them afterwards. The accumulators themselves must never
-// have their address taken, or the compiler keeps them there all along.
+// The sums in memory, for use after the product. The address of an accumulator must never be taken,
+// or the compiler keeps it in memory throughout.
 template <int R, int N, class C>
 struct Sums {
   Vec<C> v[R][N];
@@ -90,7 +90,7 @@ struct Factor {
 template <>
 struct Factor<Bf16> {
   using V = Vec<float>;
-  using Pairs = __m512bh;  // loaded as such: GCC loads another type's vector anew at each use
+  using Pairs = __m512bh;  // GCC loads a vector of another type again at each use
   typedef __m512bh UnalignedPairs __attribute__((aligned(2), may_alias));
   static constexpr int depth = 2;
   static FASTRNN_INLINE Pairs weight(const Bf16* p) {

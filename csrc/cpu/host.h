@@ -14,7 +14,7 @@ namespace fastrnn {
 // The cell's place in AllCells. Throws std::invalid_argument where no such cell exists.
 int cell_index(const Options& options);
 
-// Hands out a workspace from its start, 64-byte aligned; with a null base it only counts the bytes.
+// Takes blocks from the start of a workspace, 64-byte aligned; a null base only counts the bytes.
 struct HostArena {
   char* base;
   std::size_t used = 0;
@@ -42,7 +42,7 @@ class Barriers {
   int count_;
 };
 
-// Costs in nanoseconds, of a core that adds two vectors of products a clock. Good enough to choose
+// Costs in nanoseconds, of a core with two vector multiply-adds a clock. Good enough to choose
 // between plans whose times differ clearly.
 inline constexpr double kClock = 3.5;           // clocks a nanosecond
 inline constexpr double kInner = 150;           // bytes a nanosecond from a core's own cache
@@ -54,8 +54,7 @@ inline constexpr double kRegion = 2000;         // waking the team
 // A larger team must be faster by this factor: its cores may be busy with other work, and one late
 // thread delays all.
 inline constexpr double kGain = 0.8;
-// Splitting hidden units must be faster by this factor more, since the team then meets at every
-// step.
+// Splitting hidden units must be faster by this factor more, for its barrier at every step.
 inline constexpr double kGainOfUnits = 0.9;
 // From this many weights on, packing runs in parallel.
 inline constexpr std::int64_t kRegionWeights = 1 << 18;

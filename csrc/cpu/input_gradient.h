@@ -3,7 +3,6 @@
 // Maths         dx = Σ over directions and gates of da·W_ih, for every (step, row) pair
 // Layouts       d_gates   backward_tiling.h: GateGradients
 //               dx        to the layer below in compute type, [pairs][I], or to the caller's array
-//                         in storage
 // Threads       the pairs are split: each thread computes whole rows of dx.
 // Cost          D·G·H·I products a pair.
 #pragma once

@@ -11,10 +11,9 @@ namespace fastrnn {
 namespace {
 
 const Int8Kernels& kernels_of(const Problem& p) {
-  const int cell = cell_index(p.options);
   const InstructionSet* set = &chosen_set();
   while (!set->int8) set = set->base;
-  return set->int8[cell];
+  return set->int8[cell_index(p.options)];
 }
 
 // What a layer's kernels need to know of sizes and weights.
@@ -40,7 +39,7 @@ std::size_t packed_before(const Problem& p, const Int8Kernels& kernels, std::int
 
 // By the estimate of host.h: all of a step's weights are read once for each block of rows.
 int team_size(const Problem& p, const Int8Kernels& kernels) {
-  if (p.threads <= 1 || cores_are_crowded()) return 1;
+  if (p.threads <= 1 || cores_are_oversubscribed()) return 1;
   const std::int64_t L = p.options.layers, P = p.options.proj_size, O = P ? P : p.H;
   const double gates = cell_traits(p.options).gates;
   const double rows = static_cast<double>(p.B), H = static_cast<double>(p.H);
@@ -105,7 +104,7 @@ struct Step {
     return layer;
   }
 
-  // The team meets after the last layer too, so that a thread without a core is noticed.
+  // There is a barrier after the last layer too, so that a thread without a core is noticed.
   void run(int thread, int threads) const {
     for (std::int64_t l = 0; l < p.options.layers; ++l) {
       const Int8Layer now = layer(l);
@@ -131,30 +130,16 @@ void int8_pack(const Problem& p, void* to) {
   for (std::int64_t l = 0; l < p.options.layers; ++l) {
     Int8Layer layer = describe(p, l);
     layer.packed = static_cast<char*>(to) + packed_before(p, kernels, l);
-    struct Task {
-      const Int8Layer& layer;
-      const Int8Kernels& kernels;
-    } task{layer, kernels};
-    run_threads(
-        weights < kRegionWeights ? 1 : p.threads,
-        [](void* argument, int thread, int threads) {
-          const Task& t = *static_cast<const Task*>(argument);
-          t.kernels.pack(t.layer, thread, threads);
-        },
-        &task);
+    run_threads(weights < kRegionWeights ? 1 : p.threads,
+                [&](int thread, int threads) { kernels.pack(layer, thread, threads); });
   }
 }
 
 void int8_forward(const Problem& p) {
   const Int8Kernels& kernels = kernels_of(p);
-  Step step{p, kernels, lay_out(p, kernels, p.workspace)};
+  const Step step{p, kernels, lay_out(p, kernels, p.workspace)};
   const Barriers barriers(step.workspace.team, 1);
-  run_threads(
-      team_size(p, kernels),
-      [](void* argument, int thread, int threads) {
-        static_cast<const Step*>(argument)->run(thread, threads);
-      },
-      &step);
+  run_threads(team_size(p, kernels), [&](int thread, int threads) { step.run(thread, threads); });
 }
 
 }  // namespace fastrnn

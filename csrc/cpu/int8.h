@@ -8,11 +8,10 @@
 //               up to 2^17 products.
 // Maths         a = b + s_x·s_w·Σ q_x·q_w + s_h·s_v·Σ q_h·q_v in float, then the cell of
 //               csrc/cells/ in float. h and c stay float: only the products are rounded.
-// Not a number  a row of operands that holds NaN or an infinity gives NaN; so does such a row of
-//               weights.
+// NaN           a row of operands or of weights that holds NaN or an infinity gives NaN.
 //
 // With VNNI a lane adds four products of an unsigned operand, q_x + 128, by a signed weight; sums
-// start from −128·Σ q_w, which takes the 128 out again. Elsewhere it adds two products of 16 bits.
+// start from −128·Σ q_w, which cancels the offset. Elsewhere a lane adds two products of 16 bits.
 //
 // Layouts       weights [block of units][k / depth][tile][gate][lane][depth], as pack.h has it;
 //               scales, starts, biases [block][tile][gate][lane]
@@ -20,7 +19,7 @@
 //               saved    [row][planes · Hp]. Reset-before GRU: the cell's saved values, then the
 //               projected gates that the second product is added to. Projection: the hidden units
 // Threads       each computes a run of blocks of units, for all rows, and rounds the operands for
-//               itself. They meet before a second product.
+//               itself. There is a barrier before a second product.
 // Cost          per step and row G·H·(I + O) products, a byte each from the cache for each block of
 //               rows.
 #pragma once
@@ -41,8 +40,8 @@ FASTRNN_INLINE Ints load_ints(const std::int32_t* p) {
   return *reinterpret_cast<const Unaligned*>(p);
 }
 
-// Dot adds, in every lane, `depth` products: of operands that stand at x, broadcast, and of each
-// output's weights. Operands are stored as q + offset.
+// Dot adds, in every lane, `depth` products of operands, broadcast, and of each output's weights.
+// Operands are stored as q + offset.
 #if defined(__AVX512VNNI__) && FASTRNN_VECTOR_BYTES == 64
 struct Dot {
   static constexpr int depth = 4, offset = 128;
@@ -120,7 +119,7 @@ struct Dot {
 
 static_assert(Dot::depth * sizeof(Dot::Operand) == 4, "operands of a step fill a lane");
 
-// 2^23 · 1.5: what is added to it is rounded to an integer, which stands in the low bits.
+// 2^23 · 1.5: adding a number to it rounds that to an integer, in the low bits.
 inline constexpr float kRounder = 12582912.0f;
 inline constexpr float kLeastInt8 = 1e-30f;
 
@@ -186,7 +185,7 @@ struct Int8Matrix {
   }
 };
 
-// Output `lane` of a block: row `row` of W, or, where that is negative, none.
+// Packs output `lane` of a block: row `row` of W; negative: none.
 inline void pack_int8_output(const Int8Matrix& m, Index b, Index lane, const Weight& w, Index row) {
   const Index outputs = m.vectors * Vec<float>::lanes;
   std::int8_t* to = m.weights + b * m.block_size() + lane * Dot::depth;
@@ -211,8 +210,8 @@ inline void pack_int8_output(const Int8Matrix& m, Index b, Index lane, const Wei
   if (m.start) m.start[b * outputs + lane] = -Dot::offset * sum;
 }
 
-// One block of gates first … first + gates − 1 of W [.., K], as pack_gates() does: `units` rows to
-// a gate.
+// Packs one block of gates first … first + gates − 1 of W [.., K], as pack_gates() does: `units`
+// rows to a gate.
 inline void pack_int8(const Int8Matrix& m, Index b, const Weight& w, Index units, Index first,
                       Index gates) {
   constexpr Index lanes = Vec<float>::lanes;
@@ -249,7 +248,7 @@ class Int8Packing : Tiling<Cell, float> {
 
   std::size_t used() const { return used_; }
 
-  void run(int thread, int threads) const {
+  void pack(int thread, int threads) const {
     const Parameters& p = *layer_.parameters;
     const Range blocks = split(blocks_, thread, threads);
     for (Index b = blocks.begin; b < blocks.end; ++b) {
@@ -321,7 +320,7 @@ FASTRNN_INLINE void add_int8_product(Vec<float> (&sums)[R][N], const Int8Rows& r
   using V = Vec<float>;
   typedef std::uint32_t Words __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
   constexpr Index step = N * V::lanes * Dot::depth;
-  constexpr bool two = R * N <= 6;  // too few sums to hide an instruction's time: two of each
+  constexpr bool two = R * N <= 6;  // too few sums to hide an instruction's latency: two of each
   const Index outputs = b * N * V::lanes;
   const Dot::Operand* x = rows.data + j * rows.stride;
   const std::int8_t* w = m.weights + b * m.block_size();
@@ -368,9 +367,8 @@ class Int8Step : Tiling<Cell, float> {
     if (layer.P) width_ = Hp_;
     if (K::two_products) width_ = (Cell::saved + gates - first) * Hp_;
     saved_ = arena.take<float>(B * width_);
-    const Index widest = layer.I > layer.H ? layer.I : layer.H;
     Arena own(nullptr);
-    lay_out_thread(own, widest);
+    lay_out_thread(own);
     thread_bytes_ = static_cast<Index>(own.used());
     threads_ = arena.take<char>(layer.threads * thread_bytes_);
     used_ = arena.used();
@@ -381,7 +379,7 @@ class Int8Step : Tiling<Cell, float> {
   void run(int thread, int threads) {
     const FlushSubnormals guard;
     Arena own(threads_ + thread * thread_bytes_);
-    lay_out_thread(own, layer_.I > layer_.H ? layer_.I : layer_.H);
+    lay_out_thread(own);
     take_input();
     for (Index i = 0; i < layer_.B; ++i) quantise(h_, i, layer_.h + i * layer_.O, layer_.O);
     const Range blocks = split(blocks_, thread, threads);
@@ -400,9 +398,9 @@ class Int8Step : Tiling<Cell, float> {
   }
 
  private:
-  void lay_out_thread(Arena& own, Index widest) {
-    const Index B = layer_.B;
-    x_ = {own.take<Dot::Operand>(B * int8_row(widest)), own.take<float>(B), int8_row(widest)};
+  void lay_out_thread(Arena& own) {
+    const Index B = layer_.B, widest = int8_row(most(layer_.I, layer_.H));
+    x_ = {own.take<Dot::Operand>(B * widest), own.take<float>(B), widest};
     h_ = {own.take<Dot::Operand>(B * int8_row(layer_.O)), own.take<float>(B), int8_row(layer_.O)};
     row_ = layer_.input.unit != 1 ? own.take<float>(layer_.I) : nullptr;
   }
@@ -423,7 +421,7 @@ class Int8Step : Tiling<Cell, float> {
     }
   }
 
-  // In place of x, which no product needs any more.
+  // Over x, which no product reads any more.
   void second_operands(Index count, Index plane) {
     for (Index i = 0; i < layer_.B; ++i) quantise(x_, i, saved_ + i * width_ + plane * Hp_, count);
   }
@@ -539,30 +537,14 @@ class Int8Step : Tiling<Cell, float> {
 
 // ---- the table ----------------------------------------------------------------------------------
 
-template <class Cell>
-std::size_t int8_packed_size(const Int8Layer& layer) {
-  return Int8Packing<Cell>(layer, nullptr).used();
-}
-template <class Cell>
-std::size_t int8_scratch(const Int8Layer& layer) {
-  return Int8Step<Cell>(layer, nullptr).used();
-}
-template <class Cell>
-void int8_pack(const Int8Layer& layer, int thread, int threads) {
-  Int8Packing<Cell>(layer, layer.packed).run(thread, threads);
-}
-template <class Cell>
-void int8_step(const Int8Layer& layer, int thread, int threads) {
-  Int8Step<Cell>(layer, layer.scratch).run(thread, threads);
-}
-
 template <class Cells>
 struct Int8Table;
 template <class... Cells>
 struct Int8Table<CellList<Cells...>> {
   static constexpr Int8Kernels kernels[] = {
       {Vec<float>::lanes, Dot::depth, Tiling<Cells, float>::rows, Tiling<Cells, float>::units,
-       int8_packed_size<Cells>, int8_scratch<Cells>, int8_pack<Cells>, int8_step<Cells>}...};
+       bytes_of<Int8Packing<Cells>>, bytes_of<Int8Step<Cells>>, pack_weights<Int8Packing<Cells>>,
+       run_pass<Int8Step<Cells>>}...};
 };
 
 }  // namespace fastrnn::FASTRNN_ISA

@@ -21,7 +21,7 @@ struct Int8Layer {
   const float* c = nullptr;  // [B, H]; null for cells of one state
   float* h_n = nullptr;      // [B, O], after it
   float* c_n = nullptr;      // [B, H]
-  float* output = nullptr;   // [B, O]: h_n once more; null: not wanted
+  float* output = nullptr;   // [B, O]: a copy of h_n; null: not wanted
 
   int threads = 1;          // the most that the scratch is laid out for
   Barrier* team = nullptr;  // of the threads that work on the layer
@@ -38,7 +38,7 @@ struct Int8Kernels {
   std::size_t (*packed_size)(const Int8Layer&);
   std::size_t (*scratch)(const Int8Layer&);
   void (*pack)(const Int8Layer&, int thread, int threads);
-  void (*step)(const Int8Layer&, int thread, int threads);  // ends without a meeting
+  void (*step)(const Int8Layer&, int thread, int threads);  // no barrier at its end
 };
 
 // What the backend's functions are where Problem::int8 is true (int8.cpp).

@@ -16,9 +16,9 @@ const char* cpu_isa();
 // Every set that was built and that this CPU runs, widest first.
 std::vector<std::string> cpu_isas();
 
-// What this machine can do at most with the set in use, all threads together (roof.h): each runs
-// its loop for `seconds`, a fifth of that untimed before. On one thread where `threads` cannot be
-// had (threads.h).
+// The limits of this machine with the set in use, all threads together (roof.h): each runs its loop
+// for `seconds`, after a fifth of that untimed. On one thread where run_threads() (threads.h)
+// cannot start `threads`.
 
 // GFLOP/s of multiply-adds on registers, f32 or f64.
 double fma_peak(DType dtype, int threads, double seconds);

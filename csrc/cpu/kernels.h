@@ -5,29 +5,10 @@
 #include "../cells/list.h"
 #include "backward.h"
 #include "forward.h"
+#include "int8.h"
 #include "roof.h"
 
 namespace fastrnn::FASTRNN_ISA {
-
-template <class Pass>
-std::size_t scratch_of(const Layer& layer) {
-  return Pass(layer, nullptr).used();
-}
-
-template <class Weights>
-std::size_t packed_size(const Layer& layer) {
-  return Weights(layer, nullptr).used();
-}
-
-template <class Weights>
-void pack(const Layer& layer, int thread, int threads) {
-  Weights(layer, layer.packed).pack(thread, threads);
-}
-
-template <class Pass>
-void run_pass(const Layer& layer, int thread, int threads) {
-  Pass(layer, layer.scratch).run(thread, threads);
-}
 
 template <class Cell, class S>
 struct KernelsOf {
@@ -36,10 +17,10 @@ struct KernelsOf {
                                          Factor<typename K::E>::depth,
                                          K::rows,
                                          K::units,
-                                         packed_size<ForwardWeights<Cell, S>>,
-                                         scratch_of<Forward<Cell, S>>,
-                                         scratch_of<Backward<Cell, S>>,
-                                         pack<ForwardWeights<Cell, S>>,
+                                         bytes_of<ForwardWeights<Cell, S>>,
+                                         bytes_of<Forward<Cell, S>>,
+                                         bytes_of<Backward<Cell, S>>,
+                                         pack_weights<ForwardWeights<Cell, S>>,
                                          run_pass<Forward<Cell, S>>,
                                          run_pass<Backward<Cell, S>>};
 };
@@ -64,5 +45,11 @@ template <class... Cells, class Storages>
 struct Table<CellList<Cells...>, Storages> {
   static constexpr CellKernels kernels[] = {cell_kernels<Cells>(Storages{})...};
 };
+
+// A set with kernels of its own for everything.
+template <class Cells = AllCells>
+constexpr InstructionSet whole_set(const char* name, const ProgramKernels& programs) {
+  return {name, Table<Cells>::kernels, roof_loops, Int8Table<Cells>::kernels, nullptr, &programs};
+}
 
 }  // namespace fastrnn::FASTRNN_ISA

@@ -1,4 +1,5 @@
-// A vector's first lanes, where a row ends inside a vector; its lanes together.
+// Loads and stores of a vector's first lanes, where a row ends inside a vector; reductions of
+// lanes.
 #pragma once
 
 #include "simd.h"
@@ -79,7 +80,7 @@ FASTRNN_INLINE bool any(typename Vec<T>::Bits mask) {
 #endif
 }
 
-// merge(merge(…), …) of the lanes in halves: always in the same order.
+// Merges the lanes in halves: always in the same order.
 template <class C, class Merge>
 FASTRNN_INLINE C merge_lanes(Vec<C> x, Merge merge) {
   C lane[Vec<C>::lanes];

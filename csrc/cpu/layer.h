@@ -11,7 +11,7 @@
 namespace fastrnn {
 
 // How a team of threads divides a layer. Directions never wait for each other, nor do rows; hidden
-// units are split only where there are too few rows, since that takes a barrier a step.
+// units are split only where there are too few rows, since that takes a barrier at each step.
 struct Plan {
   int threads = 1;
   int direction_threads = 1;  // 1 or 2
@@ -33,13 +33,13 @@ struct Layer {
   bool wide_c0 = false;                    // c0 is of compute type
   const Parameters* parameters = nullptr;  // [D]
   Sequence output;                         // [.., D·O], storage
-  Sequence copy;                           // forward: the output once more; absent: not wanted
+  Sequence copy;                           // forward: a copy of output; absent: not wanted
   Sequence cell;                           // [.., D·H], compute type; absent: not kept
   void* h_n = nullptr;                     // [D, B, O], storage
   void* c_n = nullptr;                     // [D, B, H], storage
   void* saved = nullptr;                   // [D, pairs, planes·Hp], compute type; null: not kept
   std::int64_t saved_group = 0;            // elements between directions of `saved`
-  bool consume_saved = false;              // the gradients of the gates take its place
+  bool consume_saved = false;              // the gradients of the gates overwrite it
   bool parameters_alone = false;           // these gradients are there already
 
   Sequence d_output;                   // storage; absent for a layer below the last
@@ -94,8 +94,7 @@ struct CellKernels {
   LayerKernels of[4];
 };
 
-// Loops that measure what one thread can do at most (roof.h). The caller uses the returned value,
-// or a compiler may drop the work.
+// Loops that measure the limits of one thread (roof.h).
 struct MultiplyAdd {
   int flops;  // of one round
   double (*run)(std::int64_t rounds);
@@ -114,8 +113,8 @@ struct InstructionSet {
   const CellKernels* kernels;
   RoofLoops roof;
   const Int8Kernels* int8;
-  // The set that this one extends. Kernels that this one lacks, of a storage type or all of a kind
-  // (null), are those of the base. Null: this one has them all.
+  // The set that this one extends: kernels that this one lacks, of a storage type or all of a kind
+  // (null), are those of the base. Null: this one has all.
   const InstructionSet* base = nullptr;
   const ProgramKernels* programs = nullptr;
 };

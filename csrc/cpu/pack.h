@@ -8,9 +8,9 @@
 // Outputs beyond the last are zero, and so is the k that an odd K lacks.
 //
 // A matrix that few rows are multiplied by is not packed: add_in_place() reads it along its rows,
-// a square of lanes outputs by lanes k at a time, and turns each square in registers. The sums are
-// added in the order of accumulate(), so the bits are the same. One product costs about twice that
-// of packed weights and half of packing them first.
+// a square of lanes outputs by lanes k at a time, and transposes each square in registers. The sums
+// are added in the order of accumulate(), so the bits are the same. One product costs about twice
+// that of packed weights and half of packing them first.
 #pragma once
 
 #include <utility>
@@ -21,8 +21,9 @@ namespace fastrnn::FASTRNN_ISA {
 
 FASTRNN_INLINE Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 FASTRNN_INLINE Index least(Index a, Index b) { return a < b ? a : b; }
+FASTRNN_INLINE Index most(Index a, Index b) { return a > b ? a : b; }
 
-// What a thread owns of `count` things when `threads` share them in runs.
+// A thread's part when `count` items are divided among `threads` in runs.
 struct Range {
   Index begin, end;
 };
@@ -30,7 +31,7 @@ FASTRNN_INLINE Range split(Index count, int thread, int threads) {
   return {count * thread / threads, count * (thread + 1) / threads};
 }
 
-// Hands out memory from its start, 64-byte aligned; with a null base it only counts the bytes.
+// Takes blocks from the start of some memory, 64-byte aligned; a null base only counts the bytes.
 class Arena {
  public:
   FASTRNN_INLINE explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
@@ -96,15 +97,15 @@ FASTRNN_INLINE typename Factor<E>::V weight_row(const Weight& w, Index row, Inde
   return packed;
 }
 
-// One block of gates first … first + gates − 1 of W, the hidden units from `unit` on: squares of
-// lanes units by lanes columns are read along W's rows and turned.
+// Packs one block of gates first … first + gates − 1 of W, the hidden units from `unit` on: squares
+// of lanes units by lanes columns are read along W's rows and transposed.
 template <class E, class S>
 void pack_gates(E* to, const Weight& w, Index H, Index K, int first, int gates, int tiles,
                 Index unit) {
   using V = typename Factor<E>::V;
   constexpr int lanes = V::lanes, depth = Factor<E>::depth;
   const Index vectors = static_cast<Index>(tiles) * gates, steps = ceil_div(K, depth);
-  for (Index v = 0; v < vectors; ++v)  // the rows of one square at a time: as many streams
+  for (Index v = 0; v < vectors; ++v)
     for (Index step = 0; step < steps; step += lanes) {
       const Index gate = first + v % gates, begin = unit + v / gates * lanes;
       V square[lanes];
@@ -131,7 +132,7 @@ struct BlockInPlace {
   Index unit;        // the block's first hidden unit
 };
 
-// A block of weights as forward reads it: packed, or where it lies.
+// A block of weights as forward reads it: packed, or in place.
 template <class E>
 struct BlockOfWeights {
   const E* packed;  // null: in place
@@ -148,7 +149,7 @@ struct OutputsInPlace {
   Index rows;
 };
 
-// A square of W at (row, k), `outputs` rows by `steps` steps of the kernel of it, turned.
+// Adds the products by a square of W at (row, k), of which `outputs` rows are W's, transposed.
 template <bool Whole, class E, class S>
 FASTRNN_INLINE void add_square(const OutputsInPlace<E>& to, const Weight& w, Index row, Index k,
                                Index K, Index outputs) {
@@ -199,7 +200,7 @@ FASTRNN_NOINLINE void add_in_place(typename Factor<E>::V* sums, Index rows, Inde
   }
 }
 
-// One block of columns `first` … of the rows row … row + K − 1 of W [.., M].
+// Packs one block of columns, from `first` on, of the rows row … row + K − 1 of W [.., M].
 template <int N, class C, class S>
 void pack_columns(C* to, const Weight& w, Index row, Index K, Index first, Index M) {
   using V = Vec<C>;

@@ -15,8 +15,7 @@ namespace {
 
 using Index = std::int64_t;
 
-// Pairs of a block of steps, and of a chunk, by the bytes of a pair that they should keep in a
-// cache.
+// A block of steps, and a chunk, have as many pairs as fit these bytes of cache, within limits.
 constexpr Index kBlockBytes = 1 << 20, kLeastBlock = 256, kMostBlock = 4096;
 constexpr Index kChunkBytes = 1 << 20, kLeastChunk = 128, kMostChunk = 512;
 
@@ -66,14 +65,14 @@ class Estimate {
       sums_ += s.outer ? products(s.G, s.K, s.N) : static_cast<double>(s.N) / lanes_ / kClock;
   }
 
-  // The whole call where the threads share the rows out, or the columns of a step.
+  // The whole call where the rows are divided among the threads, or the columns of a step.
   double by_rows(int threads) const {
     const double mine = std::ceil(B_ / threads);
     return T_ * phase(kStep, mine, 1) + others(mine / B_) + region(threads);
   }
   double by_columns(int threads) const {
-    const auto meetings = static_cast<double>(program_.text().phases[kStep].size());
-    return T_ * (phase(kStep, B_, threads) + meetings * kBarrier) + others(1.0 / threads) +
+    const auto barriers = static_cast<double>(program_.text().phases[kStep].size());
+    return T_ * (phase(kStep, B_, threads) + barriers * kBarrier) + others(1.0 / threads) +
            region(threads);
   }
 
@@ -87,8 +86,8 @@ class Estimate {
     return T_ * B_ * part * (phase(kBefore, 1, 1, true) + phase(kAfter, 1, 1, true) + sums_);
   }
 
-  // One step of a phase: `rows` rows by one of so many threads that share the columns; with
-  // `blocked`, of many rows at a time, so that the weights' way from memory does not count.
+  // One step of a phase: `rows` rows on one of `threads` threads that share the columns. `blocked`:
+  // many rows at a time, so that reading the weights from memory does not count.
   double phase(int which, double rows, int threads, bool blocked = false) const {
     double time = 0;
     for (const Instruction& i : program_.text().phases[which]) {
@@ -115,8 +114,9 @@ class Estimate {
   double sums_ = 0;  // of a pair
 };
 
-// When the cores are oversubscribed, columns are not shared: each step would wait for the slowest.
-ProgramTeam choose_team(const ProgramCall& call, bool crowded) {
+// When the cores are oversubscribed, columns are not split: each step would wait for the slowest
+// thread.
+ProgramTeam choose_team(const ProgramCall& call, bool oversubscribed) {
   ProgramTeam best;
   if (call.threads <= 1 || call.T == 0 || call.B == 0) return best;
   const Estimate estimate(*call.program, call.T, call.B);
@@ -126,7 +126,7 @@ ProgramTeam choose_team(const ProgramCall& call, bool crowded) {
       least = estimate.by_rows(threads);
       best = {threads, false};
     }
-    if (!crowded && estimate.by_columns(threads) / kGainOfUnits < least) {
+    if (!oversubscribed && estimate.by_columns(threads) / kGainOfUnits < least) {
       least = estimate.by_columns(threads) / kGainOfUnits;
       best = {threads, true};
     }
@@ -141,7 +141,7 @@ ListOf<T> list_of(const std::vector<T>& items) {
   return {items.data(), static_cast<Index>(items.size())};
 }
 
-// The program as plain arrays. Keeps what is no array of the program's itself.
+// The program as plain arrays, some of which it owns.
 struct Planned {
   std::vector<CollectTable> tables;
   ProgramPlan plan;
@@ -176,7 +176,7 @@ struct Planned {
   Planned& operator=(const Planned&) = delete;
 };
 
-// Throws where the bytes of a run's workspace, at most, could not be counted in 64 bits.
+// Throws where the bytes of a run's workspace could overflow 64 bits.
 void expect_countable(const ProgramPlan& plan) {
   const ProgramText& text = plan.call->program->text();
   double widths = 0, weights = 0;
@@ -192,18 +192,13 @@ void expect_countable(const ProgramPlan& plan) {
   if ((widths * pairs + weights) * 8 > most) throw std::bad_alloc();
 }
 
-struct Task {
-  const ProgramKernels::Of& kernels;
-  const void* scratch;
-};
-
 }  // namespace
 
 // For whichever team a call may choose.
 std::size_t program_workspace_size(const ProgramCall& call) {
   std::size_t most = 0;
-  for (const bool crowded : {false, true}) {
-    const Planned planned(call, choose_team(call, crowded));
+  for (const bool oversubscribed : {false, true}) {
+    const Planned planned(call, choose_team(call, oversubscribed));
     expect_countable(planned.plan);
     most = std::max(most, kernels_of(*call.program).scratch(planned.plan));
   }
@@ -213,7 +208,7 @@ std::size_t program_workspace_size(const ProgramCall& call) {
 ProgramTeam program_team(const ProgramCall& call) { return choose_team(call, false); }
 
 void run_program(const ProgramCall& call) {
-  Planned planned(call, choose_team(call, cores_are_crowded()));
+  Planned planned(call, choose_team(call, cores_are_oversubscribed()));
   HostArena arena{static_cast<char*>(call.workspace)};
   auto* const at = static_cast<Barrier*>(arena.take(sizeof(Barrier)));
   const Barriers barriers(at, 1);
@@ -221,14 +216,8 @@ void run_program(const ProgramCall& call) {
   const ProgramKernels::Of& kernels = kernels_of(*call.program);
   void* const scratch = static_cast<char*>(call.workspace) + arena.used;
   kernels.lay_out(planned.plan, scratch);
-  Task task{kernels, scratch};
-  run_threads(
-      planned.plan.threads,
-      [](void* argument, int thread, int threads) {
-        const Task& t = *static_cast<const Task*>(argument);
-        t.kernels.run(t.scratch, thread, threads);
-      },
-      &task);
+  run_threads(planned.plan.threads,
+              [&](int thread, int threads) { kernels.run(scratch, thread, threads); });
 }
 
 }  // namespace fastrnn

@@ -5,5 +5,5 @@
 #include "program_walk.h"
 
 namespace fastrnn {
-const ProgramKernels avx2_programs = avx2::ProgramTableOfSet::kernels;
+const ProgramKernels avx2_programs = avx2::program_kernels;
 }

@@ -5,5 +5,5 @@
 #include "program_walk.h"
 
 namespace fastrnn {
-const ProgramKernels avx512_programs = avx512::ProgramTableOfSet::kernels;
+const ProgramKernels avx512_programs = avx512::program_kernels;
 }

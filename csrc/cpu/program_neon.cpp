@@ -5,5 +5,5 @@
 #include "program_walk.h"
 
 namespace fastrnn {
-const ProgramKernels neon_programs = neon::ProgramTableOfSet::kernels;
+const ProgramKernels neon_programs = neon::program_kernels;
 }

@@ -32,9 +32,9 @@ struct ProgramPlan {
   bool before_first = false, after_last = false;
 
   std::int64_t block_steps = 1;  // steps of a block
-  std::int64_t chunk = 1;        // pairs that go through a phase together
+  std::int64_t chunk = 1;        // pairs that run through a phase together
   int threads = 1;
-  bool share_columns = false;  // the threads share a step's columns, else the rows
+  bool share_columns = false;  // the threads divide a step's columns, else the rows
   Barrier* barrier = nullptr;
 };
 
@@ -43,7 +43,7 @@ struct ProgramKernels {
     int lanes;
     std::size_t (*scratch)(const ProgramPlan&);
     void (*lay_out)(const ProgramPlan&, void* scratch);  // once, before any thread runs
-    // By one of `threads` threads: plan.threads of them, or one.
+    // `threads`: plan.threads, or 1.
     void (*run)(const void* scratch, int thread, int threads);
   } of[2];  // f32, f64
 };

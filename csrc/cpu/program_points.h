@@ -1,9 +1,8 @@
-// Pointwise runs: operation after operation over a tile of rows and columns, which the registers of
-// the run keep in the first-level cache. One call of a function for each operation and tile.
+// Pointwise runs: operation after operation over a tile of rows and columns, so small that the tile
+// registers stay in the first-level cache. One function call for each operation and tile.
 //
 // An operand is a row of vectors, or one vector for the whole row (a splat): a constant, or one
-// element of each row. The last vector of a row may have lanes beyond it, which are neither read
-// nor written.
+// element of each row. Lanes beyond the end of a row are neither read nor written.
 #pragma once
 
 #include "program_rows.h"
@@ -119,7 +118,7 @@ struct PlacedOperand {
   C* data = nullptr;
   Index row = 0, step = 0;  // between rows, between vectors
   bool moves = false;       // along the rows and columns of the run; else its tile stays in place
-  // One element of each row, `every` apart from this one on: made a splat in `data` for each tile.
+  // One element of each row, `every` apart from this one on: splat to `data` for each tile.
   const C* elements = nullptr;
   Index every = 0;
 };
@@ -130,7 +129,7 @@ struct PlacedPoint {
   int operands;
 };
 
-// What a thread needs for runs: sized for the largest of a program.
+// A thread's scratch for runs: sized for the largest of a program.
 template <class C>
 struct PointScratch {
   static constexpr Index kTile = (16 << 10) / sizeof(C);  // elements of all registers
@@ -161,14 +160,14 @@ class Run {
     for (Index i = 0; i < run.count; ++i) {
       const PointOperand& to = op(i).to;
       const ProgramValue& v = plan.values.data[to.at.value];
-      if (v.home == Home::tile && v.index >= registers) registers = v.index + 1;
+      if (v.home == Home::tile) registers = most(registers, v.index + 1);
     }
-    const Index most = PointScratch<C>::kTile / registers / lanes * lanes;
-    columns_ = least(ceil_div(run.width, lanes) * lanes, most);
-    rows_ = least(most / columns_, PointScratch<C>::kRows);
+    const Index elements = PointScratch<C>::kTile / registers / lanes * lanes;  // of a register
+    columns_ = least(ceil_div(run.width, lanes) * lanes, elements);
+    rows_ = least(elements / columns_, PointScratch<C>::kRows);
   }
 
-  // Columns `columns` of the run, whole vectors but for the last of them, over a chunk.
+  // Runs over a chunk, for `columns` of the run: whole vectors but for the last of them.
   void over(const Chunk& chunk, const Range& columns) {
     const bool along_steps = chunk.rows < chunk.steps;
     const Index lines = along_steps ? chunk.rows : chunk.steps;

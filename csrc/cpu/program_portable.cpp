@@ -5,5 +5,5 @@
 #include "program_walk.h"
 
 namespace fastrnn {
-const ProgramKernels portable_programs = portable::ProgramTableOfSet::kernels;
+const ProgramKernels portable_programs = portable::program_kernels;
 }

@@ -1,12 +1,12 @@
 // The products of a program: rows by weights, by the micro-kernel of gemm.h.
 //
 // Weights    of each group in blocks of four vectors of outputs, the last of one, two or four:
-//            [group][block][k][vector][lane]. Packed once in a call; or, where too few rows would
-//            repay that, read where they lie (pack.h).
-// Few rows   of one or two rows several blocks run side by side, so that a sum's next addition need
-//            not wait for the last one.
-// The sums begin with what they are added to, and k runs in order: a result's bits depend neither
-// on the rows beside it, nor on who computes it, nor on where the weights are read.
+//            [group][block][k][vector][lane]. Packed once in a call; or read in place (pack.h)
+//            where there are too few rows to repay packing.
+// Few rows   for one or two rows several blocks run side by side, to hide an addition's latency.
+//
+// A sum starts from `init`, and k runs in order: a result's bits depend neither on the rows beside
+// it, nor on the thread that computes it, nor on where the weights are read.
 #pragma once
 
 #include "program_rows.h"
@@ -16,13 +16,13 @@ namespace fastrnn::FASTRNN_ISA {
 // Where the weights of a product are read.
 enum class Reading : std::uint8_t {
   packed,
-  along_n,  // where they lie, of a block of whole vectors: the outputs' weights side by side
-  along_k,  // where they lie, a square at a time, turned in registers
+  along_n,  // in place, blocks of whole vectors: the outputs' weights are side by side
+  along_k,  // in place, a square at a time, transposed in registers
 };
 
-// `uses` times all weights are gone through, by `rows` rows each. Where they lie side by side for
-// the outputs, that costs little more than packed ones do; to turn them costs as much as to
-// multiply three rows by them, and packing as much as so many turns (docs/kernels-cpu.md).
+// All weights are read `uses` times, for `rows` rows each. Reading along n costs little more than
+// packed weights do. To transpose them costs as much as to multiply three rows by them, and packing
+// as much as `turns` transposes (docs/kernels-cpu.md).
 template <class C>
 FASTRNN_INLINE Reading choose_reading(const Product& p, Index uses, Index rows) {
   constexpr Index kFewUses = 4;
@@ -34,14 +34,25 @@ FASTRNN_INLINE Reading choose_reading(const Product& p, Index uses, Index rows) 
   return p.w_k == 1 && uses * (3 + rows) <= 3 * turns ? Reading::along_k : Reading::packed;
 }
 
-// The weights of a product in blocks of outputs, each an item.
+// body(Int<N>{}) for the N vectors of a block: 4, 2 or 1; 3 take the room of 4.
+template <class Body>
+FASTRNN_INLINE void with_vectors(Index vectors, Body body) {
+  if (vectors > 2)
+    body(Int<4>{});
+  else if (vectors == 2)
+    body(Int<2>{});
+  else
+    body(Int<1>{});
+}
+
+// The weights of a product in blocks of outputs. An item is one block of one group.
 template <class C>
 struct Weights {
   using V = Vec<C>;
   static constexpr int lanes = V::lanes, wide = 4, block_outputs = wide * lanes;
 
   const Product& p;
-  const C* matrix = nullptr;  // where they lie, at the product's offset
+  const C* matrix = nullptr;  // the caller's, at the product's offset
   C* packed = nullptr;
   Reading reading = Reading::packed;
 
@@ -60,8 +71,7 @@ struct Weights {
     const C* data;
     Index step, next;  // to the weights of the next k, to the next block
   };
-  // The blocks before a group's last, and that too if it is whole, are alike: `next` leads from one
-  // to the other.
+  // Whole blocks of a group are alike: `next` leads from one to the next.
   bool is_whole(Index b) const { return (b + 1) * block_outputs <= p.N; }
   Block block(Index item) const {
     const Index group = item / blocks(), b = item % blocks();
@@ -88,12 +98,9 @@ struct Weights {
     }
     w.row = p.w_k;
     w.unit = p.w_n;
-    if (at.vectors == 4)
-      pack_columns<4, C, C>(to, w, 0, p.K, at.first, p.N);
-    else if (at.vectors == 2)
-      pack_columns<2, C, C>(to, w, 0, p.K, at.first, p.N);
-    else
-      pack_columns<1, C, C>(to, w, 0, p.K, at.first, p.N);
+    with_vectors(at.vectors, [&](auto n) FASTRNN_INLINE_LAMBDA {
+      pack_columns<n.value, C, C>(to, w, 0, p.K, at.first, p.N);
+    });
   }
 };
 
@@ -102,7 +109,7 @@ template <class C>
 struct ProductRows {
   const C** in;
   C** out;
-  const C** init;  // null: the sums begin with zero
+  const C** init;  // null: the sums start from zero
   Index count;
 };
 
@@ -118,16 +125,12 @@ class RunProduct {
 
   // Blocks `items` of outputs of all groups.
   void over(const Range& items) {
-    if (weights_.reading == Reading::along_k) return turned(items);
-    if (rows_.count <= 2) return few_rows(items);
+    if (weights_.reading == Reading::along_k) return transposed(items);
+    if (rows_.count == 1) return side_by_side<1, 6>(items);
+    if (rows_.count == 2) return side_by_side<2, 3>(items);
     for (Index item = items.begin; item < items.end; ++item) {
       const Block at = weights_.block(item);
-      if (at.vectors == 4)
-        all_rows<4>(at);
-      else if (at.vectors == 2)
-        all_rows<2>(at);
-      else
-        all_rows<1>(at);
+      with_vectors(at.vectors, [&](auto n) FASTRNN_INLINE_LAMBDA { all_rows<n.value>(at); });
     }
   }
 
@@ -140,14 +143,7 @@ class RunProduct {
     });
   }
 
-  void few_rows(const Range& items) {
-    if (rows_.count == 1)
-      side_by_side<1, 6>(items);
-    else if (rows_.count == 2)
-      side_by_side<2, 3>(items);
-  }
-
-  // Whole blocks of a group side by side, then a last one by itself.
+  // Whole blocks of a group side by side, then a last one that is not whole.
   template <int R, int Most>
   void side_by_side(const Range& items) {
     constexpr int most = FASTRNN_REGISTERS == 32 ? Most : Most / 3;
@@ -161,19 +157,14 @@ class RunProduct {
                               });
       if (last) {
         const Block at = weights_.block(end - 1);
-        if (at.vectors == 4)
-          add<R, 4, 1>(at, 0);
-        else if (at.vectors == 2)
-          add<R, 2, 1>(at, 0);
-        else
-          add<R, 1, 1>(at, 0);
+        with_vectors(at.vectors, [&](auto n) FASTRNN_INLINE_LAMBDA { add<R, n.value, 1>(at, 0); });
       }
       item = end;
     }
   }
 
-  // By weights that lie along k: the sums are in memory.
-  void turned(const Range& items) {
+  // By weights that are contiguous along k: the sums are in memory.
+  void transposed(const Range& items) {
     constexpr int most = 8;  // rows
     for (Index item = items.begin; item < items.end; ++item) {
       const Block at = weights_.block(item);
@@ -184,12 +175,12 @@ class RunProduct {
       block.gates = 1;
       block.unit = at.first;
       for (Index first = 0; first < rows_.count; first += most)
-        add_turned(block, at, first, least(most, rows_.count - first));
+        add_transposed(block, at, first, least(most, rows_.count - first));
     }
   }
 
-  FASTRNN_NOINLINE void add_turned(const BlockInPlace& block, const Block& at, Index first,
-                                   Index rows) {
+  FASTRNN_NOINLINE void add_transposed(const BlockInPlace& block, const Block& at, Index first,
+                                       Index rows) {
     V sums[8 * wide];
     const C* x[8] = {};
     const Index column = at.group * p_.out_group + at.first, count = at.vectors;
@@ -221,7 +212,7 @@ class RunProduct {
     const bool whole = p_.N - at.first >= Index{M} * N * lanes;
     V acc[R][M * N];
     clear(acc);
-    if (rows_.init) begin_with(acc, first, column, at.first, whole);
+    if (rows_.init) load_init(acc, first, column, at.first, whole);
     if constexpr (M == 1)
       accumulate<R, N>(acc, x, p_.K, at.data, at.step);
     else
@@ -238,8 +229,8 @@ class RunProduct {
   }
 
   template <int R, int N>
-  FASTRNN_INLINE void begin_with(V (&acc)[R][N], Index first, Index column, Index output,
-                                 bool whole) {
+  FASTRNN_INLINE void load_init(V (&acc)[R][N], Index first, Index column, Index output,
+                                bool whole) {
 #pragma GCC unroll 24
     for (int r = 0; r < R; ++r) {
       const C* from = rows_.init[first + r] + column;

@@ -1,8 +1,8 @@
-// Where the rows of a program's values lie, and the instructions that make each row from one other:
-// reduce and collect.
+// Where the rows of a program's values are, and the instructions that compute each row from one
+// other: reduce and collect.
 //
-// A chunk is the pairs of some steps and rows that go through a phase together. In it the pair of
-// its i-th step and j-th row of any value lies at base + i·step + j·row.
+// A chunk is the pairs of some steps and rows that run through a phase together. A value of its
+// i-th step and j-th row is at base + i·step + j·row.
 #pragma once
 
 #include "functions.h"
@@ -52,7 +52,7 @@ struct Merge {
   }
 };
 
-// n elements side by side: by vectors, then the lanes of the sum.
+// n contiguous elements: by vectors, then the lanes of the sum.
 template <class M, class C>
 FASTRNN_INLINE C reduce_side_by_side(const C* x, Index n) {
   using V = Vec<C>;
@@ -76,7 +76,7 @@ FASTRNN_INLINE void reduce_row(const Reduce& r, C* to, const C* from, const Rang
     for (; g < outputs.end; ++g) to[g] = reduce_side_by_side<M>(from + g * r.segment, r.n);
     return;
   }
-  if (r.segment == 1)  // neighbours are reduced side by side, in the order of one by itself
+  if (r.segment == 1)  // a vector of outputs at once, each in the order of one alone
     for (; g + V::lanes <= outputs.end; g += V::lanes) {
       V all(M::template start<C>());
       for (Index j = 0; j < r.n; ++j) all = M::vectors(all, V::load(from + g + j * r.element));
@@ -89,9 +89,9 @@ FASTRNN_INLINE void reduce_row(const Reduce& r, C* to, const C* from, const Rang
   }
 }
 
-// Σ value(j, lanes) over n elements side by side: four sums of vectors, then their lanes.
+// The mean of value(j, lanes) over n contiguous elements: four sums of vectors, then their lanes.
 template <class C, class Value>
-FASTRNN_INLINE C sum_side_by_side(Index n, Value value) {
+FASTRNN_INLINE C mean_of(Index n, Value value) {
   using V = Vec<C>;
   constexpr int lanes = V::lanes, most = 4;
   V sum[most] = {V(0), V(0), V(0), V(0)};
@@ -100,7 +100,8 @@ FASTRNN_INLINE C sum_side_by_side(Index n, Value value) {
 #pragma GCC unroll 4
     for (int k = 0; k < most; ++k) sum[k] = sum[k] + value(j + k * lanes, Index{lanes});
   for (; j < n; j += lanes) sum[0] = sum[0] + value(j, n - j);
-  return merge_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]), [](C a, C b) { return a + b; });
+  return merge_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]), [](C a, C b) { return a + b; }) /
+         static_cast<C>(n);
 }
 
 // x − mean of a row's last elements, 0 beyond them.
@@ -114,34 +115,28 @@ FASTRNN_INLINE Vec<C> centred_first(const C* x, C mean, Index count) {
 template <class C>
 FASTRNN_INLINE void moments_of_row(C* to, const C* x, Index n) {
   using V = Vec<C>;
-  const C count = static_cast<C>(n);
-  const C mean =
-      sum_side_by_side<C>(
-          n, [&](Index j, Index left) FASTRNN_INLINE_LAMBDA { return load_most(x + j, left); }) /
-      count;
-  const C variance = sum_side_by_side<C>(n,
-                                         [&](Index j, Index left) FASTRNN_INLINE_LAMBDA {
-                                           const V away = left >= V::lanes
-                                                              ? V::load(x + j) - V(mean)
-                                                              : centred_first(x + j, mean, left);
-                                           return away * away;
-                                         }) /
-                     count;
+  const auto value = [&](Index j, Index left)
+                         FASTRNN_INLINE_LAMBDA { return load_most(x + j, left); };
+  const C mean = mean_of<C>(n, value);
+  const auto squared = [&](Index j, Index left) FASTRNN_INLINE_LAMBDA {
+    const V centred =
+        left >= V::lanes ? V::load(x + j) - V(mean) : centred_first(x + j, mean, left);
+    return centred * centred;
+  };
+  const C variance = mean_of<C>(n, squared);
   to[0] = mean;
   to[1] = C(1) / __builtin_sqrt(variance + static_cast<C>(kMomentsEpsilon));
 }
 
 template <class C>
 FASTRNN_INLINE void means_of_row(C* to, const C* x, const C* y, Index n) {
-  const C count = static_cast<C>(n);
-  to[0] = sum_side_by_side<C>(n, [&](Index j, Index left)
-                                     FASTRNN_INLINE_LAMBDA { return load_most(x + j, left); }) /
-          count;
-  to[1] = sum_side_by_side<C>(n,
-                              [&](Index j, Index left) FASTRNN_INLINE_LAMBDA {
-                                return load_most(x + j, left) * load_most(y + j, left);
-                              }) /
-          count;
+  const auto value = [&](Index j, Index left)
+                         FASTRNN_INLINE_LAMBDA { return load_most(x + j, left); };
+  const auto product = [&](Index j, Index left) FASTRNN_INLINE_LAMBDA {
+    return load_most(x + j, left) * load_most(y + j, left);
+  };
+  to[0] = mean_of<C>(n, value);
+  to[1] = mean_of<C>(n, product);
 }
 
 template <class C>
@@ -175,7 +170,7 @@ template <class C>
 FASTRNN_INLINE void collect_piece(const Piece& piece, const CollectTable& table, C* to,
                                   const C* from, const Range& outputs) {
   using V = Vec<C>;
-  const Index begin = piece.begin > outputs.begin ? piece.begin : outputs.begin;
+  const Index begin = most(piece.begin, outputs.begin);
   const Index end = least(piece.begin + piece.count, outputs.end);
   switch (piece.kind) {
     case Piece::Kind::zeros:

@@ -1,10 +1,10 @@
 // The sums over pairs of a program: gradients of weights and of vectors.
 //
-// A matrix of sums has lines and columns, of which the columns lie side by side where they can. The
-// pairs run in blocks of kPairs: each is summed in registers, then added to what is there, one
-// block after the other. The blocks are cut from the blocks of steps, so the bits depend on T, B
-// and the program. Threads share the lines out (of vectors the columns); each packs what it
-// multiplies, so nobody waits for another between two sums, where these have no target in common.
+// A matrix of sums has lines and columns; columns are side by side where possible. The pairs run in
+// blocks of kPairs: each is summed in registers, then added to the target, one block after the
+// other. The blocks are cut from the blocks of steps, so the bits depend on T, B and the program.
+// The lines (of vectors the columns) are divided among the threads. Each packs its own operands, so
+// there is no barrier between two sums of different targets.
 #pragma once
 
 #include "program_products.h"
@@ -54,11 +54,11 @@ class OuterSum {
   static constexpr int lanes = V::lanes, R = Scratch::lines, wide = Scratch::wide;
 
  public:
-  // `starts`: what is in the target is none of the sums'.
+  // `starts`: the target is written, not added to.
   OuterSum(const PairSum& sum, C* target, const Scratch& scratch, bool starts)
       : s_(sum), m_(sum), target_(target + sum.offset), scratch_(scratch), starts_(starts) {}
 
-  // The rows of `pairs` pairs are in scratch, without the operands' offsets.
+  // The rows of `pairs` pairs are in scratch, the operands' offsets not yet added.
   void add(Index pairs, int thread, int threads) {
     const Index groups = ceil_div(m_.lines, Index{R});  // of lines
     const bool shared = s_.w_group == 0;                // every group adds to the same sums
@@ -80,12 +80,9 @@ class OuterSum {
       pack_panel(m_.column.offset + g * m_.column_group + column, m_.columns - column, vectors,
                  pairs);
       for (Index group = groups.begin; group < groups.end; ++group) {
-        if (vectors > 2)
-          add_block<4>(g, group, column, pairs);
-        else if (vectors == 2)
-          add_block<2>(g, group, column, pairs);
-        else
-          add_block<1>(g, group, column, pairs);
+        with_vectors(vectors, [&](auto n) FASTRNN_INLINE_LAMBDA {
+          add_block<n.value>(g, group, column, pairs);
+        });
       }
     }
   }
@@ -107,7 +104,6 @@ class OuterSum {
   }
   C* packed(Index group) const { return scratch_.packed + group * R * Scratch::kPairs; }
 
-  // Four vectors, two or one of each pair; three are four.
   void pack_panel(Index offset, Index columns, Index vectors, Index pairs) {
     const Index width = (vectors == 3 ? 4 : vectors) * lanes;
     for (Index k = 0; k < pairs; ++k) {

@@ -1,13 +1,13 @@
 // A program over a sequence: blocks of steps, each through its phases (csrc/program.h).
 //
-// Chunks      The pairs of a phase go through it in chunks, all instructions for one, then for the
-//             next: what is local lives in the cache.
-// State       two copies of each, written in turn; the first step reads the caller's, the last one
+// Chunks      A phase runs over its pairs in chunks, all instructions on one chunk, then on the
+//             next, so that local values stay in the cache.
+// State       Two copies of each, written in turn; the first step reads the caller's, the last one
 //             writes the caller's.
-// Threads     Each has rows of its own and meets the others around the pair sums alone; or, where
-//             rows are few, all share the columns of each instruction of a step, meet after it, and
-//             share out the pairs of the other phases. Where one waits long for another at a step,
-//             the first goes on alone for a while.
+// Threads     Each has rows of its own, with barriers around the pair sums alone; or, where rows
+//             are few, all share the columns of each instruction of a step, with a barrier after
+//             it, and divide the pairs of the other phases. Where a step's barrier takes long, the
+//             first thread runs a solo phase (threads.h).
 #pragma once
 
 #include "program_points.h"
@@ -21,15 +21,15 @@ class Walk {
   using Sums = SumScratch<C>;
   static constexpr int lanes = V::lanes;
 
-  // Of a product: what this call makes of its weights.
-  struct Weighing {
+  // The weights of a product in this call.
+  struct ProductWeights {
     C* packed;
     Reading reading;
   };
 
-  // What a thread works with by itself.
+  // One thread's scratch.
   struct Mine {
-    Place<C>* places;  // [values]: of the chunk at hand
+    Place<C>* places;  // [values]: of the current chunk
     C* locals;
     const C **in, **init;  // [chunk]
     C** out;
@@ -38,12 +38,13 @@ class Walk {
   };
 
  public:
-  // Laid out once for all threads, each of which then runs a copy. From null it only counts.
+  // Laid out once for all threads, each of which then runs a copy. A null base only counts bytes.
   Walk(const ProgramPlan& plan, void* base)
       : plan_(&plan), call_(plan.call), T_(call_->T), B_(call_->B) {
     Arena arena(base);
     constants_ = arena.take<C>(plan.constants.count * lanes);
-    weights_ = arena.take<Weighing>(count_products());
+    weights_ =
+        arena.take<ProductWeights>(products_in(kBefore) + products_in(kStep) + products_in(kAfter));
     blocks_ = arena.take<C*>(plan.values.count);
     local_offsets_ = arena.take<Index>(plan.values.count);
     states_ = arena.take<C*>(plan.states.count);
@@ -83,14 +84,8 @@ class Walk {
           body(instruction.product, number++, phase);
       }
   }
-  Index count_products() const {
-    Index count = 0;
-    each_product([&](const Product&, Index, int) { ++count; });
-    return count;
-  }
 
   void lay_out_values(Arena& arena) {
-    Index zeros = 0;
     for (Index v = 0; v < plan_->values.count; ++v) {
       const ProgramValue& value = plan_->values.data[v];
       if (value.home == Home::block) {
@@ -101,24 +96,24 @@ class Walk {
         if (local_offsets_) local_offsets_[v] = local_width_;
         local_width_ += ceil_div(value.width, lanes) * lanes;
       }
-      // Where the caller's states may be absent.
+      // The caller's states may be absent.
       const bool may_be_absent =
           value.home == Home::carry || value.home == Home::next || value.home == Home::sequence;
-      if (may_be_absent && value.width > zeros) zeros = value.width;
+      if (may_be_absent && value.width > zero_count_) zero_count_ = value.width;
     }
     for (Index k = 0; k < plan_->states.count; ++k) {
       C* const at = arena.take<C>(2 * B_ * plan_->states.data[k]);
       if (states_) states_[k] = at;
     }
-    zero_count_ = zeros;
-    zeros_ = arena.take<C>(zeros);
+    zeros_ = arena.take<C>(zero_count_);
     team_locals_ = plan_->share_columns ? arena.take<C>(plan_->chunk * local_width_) : nullptr;
   }
 
   void lay_out_products(Arena& arena) {
     each_product([&](const Product& p, Index number, int phase) {
       const Index uses = phase == kStep ? T_ : 1, rows = phase == kStep ? B_ : T_ * B_;
-      const Weighing made{arena.take<C>(Weights<C>{p}.size()), choose_reading<C>(p, uses, rows)};
+      const ProductWeights made{arena.take<C>(Weights<C>{p}.size()),
+                                choose_reading<C>(p, uses, rows)};
       if (weights_) weights_[number] = made;
     });
   }
@@ -129,13 +124,12 @@ class Walk {
       for (Index i = 0; i < phase.count; ++i) {
         if (phase.data[i].kind != Instruction::Kind::run) continue;
         const PointwiseRun& run = phase.data[i].run;
-        if (run.count > operations) operations = run.count;
-        const Index here = count_scalars(run);
-        if (here > scalars) scalars = here;
+        operations = most(operations, run.count);
+        scalars = most(scalars, count_scalars(run));
       }
     for (Index i = 0; i < plan_->sums.count; ++i) {
-      const SumMatrix m(plan_->sums.data[i]);
-      if (plan_->sums.data[i].outer && m.lines > lines) lines = m.lines;
+      const PairSum& sum = plan_->sums.data[i];
+      if (sum.outer) lines = most(lines, SumMatrix(sum).lines);
     }
     threads_of_ = arena.take<Mine>(plan_->threads);
     for (int t = 0; t < plan_->threads; ++t) {
@@ -181,7 +175,7 @@ class Walk {
   }
 
   Weights<C> weights_of(const Product& p, Index number) const {
-    const Weighing& made = weights_[number];
+    const ProductWeights& made = weights_[number];
     return {p, shared(p.weight.value) + p.weight.offset, made.packed, made.reading};
   }
 
@@ -236,7 +230,7 @@ class Walk {
     return count;
   }
 
-  // The thread's rows in as few chunks as there can be, about equally large.
+  // Rows of a chunk: the thread's rows in as few chunks as possible, of about equal size.
   Index rows_of_chunk() const {
     const Index rows = rows_.end - rows_.begin;
     return rows > 0 ? ceil_div(rows, ceil_div(rows, plan_->chunk)) : 1;
@@ -264,40 +258,40 @@ class Walk {
     }
   }
 
-  // Where a thread of the team is kept from its core, all would wait for it after each instruction:
-  // the first one goes on alone, the others rest until it has found their cores free again, or
-  // until the block is done.
+  // Where the cores are oversubscribed, all would wait for a thread without a core after each
+  // instruction. Then the first thread runs alone and the others rest until the cores are free
+  // again, or until the end of the block.
   void steps(Index begin, Index end, Index products) {
     int resting = 0;
     for (Index s = begin; s < end;) {
-      if (resting > 0 && plan_->barrier->gathers(resting)) {
-        plan_->barrier->call(s);
+      if (resting > 0 && plan_->barrier->all_ready(resting)) {
+        plan_->barrier->resume(s);
         resting = 0;
       }
-      const bool crowded = step(s++, products, resting == 0 && columns_);
-      if (!crowded || s == end) continue;
+      const bool oversubscribed = step(s++, products, resting == 0 && columns_);
+      if (!oversubscribed || s == end) continue;
       if (thread_ > 0)
-        s = plan_->barrier->rest(recess_++);
+        s = plan_->barrier->rest(solo_phases_++);
       else
         resting = threads_ - 1;
     }
-    if (resting > 0) plan_->barrier->call(end);
+    if (resting > 0) plan_->barrier->resume(end);
   }
 
-  // Whether the team, where the threads share the columns, has waited long.
+  // Returns whether the team's cores are oversubscribed, where the threads share the columns.
   bool step(Index s, Index products, bool together) {
     Chunk chunk;
     chunk.t = time_of(s);
     chunk.steps = 1;
-    bool crowded = false;
+    bool oversubscribed = false;
     const Index part = rows_of_chunk();
     for (Index b = rows_.begin; b < rows_.end; b += part) {
       chunk.b = b;
       chunk.rows = least(part, rows_.end - b);
-      crowded =
+      oversubscribed =
           through(kStep, chunk, s, products, columns_ ? team_locals_ : mine_->locals, together);
     }
-    return crowded;
+    return oversubscribed;
   }
 
   bool through(int phase, const Chunk& chunk, Index s, Index products, C* locals, bool together) {
@@ -306,14 +300,14 @@ class Walk {
       mine_->places[value] = place(value, chunk, s, locals);
     }
     const auto& list = plan_->phases[phase];
-    bool crowded = false;
+    bool oversubscribed = false;
     for (Index i = 0; i < list.count; ++i) {
       const Instruction& instruction = list.data[i];
       execute(instruction, chunk, together, products);
       if (instruction.kind == Instruction::Kind::product) ++products;
-      if (together) crowded = meet(Barrier::Wait::step);
+      if (together) oversubscribed = meet(Barrier::Wait::step);
     }
-    return crowded;
+    return oversubscribed;
   }
 
   // ---- where values lie -------------------------------------------------------------------------
@@ -417,7 +411,7 @@ class Walk {
   // ---- pair sums --------------------------------------------------------------------------------
 
   void pair_sums(Index count, bool first) {
-    Index met = 0;  // the first sum since a meeting
+    Index met = 0;  // the first sum since a barrier
     for (Index i = 0; i < plan_->sums.count; ++i) {
       const PairSum& sum = plan_->sums.data[i];
       for (Index j = met; j < i; ++j)
@@ -430,7 +424,7 @@ class Walk {
     }
   }
 
-  // `starts`: the first pairs find nothing that they would be added to.
+  // `starts`: the first pairs are written, not added.
   void pair_sum(const PairSum& sum, Index pairs, bool starts) {
     C* const target = static_cast<C*>(call_->gradients[sum.target]);
     const Sums& scratch = mine_->sums;
@@ -463,10 +457,10 @@ class Walk {
   const ProgramCall* call_;
   Index T_, B_;
   C *constants_, *zeros_ = nullptr;
-  Weighing* weights_;     // of each product, in the order of the phases
-  C** blocks_;            // of each value
-  C** states_;            // of each state: [2][B][width]
-  Index* local_offsets_;  // of each value, in units of a chunk
+  ProductWeights* weights_;  // of each product, in the order of the phases
+  C** blocks_;               // of each value
+  C** states_;               // of each state: [2][B][width]
+  Index* local_offsets_;     // of each value, in units of a chunk
   Index local_width_ = 0, zero_count_ = 0;
   C* team_locals_ = nullptr;
   Mine* threads_of_ = nullptr;
@@ -477,8 +471,8 @@ class Walk {
   int thread_ = 0, threads_ = 1;
   bool columns_ = false;
   Range rows_{0, 0};
-  std::uint32_t recess_ = 0;  // how often it has rested
-  Index first_time_ = 0;      // of the block of steps
+  std::uint32_t solo_phases_ = 0;  // through which the thread has rested
+  Index first_time_ = 0;           // of the block of steps
 };
 
 template <class C>
@@ -500,11 +494,10 @@ void walk_program(const void* scratch, int thread, int threads) {
 }
 
 template <class C>
-constexpr ProgramKernels::Of program_kernels() {
+constexpr ProgramKernels::Of program_kernels_of() {
   return {Vec<C>::lanes, program_scratch<C>, lay_out_program<C>, walk_program<C>};
 }
-struct ProgramTableOfSet {
-  static constexpr ProgramKernels kernels = {{program_kernels<float>(), program_kernels<double>()}};
-};
+inline constexpr ProgramKernels program_kernels = {
+    {program_kernels_of<float>(), program_kernels_of<double>()}};
 
 }  // namespace fastrnn::FASTRNN_ISA

@@ -73,7 +73,7 @@ class Parts {
     run_layer(layer, s_.kernels.backward);
   }
 
-  // Only the saved values are wanted: the other results go to scratch.
+  // Only the saved values are needed: the other results go to scratch.
   Layer forward_again(Layer layer) const {
     layer.scratch = w_.again;
     layer.output = {w_.hidden, 0, s_.O, 1};

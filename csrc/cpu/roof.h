@@ -1,4 +1,4 @@
-// What the machine itself can do on one instruction set: loops that do one kind of work and nothing
+// The limits of the machine on one instruction set: loops that do one kind of work and nothing
 // else, with the vectors and the `fma` of the kernels.
 //
 // Arithmetic   acc[i] ← acc[i]·x + y in registers alone, with as many independent chains as a
@@ -6,8 +6,8 @@
 // Reading      acc[i] ← acc[i] + x[..] through an array again and again: the rate at which one
 //              thread gets weights from the cache, or the memory, that holds them.
 //
-// Every loop returns the sum of its accumulators. They start apart, so that no two chains are the
-// same; a caller that keeps the sum keeps the loop.
+// Every loop returns the sum of its accumulators, which start from different values so that no two
+// chains are the same. The caller must use the sum, or a compiler may drop the loop.
 #pragma once
 
 #include "layer.h"

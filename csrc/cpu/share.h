@@ -1,10 +1,10 @@
 // What each thread of a team owns of a layer: directions, rows, and blocks of hidden units.
 //
 // A thread owns one direction or runs one after the other. Threads of one direction divide the rows
-// (Deal); those that share rows divide the blocks of units and meet at a barrier, once for each
-// product of a step. Where such a team waits long (its cores are oversubscribed), it enters a solo
-// phase: the first thread computes all units alone, the others rest, until the cores are free
-// again. Nothing about who computes a value changes its bits.
+// (Deal); those that share rows divide the blocks of units, with a barrier for each product of a
+// step. Where such a team waits long (its cores are oversubscribed), it enters a solo phase: the
+// first thread computes all units alone, the others rest, until the cores are free again. A value's
+// bits do not depend on the thread that computes it.
 #pragma once
 
 #include "layer.h"
@@ -55,7 +55,7 @@ FASTRNN_INLINE void run_directions(const Layer& layer, const Plan& plan, int thr
     at = d * T + done;
     if (done == T) continue;
     if (share.resting > 0) {  // the solo phase ends
-      share.team->call(at);
+      share.team->resume(at);
       share = share_of(layer, plan, thread);
       enter(plan, thread);
     } else if (thread > 0) {
@@ -67,11 +67,11 @@ FASTRNN_INLINE void run_directions(const Layer& layer, const Plan& plan, int thr
       enter(layer.single, thread);
     }
   }
-  if (share.resting > 0) share.team->call(end);
+  if (share.resting > 0) share.team->resume(end);
 }
 
-// The rows of a share. Sorted rows are dealt out in runs of `run` rows, round robin, so that each
-// thread gets long and short rows alike; rows of equal length are divided into one run a thread.
+// The rows of a share. Sorted rows are dealt in runs of `run` rows, round robin, so that each
+// thread gets long and short rows; rows of equal length are divided into one run a thread.
 struct Deal {
   Index run, thread, threads;
 

@@ -19,9 +19,9 @@
 #include <arm_neon.h>
 #endif
 
-// What a kernel does once per tile is one function, not a copy in each of its variants.
+// For what a kernel does once per tile: one function, not a copy in each of its variants.
 #define FASTRNN_NOINLINE __attribute__((noinline))
-// What a lambda does with accumulators must be inlined, or these go through memory.
+// A lambda that takes accumulators must be inlined, or these go through memory.
 #define FASTRNN_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace fastrnn::FASTRNN_ISA {
@@ -71,8 +71,8 @@ FASTRNN_OPERATOR(*)
 FASTRNN_OPERATOR(/)
 #undef FASTRNN_OPERATOR
 
-// a·b + c, in one rounding where the set has it. Spelled out, never left to the compiler's
-// contraction: the same sum must round the same way in every kernel it appears in.
+// a·b + c, with one rounding where the set has it. Written out, never left to the compiler's
+// contraction: a sum must round the same way in every kernel.
 template <class T>
 FASTRNN_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 #if defined(__AVX512F__) && FASTRNN_VECTOR_BYTES == 64
@@ -95,7 +95,7 @@ FASTRNN_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 #endif
 }
 
-// Comparisons with NaN are false, so a NaN in the first argument comes through.
+// Comparisons with NaN are false, so NaN in the first argument is returned.
 template <class T>
 FASTRNN_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return Vec<T>(b.v > a.v ? b.v : a.v);
@@ -107,10 +107,6 @@ FASTRNN_INLINE Vec<T> minimum(Vec<T> a, Vec<T> b) {
 template <class T>
 FASTRNN_INLINE Vec<T> positive(Vec<T> x) {
   return Vec<T>(x.v <= Vec<T>(0).v ? Vec<T>(0).v : Vec<T>(1).v);
-}
-template <class T>
-FASTRNN_INLINE Vec<T> choose(Vec<T> condition, Vec<T> a, Vec<T> b) {
-  return Vec<T>(condition.v > Vec<T>(0).v ? a.v : b.v);
 }
 template <class T>
 FASTRNN_INLINE Vec<T> between(Vec<T> x, Vec<T> low, Vec<T> high) {
@@ -181,8 +177,8 @@ FASTRNN_INLINE Vec<T> exp_minus_one(Vec<T> x) {
   return fma(e.scale, e.remainder, e.scale - Vec<T>(1));
 }
 
-// e^-x. Infinite where its inverse would no longer be a normal number, so that 1 / (1 + e^-x) ends
-// in zero; held at the other end, where it vanishes beside the one.
+// e^-x. Infinite where its inverse would not be a normal number, so that 1 / (1 + e^-x) is zero
+// there; clamped at the other end, where 1 + e^-x is 1.
 template <class T>
 FASTRNN_INLINE Vec<T> exp_minus(Vec<T> x) {
   const Vec<T> limit(sizeof(T) == 4 ? 87.0 : 708.0), y = Vec<T>(0) - x;
@@ -191,8 +187,8 @@ FASTRNN_INLINE Vec<T> exp_minus(Vec<T> x) {
   return Vec<T>(y.v > limit.v ? Vec<T>(__builtin_inf()).v : value.v);
 }
 
-// The same value of N rows side by side, for a cell: while one row waits for a result of its own,
-// another has work. What is done to it is done to each row, to the same bits.
+// One value of N rows side by side, so that a cell's latencies overlap. Each operation is done to
+// each row, with the same bits.
 template <class C, int N>
 struct Rows {
   Vec<C> of[N];
@@ -316,7 +312,7 @@ FASTRNN_INLINE void store_units(Vec<C> x, S* p, Index count) {
   for (Index i = 0; i < count; ++i) narrow(lane[i], p + i);
 }
 
-// A row of what it already is.
+// Rows that are not converted.
 template <class T>
 FASTRNN_INLINE void gather(T* to, const T* from, Index unit, Index count) {
   for (Index u = 0; u < count; ++u) to[u] = from[u * unit];
@@ -352,8 +348,8 @@ FASTRNN_INLINE void scatter(S* to, const C* from, Index count) {
   for (; u < count; ++u) narrow(from[u], to + u);
 }
 
-// Recurrent states decay into subnormal numbers, which cost a hundred cycles each: taken as zero
-// while an object of this lives.
+// Treats subnormal numbers as zero while it lives: recurrent states decay into them, and each costs
+// a hundred cycles.
 class FlushSubnormals {
 #if defined(__x86_64__) || defined(_M_X64)
  public:

@@ -122,6 +122,23 @@ Sequence contiguous(const Stack& s, void* data, std::int64_t width) {
 
 // ---- a layer ------------------------------------------------------------------------------------
 
+namespace {
+
+// A state array from group g on.
+State from_group(const State& a, std::int64_t g, std::size_t bytes) {
+  return {shifted(a.data, g * a.group, bytes), a.group, a.row, a.unit};
+}
+
+// A sequence array of several layers, `stride` apart, from layer l on.
+Sequence from_layer(const Stack& s, const Sequence& a, std::int64_t l, std::int64_t stride,
+                    std::size_t bytes) {
+  Sequence from = normal(s, a);
+  from.data = shifted(a.data, l * stride, bytes);
+  return from;
+}
+
+}  // namespace
+
 Layer describe_weights(const Stack& s, std::int64_t l) {
   const Problem& p = s.p;
   Layer layer;
@@ -153,15 +170,11 @@ Layer describe(const Stack& s, std::int64_t l) {
   layer.d_above_width = D * s.O;
   layer.plan = s.plan;
   layer.single = s.single;
-  layer.h0 = p.h0;
-  layer.h0.data = shifted(p.h0.data, g * p.h0.group, s.storage);
-  layer.c0 = p.c0;
+  layer.h0 = from_group(p.h0, g, s.storage);
   layer.wide_c0 = p.wide_c0;
-  layer.c0.data = shifted(p.c0.data, g * p.c0.group, p.wide_c0 ? s.compute : s.storage);
-  layer.reset_h = p.reset_h;
-  layer.reset_h.data = shifted(p.reset_h.data, g * p.reset_h.group, s.storage);
-  layer.reset_c = p.reset_c;
-  layer.reset_c.data = shifted(p.reset_c.data, g * p.reset_c.group, s.storage);
+  layer.c0 = from_group(p.c0, g, p.wide_c0 ? s.compute : s.storage);
+  layer.reset_h = from_group(p.reset_h, g, s.storage);
+  layer.reset_c = from_group(p.reset_c, g, s.storage);
   layer.h_n = shifted(p.h_n, g * p.B * s.O, s.storage);
   layer.c_n = shifted(p.c_n, g * p.B * p.H, s.storage);
   layer.cell = contiguous(s, shifted(p.cell, l * s.saved_pairs * D * p.H, s.compute), D * p.H);
@@ -190,14 +203,10 @@ Layer describe_backward(const Stack& s, std::int64_t l) {
   const std::int64_t g = l * p.options.directions;
   Layer layer = describe(s, l);
   if (l == p.options.layers - 1) layer.d_output = normal(s, p.d_output);
-  layer.d_hidden = normal(s, p.d_hidden);
-  layer.d_hidden.data = shifted(p.d_hidden.data, l * p.d_hidden_layer, s.storage);
-  layer.d_cell = normal(s, p.d_cell);
-  layer.d_cell.data = shifted(p.d_cell.data, l * p.d_cell_layer, s.compute);
-  layer.d_h_n = p.d_h_n;
-  layer.d_h_n.data = shifted(p.d_h_n.data, g * p.d_h_n.group, s.storage);
-  layer.d_c_n = p.d_c_n;
-  layer.d_c_n.data = shifted(p.d_c_n.data, g * p.d_c_n.group, s.storage);
+  layer.d_hidden = from_layer(s, p.d_hidden, l, p.d_hidden_layer, s.storage);
+  layer.d_cell = from_layer(s, p.d_cell, l, p.d_cell_layer, s.compute);
+  layer.d_h_n = from_group(p.d_h_n, g, s.storage);
+  layer.d_c_n = from_group(p.d_c_n, g, s.storage);
   if (l == 0) layer.d_input = contiguous(s, p.d_input, p.I);
   layer.d_h0 = shifted(p.d_h0, g * p.B * s.O, s.storage);
   layer.d_c0 = shifted(p.d_c0, g * p.B * p.H, s.storage);
@@ -215,7 +224,7 @@ Layer one_direction(const Stack& s, Layer layer, std::int64_t d) {
   layer.reverse = d == 1;
   for (State* state :
        {&layer.h0, &layer.c0, &layer.reset_h, &layer.reset_c, &layer.d_h_n, &layer.d_c_n})
-    shift(*state, state->group, s.storage);
+    *state = from_group(*state, d, s.storage);
   if (layer.parameters) layer.parameters += d;
   if (layer.d_parameters) layer.d_parameters += d;
   shift(layer.output, O, s.storage);

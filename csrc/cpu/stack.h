@@ -32,7 +32,7 @@ struct Stack {
   Steps steps;
   Plan plan, single;  // with all the threads, and where only one can be had
 
-  // With sizes alone: enough for the weights and their packing.
+  // Sets the sizes alone: enough to pack the weights.
   Stack(const Problem& problem, Pass which);
 
   // Backward runs a layer in parts of its steps and computes their saved values again.
@@ -41,7 +41,7 @@ struct Stack {
   std::int64_t inputs(std::int64_t layer) const { return layer ? p.options.directions * O : p.I; }
 };
 
-// The stack of a pass with its pairs counted and its team planned. `steps` has the sizes alone: the
+// The stack of a pass with its pairs counted and its team planned. `steps` has its sizes alone: the
 // caller builds the table in its workspace.
 Stack plan_pass(const Problem& p, Pass pass, bool oversubscribed);
 
@@ -60,9 +60,9 @@ Layer describe_weights(const Stack& s, std::int64_t l);
 // Bytes of the packed weights of the layers before layer l.
 std::int64_t packed_before(const Stack& s, std::int64_t l);
 
-// Layer l with the arrays of both passes that a layer needs whatever its neighbours are.
+// Layer l with the arrays of both passes, except those that pass between layers.
 Layer describe(const Stack& s, std::int64_t l);
-// Layer l of a backward pass, with its gradients but those that pass between layers.
+// Layer l of a backward pass, with its gradients, except those that pass between layers.
 Layer describe_backward(const Stack& s, std::int64_t l);
 // One direction of a described layer, as a layer of its own.
 Layer one_direction(const Stack& s, Layer layer, std::int64_t d);

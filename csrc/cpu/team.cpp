@@ -5,7 +5,6 @@
 #include <cmath>
 
 #include "host.h"
-#include "threads.h"
 
 namespace fastrnn {
 namespace {
@@ -64,18 +63,8 @@ Plan make_plan(const Stack& s, bool oversubscribed) {
 }
 
 void run_layer(const Layer& layer, void (*run)(const Layer&, int, int)) {
-  struct Task {
-    const Layer& layer;
-    void (*run)(const Layer&, int, int);
-  } task{layer, run};
   for (int i = 0; layer.barriers && i <= layer.plan.threads; ++i) layer.barriers[i].forget();
-  run_threads(
-      layer.plan.threads,
-      [](void* argument, int thread, int threads) {
-        const Task& t = *static_cast<const Task*>(argument);
-        t.run(t.layer, thread, threads);
-      },
-      &task);
+  run_threads(layer.plan.threads, [&](int thread, int threads) { run(layer, thread, threads); });
 }
 
 }  // namespace fastrnn

@@ -25,33 +25,35 @@
 namespace fastrnn {
 namespace {
 
-#if defined(FASTRNN_IMPATIENT)  // in a test: every wait is long, and forgotten at once
+using Clock = std::chrono::steady_clock;
+
+#if defined(FASTRNN_IMPATIENT)  // in a test: every wait is long, and soon forgotten
 constexpr int kSpins = 0;
-constexpr std::chrono::microseconds kLate{0}, kLateStart{0}, kCrowdedLeast{20}, kCrowdedMost{20};
+constexpr std::chrono::microseconds kLate{0}, kLateStart{0};
+constexpr Clock::duration kLeastSpan = std::chrono::microseconds{20}, kMostSpan = kLeastSpan;
 #else
 constexpr int kSpins = 2000;  // about 40 µs
 // Longer waits are late. At the start of a region threads may first have to be woken.
 constexpr std::chrono::microseconds kLate{500}, kLateStart{3000};
-constexpr std::chrono::milliseconds kCrowdedLeast{2}, kCrowdedMost{1000};
+constexpr Clock::duration kLeastSpan = std::chrono::milliseconds{2};
+constexpr Clock::duration kMostSpan = std::chrono::milliseconds{1000};
 #endif
-// A late meeting counts as another of the same cause within this many spans of the last one.
+constexpr int kYields = 64;
+// A late wait within this many spans of the last one doubles the span.
 constexpr int kAgain = 8;
 
-using Clock = std::chrono::steady_clock;
-std::atomic<Clock::rep> crowded_until{0}, crowded_for{0};
+std::atomic<Clock::rep> oversubscribed_until{0}, last_span{0};
 
-// After a late meeting the cores count as oversubscribed for a span; after another one soon, for
-// twice that span.
-void note_crowding(Clock::time_point now) {
-  const Clock::rep at = now.time_since_epoch().count(), last = crowded_for.load();
-  const Clock::rep least = Clock::duration(kCrowdedLeast).count();
-  const bool again = at < crowded_until.load() + kAgain * last;
+// After a late wait the cores count as oversubscribed for a span; after another one soon, for twice
+// that span.
+void note_late_wait(Clock::time_point now) {
+  const Clock::rep at = now.time_since_epoch().count(), last = last_span.load();
+  const bool again = at < oversubscribed_until.load() + kAgain * last;
   const Clock::rep span =
-      again ? std::min(2 * last, Clock::rep{Clock::duration(kCrowdedMost).count()}) : least;
-  crowded_for.store(std::max(span, least));
-  crowded_until.store(at + std::max(span, least));
+      std::max(again ? std::min(2 * last, kMostSpan.count()) : 0, kLeastSpan.count());
+  last_span.store(span);
+  oversubscribed_until.store(at + span);
 }
-constexpr int kYields = 64;
 
 inline void pause_core() {
 #if defined(__x86_64__)
@@ -86,10 +88,10 @@ void open_region(int threads, void (*body)(void*, int, int), void* argument) {
 // Where that is impossible (a fork inside a region) or did not happen (a process forked before this
 // library was loaded), another thread, the deputy, opens the regions.
 
-// Opens the regions of the one thread of a process that lost its pool.
+// Opens the regions of the one thread that lost its pool.
 class Deputy {
  public:
-  // False where there can be no such thread.
+  // False where no such thread can be started.
   bool run(int threads, void (*body)(void*, int, int), void* argument) {
     if (!started_) {
       try {
@@ -131,8 +133,7 @@ class Deputy {
 
 Deputy* deputy = nullptr;  // never deleted: its thread waits until the process ends
 
-// Whether this process was forked and has not executed another program since. What its parent did
-// before is unknown.
+// Whether this process was forked and has not executed another program since.
 bool only_forked() {
 #if defined(__linux__)
   constexpr unsigned long kForkedNotExecuted = 0x40;  // PF_FORKNOEXEC
@@ -161,15 +162,15 @@ bool in_first_thread() {
 
 const bool forked_before_load = only_forked();
 thread_local bool pool_is_lost = forked_before_load && in_first_thread();
-thread_local bool pool_given_back = false;
+thread_local bool pool_released = false;
 
 struct ForkWatch {
   ForkWatch() {
     pthread_atfork(
-        [] { pool_given_back = !pool_is_lost && omp_pause_resource_all(omp_pause_soft) == 0; },
+        [] { pool_released = !pool_is_lost && omp_pause_resource_all(omp_pause_soft) == 0; },
         nullptr,
         [] {
-          pool_is_lost = !pool_given_back;
+          pool_is_lost = !pool_released;
           deputy = nullptr;  // the parent's
         });
   }
@@ -196,7 +197,7 @@ bool Barrier::wait(int count, Wait kind) {
   const std::uint32_t generation = generation_.load();
   if (arrived_.fetch_add(1) + 1 == count) {
     arrived_.store(0);
-    crowded_ = late_.load();
+    oversubscribed_ = late_.load();
     generation_.fetch_add(1);
     // A sleeper counts itself before it reads the generation a last time, and we read the number of
     // sleepers after we change the generation: one of the two sees the other.
@@ -204,10 +205,10 @@ bool Barrier::wait(int count, Wait kind) {
       const std::lock_guard<std::mutex> lock(mutex_);
       wake_.notify_all();
     }
-    return crowded_;
+    return oversubscribed_;
   }
   for (int i = 0; i < kSpins; ++i) {
-    if (generation_.load(std::memory_order_acquire) != generation) return crowded_;
+    if (generation_.load(std::memory_order_acquire) != generation) return oversubscribed_;
     pause_core();
   }
   const Clock::time_point begin = Clock::now();
@@ -224,53 +225,53 @@ bool Barrier::wait(int count, Wait kind) {
     }
     sleepers_.fetch_sub(1);
   }
-  const bool answer = crowded_;
+  const bool answer = oversubscribed_;
   const Clock::time_point end = Clock::now();
   if (kind != Wait::part && end - begin > (kind == Wait::start ? kLateStart : kLate)) {
     late_.store(true);
-    note_crowding(end);
+    note_late_wait(end);
   }
   return answer;
 }
 
 void Barrier::forget() {
   late_.store(false);
-  calls_ = 0;
+  solo_phases_ = 0;
 }
 
 std::int64_t Barrier::rest(std::uint32_t solo_phase) {
   std::unique_lock<std::mutex> lock(mutex_);
-  const auto called = [&] { return calls_ > solo_phase; };
-  wake_.wait(lock, [&] { return asked_ || called(); });
-  if (!called()) {
-    ++here_;
-    wake_.wait(lock, called);
+  const auto ended = [&] { return solo_phases_ > solo_phase; };
+  wake_.wait(lock, [&] { return asked_ || ended(); });
+  if (!ended()) {
+    ++ready_;
+    wake_.wait(lock, ended);
   }
   return place_;
 }
 
-bool Barrier::gathers(int others) {
-  if (cores_are_crowded()) return false;
+bool Barrier::all_ready(int others) {
+  if (cores_are_oversubscribed()) return false;
   const std::lock_guard<std::mutex> lock(mutex_);
   if (!asked_) {
     asked_ = true;
     wake_.notify_all();
   }
-  return here_ == others;
+  return ready_ == others;
 }
 
-void Barrier::call(std::int64_t place) {
+void Barrier::resume(std::int64_t place) {
   const std::lock_guard<std::mutex> lock(mutex_);
   late_.store(false);
   asked_ = false;
-  here_ = 0;
-  ++calls_;
+  ready_ = 0;
+  ++solo_phases_;
   place_ = place;
   wake_.notify_all();
 }
 
-bool cores_are_crowded() {
-  const Clock::rep until = crowded_until.load(std::memory_order_relaxed);
+bool cores_are_oversubscribed() {
+  const Clock::rep until = oversubscribed_until.load(std::memory_order_relaxed);
   return until != 0 && Clock::now().time_since_epoch().count() < until;
 }
 
@@ -284,14 +285,6 @@ void run_threads(int threads, void (*body)(void*, int, int), void* argument) {
   static_cast<void>(threads);
 #endif
   body(argument, 0, 1);
-}
-
-int default_threads() {
-#if defined(_OPENMP)
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
 }
 
 }  // namespace fastrnn

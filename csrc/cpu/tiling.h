@@ -33,7 +33,7 @@ FASTRNN_INLINE S* at(const Sequence& a, const Steps& steps, Index t, Index i) {
   return static_cast<S*>(a.data) + steps.position[t] * a.step + steps.order[i] * a.row;
 }
 
-// One row of a state, padded with zeros; zeros where the state is absent.
+// Loads one row of a state, padded with zeros; zeros where the state is absent.
 template <class S, class T>
 void load_state(T* to, const State& state, Index d, Index row, Index count) {
   const Index width = padded(count);
@@ -46,8 +46,21 @@ void load_state(T* to, const State& state, Index d, Index row, Index count) {
 // Values saved for a pair.
 template <class Cell>
 FASTRNN_INLINE Index saved_width(const Layer& layer) {
-  const int planes = Cell::saved + (layer.P ? 1 : 0);
-  return planes * padded(layer.H);
+  return (Cell::saved + (layer.P ? 1 : 0)) * padded(layer.H);
+}
+
+// Entries of the tables of kernels, for a Layer or an Int8Layer. Work: a pass, or packed weights.
+template <class Work, class L>
+std::size_t bytes_of(const L& layer) {
+  return Work(layer, nullptr).used();
+}
+template <class Weights, class L>
+void pack_weights(const L& layer, int thread, int threads) {
+  Weights(layer, layer.packed).pack(thread, threads);
+}
+template <class Pass, class L>
+void run_pass(const L& layer, int thread, int threads) {
+  Pass(layer, layer.scratch).run(thread, threads);
 }
 
 }  // namespace fastrnn::FASTRNN_ISA

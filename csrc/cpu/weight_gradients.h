@@ -1,7 +1,7 @@
 // The gradients of a layer's weights and biases, after the recurrence.
 //
-// Maths         each gradient is a product over all (step, row) pairs n of gate gradients and of
-//               the operand of the matrix, and that of a bias a sum of gate gradients:
+// Maths         the gradient of a matrix is a sum over all (step, row) pairs n of outer products of
+//               gate gradients and the matrix's operand; that of a bias a sum of gate gradients:
 //                 dW_ih = Σ_n da_n ⊗ x_n        dW_hh = Σ_n da_n ⊗ h_{n-1}     db = Σ_n da_n
 //                 dW_hn = Σ_n dn_n ⊗ (r∘h)_n    dW_hr = Σ_n dh_n ⊗ m_n (projection: the hidden
 //                 units before it)
@@ -12,12 +12,11 @@
 // Sums          over the pairs in blocks of kPairs, one block after the other: the same bits
 //               whatever the number of threads. Parts of a layer continue the sums of the part
 //               before (Layer::starts_sums, ends_sums).
-// Threads       the threads pack several blocks of pairs together, a slot for each, meet, and then
-//               split the blocks of the results. Meetings are few because a thread without a core
-//               delays the others at each.
+// Threads       the threads pack several blocks of pairs together, a slot for each; after a barrier
+//               they divide the blocks of the results. Barriers are few because a thread without a
+//               core delays the others at each.
 // Few pairs     a gradient of at most kFewPairs pairs costs far more to write than to compute. Then
-//               each of its rows is computed and written at once, without packing rows or adding to
-//               sums.
+//               each row is computed and written once, without packing rows or adding to sums.
 // Cost          G·H·(I + O) products a pair; one pass over the gate gradients for the biases.
 #pragma once
 
@@ -42,8 +41,7 @@ class WeightGradients : BackwardTiling<Cell, S> {
         Op_(padded(layer.O)),
         saved_width_(saved_width<Cell>(layer)) {}
 
-  // Takes the sums that parts of a layer continue. Their place must not depend on the size of a
-  // part, so they are taken before all that does.
+  // The sums that parts of a layer continue: before all whose size depends on that of a part.
   void lay_out_sums(Arena& arena) {
     const Index products = gates * layer_.H * (layer_.I + layer_.O) + layer_.P * layer_.H;
     sums_ = sizeof(S) != sizeof(C) ? arena.take<C>(products) : nullptr;
@@ -61,8 +59,7 @@ class WeightGradients : BackwardTiling<Cell, S> {
     panels_ = arena.take<C>(slots_ * panels_slot_);
   }
 
-  // Direction d, by all threads. hidden(t, i) returns the Operand that W_hh multiplied at a pair's
-  // step.
+  // Direction d, by all threads. hidden(t, i) returns the operand of W_hh at a pair's step.
   template <class Hidden>
   void run(Index d, const GateGradients<C>& gradients, Hidden hidden, int thread, int threads) {
     Product products[kProducts];
@@ -100,7 +97,7 @@ class WeightGradients : BackwardTiling<Cell, S> {
   // By matrix: W_hh has the gates of the first product, W_hn those of the second.
   enum { kWeightIh, kWeightHh, kWeightHn, kWeightHr, kProducts };
 
-  // A block of a product: which panel of columns, which group of rows of which gate.
+  // A block of a product: its panel of columns, and its group of rows of a gate.
   struct Spot {
     Index panel, gate, group;
   };
@@ -127,7 +124,7 @@ class WeightGradients : BackwardTiling<Cell, S> {
       each_block(products, mine, [&](const Product& p, const Spot& at) { narrow_block(p, at); });
   }
 
-  // Computes and writes each row of the gradients at once.
+  // Computes and writes each row of the gradients once.
   template <class Hidden>
   void few_pairs(const Hidden& hidden, Index d, const Product (&products)[kProducts], int thread,
                  int threads) {
@@ -211,7 +208,7 @@ class WeightGradients : BackwardTiling<Cell, S> {
     Index at = 0;
     for (const Product& p : products) {
       const Index blocks = p.blocks(), groups = p.groups();
-      const Index begin = mine.begin > at ? mine.begin - at : 0;
+      const Index begin = most(mine.begin - at, 0);
       const Index end = least(mine.end - at, blocks);
       for (Index block = begin; block < end; ++block) {
         const Index row = block % (p.gates * groups);
@@ -221,15 +218,15 @@ class WeightGradients : BackwardTiling<Cell, S> {
     }
   }
 
-  // How many blocks of pairs are packed between two meetings: one where there is one thread, else
-  // as many as kSlotBytes hold, the same number at every meeting.
+  // How many blocks of pairs are packed between two barriers: one where there is one thread, else
+  // as many as kSlotBytes hold, divided evenly.
   Index count_slots() const {
     constexpr Index kSlotBytes = 16 << 20;
     if (layer_.plan.threads == 1) return 1;
     const Index blocks = ceil_div(steps_.pairs, kPairs);
     const Index room = kSlotBytes / ((rows_slot_ + panels_slot_) * static_cast<Index>(sizeof(C)));
-    const Index meetings = ceil_div(blocks, room > 1 ? room : 1);
-    return meetings > 0 ? ceil_div(blocks, meetings) : 1;
+    const Index rounds = ceil_div(blocks, most(room, 1));
+    return rounds > 0 ? ceil_div(blocks, rounds) : 1;
   }
 
   C* packed_group(const Product& p, Index slot, const Spot& at) const {

@@ -1,4 +1,4 @@
-// Lays the workspace of a pass out (workspace.h).
+// Lays out the workspace of a pass (workspace.h).
 #include "workspace.h"
 
 #include <algorithm>
@@ -8,10 +8,11 @@
 namespace fastrnn {
 namespace {
 
+char present;  // a placeholder for an array that will be given
+
 std::size_t layer_scratch(const Stack& s) {
   const Problem& p = s.p;
   std::size_t most = 0;
-  static char present;  // stands for an array that will be given
   // All layers after the first have the same size.
   for (std::int64_t l = 0; l < std::min<std::int64_t>(p.options.layers, 2); ++l) {
     Layer layer = describe(s, l);
@@ -28,16 +29,14 @@ std::size_t layer_scratch(const Stack& s) {
       layer.consume_saved = true;
       layer.saved = &present;
     }
-    const std::size_t bytes = s.pass == Pass::forward ? s.kernels.forward_scratch(layer)
-                                                      : s.kernels.backward_scratch(layer);
-    most = std::max(most, bytes);
+    most = std::max(most, s.pass == Pass::forward ? s.kernels.forward_scratch(layer)
+                                                  : s.kernels.backward_scratch(layer));
   }
   return most;
 }
 
 void lay_out_parts(const Stack& s, HostArena& arena, Workspace& w) {
   const Problem& p = s.p;
-  static char present;  // stands for packed weights and for saved values
   const std::int64_t steps = part_length(s), pairs = steps * p.B;
   const auto elements = [](std::int64_t count, std::size_t bytes) {
     return static_cast<std::size_t>(count) * bytes;
@@ -71,10 +70,9 @@ void lay_out_parts(const Stack& s, HostArena& arena, Workspace& w) {
 // About a sixteenth of the pairs, since backward keeps the saved values of one part; but enough
 // pairs to repay packing the weights.
 std::int64_t part_length(const Stack& s) {
-  const std::int64_t pairs =
-      std::min<std::int64_t>(std::max<std::int64_t>(s.pairs / 16, 256), 4096);
+  const std::int64_t pairs = std::clamp<std::int64_t>(s.pairs / 16, 256, 4096);
   const std::int64_t steps = pairs / std::max<std::int64_t>(s.p.B, 1);
-  return std::min(std::max<std::int64_t>(steps, 1), std::max<std::int64_t>(s.p.T, 1));
+  return std::clamp<std::int64_t>(steps, 1, std::max<std::int64_t>(s.p.T, 1));
 }
 
 Workspace lay_out(const Stack& s, void* base) {

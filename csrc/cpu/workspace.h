@@ -1,4 +1,4 @@
-// The workspace of a pass: what stands in it, and how many bytes it takes.
+// The workspace of a pass: its contents and its size.
 #pragma once
 
 #include "stack.h"
@@ -16,13 +16,13 @@ struct Workspace {
   void* packed;              // the weights of one direction of a layer
   void* again;               // forward's scratch
   void* saved;               // the saved values of a part
-  void *hidden, *h_n, *c_n;  // what forward writes once more: [B, O], [B, O], [B, H]
+  void *hidden, *h_n, *c_n;  // unused results of the second forward: [B, O], [B, O], [B, H]
   void *carry_h, *carry_c;   // gradients of the states between two parts: [B, Op], [B, Hp]
   void* d_input;             // of the first direction of the first layer, compute type
   std::size_t bytes;
 };
 
-// Lays the workspace out from `base`; null: only counts the bytes.
+// Lays out the workspace from `base`; a null base only counts the bytes.
 Workspace lay_out(const Stack& s, void* base);
 
 // Steps of a part.

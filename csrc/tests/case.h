@@ -25,7 +25,7 @@ struct Case {
   bool training = true, every_layer = true, consume = false;
   bool biases = true, states = true;         // given
   bool turned = false, batch_first = false;  // strides
-  bool persistent = false, tf32 = false;     // asked for and allowed
+  bool persistent = false, tf32 = false;     // requested and allowed
   bool d_output = true, d_states = true, d_finals = true, d_input = true, d_weights = true;
 
   std::int64_t D() const { return options.directions; }
@@ -74,8 +74,8 @@ struct Case {
   }
 };
 
-// The workspace starts as NaN, so that a read before the first write shows; what follows it must
-// stay as it is.
+// The workspace starts as NaN, so that a read before the first write shows; the bytes after it must
+// not change.
 struct Workspace {
   std::vector<unsigned char> memory;
   std::size_t bytes = 0;

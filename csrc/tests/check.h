@@ -1,4 +1,4 @@
-// What a test says when it fails, and the codes it ends with.
+// How a test reports failures, and its exit codes.
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,7 @@ inline int& failures() {
   return count;
 }
 
-// The case at hand, told with each failure.
+// The current case, printed with each failure.
 inline std::string& context() {
   static std::string text;
   return text;

@@ -1,7 +1,6 @@
 // The engine through its Backend table, in double: forward against plain loops, backward against
 // central differences of forward, over cells, directions, layers, projection, lengths, packed rows
-// and resets; then the bits: on one thread and more, in ensembles, and of gates that backward makes
-// again.
+// and resets; then the bits: on one thread and more, in ensembles, and with recompute.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -28,26 +27,31 @@ struct Call : Inputs {
   std::vector<Values> d_weights;
 };
 
-void fill(Call& c, unsigned seed) {
-  std::mt19937 random(seed);
-  std::uniform_real_distribution<double> uniform(-0.8, 0.8);
-  const auto some = [&](std::int64_t n) {
+struct Random {
+  std::mt19937 engine;
+  std::uniform_real_distribution<double> uniform{-0.8, 0.8};
+  explicit Random(unsigned seed) : engine(seed) {}
+  Values values(std::int64_t n) {
     Values v(size_of(n));
-    for (double& x : v) x = uniform(random);
+    for (double& x : v) x = uniform(engine);
     return v;
-  };
-  const std::int64_t G = c.G(), groups = c.L() * c.D();
-  c.input = some(c.pairs() * c.I);
-  c.h0 = some(groups * c.B * c.O());
-  c.c0 = some(groups * c.B * c.H);
-  c.d_output = some(c.pairs() * c.D() * c.O());
-  c.d_h_n = some(groups * c.B * c.O());
-  c.d_c_n = some(groups * c.B * c.H);
+  }
+};
+
+void fill(Call& c, unsigned seed) {
+  Random random(seed);
+  const std::int64_t G = c.G(), groups = c.groups();
+  c.input = random.values(c.pairs() * c.I);
+  c.h0 = random.values(groups * c.B * c.O());
+  c.c0 = random.values(groups * c.B * c.H);
+  c.d_output = random.values(c.pairs() * c.D() * c.O());
+  c.d_h_n = random.values(groups * c.B * c.O());
+  c.d_c_n = random.values(groups * c.B * c.H);
   for (std::int64_t g = 0; g < groups; ++g) {
     const std::int64_t inputs = c.inputs(g);
     for (const std::int64_t n :
          {G * c.H * inputs, G * c.H * c.O(), G * c.H, G * c.H, c.options.proj_size * c.H})
-      c.weights.push_back(some(n));
+      c.weights.push_back(random.values(n));
     // Sums of order one whatever the width: a chaotic recurrence would show rounding, not errors.
     for (const int which : {kHh, kHr})
       for (double& w : c.weights[size_of(g * kEach + which)])
@@ -90,7 +94,7 @@ Problem problem_of(Call& c, std::vector<Parameters>& parameters) {
   if (!c.reset_h.empty()) p.reset_h = {c.reset_h.data(), c.O(), 0, 1};
   if (!c.reset_c.empty()) p.reset_c = {c.reset_c.data(), c.H, 0, 1};
   p.all_layers = true;
-  const std::int64_t groups = c.L() * c.D();
+  const std::int64_t groups = c.groups();
   c.hidden.assign(size_of(c.L() * c.pairs() * c.D() * c.O()), -7);
   c.h_n.assign(size_of(groups * c.B * c.O()), -7);
   c.c_n.assign(size_of(groups * c.B * c.H), -7);
@@ -174,13 +178,11 @@ void run_backward(Call& c) {
   check::that("the end of backward's workspace", w.is_whole());
 }
 
-// States that a reset puts in place, which forward alone takes.
+// The states after a reset, of forward alone.
 void fill_reset_states(Call& c, unsigned seed) {
-  std::mt19937 random(seed);
-  std::uniform_real_distribution<double> uniform(-0.8, 0.8);
-  for (std::int64_t i = 0; i < c.groups() * c.O(); ++i) c.reset_h.push_back(uniform(random));
-  for (std::int64_t i = 0; i < c.groups() * c.H && c.has_c(); ++i)
-    c.reset_c.push_back(uniform(random));
+  Random random(seed);
+  c.reset_h = random.values(c.groups() * c.O());
+  if (c.has_c()) c.reset_c = random.values(c.groups() * c.H);
 }
 
 // The members of an ensemble, in one run for each pass.
@@ -232,7 +234,7 @@ double loss(const Call& c) {
   return sum;
 }
 
-// A few entries of `values` moved either way, against the engine's gradient.
+// Central differences of some entries of `values`, against the engine's gradient.
 void check_gradient(const char* what, Call& c, Values& values, const Values& gradient) {
   const std::size_t stride = values.size() / 7 + 1;
   for (std::size_t i = 0; i < values.size(); i += stride, ++checks) {
@@ -280,7 +282,7 @@ void same_everywhere(const char* where, const Call& c, const Call& other) {
   check::context() = context;
 }
 
-// The same bits on one thread and on more, directions, rows or units being split.
+// The same bits on one thread and on more, with directions, rows or units split.
 void check_threads(Call c, int threads = 2) {
   c.threads = 1;
   run_forward(c, true);
@@ -292,7 +294,7 @@ void check_threads(Call c, int threads = 2) {
   same_everywhere(" on ", c, other);
 }
 
-// The same bits whether the weights are packed before the call, in it, or read where they lie.
+// The same bits whether the weights are packed before the call, in it, or read in place.
 void check_packed(Call c) {
   run_forward(c, true);
   Call other = c;
@@ -304,7 +306,7 @@ void check_packed(Call c) {
   same("cell of packed weights", c.cell, other.cell);
 }
 
-// The same bits in an ensemble, on one thread and shared out over several.
+// The same bits in an ensemble, on one thread and divided among several.
 void check_ensemble(std::vector<Call> apart) {
   for (Call& c : apart) {
     run_forward(c, true);
@@ -325,7 +327,7 @@ std::vector<Call> members_like(const Call& like, unsigned seed) {
   return members;
 }
 
-// The same bits whether or not the gates' gradients take the gates' place.
+// The same bits whether or not the gates' gradients overwrite the gates.
 void check_consumed(Call c) {
   run_forward(c, true);
   run_backward(c);
@@ -337,8 +339,7 @@ void check_consumed(Call c) {
     same("d_weight of consumed gates", c.d_weights[w], other.d_weights[w]);
 }
 
-// Gates that backward makes again have the bits that they had; sums over the pairs are added up in
-// another order.
+// Recomputed gates have the same bits; sums over the pairs are added in another order.
 void check_recompute(Call c) {
   run_forward(c, true);
   run_backward(c);
@@ -401,7 +402,7 @@ void check_plain() {
       check_forward(c);
       check_packed(c);
     }
-  for (Options options : all_options())  // few rows and steps: weights are read where they lie
+  for (Options options : all_options())  // few rows and steps: weights are read in place
     for (const std::int64_t H : {8, 20, 37})
       for (const std::int64_t T : {1, 3})
         for (const std::int64_t B : {1, 4}) {
@@ -424,7 +425,7 @@ void check_plain() {
     check_forward(wide);
     check_packed(wide);
     check_threads(wide);
-    Call like = wide;  // enough work to be shared out
+    Call like = wide;  // enough work to be divided among threads
     like.weights.clear();
     check_ensemble(members_like(like, seed));
     Call tall;  // many rows of different lengths: rows are dealt
@@ -438,7 +439,7 @@ void check_plain() {
   }
 }
 
-// Enough steps for several parts, rows that end or begin anew anywhere in them.
+// Enough steps for several parts, with rows that end or are reset anywhere in them.
 void check_parts() {
   unsigned seed = 2000;
   for (const Options& options : all_options())
@@ -460,8 +461,8 @@ void check_parts() {
     }
 }
 
-// Enough steps for a team to part and meet again several times.
-void check_recesses() {
+// Enough steps for several solo phases of a team.
+void check_solo_phases() {
   unsigned seed = 4000;
   for (Options options : all_options()) {
     Call c;
@@ -469,14 +470,14 @@ void check_recesses() {
     c.options = options;
     c.T = 150, c.B = 2, c.I = 20, c.H = 300;
     fill(c, ++seed);
-    name_case(c, "recesses");
+    name_case(c, "solo phases");
     for (const int threads : {2, 3}) check_threads(c, threads);
   }
 }
 
 }  // namespace
 
-// Alone, or with `recesses`: what is built with a barrier that has no patience.
+// Without an argument all checks; `solo`: those for a build in which every wait is long.
 int main(int count, char** arguments) {
   try {
     std::printf("instruction set: %s\n", cpu_isa());
@@ -484,8 +485,8 @@ int main(int count, char** arguments) {
     std::printf("engine_test: skipped, %s\n", e.what());
     return check::kSkipped;
   }
-  if (count > 1 && std::string(arguments[1]) == "recesses") {
-    check_recesses();
+  if (count > 1 && std::string(arguments[1]) == "solo") {
+    check_solo_phases();
   } else {
     check_plain();
     check_parts();

@@ -1,7 +1,6 @@
 // Steps with int8 products through the Backend table, against the same steps in float: close, and
-// the same bits on one thread and on three, beside other rows and alone, with strided input. Every
-// array that is written has a border that must stay as it was.
-#include <algorithm>
+// the same bits on one thread and on three, in a batch and alone, with strided input. Every array
+// that is written has a border that must not change.
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -176,7 +175,7 @@ int main() {
   }
   unsigned seed = 0;
   for (const char* cell : {"RNN", "LSTM", "GRU"})
-    for (const bool other : {false, true}) {  // what each cell has besides its plain form
+    for (const bool other : {false, true}) {  // GRU: reset before the product; LSTM: projection
       if (other && std::string(cell) == "RNN") continue;
       for (const std::int64_t layers : {1, 3})
         for (const std::int64_t B : {1, 4, 9})

@@ -1,7 +1,6 @@
 // The functions inside a cell, the storage types and the micro-kernel on packed weights, on one
 // instruction set (FASTRNN_ISA).
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -173,7 +172,7 @@ void function_limits() {
     expect("a function lets NaN through", value, nan);
 }
 
-// A lane's value depends on no other: large arguments of sine and cosine take another way.
+// A lane's value depends on no other: large arguments of sine and cosine are computed differently.
 void functions_of_lanes() {
   constexpr int lanes = Vec<float>::lanes;
   float mixed[lanes], small[lanes], sines[lanes], cosines[lanes], alone[lanes];
@@ -203,9 +202,9 @@ double value_of(std::uint16_t bits, int exponent_bits, int mantissa_bits) {
   return sign * std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
 }
 
-// Every 16-bit value widens to what it stands for and narrows back to itself, and the midpoints
+// Every 16-bit value widens to its exact value and narrows back to itself, and the midpoints
 // between neighbours round to the even one. Subnormal bf16 values are subnormal floats, which the
-// engine takes as zero, so the smallest normal is where they start here.
+// engine treats as zero, so bf16 is tested from its smallest normal value on.
 template <class Half>
 void storage(const char* name, int exponent_bits, int mantissa_bits, bool subnormals) {
   const FlushSubnormals guard;
@@ -268,7 +267,7 @@ void conversions(const char* name) {
   }
 }
 
-// A row of any length converts as its elements do, and nothing beside it is touched.
+// A row of any length converts as its elements do, and nothing beside it is written.
 template <class Half>
 void rows(const char* name) {
   constexpr int most = 3 * Vec<float>::lanes + 1;
@@ -289,15 +288,15 @@ void rows(const char* name) {
     }
 }
 
-// Rows by packed weights, for every remainder of K: the sums of the rounded values, to the same
-// bits in any block of rows. Rows end where their array does, so that a sanitizer sees what reads
-// on; what lies between strided weights is NaN.
+// Rows by packed weights, for every remainder of K: the sums of the rounded values, with the same
+// bits in any block of rows. Rows end with their array, so that a sanitizer sees any read beyond;
+// gaps between strided weights are NaN.
 template <class S>
 void products(const char* name, double tolerance) {
   using C = typename ComputeOf<S>::type;
   using E = typename FactorOf<S>::type;
   constexpr int R = 2, N = 2, lanes = Vec<C>::lanes;
-  constexpr Index units = N * lanes - 1;  // the last output is none of W's
+  constexpr Index units = N * lanes - 1;  // the last output has no row of W
   for (Index K = 1; K < 70; ++K)
     for (const Index unit : {1, 2}) {
       const auto size = [](Index n) { return static_cast<std::size_t>(n); };
@@ -345,7 +344,7 @@ float most_of(const float* x, Index unit, Index count) {
   return most;
 }
 
-// R rows by N vectors of outputs, as integers: scales of one stand in for the true ones.
+// R rows by N vectors of outputs, as integers: with scales of one instead of the true ones.
 template <int R, int N>
 void int8_products() {
   constexpr Index lanes = Vec<float>::lanes, outputs = N * lanes;
@@ -396,7 +395,7 @@ void int8_products() {
     }
 }
 
-// What cannot be quantised: zeros, values too small to count, no numbers.
+// Rows that cannot be quantised: zeros, values that are too small, NaN and infinity.
 void int8_limits() {
   constexpr Index K = 20;
   std::vector<Dot::Operand> operands(static_cast<std::size_t>(int8_row(K)));
@@ -432,7 +431,7 @@ bool runs_here() {
 #endif
 }
 
-// Not inlined: what main runs before it has asked must not need the instruction set.
+// Not inlined: main must not use the instruction set before it has checked the CPU.
 [[gnu::noinline]] int run() {
   accuracy<float>("float");
   accuracy<double>("double");

@@ -1,6 +1,6 @@
 // A program of every kind of instruction, run by the engine on the instruction set in use, against
-// plain loops. Every array ends where its last element does, so that a sanitizer sees what reads or
-// writes beyond; the results are the same bits on any number of threads.
+// plain loops. Every array ends with its last element, so that a sanitizer sees any access beyond;
+// the results are the same bits on any number of threads.
 #include "../program.h"
 
 #include <algorithm>
@@ -59,28 +59,17 @@ ProgramText text_of(DType dtype, const Sizes& s) {
               {Home::shared, 2, H, 0},       {Home::fixed, 0, H, 0},     {Home::carry, 0, H, 0},
               {Home::next, 0, H, 0},         {Home::block, 0, H, 0},     {Home::local, 0, H, 0},
               {Home::local, 1, 1, 0},        {Home::tile, 3, 0, 0}};
-  const auto instruction = [](auto make) {
-    Instruction i;
-    make(i);
-    return i;
-  };
-  t.phases[kBefore].push_back(instruction([&](Instruction& i) {
-    i.kind = Instruction::Kind::product;
-    i.product = {{kInput, 0}, {kX, 0}, {kWeightIh, 0}, {kBias, 0}, 1, 0, 0, 0, 1, I, I, H};
-  }));
-  t.phases[kStep].push_back(instruction([&](Instruction& i) {
-    i.kind = Instruction::Kind::product;
-    i.product = {{kSum, 0}, {kCarry, 0}, {kWeightHh, 0}, {kInput, 0}, 1, 0, 0, 0, H, 1, H, H};
-  }));
-  t.phases[kStep].push_back(instruction([&](Instruction& i) {
-    i.kind = Instruction::Kind::reduce;
-    i.reduce = {Reduce::Kind::sum, {kMean, 0}, {kSum, 0}, 1, 0, H, 1, {}};
-  }));
+  using Kind = Instruction::Kind;
+  const Product input{{kInput, 0}, {kX, 0}, {kWeightIh, 0}, {kBias, 0}, 1, 0, 0, 0, 1, I, I, H};
+  const Product state{{kSum, 0}, {kCarry, 0}, {kWeightHh, 0}, {kInput, 0}, 1, 0, 0, 0, H, 1, H, H};
+  const Reduce sum{Reduce::Kind::sum, {kMean, 0}, {kSum, 0}, 1, 0, H, 1, {}};
+  const Collect backwards{{kZ, 0}, {kY, 0}, H + 1, 0};
+  t.phases[kBefore] = {{Kind::product, input, {}, {}, {}}};
+  t.phases[kStep] = {{Kind::product, state, {}, {}, {}},
+                     {Kind::reduce, {}, {}, sum, {}},
+                     {Kind::run, {}, {H, 0, 4}, {}, {}}};
+  t.phases[kAfter] = {{Kind::collect, {}, {}, {}, backwards}};
   t.constants = {-1.0 / static_cast<double>(H)};
-  t.phases[kStep].push_back(instruction([&](Instruction& i) {
-    i.kind = Instruction::Kind::run;
-    i.run = {H, 0, 4};
-  }));
   const PointOperand scale{PointOperand::Kind::constant, {-1, 0}};
   const PointOperand mean{PointOperand::Kind::scalar, {kMean, 0}};
   t.points = {{Point::mul, vector_of(kTile), {mean, scale, {}}},
@@ -94,10 +83,6 @@ ProgramText text_of(DType dtype, const Sizes& s) {
   }
   table.starts.push_back(static_cast<Index>(table.indices.size()));
   t.tables = {table};
-  t.phases[kAfter].push_back(instruction([&](Instruction& i) {
-    i.kind = Instruction::Kind::collect;
-    i.collect = {{kZ, 0}, {kY, 0}, H + 1, 0};
-  }));
   PairSum outer, columns;
   outer.outer = true;
   outer.d = columns.d = {kInput, 0};
@@ -201,7 +186,7 @@ void run(const Program& program, const Sizes& s, Arrays<C>& a, int threads) {
   call.gradient_sizes = gradient_sizes;
   const std::size_t bytes = program_workspace_size(call);
   const std::unique_ptr<char[]> memory(new char[bytes + 64]);
-  std::memset(memory.get(), 0xff, bytes + 64);  // NaN, where something is read unwritten
+  std::memset(memory.get(), 0xff, bytes + 64);  // NaN, so that a read before a write shows
   call.workspace =
       reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(memory.get()) + 63) / 64 * 64);
   run_program(call);
@@ -244,7 +229,7 @@ void against_loops(DType dtype, const Sizes& s, double tolerance) {
   }
 }
 
-// So few rows of so many units that threads share the columns of a step.
+// So few rows of so many units that the threads divide the columns of a step.
 constexpr Sizes kWide{30, 1, 20, 700, false};
 
 void shares() {
@@ -257,14 +242,14 @@ void shares() {
     call.threads = 4;
     return program_team(call);
   };
-  check::that("few rows of many units share columns", team_of(kWide).columns);
+  check::that("few rows of many units: columns are divided", team_of(kWide).columns);
   const ProgramTeam rows = team_of({100, 64, 64, 256, false});
-  check::that("many rows are shared", rows.threads == 4 && !rows.columns);
-  check::that("little work is one thread's", team_of({2, 2, 3, 5, false}).threads == 1);
+  check::that("many rows are divided", rows.threads == 4 && !rows.columns);
+  check::that("little work runs on one thread", team_of({2, 2, 3, 5, false}).threads == 1);
   checks += 3;
 }
 
-// What the binding's callers try is in tests/test_program_engine.py.
+// Malformed programs through the binding: tests/test_program_engine.py.
 void refuses() {
   const Sizes s{1, 1, 3, 5, false};
   const auto refused = [&](const char* what, const std::function<void(ProgramText&)>& change) {

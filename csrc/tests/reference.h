@@ -1,5 +1,5 @@
-// The forward pass of a stack by plain loops in double: what the engine's tests in C++ compare
-// with. The gradients are its central differences (engine_test.cpp).
+// The forward pass of a stack by plain loops in double: the reference of the engine's tests in C++.
+// The gradients are its central differences (engine_test.cpp).
 #pragma once
 
 #include <algorithm>
