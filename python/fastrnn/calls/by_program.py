@@ -574,7 +574,7 @@ def step_programs(
         program = layer_program(
             _spec(
                 options, width, hidden_size, dtype, NO_EXTRAS, False, False, cell=False
-            )._replace(turned=True)
+            )._replace(transposed=True)
         )  # fmt: skip
         plan, engine = program.prepared.forward(None)
         assert plan.sequences == [("x", 0), ("y", 0)]
