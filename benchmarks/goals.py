@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,13 +42,8 @@ import fastrnn
 from fastrnn.bench import records, report
 from fastrnn.bench.cases import PASSES, Case, Pass
 from fastrnn.bench.data import make_data
-from fastrnn.bench.providers import (
-    MissingPeerError,
-    Prepared,
-    Provider,
-    make_provider,
-    prepare_layer,
-)
+from fastrnn.bench.prepare import MissingPeerError, Prepared, Provider, prepare_layer
+from fastrnn.bench.providers import make_provider
 from fastrnn.bench.runner import check
 from fastrnn.bench.timing import HostClock, measure
 
@@ -318,7 +314,7 @@ def step(options: Options) -> list[Row]:
                 for ours in ("frozen", "stream"):
                     ratios[f"onnxruntime / {ours}"] = times["onnxruntime"] / times[ours]
             rows.append({"case": f"{cell} I{case.I} H{case.H}", **columns(times, "µs"), **ratios})
-    means = {name: report.geometric_mean([row[name] for row in rows]) for name in ratios}
+    means = {name: geometric_mean([row[name] for row in rows]) for name in ratios}
     return [*rows, {"case": "geometric mean", **means}]
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from fastrnn.bench.cases import PASSES, Case, Pass, load_suites
 from fastrnn.bench.data import make_data
-from fastrnn.bench.providers import MissingPeerError, UnsupportedError, make_provider
+from fastrnn.bench.prepare import MissingPeerError, UnsupportedError
+from fastrnn.bench.providers import make_provider
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

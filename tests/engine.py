@@ -201,20 +201,16 @@ class EngineCall:
 
     def _blank_outputs(self, every: bool, save: bool) -> by_program.Outputs:
         """Arrays for a program to write, where it runs the forward pass."""
-        groups, B, two = self.L * self.D, self.problem.batch, self.options.states == 2
-        compute, steps = compute_dtype(self.dtype), self.problem.steps
-        saved = None
-        if save and not self.problem.options.recompute:
-            width = self.program.kept_width
-            saved = self.blank(groups, steps * B, width, dtype=compute)
-        cell = two and every
+        options, compute = self.problem.options, compute_dtype(self.dtype)
+        arguments = (*self.read, *(self.extras or NO_EXTRAS))
+        keeps = save and not options.recompute
+        shapes = by_program.shapes(options, arguments, self.problem.batch, every, keeps)
+        dtypes = (*(self.dtype,) * 4, compute, compute)
         return by_program.Outputs(
-            self.blank(*self.where, self.D * self.O),
-            self.blank(groups, B, self.O),
-            self.blank(groups, B, self.H) if two else None,
-            self.blank(self.L, *self.where, self.D * self.O) if every else None,
-            self.blank(self.L, *self.where, self.D * self.H, dtype=compute) if cell else None,
-            saved,
+            *(
+                None if shape is None else self.blank(*shape, dtype=dtype)
+                for shape, dtype in zip(shapes, dtypes, strict=True)
+            )
         )
 
     def forward(self, *, all_layers: bool = True, save: bool = True) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,8 @@ from fastrnn.bench import (
 from fastrnn.bench.cases import Case
 from fastrnn.bench.data import Data, make_data
 from fastrnn.bench.precision import precision
-from fastrnn.bench.providers import Fastrnn, Prepared, Torch, UnsupportedError
+from fastrnn.bench.prepare import Prepared, UnsupportedError
+from fastrnn.bench.providers import Fastrnn, Torch
 
 TINY = [Case("LSTM", 3, 2, 5, 4), Case("GRU", 3, 2, 5, 4), Case("RNN", 3, 2, 5, 4)]
 STACK = Case("LSTM", 3, 2, 5, 4, layers=2, bidirectional=True)
@@ -493,7 +495,7 @@ def test_the_report_ends_with_geometric_means_by_suite() -> None:
     document = records.document(runner.run(request(*TINY, passes=("inference",), peers=("torch",))))
     measured = document["records"]
     ratios = [r["ratio_to_best_peer"] for r in measured if r["provider"] == "fastrnn"]
-    mean = report.geometric_mean(ratios)
+    mean = statistics.geometric_mean(ratios)
     last = report.render(document).splitlines()[-1].split()
     assert last[:3] == ["tiny", "inference", "3"]
     assert last[-2] == f"{mean:.2f}"

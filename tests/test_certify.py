@@ -469,7 +469,7 @@ def _within(found: plan.Class, case: Any) -> bool:
 
 
 def test_the_child_uses_the_switch_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastrnn.bench.providers import Prepared
+    from fastrnn.bench.prepare import Prepared
     from fastrnn.certify.device import SWITCH_OF, switched
 
     seen = []
@@ -512,22 +512,24 @@ def test_the_two_of_a_pair_compute_the_same(
 
 
 def test_a_build_without_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastrnn.certify import child, device
+    from fastrnn.certify import device
 
     monkeypatch.setattr(device, "built_with_cuda", lambda: False)
-    with pytest.raises(child.RefusedError, match="no CUDA kernels to certify"):
+    with pytest.raises(device.RefusedError, match="no CUDA kernels to certify"):
         device.Cuda("cuda:0")
 
 
 def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from fastrnn.certify import child, device
+    from fastrnn.certify import device
 
     monkeypatch.setattr(device, "built_with_cuda", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(_C, "cuda_info", lambda: {"error": "no driver", "devices": []})
-    with pytest.raises(child.RefusedError, match=r"cuda:1: .*sees no such CUDA device \(no driver"):
+    with pytest.raises(
+        device.RefusedError, match=r"cuda:1: .*sees no such CUDA device \(no driver"
+    ):
         device.Cuda("cuda:1")
 
 

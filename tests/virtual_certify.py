@@ -29,9 +29,10 @@ import torch  # noqa: E402
 from fastrnn import _C, _certificate  # noqa: E402
 from fastrnn._engine import engine_options  # noqa: E402
 from fastrnn.bench.data import Data, make_data  # noqa: E402
-from fastrnn.bench.providers import Fastrnn, Prepared, Torch  # noqa: E402
-from fastrnn.certify.child import RefusedError, serve  # noqa: E402
-from fastrnn.certify.device import Pair  # noqa: E402
+from fastrnn.bench.prepare import Prepared  # noqa: E402
+from fastrnn.bench.providers import Fastrnn, Torch  # noqa: E402
+from fastrnn.certify.child import serve  # noqa: E402
+from fastrnn.certify.device import Pair, RefusedError  # noqa: E402
 from virtual_array import OnDevice, workspace  # noqa: E402
 
 if TYPE_CHECKING:

@@ -222,8 +222,8 @@ def _bench(parsed: argparse.Namespace) -> int:
             _check_file(path)
 
     from fastrnn.bench import compare, plot, records, report
+    from fastrnn.bench.prepare import MissingPeerError
     from fastrnn.bench.progress import progress
-    from fastrnn.bench.providers import MissingPeerError
     from fastrnn.bench.runner import MismatchError, run
 
     try:

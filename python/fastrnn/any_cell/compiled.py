@@ -1,6 +1,6 @@
-"""A cell over a sequence inside torch.compile: one node, which AOTAutograd looks into.
+"""A cell over a sequence inside torch.compile: one node of dynamo's graph, traced by AOTAutograd.
 
-Imported while dynamo traces alone: the decorator needs torch._dynamo, whose import is dear.
+Imported only while dynamo traces, because the decorator needs torch._dynamo, a slow import.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import recurrent
+from .cell import Cell, Run
 
 
 @torch._dynamo.nonstrict_trace
@@ -21,7 +21,7 @@ def call(
     sequence: torch.Tensor,
     given: dict[str, Any],
 ) -> Any:
-    """What `recurrent.Run` gives; ``given`` are those of valid, state and starts that there are."""
-    run = recurrent.Run(recurrent.Cell(cell, name), return_states, given.get("valid"), reverse)
-    final, (output, states) = run.here(sequence, given.get("state"), given.get("starts"))
+    """The result of `cell.Run`; ``given``: those of valid, state and starts that are given."""
+    run = Run(Cell(cell, name), return_states, given.get("valid"), reverse)
+    final, (output, states) = run(sequence, given.get("state"), given.get("starts"))
     return (final, output, states) if return_states else (final, output)

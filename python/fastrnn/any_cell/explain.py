@@ -8,7 +8,7 @@ from torch.nn import Module
 
 from .. import _checks
 from ..program import api as program
-from .recurrent import Cell, Run
+from .cell import Cell, Run
 from .scan import Calls, Tree, check_step, count_steps
 
 

@@ -1,10 +1,9 @@
-"""`Recurrent`: a layer from any cell module that follows torch.nn's cells."""
+"""`Recurrent`: a layer from any cell module with the interface of torch.nn's cells."""
 
 from __future__ import annotations
 
 import warnings
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,50 +13,37 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from .. import _checks
 from .._options import check_bool, check_probability
 from ..layers.layer import RecurrentLayer
-from ..program import api as program
-from .scan import (
-    Calls,
-    Tree,
-    alike,
-    choose,
-    fits,
-    fresh_steps,
-    mapped,
-    outline,
-    valid_steps,
-    walk,
-    zero_past,
-)
+from .cell import Cell, Run
+from .scan import Tree, alike, mapped, valid_steps, zero_past
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
 
 class Recurrent(Module):
-    """A layer from any cell that follows torch.nn's cells: the cell, run over a sequence.
+    """Runs any cell with the interface of torch.nn's cells over a sequence.
 
     T stands for steps, B for batch, I for input size, H for the size of a cell's output, L for
     layers and D for directions (1 or 2).
 
     A cell is called as ``cell(input, state)`` with input (B, I), and with ``state=None`` at the
-    first step where the caller gives no state. It returns one of
+    first step if the caller passes no state. It returns one of
 
     - its next state, a tensor or a nested tuple whose first entry is the output, as
       ``torch.nn.GRUCell`` (h) and ``torch.nn.LSTMCell`` ((h, c)) do;
     - ``(output, state)`` or ``(output, *state)``, where the output is no part of the state.
 
-    Which of them is seen from the state that goes in: what comes out in its shapes is the next
-    state. Where no state goes in, the cell is first tried, without computing anything, on what it
-    returned.
+    The part of the result that has the shapes of the given state is the next state. If no state is
+    given, the cell is first called on its own result, without computing values.
 
     Arguments:
         cell: a cell module, or a list of them: a stack, in which each cell's input is the output
             of the cell below.
-        reverse_cell: a cell, or a list of as many as ``cell``, to run backwards in time. Outputs
-            of both directions are joined on the last axis.
-        batch_first: whether input and output are (B, T, ·) instead of (T, B, ·). States stay as
-            they are.
-        dropout: the probability of dropping a value between two layers while training.
+        reverse_cell: a cell, or a list as long as ``cell``, to run backwards in time. The outputs
+            of both directions are concatenated on the last axis.
+        batch_first: whether input and output are (B, T, ·) instead of (T, B, ·). States are not
+            affected.
+        dropout: the probability of dropping a value between two layers during training.
 
     Attributes:
         cell: the cell. Its parameters are in ``state_dict`` under ``cell.``, such as
@@ -66,8 +52,10 @@ class Recurrent(Module):
         reverse_cell: the cell that runs backwards, or None; of a list, ``reverse_cells``.
 
     Raises:
-        TypeError: a cell is no module, or is a layer; batch_first is no bool or dropout no number.
-        ValueError: there is no cell, or not as many backwards; dropout is out of its range.
+        TypeError: a cell is not a module, or is a layer; batch_first is not a bool or dropout not
+            a number.
+        ValueError: there is no cell, or reverse_cell has another number of cells; dropout is out
+            of range.
 
     >>> import torch
     >>> layer = Recurrent(torch.nn.LSTMCell(3, 4))
@@ -120,7 +108,7 @@ class Recurrent(Module):
             )
 
     def extra_repr(self) -> str:
-        """The options that are on."""
+        """The options that differ from their defaults."""
         shown = ["batch_first=True"] if self.batch_first else []
         return ", ".join([*shown, f"dropout={self.dropout}"] if self.dropout else shown)
 
@@ -137,34 +125,34 @@ class Recurrent(Module):
 
         Arguments:
             input: (T, B, I), with ``batch_first`` (B, T, I); one sequence (T, I); or a
-                PackedSequence. Instead of I there may be several axes, if the cells take them.
-            state: initial states: the state of a cell with (L·D, B, ·) in place of (B, ·), as
-                torch.nn's layers have it, beside one sequence (L·D, ·); layer by layer, in each
-                layer first forwards, then backwards. Or a list of L·D states of cells. None: each
-                cell is called with None and takes its own.
-            lengths: integers (B,), each 0…T: how many steps of each sequence count. Output past
-                a length is 0, the final state is the last that counts (of length 0 the initial
-                one, which is 0 where ``state`` is None), the backward direction starts there,
-                padding may hold anything and gets no gradient.
-            reset: bool (T, B), with ``batch_first`` (B, T), beside one sequence (T,). True: a new
+                PackedSequence. In place of I there may be several axes, if the cells support them.
+            state: initial states: the state of a cell with (L·D, B, ·) in place of (B, ·), as in
+                torch.nn's layers; for one sequence (L·D, ·). The order is layer by layer, in each
+                layer forwards, then backwards. Or a list of L·D states of cells. None: each cell
+                is called with None and uses its own initial state.
+            lengths: integers (B,), each 0…T: the number of valid steps of each sequence. Output
+                past a length is 0; the final state is the one after the last valid step (for
+                length 0 the initial one, which is 0 if ``state`` is None); the backward direction
+                starts at the last valid step; padding may hold any value and gets no gradient.
+            reset: bool (T, B), with ``batch_first`` (B, T), for one sequence (T,). True: a new
                 episode begins at this step, with the cell's own initial state; in both directions
-                no state and no gradient crosses into another episode.
-            return_states: whether to return the states of every layer at every step too.
+                no state and no gradient crosses the boundary of episodes.
+            return_states: whether to also return the states of every layer at every step.
 
         Returns:
             ``output, state_n``, with ``return_states`` ``output, state_n, states``. output: the
             last layer's, in the layout of input, of size D·H. state_n: the final states, in the
             layout of state. states: the state of a cell with (L, T, B, D·) in place of (B, ·),
-            beside one sequence (L, T, D·), beside a PackedSequence (L, N, D·) where N counts the
-            steps of all its sequences. Where the states of the cells differ in structure, shape or
-            dtype, or are lists, state_n and states are lists of L·D states, of each cell by
-            itself, with (B, ·) and (T, B, ·).
+            for one sequence (L, T, D·), for a PackedSequence (L, N, D·), where N is the number of
+            steps of all its sequences. If the states of the cells differ in structure, shape or
+            dtype, or are lists, state_n and states are lists of L·D states, one for each cell,
+            with (B, ·) and (T, B, ·).
 
         Raises:
             ValueError: the input has fewer than 2 dimensions, a state does not fit the batch or
                 changes its shape or dtype, or lengths or reset do not fit the input.
             RuntimeError: T is 0.
-            TypeError: an argument or what a cell returns has a wrong type.
+            TypeError: an argument or the result of a cell has a wrong type.
         """
         check_bool("return_states", return_states)
         if isinstance(input, PackedSequence):
@@ -214,7 +202,7 @@ class Recurrent(Module):
         states = self._initial_states(state, batch, unbatched=False)
         if order is not None:
             states = [mapped(lambda leaf: leaf.index_select(0, order), one) for one in states]
-        # Rows stay in packed order, in which the rows of each step are the first ones.
+        # Rows stay in packed order, in which the first rows of each step are valid.
         sequence, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
         valid = valid_steps(lengths, sequence)
         output, finals, every = self._run(sequence, states, valid, None, return_states)
@@ -234,7 +222,7 @@ class Recurrent(Module):
         starts: Tensor | None,
         return_states: bool,
     ) -> tuple[Tensor, list[Any], list[Any]]:
-        """All layers: the output; of each layer and direction the final state and all states."""
+        """The output, and for each layer and direction the final state and all states."""
         finals: list[Any] = []
         every: list[Any] = []
         layers = self._layers()
@@ -242,8 +230,8 @@ class Recurrent(Module):
             outputs = []
             for reverse, cell in enumerate(directions):
                 name = ("cell", "reverse_cell")[reverse] + (f"s[{layer}]" if self._stack else "")
-                run = Run(Cell(cell, name), return_states, valid, bool(reverse))
-                final, (output, seen) = run(sequence, states[len(finals)], starts)
+                given = {"valid": valid, "state": states[len(finals)], "starts": starts}
+                final, (output, seen) = _run(cell, name, return_states, reverse, sequence, given)
                 outputs.append(output)
                 finals.append(final)
                 every.append(seen)
@@ -253,7 +241,7 @@ class Recurrent(Module):
         return sequence, finals, every
 
     def _initial_states(self, state: Any, batch: int, unbatched: bool) -> list[Any]:
-        """The states of the cells, with B rows each; None where a cell shall take its own."""
+        """The initial states of the cells, with B rows each; None: the cell's own."""
         count = sum(map(len, self._layers()))
         if state is None:
             return [None] * count
@@ -282,10 +270,10 @@ class Recurrent(Module):
     def _results(
         self, output: Any, finals: list[Any], every: list[Any], return_states: bool, flat: bool
     ) -> tuple[Any, ...]:
-        """What the call returns: states of all cells in one, where they are alike.
+        """The results of a call, with the states of all cells stacked if they are alike.
 
         Arguments:
-            flat: whether steps and rows are one axis of the states of all steps.
+            flat: whether the states of all steps have one axis for steps and rows.
         """
         stack = type(finals[0]) is not list and all(alike(finals[0], one) for one in finals[1:])
         if stack:
@@ -300,7 +288,7 @@ class Recurrent(Module):
         return output, finals, every
 
     def _layers(self) -> list[tuple[Module, ...]]:
-        """The cells of each layer: one, or one for each direction."""
+        """The cells of each layer, one for each direction."""
         if not self._stack:
             return [(self.cell,) if self.reverse_cell is None else (self.cell, self.reverse_cell)]
         if self.reverse_cells is None:
@@ -308,244 +296,24 @@ class Recurrent(Module):
         return list(zip(self.cells, self.reverse_cells, strict=True))
 
 
-# ---- one cell in one direction ----------------------------------------------------------------
+def _run(
+    cell: Module, name: str, return_states: bool, reverse: int, sequence: Tensor,
+    given: dict[str, Any],
+) -> tuple[Any, Any]:  # fmt: skip
+    """The result of `Run` for one cell; under torch.compile one node of the graph."""
+    # Strict export does not support such a node, and unrolls the loop.
+    if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+        run = Run(Cell(cell, name), return_states, given["valid"], bool(reverse))
+        return run(sequence, given["state"], given["starts"])
+    from . import compiled
 
-
-class Cell:
-    """A cell as ``(x, state) -> (output, state)``, whichever way it returns them."""
-
-    def __init__(self, cell: Module, name: str) -> None:
-        self.cell, self.name = cell, name
-        self._next: Callable[[Any], Any] | None = None
-
-    def __call__(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        result = self.cell(x, state)
-        output = result
-        if not isinstance(result, Tensor):
-            output = result[0] if isinstance(result, tuple | list) and result else None
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"{self.name} must return its state, of which the first entry is the output, or "
-                f"(output, state), got {outline(result)}"
-            )
-        if self._next is None:
-            self._next = _reading(self.cell, x, state, result)
-        after = self._next(result)
-        if torch.is_autocast_enabled(x.device.type) and fits(after, state):
-            # A state keeps its dtype, whatever autocast makes of it.
-            after = mapped(lambda new, old: new.to(old.dtype), after, state)
-        return output, after
-
-
-def _whole(result: Any) -> Any:
-    return result
-
-
-def _second(result: Any) -> Any:
-    return result[1]
-
-
-def _rest(result: Any) -> Any:
-    return tuple(result[1:])
-
-
-# How cells that were called without a state return it, by the structure of what they return.
-_readings: WeakKeyDictionary[Module, dict[str, Callable[[Any], Any]]] = WeakKeyDictionary()
-
-
-def _reading(cell: Module, x: Tensor, state: Any, result: Any) -> Callable[[Any], Any]:
-    """Which part of what a cell returned is its next state."""
-    if isinstance(result, Tensor) or len(result) < 2:
-        return _whole
-    ways = [_whole, _second if len(result) == 2 else _rest]
-    if state is not None:
-        return next((way for way in ways if fits(way(result), state)), _whole)
-    likely = ways[1] if len(result) == 2 and not isinstance(result[1], Tensor) else _whole
-    if torch.compiler.is_dynamo_compiling():  # which cannot try
-        return likely
-    known = _readings.setdefault(cell, {})
-    kind = outline(result)
-    if kind not in known:
-        found = next((way for way in ways if _goes_in(cell, x, way(result), way)), None)
-        if found is None:  # a cell of operations that need values
-            return likely
-        known[kind] = found
-    return known[kind]
-
-
-def _goes_in(cell: Module, x: Tensor, state: Any, way: Callable[[Any], Any]) -> bool:
-    """Whether the cell takes this state and returns one like it, found without computing."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    def fake(tensor: Tensor) -> Tensor:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        try:
-            x, state = mapped(fake, (x, state))
-            # Without hooks, which have seen the call before this one.
-            return fits(way(cell.forward(x, state)), state)
-        except Exception:
-            return False  # whatever it raises, it does not take this state
-
-
-class Run:
-    """One cell over a sequence in one direction.
-
-    Arguments:
-        valid: bool (T, B), True where a step counts; the sequence is 0 elsewhere.
-    """
-
-    def __init__(
-        self, cell: Cell, return_states: bool, valid: Tensor | None, reverse: bool
-    ) -> None:
-        self.cell, self.return_states = cell, return_states
-        self.valid, self.reverse = valid, reverse
-        # A forward hook is to see the values of every step.
-        self.watched = any(module._forward_hooks for module in cell.cell.modules())
-
-    def __call__(self, sequence: Tensor, state: Any, starts: Tensor | None) -> tuple[Any, Any]:
-        """The final state, and of all steps ``(output, states)``; states may be None.
-
-        Arguments:
-            sequence: (T, B, …).
-            state: None: the cell's own.
-            starts: bool (T, B), True where an episode begins.
-        """
-        # Strict export cannot have the node of torch.compile: the loop is unrolled there.
-        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
-            return self._in_graph(sequence, state, starts)
-        return self.here(sequence, state, starts)
-
-    def _in_graph(self, sequence: Tensor, state: Any, starts: Tensor | None) -> tuple[Any, Any]:
-        from . import compiled
-
-        # One step, whose results nobody reads: dynamo sees what the cell depends on.
-        self.cell(sequence[0], state)
-        given = {"valid": self.valid, "state": state, "starts": starts}
-        final, output, *states = compiled.call(
-            self.cell.cell,
-            self.cell.name,
-            self.return_states,
-            self.reverse,
-            sequence,
-            {name: value for name, value in given.items() if value is not None},
-        )
-        return final, (output, states[0] if states else None)
-
-    def here(self, sequence: Tensor, state: Any, starts: Tensor | None) -> tuple[Any, Any]:
-        """The call itself, outside of dynamo."""
-        if starts is not None:
-            return self._with_starts(sequence, state, starts)
-        if state is None:
-            return self._without_state(sequence)
-        return self._walk(self.step, state, sequence, self.valid)
-
-    def step(self, state: Any, x: Tensor) -> tuple[Any, Any]:
-        output, after = self.cell(x, state)
-        return after, (output, after if self.return_states else None)
-
-    def first(self, x: Tensor) -> tuple[Any, Any]:
-        """A step of each row of x (rows, …) from the cell's own initial state."""
-        state, y = self.step(None, x)
-        rows = x.shape[0]
-        for path, leaf in Tree(f"{self.cell.name}: state", state, "return a tensor").named():
-            if leaf.shape[:1] != (rows,):
-                raise ValueError(
-                    f"{path} must have shape (B, …) beside input (B, …), with B = {rows}, got "
-                    f"{tuple(leaf.shape)}"
-                )
-        return state, y
-
-    def _walk(
-        self,
-        step: Any,
-        state: Any,
-        xs: Any,
-        valid: Tensor | None,
-        fresh: Tensor | None = None,
-        start: Any = None,
-    ) -> tuple[Any, Any]:
-        carry, x = Tree("state", state), Tree("input", xs)
-        steps, rows = x.tensors[0].shape[:2]
-        calls = Calls(step, carry, x, who=self.cell.name, carry_name="state", rows=rows)
-        begin = None if fresh is None else Tree("state", start).tensors
-        final, ys = walk(
-            calls, carry.tensors, x.tensors, steps, self.reverse, valid, fresh, begin, self.watched
-        )
-        return carry.build(final), calls.build_y(ys)
-
-    def _without_state(self, sequence: Tensor) -> tuple[Any, Any]:
-        """The cell is called with None at the first step of each sequence, and then as always."""
-        if self.valid is None and not self.watched:
-            results = program.whole(self.step, sequence, self.reverse)
-            if results is not None:
-                return results
-        known = None if self.watched else program.start(self.step, sequence)
-        if known is not None:
-            return self._walk(self.step, known, sequence, self.valid)
-        valid, reverse = self.valid, self.reverse
-        steps, rows = sequence.shape[:2]
-        # In reverse a sequence starts at its last step that counts.
-        first = sequence[-1 if reverse else 0]
-        if valid is not None and reverse:
-            at = (valid.sum(0) - 1).clamp(min=0)
-            first = sequence[at, torch.arange(rows, device=at.device)]
-        state, y = self.first(first)
-        if valid is not None:  # sequences of no steps
-            state, y = mapped(lambda leaf: zero_past(valid[0], leaf), (state, y))
-        y = mapped(lambda leaf: leaf.unsqueeze(0), y)
-        if steps == 1:
-            return state, y
-        rest = sequence[:-1] if reverse else sequence[1:]
-        # In both directions: forwards step t + 1 counts, in reverse step t is not the last.
-        state, ys = self._walk(self.step, state, rest, None if valid is None else valid[1:])
-        if not reverse:
-            return state, mapped(lambda one, more: torch.cat([one, more]), y, ys)
-        if valid is None:
-            return state, mapped(lambda one, more: torch.cat([more, one]), y, ys)
-        begins = _last_steps(valid)
-        padded = mapped(lambda one, more: torch.cat([more, torch.zeros_like(one)]), y, ys)
-        return state, mapped(lambda one, every: choose(begins, one, every), y, padded)
-
-    def _with_starts(self, sequence: Tensor, state: Any, starts: Tensor) -> tuple[Any, Any]:
-        """What the cell makes of each step alone, called with None, stands where episodes begin."""
-        steps, rows = sequence.shape[:2]
-        known = None if self.watched else program.start(self.step, sequence)
-        if known is not None:
-            fresh = fresh_steps(starts, self.valid, self.reverse)
-            begin = known if state is None else state
-            return self._walk(self.step, begin, sequence, self.valid, fresh, known)
-        after, y = self.first(sequence.flatten(0, 1))
-        own = mapped(lambda leaf: leaf.unflatten(0, (steps, rows)), (after, y))
-        fresh = fresh_steps(starts, self.valid, self.reverse)
-        if state is None:
-            state = mapped(lambda leaf: torch.zeros_like(leaf[0]), own[0])
-            begins = torch.zeros_like(fresh)
-            if not self.reverse:
-                begins[0] = True
-            elif self.valid is None:
-                begins[-1] = True
-            else:
-                begins = _last_steps(self.valid)
-            fresh = fresh | begins
-
-        def step(state: Any, x: Any) -> tuple[Any, Any]:
-            x, fresh, own = x
-            # 0, so that nothing of the episode before goes into the cell, not even a NaN.
-            before = mapped(lambda leaf: choose(fresh, torch.zeros_like(leaf), leaf), state)
-            after, y = self.step(before, x)
-            return (
-                mapped(lambda new, old: choose(fresh, new, old), own[0], after),
-                mapped(lambda new, old: choose(fresh, new, old), own[1], y),
-            )
-
-        return self._walk(step, state, (sequence, fresh, own), self.valid)
-
-
-def _last_steps(valid: Tensor) -> Tensor:
-    """Bool (T, B): whether a step is the last of its sequence that counts."""
-    return valid & ~torch.cat([valid[1:], torch.zeros_like(valid[:1])])
+    # One step, with unused results, so that dynamo guards on what the cell depends on.
+    cell(sequence[0], given["state"])
+    given = {name: value for name, value in given.items() if value is not None}
+    final, output, *states = compiled.call(
+        cell, name, return_states, bool(reverse), sequence, given
+    )
+    return final, (output, states[0] if states else None)
 
 
 # ---- nested values ----------------------------------------------------------------------------
@@ -556,18 +324,18 @@ def _stacked(*leaves: Tensor) -> Tensor:
 
 
 def _joined(parts: Sequence[Tensor], flat: bool = False) -> Tensor:
-    """Both directions' values, (T, B, ·) or flat (T·B, ·), joined on the last axis."""
+    """Both directions' values, (T, B, ·) or flat (T·B, ·), concatenated on the last axis."""
     if len(parts) == 1:
         return parts[0]
-    alone = parts[0].dim() == (1 if flat else 2)  # one number for each step and row
-    return torch.stack(list(parts), -1) if alone else torch.cat(list(parts), -1)
+    scalars = parts[0].dim() == (1 if flat else 2)  # one number for each step and row
+    return torch.stack(list(parts), -1) if scalars else torch.cat(list(parts), -1)
 
 
 _STACKS = (list, tuple, ModuleList)
 
 
 def _checked_cells(name: str, given: Any, stack: bool) -> list[Module]:
-    """The cells of one direction, of which there may be only one unless `cell` is a list."""
+    """The cells of one direction; ``stack``: whether ``cell`` is a list."""
     if not stack:
         _check_cell(name, given)
         return [given]

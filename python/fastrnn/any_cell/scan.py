@@ -1,8 +1,8 @@
-"""`scan`: any step over a sequence. Structures, checks, lengths and resets; `run` is the loop.
+"""`scan`: any step over a sequence, with nested values, checks, lengths and resets.
 
 Everything below `scan` works on flat lists of tensors, the leaves of nested tuples, lists and
-dicts, of which a `Tree` knows how they were nested. Lengths and resets are operations around the
-step (`_held`, `_restarted`), so that whatever runs a step runs them too.
+dicts; a `Tree` stores how they are nested. Lengths and resets are operations around the step
+(`_held`, `_restarted`), so they run on every route.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ def scan(
 
     The signature is that of ``jax.lax.scan``. T stands for steps, B for batch. ``init``, ``xs``,
     ``carry`` and ``y`` are tensors or nested tuples, lists, named tuples and dicts of them, in
-    which None may stand for nothing. Gradients flow to init, to xs and to every tensor that the
-    step uses, such as the parameters of a module.
+    which a leaf may be None. Gradients flow to init, to xs and to every tensor that the step uses,
+    such as the parameters of a module.
 
     Arguments:
-        step: takes the carry and one step of xs; returns the next carry, built like ``init`` with
-            the same shapes, dtypes and devices, and y, built alike at every step.
+        step: takes the carry and one step of xs; returns the next carry, nested like ``init`` with
+            the same shapes, dtypes and devices, and y, nested alike at every step.
         init: the carry before the first step.
-        xs: what the step sees of each step; every tensor has T first.
+        xs: the inputs; every tensor has T first.
         reverse: whether to go from the last step to the first; ys stay in the order of xs.
-        lengths: integers (B,), each 0…T: how many steps of each sequence count. Past a length the
-            carry stays as it is, ys are 0, xs may hold anything and get no gradient; with
-            ``reverse`` a sequence starts at its last step that counts.
-        reset: bool (T, B). True: a new episode begins at this step, with ``init`` in place of the
-            carry; no carry and no gradient crosses into another episode, in both directions.
+        lengths: integers (B,), each 0…T: the number of valid steps of each sequence. Past a length
+            the carry does not change, ys are 0, xs may hold any value and get no gradient; with
+            ``reverse`` a sequence starts at its last valid step.
+        reset: bool (T, B). True: a new episode begins at this step, with ``init`` as the carry; no
+            carry and no gradient crosses the boundary of episodes, in both directions.
 
     With ``lengths`` or ``reset`` the batch is the first axis of every tensor of carry and y, and
     the second axis of every tensor of xs.
@@ -61,10 +61,10 @@ def scan(
 
     Raises:
         TypeError: step is not callable or does not return a pair; a leaf is neither a tensor nor
-            None; the carry or y is built in another way than before; lengths are no integers or
-            reset is no bool tensor.
-        ValueError: xs hold no tensor, or disagree in T; the carry or y changes its shape, dtype
-            or device; lengths or reset do not fit.
+            None; the carry or y changes its structure; lengths are not integers or reset is not a
+            bool tensor.
+        ValueError: xs hold no tensor, or tensors with different T; the carry or y changes its
+            shape, dtype or device; lengths or reset do not fit.
 
     >>> import torch
     >>> def step(total, x):
@@ -99,7 +99,7 @@ def run(
     if isinstance(routed, tuple):
         return routed
     results = loop(step, init, xs, steps, reverse)
-    if routed is not None:  # only now, as a step that is wrong raises its own error in the loop
+    if routed is not None:  # after the loop, so that an invalid step raises its error first
         program.warn(routed)
     return results
 
@@ -107,10 +107,10 @@ def run(
 def loop(
     step: FlatStep, init: Leaves, xs: Leaves, steps: int, reverse: bool
 ) -> tuple[Leaves, Leaves]:
-    """`run` in torch's operations, step by step: what defines it."""
+    """`run` in torch operations, step by step: the reference."""
     carry = init
     ys: list[Leaves] = []
-    # unbind, as the gradient of x[t] would be as large as xs, at every step.
+    # unbind, because the gradient of each x[t] would be as large as xs.
     inputs = list(zip(*(x.unbind() for x in xs), strict=True))
     for x in reversed(inputs) if reverse else inputs:
         carry, y = step(carry, list(x))
@@ -131,14 +131,13 @@ def walk(
     start: Leaves | None = None,
     by_loop: bool = False,
 ) -> tuple[Leaves, Leaves]:
-    """`run`, also for no steps, with the carry held past lengths and restarted by resets.
+    """`run` with lengths and resets, also for T = 0.
 
     Arguments:
         valid: bool (T, B), False past a sequence's length, where xs are 0.
-        fresh: bool (T, B), True where `start` takes the place of the carry before the step; only
-            where steps count.
-        start: what an episode starts with; None: `init`.
-        by_loop: the step is called for every step of the sequence.
+        fresh: bool (T, B), True at valid steps before which `start` replaces the carry.
+        start: the initial carry of an episode; None: `init`.
+        by_loop: whether to call the step at every step of the sequence.
     """
     if steps == 0:
         return init, _no_steps(step, init, xs)
@@ -155,7 +154,7 @@ def walk(
 
 
 def _no_steps(step: FlatStep, init: Leaves, xs: Leaves) -> Leaves:
-    """ys of no steps: one step on zeros tells their shapes."""
+    """Empty ys, with the shapes of one step on zeros."""
     _, ys = step(init, [x.new_zeros(x.shape[1:]) for x in xs])
     return [y.new_empty((0, *y.shape)) for y in ys]
 
@@ -164,7 +163,7 @@ def _no_steps(step: FlatStep, init: Leaves, xs: Leaves) -> Leaves:
 
 
 def _held(step: FlatStep) -> FlatStep:
-    """The step that leaves the carry as it is where its last x, bool (B,), is False."""
+    """The step that keeps the carry where its last x, bool (B,), is False."""
 
     def held(carry: Leaves, x: Leaves) -> tuple[Leaves, Leaves]:
         *x, valid = x
@@ -175,9 +174,9 @@ def _held(step: FlatStep) -> FlatStep:
 
 
 def _restarted(step: FlatStep, size: int) -> FlatStep:
-    """The step that starts anew where its last x, bool (B,), is True.
+    """The step that restarts where its last x, bool (B,), is True.
 
-    Its carry has two halves of `size` leaves: the carry of the step, and what it starts with.
+    Its carry has two halves of `size` leaves: the carry of the step, and the initial carry.
     """
 
     def restarted(carry: Leaves, x: Leaves) -> tuple[Leaves, Leaves]:
@@ -198,20 +197,20 @@ def choose(mask: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 
 def zero_past(valid: Tensor, value: Tensor) -> Tensor:
-    """A value (T, B, …), or of one step (B, …), with 0 where no step counts."""
+    """A value (T, B, …), or of one step (B, …), with 0 at steps that are not valid."""
     return choose(valid, value, value.new_zeros(()))
 
 
 def valid_steps(lengths: Tensor, sequence: Tensor) -> Tensor:
-    """Bool (T, B): whether a step of the sequence (T, B, …) counts."""
+    """Bool (T, B): whether a step of the sequence (T, B, …) is valid."""
     steps = torch.arange(sequence.shape[0], device=sequence.device)
     return steps.unsqueeze(1) < lengths.to(sequence.device, non_blocking=True)
 
 
 def fresh_steps(reset: Tensor, valid: Tensor | None, reverse: bool) -> Tensor:
-    """Bool (T, B): whether a step is the first that is made of an episode after a reset.
+    """Bool (T, B): whether a step is the first one computed of an episode after a reset.
 
-    In reverse an episode starts at its end, which is the step before the next reset.
+    In reverse an episode starts at its last step, the one before the next reset.
     """
     if valid is not None:
         reset = reset & valid
@@ -221,7 +220,7 @@ def fresh_steps(reset: Tensor, valid: Tensor | None, reverse: bool) -> Tensor:
 def _masks(
     carry: Tree, xs: Tree, reverse: bool, lengths: Any, reset: Any
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`valid` and `fresh` of `walk`, once lengths and reset fit the rows of carry and xs."""
+    """`valid` and `fresh` of `walk`, after checking the shapes of all arguments."""
     if lengths is None and reset is None:
         return None, None
     which = "lengths" if lengths is not None else "reset"
@@ -247,20 +246,17 @@ def _masks(
 
 
 def check_step(step: Any) -> None:
-    """Refuse what cannot be called."""
+    """Check that a step is callable."""
     if not callable(step):
         raise TypeError(f"step must be callable as step(carry, x), got {type(step).__name__}")
 
 
 def count_steps(xs: Tree) -> int:
-    """T, once all of xs agree in it."""
-    for at, x in enumerate(xs.tensors):
+    """T, the same for all of xs."""
+    for path, x in xs.named():
         if x.dim() == 0:
-            raise ValueError(
-                f"{xs.paths[at]} must have T steps as its first axis, got a 0-D tensor"
-            )
+            raise ValueError(f"{path} must have T steps as its first axis, got a 0-D tensor")
         if x.shape[0] != xs.tensors[0].shape[0]:
-            path = xs.paths[at]
             raise ValueError(
                 f"xs must agree in T, their first axis: {xs.paths[0]} has "
                 f"{xs.tensors[0].shape[0]} steps and {path} has {x.shape[0]}"
@@ -277,26 +273,26 @@ def count_steps(xs: Tree) -> int:
 
 
 class Tree:
-    """The tensors of a nested value, and how it is nested.
+    """The tensors of a nested value, and its structure.
 
     Attributes:
         tensors: the leaves that are not None.
     """
 
     def __init__(self, name: str, value: Any, advice: str = "give a tensor or None") -> None:
-        """Take a value apart.
+        """Flatten a value.
 
         Arguments:
-            name: what the caller calls it.
+            name: the caller's name for it.
             value: nested tensors.
-            advice: what to do where a leaf is something else.
+            advice: what an error advises for a leaf of another type.
 
         Raises:
             TypeError: a leaf is neither a dense tensor nor None.
         """
         self.name = name
         leaves: list[Any]
-        # A tensor by itself, the usual case, takes no walk through a structure.
+        # The usual case, a single tensor, needs no traversal.
         if isinstance(value, Tensor):
             leaves, self._spec = [value], None
         else:
@@ -313,7 +309,7 @@ class Tree:
 
     @cached_property
     def _all_paths(self) -> list[str]:
-        """Those of the leaves that are None too."""
+        """The paths of all leaves, also of those that are None."""
         if self._spec is None:
             return [self.name]
         nested = self._spec.unflatten(list(range(len(self._there))))
@@ -322,7 +318,7 @@ class Tree:
 
     @cached_property
     def paths(self) -> list[str]:
-        """How the caller would write each of the tensors, such as ``init['h'][0]``."""
+        """The expression for each tensor, such as ``init['h'][0]``."""
         return [p for p, there in zip(self._all_paths, self._there, strict=True) if there]
 
     def named(self) -> list[tuple[str, Tensor]]:
@@ -330,22 +326,22 @@ class Tree:
         return list(zip(self.paths, self.tensors, strict=True))
 
     def build(self, tensors: Sequence[Any]) -> Any:
-        """A value that is nested in this way."""
+        """A value with this structure."""
         if self._spec is None:
             return tensors[0]
         left = iter(tensors)
         return self._spec.unflatten([next(left) if there else None for there in self._there])
 
     def take_apart(self, value: Any, who: str, name: str, given: Leaves | None = None) -> Leaves:
-        """The tensors of another value, which must agree with these in all but their numbers.
+        """The tensors of another value, which must have the same structure, shapes and dtypes.
 
         Arguments:
             who: the function that returned the value.
-            name: what the value is called there.
-            given: tensors in the place of these.
+            name: its name for the value.
+            given: the tensors to compare with; None: `tensors`.
 
         Raises:
-            TypeError: it is nested in another way, or has something else in a tensor's place.
+            TypeError: it has another structure, or a leaf has another type.
             ValueError: a tensor has another shape, dtype or device.
         """
         found: list[Any]
@@ -389,10 +385,10 @@ class Tree:
 
 
 class Calls:
-    """A step as a `FlatStep`: builds the carry and x, calls, and checks and flattens the results.
+    """A step as a `FlatStep`: nests the carry and x, calls the step, checks and flattens results.
 
     Attributes:
-        y: how y is nested, known once the step was called.
+        y: the structure of y; None before the first call.
     """
 
     def __init__(
@@ -408,17 +404,17 @@ class Calls:
         """Prepare the calls of a step.
 
         Arguments:
-            step: as that of `scan`.
-            carry: how the carry is nested.
-            x: how one step of xs is nested.
-            who: what errors call the step.
-            carry_name: what errors call the carry.
-            rows: B, where y must have it as its first axis.
+            step: as in `scan`.
+            carry: the structure of the carry.
+            x: the structure of one step of xs.
+            who: the name of the step in errors.
+            carry_name: the name of the carry in errors.
+            rows: B, if the first axis of y must be B.
         """
         self._step, self._carry, self._x = step, carry, x
         self._who, self._carry_name, self._rows = who, carry_name, rows
         self.y: Tree | None = None
-        self._stand_ins = False  # whether the call before was of stand-ins
+        self._stand_ins = False  # whether the last call was on stand-ins
 
     def __call__(self, carry: Leaves, x: Leaves) -> tuple[Leaves, Leaves]:
         result: Any = self._step(self._carry.build(carry), self._x.build(x))
@@ -429,7 +425,7 @@ class Calls:
         after, y = result
         leaves = self._carry.take_apart(after, self._who, self._carry_name, carry)
         stand_ins = self._stand_ins
-        self._stand_ins = type(x[0]) is program.Traced  # whose rows are not those of the others
+        self._stand_ins = type(x[0]) is program.Traced  # their rows differ
         if self.y is None or stand_ins or self._stand_ins:
             self.y = Tree(f"{self._who}: y", y, "return a tensor, as torch.tensor makes, or None")
             for at, leaf in enumerate(self.y.tensors):
@@ -444,7 +440,7 @@ class Calls:
         return leaves, self.y.take_apart(y, self._who, "y")
 
     def build_y(self, tensors: Leaves) -> Any:
-        """y of all steps, nested as the step returned it."""
+        """The ys of all steps, nested as the step returned them."""
         assert self.y is not None
         return self.y.build(tensors)
 
@@ -460,7 +456,7 @@ def describe(tensor: Tensor) -> str:
 
 
 def outline(value: Any) -> str:
-    """How a value is nested, in few words.
+    """A short description of a value's structure.
 
     >>> outline((torch.zeros(2), {"n": None}))
     "(Tensor, {'n': None})"
@@ -485,14 +481,14 @@ def _shape(tensor: Tensor) -> str:
 
 
 def mapped(function: Callable[..., Any], *values: Any) -> Any:
-    """`function` of the tensors of values that are nested alike; None stays None."""
+    """`function` of the tensors of values with one structure; None stays None."""
     if isinstance(values[0], Tensor):
         return function(*values)
     return pytree.tree_map(lambda *at: None if at[0] is None else function(*at), *values)
 
 
 def fits(value: Any, state: Any) -> bool:
-    """Whether a value is nested as the state is, and has its shapes."""
+    """Whether a value has the structure and the shapes of the state."""
     found, spec = pytree.tree_flatten(value)
     expected, expected_spec = pytree.tree_flatten(state)
     if spec != expected_spec:
@@ -502,6 +498,6 @@ def fits(value: Any, state: Any) -> bool:
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Whether two states can be stacked: nested alike, with the same shapes and dtypes."""
+    """Whether two states can be stacked: same structure, shapes and dtypes."""
     pairs = zip(pytree.tree_leaves(one), pytree.tree_leaves(other), strict=False)
     return fits(one, other) and all(a is b or a.dtype == b.dtype for a, b in pairs)

@@ -27,6 +27,7 @@ class _ByHand(torch.nn.Module):
 
     def __init__(self, layer: torch.nn.Module, case: Case, data: Data) -> None:
         super().__init__()
+        self._case = case
         self._layer = [layer]  # in a list, so that its parameters are not this module's
         for name, weight in zip(weight_names(case.stack), data.weights, strict=True):
             self.register_parameter(name, torch.nn.Parameter(weight.clone()))
@@ -85,12 +86,8 @@ class Heads(_ByHand):
 
     way = "a head at a time"
 
-    def __init__(self, layer: torch.nn.Module, case: Case, data: Data) -> None:
-        super().__init__(layer, case, data)
-        self._heads = case.heads
-
     def forward(self, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
-        heads, own = self._heads, self._own()
+        heads, own = self._case.heads, self._own()
         states = [h.chunk(heads, -1) for h in (hx if isinstance(hx, tuple) else (hx,))]
         outputs, finals = [], []
         for k in range(heads):
@@ -107,7 +104,7 @@ class Heads(_ByHand):
 
     def _rows(self, p: Tensor, k: int) -> Tensor:
         """Head k's rows of W_ih or a bias, for every gate: a small copy, made once per call."""
-        gates = p.view(-1, self._heads, cast("int", self._layer[0].hidden_size), *p.shape[1:])
+        gates = p.view(-1, self._case.heads, cast("int", self._layer[0].hidden_size), *p.shape[1:])
         return gates[:, k].flatten(0, 1)
 
 
@@ -116,15 +113,10 @@ class Members(_ByHand):
 
     way = "a member at a time"
 
-    def __init__(self, layer: torch.nn.Module, case: Case, data: Data) -> None:
-        super().__init__(layer, case, data)
-        self._members = case.members
-
     def forward(self, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
         own = self._own()
-        found = [
-            self._call({name: p[e] for name, p in own.items()}, x, hx) for e in range(self._members)
-        ]
+        members = range(self._case.members)
+        found = [self._call({name: p[e] for name, p in own.items()}, x, hx) for e in members]
         outputs, finals = zip(*found, strict=True)
         if isinstance(finals[0], tuple):
             whole: Any = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
@@ -139,16 +131,12 @@ class LayerNorm(_ByHand):
 
     way = "operations"
 
-    def __init__(self, layer: torch.nn.Module, case: Case, data: Data) -> None:
-        super().__init__(layer, case, data)
-        self._cell = case.cell
-
     def forward(self, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
         p = {name.removesuffix("_l0"): w for name, w in self._own().items()}
         projected = x @ p["weight_ih"].T
         size = projected.shape[-1:]
         a = F.layer_norm(projected, size, p["norm_ih"], p["bias_ih"])
-        step = {"LSTM": self._lstm, "GRU": self._gru, "RNN": self._rnn}[self._cell]
+        step = {"LSTM": self._lstm, "GRU": self._gru, "RNN": self._rnn}[self._case.cell]
         state = tuple(h[0] for h in (hx if isinstance(hx, tuple) else (hx,)))
         outputs = []
         for a_t in a.unbind():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
 from fastrnn.bench.cases import Case
-from fastrnn.bench.report import Record, Table, geometric_mean, key, milliseconds, ours
+from fastrnn.bench.report import Record, Table, key, milliseconds, ours
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

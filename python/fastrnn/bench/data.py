@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ class Data:
     # ensemble with a leading axis of members; empty for a step, whose module holds its weights
     weights: list[Tensor]
     d_output: Tensor  # (T, B, D·H), for an ensemble (members, T, B, D·H)
-    reset: Tensor | None  # bool (T, B)
-    lengths: Tensor | None  # int64 (B,)
+    reset: Tensor | None = None  # bool (T, B)
+    lengths: Tensor | None = None  # int64 (B,)
 
 
 def make_data(case: Case, device: str) -> Data:
@@ -60,24 +60,15 @@ def make_data(case: Case, device: str) -> Data:
     copies = 1
     if device != "cpu":
         copies = min(MOST_INPUTS, 1 + ROTATED_BYTES // (first.numel() * first.element_size()))
-    return Data(
+    data = Data(
         inputs=[first] + [first.clone() for _ in range(copies - 1)],
         hx=tuple(normal(groups, case.B, units) for _ in range(states)),
         weights=weights,
         d_output=normal(*members, case.T, case.B, case.directions * units),
-        reset=_reset(case, device, generator),
-        lengths=_lengths(case, device, generator),
     )
-
-
-def _reset(case: Case, device: str, generator: torch.Generator) -> Tensor | None:
-    if case.reset_rate == 0:
-        return None
-    drawn = torch.rand((case.T, case.B), generator=generator, device=device)
-    return drawn < case.reset_rate
-
-
-def _lengths(case: Case, device: str, generator: torch.Generator) -> Tensor | None:
-    if not case.lengths:
-        return None
-    return torch.randint(1, case.T + 1, (case.B,), generator=generator, device=device)
+    drawn: Any = {"generator": generator, "device": device}
+    if case.reset_rate > 0:
+        data.reset = torch.rand((case.T, case.B), **drawn) < case.reset_rate
+    if case.lengths:
+        data.lengths = torch.randint(1, case.T + 1, (case.B,), **drawn)
+    return data

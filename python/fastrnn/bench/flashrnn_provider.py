@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from fastrnn.bench.providers import Prepared, UnsupportedError, require_package
+from fastrnn.bench.prepare import Prepared, UnsupportedError, require_package
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastrnn.bench.providers import Prepared, UnsupportedError, require_package
+from fastrnn.bench.prepare import Prepared, UnsupportedError, require_package
 
 if TYPE_CHECKING:
     from fastrnn.bench.cases import Case, Pass

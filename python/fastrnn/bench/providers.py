@@ -1,16 +1,8 @@
-"""The providers that compute a case: fastrnn and its peers, each in its fastest configuration.
-
-A provider prepares a case once (copies weights, builds sessions, binds memory) and returns a
-`Prepared`, of which only `run` is timed. Inference runs under `torch.inference_mode`; training is
-forward and backward with gradients to the input, the states and all weights.
-"""
+"""The providers that compute a case: fastrnn and its peers, each in its fastest configuration."""
 
 from __future__ import annotations
 
-import importlib.util
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,39 +12,17 @@ import fastrnn
 from fastrnn import _C
 from fastrnn.bench import by_hand
 from fastrnn.bench.explain import cuda_kernel
+from fastrnn.bench.flashrnn_provider import FlashRnn
+from fastrnn.bench.onnx_provider import OnnxRuntime
+from fastrnn.bench.prepare import Prepared, Provider, UnsupportedError, prepare_layer
+from fastrnn.bench.step_providers import Compiled, Layer, Loop, prepare_recurrent
 from fastrnn.info import COMPOSED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from fastrnn.bench.cases import Case, Pass
     from fastrnn.bench.data import Data
-
-
-class UnsupportedError(Exception):
-    """The provider cannot compute the case; the message says why."""
-
-
-class MissingPeerError(Exception):
-    """The peer is not installed; the message says how to install it."""
-
-
-@dataclass
-class Prepared:
-    """A case ready to run."""
-
-    run: Callable[[int], Any]  # computes with input number i
-    results: Callable[[], dict[str, Tensor]]  # computes with input 0 and returns named results
-    kernel: str = ""  # the route that ran
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered around every block
-
-
-class Provider(Protocol):
-    name: ClassVar[str]
-    version: str
-
-    def prepare(self, case: Case, data: Data, pass_: Pass) -> Prepared:
-        """Raises UnsupportedError if the provider does not support the case or the pass."""
 
 
 class Fastrnn:
@@ -65,8 +35,6 @@ class Fastrnn:
 
     def prepare(self, case: Case, data: Data, pass_: Pass) -> Prepared:
         if case.is_step:
-            from fastrnn.bench.step_providers import prepare_recurrent
-
             return prepare_recurrent(case, data, pass_)
         options: dict[str, Any] = {} if case.heads == 1 else {"heads": case.heads}
         if case.layer_norm:
@@ -122,76 +90,13 @@ class Torch:
         return prepared
 
 
-BY_HAND: dict[str, type[Any]] = {  # of `Case.options`
+BY_HAND: dict[str, type[Any]] = {  # by entry of `Case.options`
     "heads": by_hand.Heads,
     "resets": by_hand.StepByStep,
     "lengths": by_hand.Packed,
     "layer norm": by_hand.LayerNorm,
     "members": by_hand.Members,
 }
-
-
-STATES = ("h", "c", "n", "m")  # the names of a state's tensors; only an sLSTM has all
-
-
-def prepare_layer(
-    layer: torch.nn.Module,
-    data: Data,
-    pass_: Pass,
-    call: dict[str, Tensor],
-    parameters: Sequence[tuple[str, Tensor]] | None = None,
-) -> Prepared:
-    """Prepare a torch module with the call of torch.nn's layers for one pass.
-
-    `call` contains additional keyword arguments. By default the parameters are the module's own;
-    their names are also the names of the results.
-    """
-    training = pass_ == "training"
-    layer.train(training).requires_grad_(training)
-    if parameters is None:
-        parameters = list(layer.named_parameters())
-    states = [h.detach().requires_grad_(training) for h in data.hx]
-    inputs = [x.detach().requires_grad_(training) for x in data.inputs]
-    hx = states[0] if len(states) == 1 else tuple(states) or None
-    shared = [*states, *(p for _, p in parameters)]
-
-    def infer(i: int) -> Any:
-        return layer(inputs[i], hx, **call)
-
-    def train(i: int) -> Sequence[Tensor]:
-        output, _ = layer(inputs[i], hx, **call)
-        return torch.autograd.grad(output, [inputs[i], *shared], data.d_output)
-
-    def outputs() -> dict[str, Tensor]:
-        output, hx_n = infer(0)
-        last = hx_n if isinstance(hx_n, tuple) else (hx_n,)
-        finals = zip((f"{name}_n" for name in STATES), last, strict=False)
-        return {"output": output, **dict(finals)}
-
-    def inferred() -> dict[str, Tensor]:
-        with torch.inference_mode():
-            return outputs()
-
-    def trained() -> dict[str, Tensor]:
-        found = outputs()
-        names = ["d_input", *(f"d_{name}0" for name, _ in zip(STATES, states, strict=False))]
-        names += [f"d_{name}" for name, _ in parameters]
-        output, *last = found.values()
-        starts = [torch.ones_like(x) for x in last]
-        if data.hx:
-            starts = [h.expand_as(x) for h, x in zip(data.hx, last, strict=True)]
-        wanted = [inputs[0], *shared]
-        # Gradients from the output alone, as timed, and also from the output and the final states.
-        with_last = torch.autograd.grad([output, *last], wanted, [data.d_output, *starts])
-        return {
-            **{name: x.detach() for name, x in found.items()},
-            **dict(zip(names, train(0), strict=True)),
-            **{f"{n} with d_h_n": d for n, d in zip(names, with_last, strict=True)},
-        }
-
-    if training:
-        return Prepared(train, trained)
-    return Prepared(infer, inferred, context=torch.inference_mode)
 
 
 def _layer(library: Any, case: Case, data: Data, **options: Any) -> torch.nn.Module:
@@ -239,10 +144,11 @@ def operators(prepared: Prepared, pass_: Pass) -> set[str]:
     return recorder.names
 
 
-def require_package(package: str, install: str) -> None:
-    """Raise MissingPeerError with the install command if `package` cannot be imported."""
-    if importlib.util.find_spec(package) is None:
-        raise MissingPeerError(f"{package} is not installed; to install it: {install}")
+PROVIDERS: dict[str, Callable[[], Provider]] = {
+    provider.name: provider
+    for provider in (Fastrnn, Torch, OnnxRuntime, FlashRnn, Loop, Compiled, Layer)
+}
+STEP_PEERS = tuple(peer.name for peer in (Loop, Compiled, Layer))  # for cells of `cases.STEPS`
 
 
 def make_provider(name: str) -> Provider:
@@ -252,24 +158,7 @@ def make_provider(name: str) -> Provider:
         ValueError: no provider has that name.
         MissingPeerError: its package is not installed.
     """
-    if name == "fastrnn":
-        return Fastrnn()
-    if name == "torch":
-        return Torch()
-    if name == "onnxruntime":
-        from fastrnn.bench.onnx_provider import OnnxRuntime
-
-        return OnnxRuntime()
-    if name == "flashrnn":
-        from fastrnn.bench.flashrnn_provider import FlashRnn
-
-        return FlashRnn()
-    if name in STEP_PEERS:
-        from fastrnn.bench.step_providers import PROVIDERS
-
-        return PROVIDERS[name]()
-    raise ValueError(f"peer {name!r} is not known; there are: {', '.join(PEERS)}")
-
-
-STEP_PEERS = ("loop", "compile", "layer")  # for cells that are torch modules
-PEERS = ("torch", "onnxruntime", "flashrnn", *STEP_PEERS)
+    if name not in PROVIDERS:
+        peers = ", ".join(n for n in PROVIDERS if n != "fastrnn")
+        raise ValueError(f"peer {name!r} is not known; there are: {peers}")
+    return PROVIDERS[name]()

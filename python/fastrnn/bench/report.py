@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter
 from dataclasses import dataclass
+from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
 from fastrnn.bench.cases import Case
@@ -74,10 +74,6 @@ def size(count: int) -> str:
 
 def threads(count: int) -> str:
     return f"{count} thread{'s' * (count != 1)}"
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    return statistics.geometric_mean(values)
 
 
 def ours(records: Sequence[Record]) -> list[Record]:

@@ -37,10 +37,6 @@ FEWEST_BYTES = 1 << 14  # a thread's array: nothing is faster than the first-lev
 CACHED_BYTES = (FEWEST_BYTES, 1 << 18, 1 << 22)  # always measured: first, second and third cache
 MEMORY_BYTES = 1 << 27  # for the memory: all threads' arrays, at least a quarter of it per thread
 
-# The half types accumulate in float32, so float32's peak applies.
-PEAK_DTYPE = {"float32": "float32", "float64": "float64", "bfloat16": "float32",
-              "float16": "float32"}  # fmt: skip
-
 
 class Roof(Protocol):
     """The limits of a device; rates in GFLOP/s and GB/s, summed over all threads."""
@@ -67,14 +63,14 @@ class CpuRoof:
             self._measure(_power_of_two(size))
 
     def sample_peak(self, dtype: str) -> float:
-        return _C.fma_peak(PEAK_DTYPE[dtype], self._threads, PEAK_SECONDS)
+        return _C.fma_peak(_accumulator(dtype), self._threads, PEAK_SECONDS)
 
     def seconds(self, case: Case, pass_: Pass, peak: float) -> float:
         return roof_seconds(case, pass_, peak, self._bandwidth_of)
 
     def method(self, dtype: str) -> str:
         counted = f"{self._threads} thread{'s' * (self._threads != 1)}"
-        loop = f"own {PEAK_DTYPE[dtype]} multiply-adds ({_C.isa()}), {counted}"
+        loop = f"own {_accumulator(dtype)} multiply-adds ({_C.isa()}), {counted}"
         return f"{loop}, in every round of every case, the median"
 
     def _bandwidth_of(self, weights: int) -> float:
@@ -92,6 +88,11 @@ class CpuRoof:
         self.bandwidth[size] = max(
             _C.read_bandwidth(size, self._threads, READ_SECONDS) for _ in range(READ_SAMPLES)
         )
+
+
+def _accumulator(dtype: str) -> str:
+    """The dtype of the sums; the half types accumulate in float32."""
+    return "float64" if dtype == "float64" else "float32"
 
 
 def _power_of_two(size: int) -> int:

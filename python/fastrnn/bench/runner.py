@@ -12,17 +12,10 @@ from torch import Tensor
 
 from fastrnn.bench.data import Data, make_data
 from fastrnn.bench.precision import precision
-from fastrnn.bench.providers import (
-    STEP_PEERS,
-    Fastrnn,
-    MissingPeerError,
-    Prepared,
-    Provider,
-    UnsupportedError,
-    make_provider,
-)
+from fastrnn.bench.prepare import MissingPeerError, Prepared, Provider, UnsupportedError
+from fastrnn.bench.providers import STEP_PEERS, Fastrnn, make_provider
 from fastrnn.bench.roof import Roof, make_roof
-from fastrnn.bench.timing import Timing, make_clock, measure
+from fastrnn.bench.timing import make_clock, measure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -194,7 +187,9 @@ def _run_case(
                 "pass": pass_,
                 "provider": name,
                 "provider_version": providers[name].version,
-                **_milliseconds(timing),
+                "median_ms": timing.median,
+                "p10_ms": timing.p10,
+                "p90_ms": timing.p90,
                 "gflops": gflops,
                 "peak_gflops": peak,
                 "peak_fraction": gflops / peak,
@@ -211,10 +206,6 @@ def _prepare(provider: Provider, case: Case, data: Data, pass_: Pass) -> Prepare
         return provider.prepare(case, data, pass_)
     except UnsupportedError as unsupported:
         return str(unsupported)
-
-
-def _milliseconds(timing: Timing) -> dict[str, float]:
-    return {"median_ms": timing.median, "p10_ms": timing.p10, "p90_ms": timing.p90}
 
 
 def check(case: Case, data: Data, pass_: Pass, prepared: dict[str, Prepared]) -> None:

@@ -22,7 +22,7 @@ from fastrnn import _C
 from fastrnn.bench import cells
 from fastrnn.bench.cases import Case
 from fastrnn.bench.data import Data, make_data
-from fastrnn.bench.providers import (
+from fastrnn.bench.prepare import (
     MissingPeerError,
     Prepared,
     UnsupportedError,
@@ -201,11 +201,6 @@ class Layer:
 def _require_step(case: Case) -> None:
     if not case.is_step:
         raise UnsupportedError("only cases of the suite cells, whose cells are torch modules")
-
-
-PROVIDERS: dict[str, type[Loop] | type[Compiled] | type[Layer]] = {
-    provider.name: provider for provider in (Loop, Compiled, Layer)
-}
 
 
 def main(record: str, device: str, pass_: Pass, threads: str) -> None:

@@ -14,7 +14,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from fastrnn.bench.providers import Prepared
+    from fastrnn.bench.prepare import Prepared
 
 ROUNDS = 5  # turns of every provider
 FEWEST_ROUNDS = 3  # if the budget does not suffice for ROUNDS

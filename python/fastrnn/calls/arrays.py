@@ -1,6 +1,6 @@
-"""The public functions on arrays of any library but torch: the engine, and nothing else.
+"""The public functions on arrays of any library except torch.
 
-Arrays come in by DLPack, without a copy; what goes out is ``fastrnn.Tensor``.
+Arrays are read through DLPack, without a copy; the results are ``fastrnn.Tensor``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .arguments import (
     is_torch,
     weight_names,
 )
-from .by_program import Call, Cotangents, Given, Gradients, Outputs, takes, takes_backward
+from .by_program import Call, Cotangents, Given, Outputs, gradients, shapes, takes, takes_backward
 from .program_numpy import NumPyArrays, writable
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Saved(NamedTuple):
-    """What ``backward`` needs of ``forward``: the arguments, time-major, and what came of them."""
+    """The arguments of ``forward``, time-major, and its results, for ``backward``."""
 
     options: Options
     batch_first: bool
@@ -41,7 +41,7 @@ class Saved(NamedTuple):
     h_n: _C.Tensor
     c_n: _C.Tensor | None
     cell: _C.Tensor | None
-    kept: _C.Tensor | None  # the values that backward needs besides; None with `recompute`
+    kept: _C.Tensor | None  # other values that backward needs; None with `recompute`
 
 
 class Results(NamedTuple):
@@ -73,13 +73,13 @@ def forward(
     given = _time_major(given, batch_first)
     program = _program(options, given, takes)
     if program is not None:
-        written = _new_outputs(options, given, program, return_states, return_saved)
+        written = _new_outputs(options, given, return_states, return_saved)
         program.forward(Outputs(*map(writable, written)))
     else:
         h0, c0 = _pair(given.hx)
         rows, resets = (None, given.lengths, given.reset), given.extras[:2]
         call = _C.Call(engine_options(options), given.input, h0, c0, given.weights, *rows, resets)
-        # A backward pass that is one of programs computes again what the cells would save.
+        # If programs compute backward, they recompute the values that the cells would save.
         again = takes_backward(options, given.extras)
         flags = (return_states or return_saved, False) if again else (return_states, return_saved)
         written = Outputs(*call.forward(*flags))
@@ -121,16 +121,16 @@ def backward(
     program = _program(options, given, takes_backward)
     if program is not None:
         leaves = (given.input, h0, c0, *given.extras[:2], *given.weights)
-        gradients: list[Any] = [
+        found: list[Any] = [
             x if x is None else _C.empty(x.shape, given.input.dtype) for x in leaves
         ]
         program.backward(
             Outputs(None, None, hidden=hidden, cell=cell, saved=writable(kept)),
             cotangents,
-            _writable(gradients),
+            gradients(list(map(writable, found))),
         )
-        d_input, d_h0, d_c0, *d_reset = gradients[:5]
-        d_weights = gradients[5:]
+        d_input, d_h0, d_c0, *d_reset = found[:5]
+        d_weights = found[5:]
     else:
         d_reset = [None, None]
         d_input, d_h0, d_c0, *d_weights = _C.backward(
@@ -158,7 +158,7 @@ def backward(
 def _program(
     options: Options, given: Arguments, takes: Callable[[Options, Extras], bool]
 ) -> Call | None:
-    """The call as one of programs; None: the engine's cells compute the pass."""
+    """The call for programs; None if the engine's cells compute the pass."""
     if not takes(options, given.extras):
         return None
     dtype = str(given.input.dtype)
@@ -173,33 +173,22 @@ def _program(
     return Call(NumPyArrays(dtype), options, dtype, arguments)
 
 
-def _writable(gradients: list[Any]) -> Gradients:
-    d_input, d_h0, d_c0, d_reset_h, d_reset_c, *d_weights = map(writable, gradients)
-    return Gradients(d_input, d_h0, d_c0, d_reset_h, d_reset_c, d_weights)
-
-
 def _new_outputs(
-    options: Options, given: Arguments, program: Call, return_states: bool, return_saved: bool
+    options: Options, given: Arguments, return_states: bool, return_saved: bool
 ) -> Outputs:
-    """Arrays for what a program writes."""
-    T, B, _ = given.input.shape
-    L, D, two = options.num_layers, options.directions, options.cell == "LSTM"
-    H = given.weights[0].shape[0] // options.gates  # of weight_ih_l0
-    out, dtype = options.proj_size or H, given.input.dtype
-    compute = "float64" if dtype == "float64" else "float32"
+    """Arrays for the results of a program."""
+    arguments = (given.input, *_pair(given.hx), given.weights, None, given.lengths, given.reset)
     every, keeps = return_states or return_saved, return_saved and not options.recompute
-    return Outputs(
-        _C.empty((T, B, D * out), dtype),
-        _C.empty((L * D, B, out), dtype),
-        _C.empty((L * D, B, H), dtype) if two else None,
-        _C.empty((L, T, B, D * out), dtype) if every else None,
-        _C.empty((L, T, B, D * H), compute) if two and every else None,
-        _C.empty((L * D, T * B, program.kept_width), compute) if keeps else None,
-    )
+    sizes = shapes(options, (*arguments, *given.extras), given.input.shape[1], every, keeps)
+    dtype = given.input.dtype
+    compute = "float64" if dtype == "float64" else "float32"
+    dtypes = (*(dtype,) * 4, compute, compute)
+    arrays = (s if s is None else _C.empty(s, d) for s, d in zip(sizes, dtypes, strict=True))
+    return Outputs(*arrays)
 
 
 def _taken(options: Options, given: Arguments) -> Arguments:
-    """The arrays as the engine's own, sharing their memory."""
+    """The arrays as ``fastrnn.Tensor``, sharing their memory."""
     names = ("reset_hx", "reset_hx", "dropout_mask", "zoneout_mask", "zoneout_mask")
     return Arguments(
         _array("input", given.input),

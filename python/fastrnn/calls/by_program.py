@@ -1,13 +1,13 @@
-"""A stack with options on the CPU: layer after layer, direction after direction, each a program.
+"""A stack with options on the CPU: each direction of each layer is a program.
 
-The engine's fused cells compute what torch.nn has, with any activation. Whatever else options ask
-for is a program (program/build.py): `takes` and `takes_backward` say which calls. Both passes read
-and write arrays of torch or of NumPy alike, through `Arrays`. Outputs, and what backward reads of
-them, are those of ``fastrnn::forward`` (operators.py); there ``saved`` holds, for each layer and
-direction and each pair of step and row, what the program's forward pass keeps.
+The engine's fused cells compute the layers of torch.nn, with any activation. All other options are
+programs (program/build.py); `takes` and `takes_backward` say for which calls. Both passes work on
+arrays of torch or NumPy, through `Arrays`. The outputs are those of ``fastrnn::forward``
+(operators.py); ``saved`` holds, for each layer, direction, step and row, the values that the
+program's forward pass saves.
 
-Programs compute float32 and float64. Half types are widened on the way in, and h is rounded to them
-at every step. Packed rows run as padded ones whose lengths are known.
+Programs compute in float32 and float64. Half types are converted to float32, and h is rounded to
+the half type at every step. Packed rows are padded, and run with lengths.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 
     from .._options import Options
 
-_ALIGNED = 16  # elements: where each kept value begins
+_ALIGNED = 16  # elements: the alignment of each saved value
 
 
 def takes(options: Options, extras: Extras) -> bool:
-    """Whether the forward pass of a call on the CPU is one of programs."""
+    """Whether programs compute the forward pass of a call on the CPU."""
     return options.beyond_the_cells or any(x is not None for x in extras[2:])
 
 
 def takes_backward(options: Options, extras: Extras) -> bool:
-    """Whether the backward pass of a call on the CPU is one of programs.
+    """Whether programs compute the backward pass of a call on the CPU.
 
-    A limit of gradients, or a learned state after resets, changes no bit of what the fused cells
-    put out. They keep nothing for such a backward pass, which makes it again.
+    Gradient clipping and learned states after resets do not change the results of the fused cells,
+    so these compute forward. They save nothing for such a backward pass, which recomputes it.
     """
     return takes(options, extras) or options.grad_clip > 0 or any(x is not None for x in extras[:2])
 
@@ -57,7 +57,7 @@ class Given(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What forward writes, contiguous; None: not wanted."""
+    """Contiguous arrays that forward writes; None: not wanted."""
 
     output: Any
     h_n: Any
@@ -68,7 +68,7 @@ class Outputs(NamedTuple):
 
 
 class Cotangents(NamedTuple):
-    """Gradients of what forward gave; None: zero."""
+    """Gradients of the outputs of forward; None: zero."""
 
     output: Any = None
     hidden: Any = None
@@ -78,7 +78,7 @@ class Cotangents(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What backward writes, contiguous, shaped as the arguments; None: not wanted."""
+    """Contiguous arrays that backward writes, with the arguments' shapes; None: not wanted."""
 
     input: Any
     h0: Any
@@ -88,22 +88,28 @@ class Gradients(NamedTuple):
     weights: Sequence[Any]
 
 
-class Arrays(Protocol):
-    """What a pass asks of a library of arrays; slices, shapes and ``+=`` are alike in all."""
+def gradients(d: Sequence[Any]) -> Gradients:
+    """`Gradients` from a flat list in their order."""
+    d_input, d_h0, d_c0, d_reset_h, d_reset_c, *d_weights = d
+    return Gradients(d_input, d_h0, d_c0, d_reset_h, d_reset_c, d_weights)
 
-    threads: int  # of the engine; 0: its own number
+
+class Arrays(Protocol):
+    """Operations that differ between array libraries."""
+
+    threads: int  # of the engine; 0: its default
 
     def empty(self, *shape: int) -> Any:
         """An array of the compute dtype."""
 
     def wide(self, x: Any) -> Any:
-        """``x`` in the compute dtype, its last axis contiguous; itself where it is so."""
+        """``x`` in the compute dtype with a contiguous last axis; ``x`` itself if it has both."""
 
     def dense(self, x: Any) -> Any:
         """``x`` in the compute dtype, contiguous."""
 
     def columns(self, x: Any, columns: slice) -> Any:
-        """The view of some elements of the last axis."""
+        """A view of a slice of the last axis."""
 
     def numbers(self, mask: Any) -> Any:
         """1 for true and 0 for false, in the compute dtype."""
@@ -112,18 +118,18 @@ class Arrays(Protocol):
         """Write values to an array of any floating dtype."""
 
     def is_wide(self, target: Any) -> bool:
-        """Whether the engine can write a contiguous target as it is."""
+        """Whether the engine can write directly to a contiguous target."""
 
     def valid(self, counts: Any, steps: int, rows: int, packed: bool) -> Any:
         """Bool (T, B): by batch_sizes, or by lengths."""
 
     def positions(self, valid: Any) -> Any:
-        """Of packed rows, in their order, the places in (T·B)."""
+        """The positions of the packed rows in (T·B), in their order."""
 
     def fresh(self, reset: Any, valid: Any, reverse: bool) -> Any:
-        """Bool (T, B): a step is the first that is made of an episode after a reset.
+        """Bool (T, B): whether a step is the first one computed of an episode after a reset.
 
-        In reverse an episode starts at its end, the step before the next reset.
+        In reverse an episode starts at its last step, the one before the next reset.
         """
 
 
@@ -131,7 +137,7 @@ def kept_width(
     options: Options, input_size: int, hidden_size: int, dtype: str, extras: Extras,
     lengths: bool, reset: bool,
 ) -> int:  # fmt: skip
-    """How many values ``saved`` holds for each layer, direction, step and row."""
+    """The size of the last axis of ``saved``."""
     widths = [input_size]
     if options.num_layers > 1:
         widths.append(options.directions * (options.proj_size or hidden_size))
@@ -166,11 +172,45 @@ def _of_one_direction(options: Options) -> Options:
     return replace(options, num_layers=1, bidirectional=False, recompute=False)
 
 
-class _Layout(NamedTuple):
-    """Where each value that forward keeps stands in a row of ``saved``."""
+def shapes(
+    options: Options, arguments: Sequence[Any], rows: Any, every: bool, saved: bool
+) -> tuple[tuple[Any, ...] | None, ...]:
+    """The shapes of `Outputs`.
 
-    places: dict[tuple[str, int], slice]
-    gaps: list[slice]  # what no value takes
+    Arguments:
+        arguments: input, h0, c0, weights, batch_sizes, lengths, reset and the extras, as tensors
+            or arrays, whose values are not read.
+        rows: B.
+        every: whether hidden and cell are wanted.
+        saved: whether the values that only backward needs are wanted.
+    """
+    input, _, _, weights, batch_sizes, lengths, reset, *extras = arguments
+    layers, directions, two = options.num_layers, options.directions, options.cell == "LSTM"
+    hidden_size = weights[0].shape[0] // options.gates
+    out, groups, entries = options.proj_size or hidden_size, layers * directions, input.shape[:-1]
+    kept = None
+    if saved:
+        steps = entries[0] if batch_sizes is None else batch_sizes.shape[0]
+        ragged = batch_sizes is not None or lengths is not None
+        dtype = str(input.dtype).removeprefix("torch.")
+        given = (Extras(*extras), ragged, reset is not None)
+        width = kept_width(options, input.shape[-1], hidden_size, dtype, *given)
+        kept = (groups, steps * rows, width)
+    return (
+        (*entries, directions * out),
+        (groups, rows, out),
+        (groups, rows, hidden_size) if two else None,
+        (layers, *entries, directions * out) if every else None,
+        (layers, *entries, directions * hidden_size) if every and two else None,
+        kept,
+    )
+
+
+class _Layout(NamedTuple):
+    """The layout of the last axis of ``saved``."""
+
+    places: dict[tuple[str, int], slice]  # by saved value
+    gaps: list[slice]  # unused elements
     width: int
 
 
@@ -198,7 +238,7 @@ def _layout(spec: Spec) -> _Layout:
 
 
 class Call:
-    """One call of a stack: its arguments as programs take them."""
+    """One call of a stack, with its arguments in the form that programs need."""
 
     def __init__(self, arrays: Arrays, options: Options, dtype: str, given: Given) -> None:
         self.arrays, self.options, self.dtype, self.given = arrays, options, dtype, given
@@ -223,8 +263,7 @@ class Call:
         self.input = self._padded(wide(given.input))
         self.states = [None if s is None else wide(s) for s in (given.h0, given.c0)]
         self.weights = [arrays.dense(w) for w in given.weights]
-        kinds = options.weight_kinds
-        self.kinds = kinds
+        self.kinds = options.weight_kinds
         self.hidden_size = given.weights[0].shape[0] // options.gates
         self.output_size = options.proj_size or self.hidden_size
         anew, (dropout, *keep) = given.extras[:2], given.extras[2:]
@@ -232,19 +271,10 @@ class Call:
         self.dropout: Any = None if dropout is None else wide(dropout)
         self.keep = [None if k is None else self._padded(arrays.numbers(k)) for k in keep]
 
-    @property
-    def kept_width(self) -> int:
-        """How many values ``saved`` holds for each layer, direction, step and row."""
-        given = self.given
-        return kept_width(
-            self.options, self.input.shape[-1], self.hidden_size, self.dtype, given.extras,
-            self.valid is not None, given.reset is not None,
-        )  # fmt: skip
-
     # ---- packed rows -----------------------------------------------------------------------------
 
     def _padded(self, x: Any) -> Any:
-        """(…, T, B, units) of packed (…, N, units); zero where no row runs."""
+        """Packed (…, N, units) as (…, T, B, units) with zeros past a row's length."""
         if not self.packed:
             return x
         *before, _, units = x.shape
@@ -253,15 +283,19 @@ class Call:
         padded[..., self.at, :] = x
         return padded.reshape(*before, self.steps, self.rows, units)
 
-    def _room(self, target: Any, *shape: int) -> Any:
-        """What the engine writes in the place of a target: that itself where it can be."""
-        rows = len(shape) > 2 and self.packed
-        if target is not None and not rows and self.arrays.is_wide(target):
+    def _buffer(self, target: Any, *shape: int) -> Any:
+        """The array that the engine writes for a target: the target itself if possible.
+
+        Arguments:
+            shape: (…, T, B, units), the shape of a padded target; left out if it has no rows.
+        """
+        packed = self.packed and bool(shape)
+        if target is not None and not packed and self.arrays.is_wide(target):
             return target
-        return self.arrays.empty(*shape)
+        return self.arrays.empty(*(shape or target.shape))
 
     def _store(self, values: Any, target: Any, *, rows: bool = True) -> None:
-        """Bring what was written in a target's place there; rows: (…, T, B, units)."""
+        """Copy a buffer to its target; ``rows``: the target is (…, T, B, units)."""
         if target is None or values is target:
             return
         if rows and self.packed:
@@ -280,7 +314,7 @@ class Call:
         )  # fmt: skip
 
     def _arrays_of(self, program: LayerProgram, group: int, x: Any) -> _Inputs:
-        """The arrays that a program reads, by its own names."""
+        """The inputs of a program."""
         sequences = {
             "x": x,
             "valid": self.valid,
@@ -301,12 +335,12 @@ class Call:
     def _run_group(
         self, spec: Spec, group: int, x: Any, ys: Sequence[Any], finals: Sequence[Any], kept: Any
     ) -> None:
-        """One direction of a layer forward.
+        """Runs one direction of a layer forward.
 
         Arguments:
-            ys: where h and c of every step go.
-            finals: where the last ones go; None: not wanted.
-            kept: a row of ``saved``, (T·B, width), or None.
+            ys: the outputs h and c of every step.
+            finals: the final states; None: not wanted.
+            kept: ``saved`` of the direction, (T·B, width), or None.
         """
         program = layer_program(spec)
         reverse = self._reverse(group)
@@ -330,19 +364,17 @@ class Call:
         self, spec: Spec, wanted: Sequence[tuple[str, int]], xs: Sequence[Any],
         ys: Sequence[Any], kept: Any, others: dict[tuple[str, int], Any],
     ) -> list[Any]:  # fmt: skip
-        """The arrays of a pass in its order."""
+        """The sequences of a pass in its order."""
         rows: Any = None if kept is None else kept.reshape(self.steps, self.rows, kept.shape[-1])
         places, columns = _layout(spec).places, self.arrays.columns
 
-        def of(what: tuple[str, int]) -> Any:
+        def find(what: tuple[str, int]) -> Any:
             kind, i = what
-            if kind == "x":
-                return xs[i]
-            if kind == "y":
-                return ys[i]
+            if kind in ("x", "y"):
+                return (xs if kind == "x" else ys)[i]
             return others[what] if what in others else columns(rows, places[what])
 
-        return [of(what) for what in wanted]
+        return list(map(find, wanted))
 
     def _part(self, whole: Any, group: int, size: int) -> Any:
         """A direction's part of (T, B, D·size)."""
@@ -357,16 +389,10 @@ class Call:
         options, T, B = self.options, self.steps, self.rows
         L, D = options.num_layers, options.directions
         width = D * self.output_size
-        every = None if out.hidden is None else self._room(out.hidden, L, T, B, width)
-        last = self._room(out.output, T, B, width) if every is None else every[-1]
-        cell = None if out.cell is None else self._room(out.cell, L, T, B, D * self.hidden_size)
-        finals = [
-            self._room(target, L * D, B, size)
-            for target, size in zip(
-                (out.h_n, out.c_n), (self.output_size, self.hidden_size), strict=True
-            )
-            if target is not None
-        ]
+        every = None if out.hidden is None else self._buffer(out.hidden, L, T, B, width)
+        last = self._buffer(out.output, T, B, width) if every is None else every[-1]
+        cell = None if out.cell is None else self._buffer(out.cell, L, T, B, D * self.hidden_size)
+        finals = [self._buffer(target) for target in (out.h_n, out.c_n) if target is not None]
         between = [
             self.arrays.empty(T, B, width) for _ in range(min(L - 1, 2) if every is None else 0)
         ]
@@ -401,7 +427,7 @@ class Call:
     # ---- backward --------------------------------------------------------------------------------
 
     def backward(self, saved: Outputs, d: Cotangents, out: Gradients) -> None:
-        """``saved``: hidden, cell and saved of forward; saved may be None: it is computed again."""
+        """``saved``: hidden, cell and saved of forward; saved None: it is recomputed."""
         L, D = self.options.num_layers, self.options.directions
         every = (saved.hidden, saved.cell, d.hidden, d.cell, d.output)
         hidden: Any
@@ -410,65 +436,61 @@ class Call:
             None if x is None else self._padded(self.arrays.wide(x)) for x in every
         )
         d_finals = [None if g is None else self.arrays.wide(g) for g in (d.h_n, d.c_n)]
-        rooms = self._rooms(out)
+        buffers = self._buffers(out)
         for layer in range(L - 1, -1, -1):
             d_y = _sum(d_above, None if d_hidden is None else d_hidden[layer])
             x = hidden[layer - 1] if layer else self.input
-            wants_x = layer > 0 or out.input is not None
-            d_x: Any = (
-                rooms.input if layer == 0 else self.arrays.empty(*x.shape) if wants_x else None
-            )
+            d_x: Any = buffers.input if layer == 0 else self.arrays.empty(*x.shape)
             for group in range(layer * D, (layer + 1) * D):
                 second = d_x if group % D == 0 or d_x is None else self.arrays.empty(*x.shape)
                 self._backward_group(
-                    _Step(
-                        self._spec(layer, cell is not None),
-                        group,
-                        x,
-                        self._parts(group, hidden[layer], None if cell is None else cell[layer]),
-                        self._parts(group, d_y, None if d_cell is None else d_cell[layer]),
-                        None if saved.saved is None else saved.saved[group],
-                    ),
+                    self._spec(layer, cell is not None),
+                    group,
+                    x,
+                    self._parts(group, hidden[layer], None if cell is None else cell[layer]),
+                    None if saved.saved is None else saved.saved[group],
+                    self._parts(group, d_y, None if d_cell is None else d_cell[layer]),
                     [None if g is None else g[group] for g in d_finals],
                     second,
-                    rooms,
+                    buffers,
                 )
                 if second is not d_x:
                     d_x += second
             d_above = d_x
-        self._store(rooms.input, out.input)
-        for room, target in (*zip(rooms[1:5], out[1:5], strict=True),
-                             *zip(rooms.weights, out.weights, strict=True)):  # fmt: skip
-            self._store(room, target, rows=False)
+        self._store(buffers.input, out.input)
+        for buffer, target in (*zip(buffers[1:5], out[1:5], strict=True),
+                               *zip(buffers.weights, out.weights, strict=True)):  # fmt: skip
+            self._store(buffer, target, rows=False)
 
-    def _rooms(self, out: Gradients) -> Gradients:
-        """What the engine writes in their places."""
-
-        def room(target: Any) -> Any:
-            if target is None or self.arrays.is_wide(target):
-                return target
-            return self.arrays.empty(*target.shape)
-
-        input = None if out.input is None else self._room(out.input, *self.input.shape)
-        return out._replace(
-            input=input,
-            h0=room(out.h0),
-            c0=room(out.c0),
-            reset_h=room(out.reset_h),
-            reset_c=room(out.reset_c),
-            weights=[room(w) for w in out.weights],
+    def _buffers(self, out: Gradients) -> Gradients:
+        """The arrays that the engine writes for the gradients."""
+        others = (*out[1:5], *out.weights)
+        return gradients(
+            [
+                None if out.input is None else self._buffer(out.input, *self.input.shape),
+                *(None if target is None else self._buffer(target) for target in others),
+            ]
         )
 
     def _parts(self, group: int, h: Any, c: Any) -> tuple[Any, Any]:
-        """A direction's parts of h and c of a layer, (T, B, D·units)."""
+        """A direction's parts of a layer's h and c, (T, B, D·units)."""
         return self._part(h, group, self.output_size), self._part(c, group, self.hidden_size)
 
     def _backward_group(
-        self, step: _Step, d_finals: Sequence[Any], d_x: Any, out: Gradients
-    ) -> None:
-        spec, group, kept = step.spec, step.group, step.kept
+        self, spec: Spec, group: int, x: Any, ys: Sequence[Any], kept: Any, d_ys: Sequence[Any],
+        d_finals: Sequence[Any], d_x: Any, out: Gradients,
+    ) -> None:  # fmt: skip
+        """Runs one direction of a layer backward.
+
+        Arguments:
+            ys: h and c of every step.
+            kept: ``saved`` of the direction; None: it is recomputed.
+            d_ys, d_finals: gradients; None: zero.
+            d_x: the gradient of x to write, or None.
+            out: the other gradients to write.
+        """
         if kept is None:
-            kept = self._kept_again(spec, group, step.x)
+            kept = self._recomputed(spec, group, x)
         program, reverse = layer_program(spec), self._reverse(group)
         n = len(self.kinds)
         targets = dict(zip(self.kinds, out.weights[group * n : (group + 1) * n], strict=True))
@@ -478,11 +500,11 @@ class Call:
         wanted = frozenset(name for name, d in targets.items() if d is not None)
         if not wanted:
             return
-        ys = frozenset(i for i in program.graph.ys if step.d_ys[i] is not None)
-        everything = program.everything
-        plan, engine = program.prepared.backward(everything, reverse, program.needs(wanted), ys)
-        given = self._arrays_of(program, group, step.x)
-        own = {("dx", 0): d_x, **{("dy", i): step.d_ys[i] for i in ys}}
+        with_d = frozenset(i for i in program.graph.ys if d_ys[i] is not None)
+        needs = program.needs(wanted)
+        plan, engine = program.prepared.backward(program.everything, reverse, needs, with_d)
+        given = self._arrays_of(program, group, x)
+        own = {("dx", 0): d_x, **{("dy", i): d_ys[i] for i in with_d}}
         firsts = [None if k is None else given.states[k] for k in plan.firsts]
         names = ("h0", "c0")
         finals = [targets[names[k]] for k in plan.carries]
@@ -490,17 +512,17 @@ class Call:
         engine.run(
             self.steps, self.rows, not reverse, self.arrays.threads,
             [given.shared[j] for j in plan.shared],
-            self._sequences(spec, plan.sequences, given.xs, step.ys, kept, own), firsts,
+            self._sequences(spec, plan.sequences, given.xs, ys, kept, own), firsts,
             [given.fixed[j] for j in plan.fixed],
             [d_finals[k] for k in plan.carries], finals, sums,
         )  # fmt: skip
         made = {"x"} if ("dx", 0) in plan.sequences else set()
         made |= {names[k] for k in plan.carries} | {program.shared[j] for j in plan.targets}
-        for name in wanted - made:  # what nothing depends on
+        for name in wanted - made:  # no output depends on it
             targets[name][...] = 0
 
-    def _kept_again(self, spec: Spec, group: int, x: Any) -> Any:
-        """What forward keeps, by running it once more."""
+    def _recomputed(self, spec: Spec, group: int, x: Any) -> Any:
+        """The values that forward saves, from another forward pass."""
         T, B = self.steps, self.rows
         kept = self.arrays.empty(T * B, _layout(spec).width)
         ys = [self.arrays.empty(T, B, size) for size in spec.sizes]
@@ -509,7 +531,7 @@ class Call:
 
 
 class _Inputs(NamedTuple):
-    """The arrays that a program reads, in the program's order."""
+    """The inputs of a program, in its order."""
 
     xs: list[Any]
     fixed: list[Any]
@@ -517,19 +539,8 @@ class _Inputs(NamedTuple):
     states: list[Any]  # the initial ones; None: zeros
 
 
-class _Step(NamedTuple):
-    """One direction of a layer backward."""
-
-    spec: Spec
-    group: int
-    x: Any
-    ys: tuple[Any, Any]  # h and c of every step
-    d_ys: tuple[Any, Any]  # their gradients; None: zero
-    kept: Any  # a row of ``saved``; None: to be made again
-
-
 def _sum(a: Any, b: Any) -> Any:
-    """Of gradients, either of which may be absent."""
+    """The sum of two gradients; None is zero."""
     if a is None or b is None:
         return b if a is None else a
     return a + b
@@ -541,17 +552,17 @@ def _sum(a: Any, b: Any) -> Any:
 def step_programs(
     options: Options, weights: Sequence[Any]
 ) -> list[tuple[_C.Program, list[_C.Tensor]]] | None:
-    """What a stream runs in the place of the cells: of each layer a program, and copies of weights.
+    """For each layer of a stream, a program and copies of the weights.
 
     Arguments:
         options: a stack in one direction.
-        weights: the flat list, of any kind of arrays, all of one dtype.
+        weights: the flat list of arrays of any library, all of one dtype.
 
     Returns:
-        None where the engine's cells take the stack.
+        None if the engine's cells compute the stack.
 
     Raises:
-        TypeError, ValueError: the weights do not fit, as `check` of arguments.py says.
+        TypeError, ValueError: as `check` of arguments.py.
     """
     if not takes(options, NO_EXTRAS):
         return None
@@ -571,11 +582,8 @@ def step_programs(
     found = []
     for layer in range(options.num_layers):
         width = first[1] if layer == 0 else options.proj_size or hidden_size
-        program = layer_program(
-            _spec(
-                options, width, hidden_size, dtype, NO_EXTRAS, False, False, cell=False
-            )._replace(turned=True)
-        )  # fmt: skip
+        spec = _spec(options, width, hidden_size, dtype, NO_EXTRAS, False, False, cell=False)
+        program = layer_program(spec._replace(transposed=True))
         plan, engine = program.prepared.forward(None)
         assert plan.sequences == [("x", 0), ("y", 0)]
         own = dict(zip(kinds, weights[layer * len(kinds) :], strict=False))

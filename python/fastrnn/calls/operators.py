@@ -190,7 +190,7 @@ def _saved_shape(
 ) -> tuple[Any, ...] | None:
     input, extras = given[0], Extras(*given[7:])
     if not input.is_cuda and by_program.takes(options, extras):
-        return program_torch.shapes(options, tuple(given), rows, False, True)[-1]
+        return by_program.shapes(options, given, rows, False, True)[-1]
     if not input.is_cuda and by_program.takes_backward(options, extras):
         return None
     count = input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[1]

@@ -1,4 +1,4 @@
-"""Programs of options on arrays without torch: what arrays.py runs for such calls."""
+"""The `Arrays` of NumPy, for programs on arrays without torch (arrays.py)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def writable(x: Any) -> Any:
-    """A ``fastrnn.Tensor`` of a dtype that programs compute as NumPy's; else itself."""
+    """A ``fastrnn.Tensor`` of float32 or float64 as a NumPy array; anything else unchanged."""
     return x.numpy() if x is not None and x.dtype in ("float32", "float64") else x
 
 
 class NumPyArrays:
-    """`Arrays` of NumPy; those that come in and those to be written may be ``fastrnn.Tensor``."""
+    """`Arrays` of NumPy; inputs and targets may also be ``fastrnn.Tensor``."""
 
     threads = 0
 

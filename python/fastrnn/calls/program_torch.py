@@ -1,7 +1,6 @@
-"""Programs of options on torch tensors: what the operators run for such calls.
+"""Runs calls on torch tensors with the engine's cells or, where options need them, with programs.
 
-`call` gives an object whose ``forward`` is that of ``_C.Call``, and `backward` the gradients: both
-choose between programs and the engine's cells.
+`call` returns an object with the ``forward`` of ``_C.Call``; `backward` returns the gradients.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from .by_program import (
     Call,
     Cotangents,
     Given,
-    Gradients,
     Outputs,
-    kept_width,
+    gradients,
+    shapes,
     takes,
     takes_backward,
 )
@@ -77,17 +76,17 @@ class TorchArrays:
 
 
 def _call(options: Options, arguments: tuple[Any, ...]) -> Call:
-    """Of what an operator takes: input, h0, c0, weights, the rows of steps, the extras."""
+    """A call with an operator's arguments."""
     input, h0, c0, weights, batch_sizes, lengths, reset, *extras = arguments[:12]
     given = Given(input, h0, c0, weights, batch_sizes, lengths, reset, Extras(*extras))
     return Call(TorchArrays(input.dtype), options, str(input.dtype).removeprefix("torch."), given)
 
 
 class FrozenWeights:
-    """A layer's weights as they were when it was frozen (fastrnn.freeze).
+    """Copies of a layer's weights, made when it was frozen (fastrnn.freeze).
 
     Thaws at the first call for which a weight has another address, shape, stride, dtype or version
-    counter. A view of each weight is held, so that no other memory can come to lie at its address.
+    counter. A view of each weight is held, so that its address cannot be reused.
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
@@ -97,11 +96,11 @@ class FrozenWeights:
 
     @property
     def packed(self) -> bool:
-        """Whether the weights have not changed since, as far as a call has seen."""
+        """Whether no call has found a changed weight."""
         return self._copies is not None
 
     def find(self, weights: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The copies, or the weights themselves where these have changed."""
+        """The copies, or the weights themselves if they have changed."""
         if self._copies is None:
             return weights
         if self._marks != [_mark(w) for w in weights]:
@@ -160,46 +159,12 @@ class _CallWithoutSaved:
         return self.call.forward(states or save, False, zeros, device)
 
 
-def shapes(
-    options: Options, arguments: tuple[Any, ...], rows: Any, every: bool, saved: bool
-) -> tuple[tuple[Any, ...] | None, ...]:
-    """The shapes of what programs write: output, h_n, c_n, hidden, cell, saved.
-
-    Arguments:
-        arguments: those of the operator, their values not read.
-        rows: B.
-        every: whether hidden and cell are wanted.
-        saved: whether what backward needs besides is.
-    """
-    input, _, _, weights, batch_sizes, lengths, reset, *extras = arguments
-    layers, directions, two = options.num_layers, options.directions, options.cell == "LSTM"
-    hidden_size = weights[0].shape[0] // options.gates
-    out, groups, entries = options.proj_size or hidden_size, layers * directions, input.shape[:-1]
-    kept = None
-    if saved:
-        steps = entries[0] if batch_sizes is None else batch_sizes.shape[0]
-        ragged = batch_sizes is not None or lengths is not None
-        dtype = str(input.dtype).removeprefix("torch.")
-        width = kept_width(
-            options, input.shape[-1], hidden_size, dtype, Extras(*extras), ragged, reset is not None
-        )
-        kept = (groups, steps * rows, width)
-    return (
-        (*entries, directions * out),
-        (groups, rows, out),
-        (groups, rows, hidden_size) if two else None,
-        (layers, *entries, directions * out) if every else None,
-        (layers, *entries, directions * hidden_size) if every and two else None,
-        kept,
-    )
-
-
 def call(options: Options, arguments: Any, frozen: Any = None) -> Any:
-    """A checked call; its ``forward`` runs it.
+    """A call whose ``forward`` runs it.
 
     Arguments:
-        arguments: input, h0, c0, weights, batch_sizes, lengths, reset and the extras.
-        frozen: the weights as they were when the layer was frozen, or None.
+        arguments: input, h0, c0, weights, batch_sizes, lengths, reset and the extras, checked.
+        frozen: the `FrozenWeights` of a frozen layer, or None.
     """
     extras = Extras(*arguments[7:])
     on_cpu = not arguments[0].is_cuda
@@ -223,10 +188,10 @@ def backward(
     """The gradients of input, h0, c0, reset_h, reset_c and each weight; None where not needed.
 
     Arguments:
-        arguments: as of `call`.
-        saved: hidden, cell and saved of ``forward``, then their gradients d_output, d_hidden,
-            d_cell, d_h_n, d_c_n.
-        needs: which gradients; False for what was not given.
+        arguments: as for `call`.
+        saved: hidden, cell and saved of ``forward``, then the gradients d_output, d_hidden, d_cell,
+            d_h_n, d_c_n.
+        needs: which gradients; False for arguments that are None.
         consume: whether ``saved`` may be overwritten.
         cell: whether the arguments are those of a cell, without the axes of steps and layers.
     """
@@ -244,16 +209,11 @@ def cells_backward(
     cell: bool = False,
     device: Any = None,
 ) -> list[Tensor | None]:
-    """The same where the engine's cells compute the gradients."""
+    """As `backward`, computed by the engine's cells."""
     own = (*needs[:3], *needs[5:])
     given: Any = (*arguments[:7], *saved, own, consume, torch.get_num_threads(), cell, device)
     found = _C.backward(engine, *given)
     return [*found[:3], None, None, *found[3:]]
-
-
-def _gradients(d: list[Any]) -> Gradients:
-    d_input, d_h0, d_c0, d_reset_h, d_reset_c, *d_weights = d
-    return Gradients(d_input, d_h0, d_c0, d_reset_h, d_reset_c, d_weights)
 
 
 @torch.no_grad()
@@ -262,14 +222,12 @@ def _by_program(
 ) -> list[Tensor | None]:
     input, h0, c0, weights, _, _, _, reset_h, reset_c, *_ = arguments
     leaves = (input, h0, c0, reset_h, reset_c, *weights)
-    gradients = [
+    found = [
         input.new_empty(x.shape) if need else None for x, need in zip(leaves, needs, strict=True)
     ]
     hidden, cell, kept, *cotangents = saved
-    kept_by_cells = not takes(options, Extras(*arguments[7:]))
-    _call(options, arguments).backward(
-        Outputs(None, None, None, hidden, cell, None if kept_by_cells else kept),
-        Cotangents(*cotangents),
-        _gradients(gradients),
-    )
-    return gradients
+    if not takes(options, Extras(*arguments[7:])):  # the engine's cells computed forward
+        kept = None
+    outputs = Outputs(None, None, None, hidden, cell, kept)
+    _call(options, arguments).backward(outputs, Cotangents(*cotangents), gradients(found))
+    return found

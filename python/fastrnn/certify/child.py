@@ -20,6 +20,7 @@ from fastrnn.bench.cases import Case
 from fastrnn.bench.precision import precision
 from fastrnn.bench.runner import difference, tolerance
 from fastrnn.bench.timing import measure
+from fastrnn.certify.device import RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fastrnn.certify.device import Device
-
-
-class RefusedError(Exception):
-    """There is nothing to certify on this machine; the message says why and what to do."""
 
 
 def serve(make_device: Callable[[], Device]) -> None:

@@ -18,16 +18,19 @@ from fastrnn._engine import CUDA_SWITCH, built_with_cuda
 from fastrnn.bench.data import make_data
 from fastrnn.bench.providers import Fastrnn, Torch
 from fastrnn.bench.timing import CudaClock
-from fastrnn.certify.child import RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from fastrnn.bench.cases import Case, Pass
-    from fastrnn.bench.providers import Prepared
+    from fastrnn.bench.prepare import Prepared
     from fastrnn.bench.timing import Clock
 
 SWITCH_OF = {"steps": "1", "persistent": "persistent"}
+
+
+class RefusedError(Exception):
+    """There is nothing to certify on this machine; the message says why and what to do."""
 
 
 class Pair(NamedTuple):

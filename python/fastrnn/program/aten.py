@@ -1,7 +1,7 @@
-"""torch's operations in those of a program: pointwise ones, views, new tensors.
+"""Lowering of torch's pointwise operations, views and new tensors.
 
-Products and sums are in aten_sums.py. Each function takes the `Lowering` and the operation's own
-arguments, tensors as `View`; its name in the table is that of the ATen operator.
+aten_sums.py lowers products and sums. Each function takes the `Lowering` and the arguments of the
+ATen operator that it is registered for, with tensors as `View`.
 """
 
 from __future__ import annotations
@@ -16,47 +16,38 @@ from .lowering import Lowering, Operand, Unknown, View
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-OPERATIONS: dict[str, Callable[..., Any]] = {}
-
+OPERATIONS: dict[str, Callable[..., Any]] = {}  # by the name of the ATen operator
 
 _Function = TypeVar("_Function", bound="Callable[..., Any]")
 
 
 def operation(*names: str) -> Callable[[_Function], _Function]:
-    """Enters a function in the table."""
+    """Registers a function for these ATen operators."""
 
     def register(function: _Function) -> _Function:
-        for name in names:
-            OPERATIONS[name] = function
+        OPERATIONS.update(dict.fromkeys(names, function))
         return function
 
     return register
 
 
-def _simple(code: str, arity: int) -> Callable[..., View]:
+def _pointwise(code: str, is_bool: bool = False) -> Callable[..., View]:
     def apply(low: Lowering, *operands: Operand) -> View:
-        return low.pointwise(code, *operands[:arity])
+        return low.pointwise(code, *operands, is_bool=is_bool)
 
     return apply
 
 
-for (
-    _code
-) in "neg abs sqrt rsqrt exp expm1 log log1p sin cos erf sigmoid tanh relu reciprocal".split():
-    OPERATIONS[f"aten.{_code}.default"] = _simple(_code, 1)
-OPERATIONS["aten.sign.default"] = OPERATIONS["aten.sgn.default"] = _simple("sign", 1)
-for _code in ("maximum", "minimum"):
-    OPERATIONS[f"aten.{_code}.default"] = _simple(_code, 2)
-
-
-@operation("aten.mul.Tensor", "aten.mul.Scalar")
-def _mul(low: Lowering, a: Operand, b: Operand) -> View:
-    return low.pointwise("mul", a, b)
-
-
-@operation("aten.div.Tensor", "aten.div.Scalar")
-def _div(low: Lowering, a: Operand, b: Operand) -> View:
-    return low.pointwise("div", a, b)
+for _code in (
+    "neg abs sqrt rsqrt exp expm1 log log1p sin cos erf sigmoid tanh relu reciprocal "
+    "maximum minimum sign"
+).split():
+    operation(f"aten.{_code}.default")(_pointwise(_code))
+operation("aten.sgn.default")(_pointwise("sign"))
+for _code in ("mul", "div"):
+    operation(f"aten.{_code}.Tensor", f"aten.{_code}.Scalar")(_pointwise(_code))
+for _code in "lt le gt ge eq ne".split():
+    operation(f"aten.{_code}.Tensor", f"aten.{_code}.Scalar")(_pointwise(_code, is_bool=True))
 
 
 @operation("aten.add.Tensor", "aten.add.Scalar")
@@ -97,14 +88,6 @@ def power(low: Lowering, x: View, exponent: float = 2) -> View:
     return whole[exponent]()
 
 
-for _code in "lt le gt ge eq ne".split():
-
-    def _compare(low: Lowering, a: Operand, b: Operand, code: str = _code) -> View:
-        return low.pointwise(code, a, b, is_bool=True)
-
-    OPERATIONS[f"aten.{_code}.Tensor"] = OPERATIONS[f"aten.{_code}.Scalar"] = _compare
-
-
 @operation("aten.isnan.default")
 def _isnan(low: Lowering, x: View) -> View:
     return low.pointwise("ne", x, x, is_bool=True)
@@ -115,19 +98,17 @@ def _not(low: Lowering, x: View) -> View:
     return low.pointwise("eq", x, 0, is_bool=True)
 
 
-@operation("aten.logical_and.default", "aten.bitwise_and.Tensor")
-def _and(low: Lowering, a: View, b: View) -> View:
-    return low.pointwise("mul", _truth(low, a), _truth(low, b), is_bool=True)
+def _logical(code: str) -> Callable[..., View]:
+    def apply(low: Lowering, a: View, b: View) -> View:
+        return low.pointwise(code, _truth(low, a), _truth(low, b), is_bool=True)
+
+    return apply
 
 
-@operation("aten.logical_or.default", "aten.bitwise_or.Tensor")
-def _or(low: Lowering, a: View, b: View) -> View:
-    return low.pointwise("maximum", _truth(low, a), _truth(low, b), is_bool=True)
-
-
-@operation("aten.logical_xor.default", "aten.bitwise_xor.Tensor")
-def _xor(low: Lowering, a: View, b: View) -> View:
-    return low.pointwise("ne", _truth(low, a), _truth(low, b), is_bool=True)
+_and = _logical("mul")
+operation("aten.logical_and.default", "aten.bitwise_and.Tensor")(_and)
+operation("aten.logical_or.default", "aten.bitwise_or.Tensor")(_logical("maximum"))
+operation("aten.logical_xor.default", "aten.bitwise_xor.Tensor")(_logical("ne"))
 
 
 def _truth(low: Lowering, x: View) -> View:
@@ -151,7 +132,7 @@ def _masked_fill(low: Lowering, x: View, mask: View, value: Operand) -> View:
 def _clamp(
     low: Lowering, x: View, low_end: Operand | None = None, high_end: Operand | None = None
 ) -> View:
-    """torch passes the gradient on at both ends themselves."""
+    """As in torch, x gets the gradient at both bounds too."""
     return _between(low, x, low_end, high_end, "ge", "le")
 
 
@@ -163,7 +144,7 @@ def _between(
     above: str,
     below: str,
 ) -> View:
-    """The gradient goes to x where it is inside, else to the ends; NaN stays, and has none."""
+    """x gets the gradient inside the bounds, the bounds get it outside; NaN passes none."""
     out, inside = low.stop(x), None
     for end, code, compare in ((low_end, "maximum", above), (high_end, "minimum", below)):
         if end is not None:
@@ -185,7 +166,7 @@ def _clamp_max(low: Lowering, x: View, end: Operand) -> View:
 
 @operation("aten.hardtanh.default")
 def _hardtanh(low: Lowering, x: View, low_end: float = -1, high_end: float = 1) -> View:
-    """No gradient at the ends themselves."""
+    """As in torch, x gets no gradient at the bounds."""
     return _between(low, x, low_end, high_end, "gt", "lt")
 
 
@@ -255,7 +236,7 @@ def _elu(
     low: Lowering, x: View, alpha: float = 1, scale: float = 1, input_scale: float = 1
 ) -> View:
     positive = low.pointwise("gt", x, 0, is_bool=True)
-    # e^x of the positive side, which is not wanted, must not overflow into the gradient.
+    # Where x is positive, exp(x) is not used; it must not overflow, or its gradient would be NaN.
     negative = low.pointwise("where", positive, 0, x)
     soft = low.pointwise("expm1", scaled(low, negative, input_scale))
     return low.pointwise(
@@ -289,24 +270,56 @@ def _addcdiv(low: Lowering, x: View, a: View, b: View, value: float = 1) -> View
 # ---- views ---------------------------------------------------------------------------------------
 
 
-@operation("aten.view.default", "aten._unsafe_view.default", "aten.reshape.default")
-def _view(low: Lowering, x: View, shape: Sequence[int]) -> View:
-    return x.viewed(x.index.reshape(tuple(shape)))
+def _indexing(index_of: Callable[..., Any]) -> Callable[..., Any]:
+    """A view, or a list of views, from a function of the index and the operator's arguments."""
+
+    def apply(low: Lowering, x: View, *arguments: Any) -> View | list[View]:
+        index = index_of(x.index, *arguments)
+        return [x.viewed(i) for i in index] if isinstance(index, list) else x.viewed(index)
+
+    return apply
 
 
-@operation("aten.t.default")
-def _t(low: Lowering, x: View) -> View:
-    return x.viewed(x.index.T)
+def _slice(
+    index: Any, axis: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Any:
+    at = [slice(None)] * index.ndim
+    at[axis] = slice(start, end, step)
+    return index[tuple(at)]
 
 
-@operation("aten.transpose.int")
-def _transpose(low: Lowering, x: View, a: int, b: int) -> View:
-    return x.viewed(np.swapaxes(x.index, a, b) if x.index.ndim else x.index)
+def _split(index: Any, size: int, axis: int = 0) -> list[Any]:
+    cuts = range(size, index.shape[axis], size) if size else []
+    return np.split(index, list(cuts), axis=axis)
 
 
-@operation("aten.permute.default")
-def _permute(low: Lowering, x: View, axes: Sequence[int]) -> View:
-    return x.viewed(x.index.transpose(tuple(axes)))
+def _roll(index: Any, shifts: Sequence[int], axes: Sequence[int] = ()) -> Any:
+    if not axes:
+        return np.roll(index.reshape(-1), shifts[0]).reshape(index.shape)
+    return np.roll(index, tuple(shifts), tuple(axes))
+
+
+_VIEWS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(["view.default", "_unsafe_view.default", "reshape.default"], np.reshape),
+    "t.default": np.transpose,
+    "permute.default": np.transpose,
+    "transpose.int": lambda index, a, b: np.swapaxes(index, a, b) if index.ndim else index,
+    "unsqueeze.default": np.expand_dims,
+    "select.int": lambda index, axis, i: np.take(index, i, axis=axis),
+    "slice.Tensor": _slice,
+    **dict.fromkeys(["split.Tensor", "unsafe_split.Tensor"], _split),
+    **dict.fromkeys(
+        ["split_with_sizes.default", "unsafe_split_with_sizes.default"],
+        lambda index, sizes, axis=0: np.split(index, np.cumsum(sizes)[:-1], axis=axis),
+    ),
+    "unbind.int": lambda index, axis=0: list(np.moveaxis(index, axis, 0)),
+    "flip.default": np.flip,
+    "roll.default": _roll,
+    "repeat.default": np.tile,
+    "diagonal.default": np.diagonal,
+}
+for _name, _function in _VIEWS.items():
+    operation(f"aten.{_name}")(_indexing(_function))
 
 
 @operation("aten.expand.default")
@@ -314,11 +327,6 @@ def _expand(low: Lowering, x: View, shape: Sequence[int], implicit: bool = False
     lead = len(shape) - x.index.ndim
     full = [x.index.shape[i - lead] if s == -1 else s for i, s in enumerate(shape)]
     return x.viewed(np.broadcast_to(x.index, full))
-
-
-@operation("aten.unsqueeze.default")
-def _unsqueeze(low: Lowering, x: View, axis: int) -> View:
-    return x.viewed(np.expand_dims(x.index, axis))
 
 
 @operation("aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims")
@@ -329,41 +337,6 @@ def squeeze(low: Lowering, x: View, axes: int | Sequence[int] | None = None) -> 
     gone = {a % max(x.index.ndim, 1) for a in axes}
     shape = [s for i, s in enumerate(x.index.shape) if i not in gone or s != 1]
     return x.viewed(x.index.reshape(shape))
-
-
-@operation("aten.select.int")
-def _select(low: Lowering, x: View, axis: int, i: int) -> View:
-    return x.viewed(np.take(x.index, i, axis=axis))
-
-
-@operation("aten.slice.Tensor")
-def _slice(
-    low: Lowering,
-    x: View,
-    axis: int = 0,
-    start: int | None = None,
-    end: int | None = None,
-    step: int = 1,
-) -> View:
-    at = [slice(None)] * x.index.ndim
-    at[axis] = slice(start, end, step)
-    return x.viewed(x.index[tuple(at)])
-
-
-@operation("aten.split.Tensor", "aten.unsafe_split.Tensor")
-def _split(low: Lowering, x: View, size: int, axis: int = 0) -> list[View]:
-    cuts = range(size, x.index.shape[axis], size) if size else []
-    return [x.viewed(part) for part in np.split(x.index, list(cuts), axis=axis)]
-
-
-@operation("aten.split_with_sizes.default", "aten.unsafe_split_with_sizes.default")
-def _split_with_sizes(low: Lowering, x: View, sizes: Sequence[int], axis: int = 0) -> list[View]:
-    return [x.viewed(p) for p in np.split(x.index, np.cumsum(sizes)[:-1], axis=axis)]
-
-
-@operation("aten.unbind.int")
-def _unbind(low: Lowering, x: View, axis: int = 0) -> list[View]:
-    return [x.viewed(part) for part in np.moveaxis(x.index, axis, 0)]
 
 
 @operation(
@@ -380,28 +353,6 @@ def _same(low: Lowering, x: View, **_: Any) -> View:
 @operation("aten.detach.default")
 def _detach(low: Lowering, x: View) -> View:
     return low.stop(x)
-
-
-@operation("aten.flip.default")
-def _flip(low: Lowering, x: View, axes: Sequence[int]) -> View:
-    return x.viewed(np.flip(x.index, tuple(axes)))
-
-
-@operation("aten.roll.default")
-def _roll(low: Lowering, x: View, shifts: Sequence[int], axes: Sequence[int] = ()) -> View:
-    if not axes:
-        return x.viewed(np.roll(x.index.reshape(-1), shifts[0]).reshape(x.index.shape))
-    return x.viewed(np.roll(x.index, tuple(shifts), tuple(axes)))
-
-
-@operation("aten.repeat.default")
-def _repeat(low: Lowering, x: View, counts: Sequence[int]) -> View:
-    return x.viewed(np.tile(x.index, tuple(counts)))
-
-
-@operation("aten.diagonal.default")
-def _diagonal(low: Lowering, x: View, offset: int = 0, a: int = 0, b: int = 1) -> View:
-    return x.viewed(np.diagonal(x.index, offset, a, b))
 
 
 @operation("aten.cat.default")
@@ -421,7 +372,7 @@ def _pad(low: Lowering, x: View, pads: Sequence[int], value: float = 0) -> View:
     for i in range(0, len(pads), 2):
         axis, sizes = x.index.ndim - 1 - i // 2, pads[i : i + 2]
         if min(sizes) < 0:
-            raise Unknown("takes elements away")
+            raise Unknown("removes elements")
         before, after = (
             [_filled(low, [n if a == axis else s for a, s in enumerate(x.index.shape)], value)]
             * (n > 0)
@@ -439,36 +390,27 @@ def _filled(low: Lowering, shape: Sequence[int], value: float) -> View:
     return View(node.value, np.zeros(tuple(shape), np.int64), False, isinstance(value, bool))
 
 
-@operation("aten.zeros_like.default", "aten.ones_like.default", "aten.full_like.default")
-def _like(low: Lowering, x: View, value: float | None = None, *, function: str, **_: Any) -> View:
-    filled = value if value is not None else float("ones" in function)
-    return _filled(low, x.index.shape, filled)
+def _new_tensors(name: str, *fixed: float) -> None:
+    """Registers aten.``name`` and its forms; without ``fixed`` their last argument is the value."""
+
+    @operation(f"aten.{name}.default")
+    def filled(low: Lowering, shape: Sequence[int], *value: float) -> View:
+        return _filled(low, shape, *(fixed or value))
+
+    @operation(f"aten.{name}_like.default")
+    def like(low: Lowering, x: View, *value: float) -> View:
+        return filled(low, x.index.shape, *value)
+
+    @operation(f"aten.new_{name}.default")
+    def new(low: Lowering, x: View, *arguments: Any) -> View:
+        return filled(low, *arguments)
 
 
-@operation("aten.new_zeros.default", "aten.new_ones.default", "aten.new_full.default")
-def _new(
-    low: Lowering,
-    x: View,
-    shape: Sequence[int],
-    value: float | None = None,
-    *,
-    function: str,
-    **_: Any,
-) -> View:
-    filled = value if value is not None else float("ones" in function)
-    return _filled(low, shape, filled)
+_new_tensors("zeros", 0.0)
+_new_tensors("ones", 1.0)
+_new_tensors("full")
 
 
 @operation("aten.scalar_tensor.default")
-def _scalar(low: Lowering, value: float, **_: Any) -> View:
+def _scalar(low: Lowering, value: float) -> View:
     return _filled(low, (), value)
-
-
-@operation("aten.zeros.default", "aten.ones.default")
-def _fill(low: Lowering, shape: Sequence[int], *, function: str, **_: Any) -> View:
-    return _filled(low, shape, float("ones" in function))
-
-
-@operation("aten.full.default")
-def _full(low: Lowering, shape: Sequence[int], value: float, **_: Any) -> View:
-    return _filled(low, shape, value)

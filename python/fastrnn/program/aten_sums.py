@@ -1,4 +1,4 @@
-"""torch's operations in those of a program: products, sums over axes, norms, softmax."""
+"""Lowering of torch's products, sums over axes, norms and softmax."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ __all__ = ["OPERATIONS"]
 # ---- products ------------------------------------------------------------------------------------
 
 
-@operation("aten.mm.default", "aten.bmm.default")
-def _mm(low: Lowering, x: View, w: View) -> View:
-    return low.product(x, w)
+operation("aten.mm.default", "aten.bmm.default")(Lowering.product)
 
 
 @operation("aten.addmm.default", "aten.baddbmm.default")
@@ -106,7 +104,7 @@ def _std(low: Lowering, x: View, axes: Sequence[int] | None = None, **options: A
 
 
 def _root(low: Lowering, x: View) -> View:
-    """As torch's of a sum of squares: no gradient where it is 0."""
+    """The square root of a sum of squares; as in torch, no gradient where it is 0."""
     zero = low.pointwise("eq", x, 0, is_bool=True)
     root = low.pointwise("sqrt", low.pointwise("where", zero, 1, x))
     return low.pointwise("where", zero, 0, root)
@@ -118,11 +116,10 @@ def _var_mean(
     x: View,
     axes: Sequence[int] | None = None,
     *,
-    correction: float | None = None,
     keepdim: bool = False,
+    **options: Any,
 ) -> tuple[View, View]:
-    variance = _var(low, x, axes, correction=correction, keepdim=keepdim)
-    return variance, _mean(low, x, axes, keepdim)
+    return _var(low, x, axes, keepdim=keepdim, **options), _mean(low, x, axes, keepdim)
 
 
 @operation("aten.amax.default")
@@ -153,7 +150,7 @@ def _norm(
 
 
 def _exponents(low: Lowering, x: View, axis: int) -> tuple[View, View]:
-    """x less its largest, which no gradient need pass, and e to it."""
+    """x - max(x) and its exponential; no gradient flows through the maximum."""
     largest = low.stop(low.reduce("max", x, [axis], True))
     shifted = low.pointwise("sub", x, largest)
     return shifted, low.pointwise("exp", shifted)
@@ -174,9 +171,9 @@ def _log_softmax(low: Lowering, x: View, axis: int, half: bool = False) -> View:
 @operation("aten.logsumexp.default")
 def _logsumexp(low: Lowering, x: View, axes: Sequence[int], keepdim: bool = False) -> View:
     largest = low.stop(low.reduce("max", x, axes, True))
-    # inf - inf is NaN, but the sum of e^inf is inf and that of e^-inf is 0.
-    endless = low.pointwise("eq", low.pointwise("abs", largest), math.inf, is_bool=True)
-    largest = low.pointwise("where", endless, 0, largest)
+    # An infinite maximum is not subtracted: inf - inf is NaN.
+    infinite = low.pointwise("eq", low.pointwise("abs", largest), math.inf, is_bool=True)
+    largest = low.pointwise("where", infinite, 0, largest)
     e = low.pointwise("exp", low.pointwise("sub", x, largest))
     out = low.pointwise("add", low.pointwise("log", low.reduce("sum", e, axes, True)), largest)
     return out if keepdim else squeeze(low, out, axes)

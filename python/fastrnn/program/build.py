@@ -1,11 +1,12 @@
-"""The program of one direction of a layer with options, made of the step of _step.py.
+"""The program of one direction of a layer with options, built from the step of _step.py.
 
-The step runs once on symbols: values that write down what is done with them. Lengths and resets are
-operations around it. A program depends on `Spec` alone, so it is made once and kept.
+The step runs once on symbols, which add an operation to the program for each use. Lengths and
+resets are operations around the step. A program depends on `Spec` alone, and is cached.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,50 +23,50 @@ if TYPE_CHECKING:
 
 
 class Spec(NamedTuple):
-    """What a program depends on."""
+    """All that a program depends on."""
 
     options: Options  # of one layer in one direction
     input_size: int
     hidden_size: int
     dtype: str  # of the input; half types are computed in float32
-    lengths: bool  # whether some steps do not count
+    lengths: bool  # whether rows have lengths
     reset: bool  # whether episodes start within the sequence
-    learned: tuple[bool, bool]  # whether h, c after a reset are given; else zeros
+    learned: tuple[bool, bool]  # whether h, c after a reset are inputs; else zeros
     dropout: bool  # whether there is a mask on h
     keep: tuple[bool, bool]  # whether there is a zoneout mask of h, of c
-    cell: bool  # whether c of every step is wanted
-    turned: bool = False  # whether matrices lie in memory column by column, as few rows read best
+    cell: bool  # whether c of every step is an output
+    transposed: bool = False  # whether matrices are column-major, which is fastest for few rows
 
     @property
     def output_size(self) -> int:
-        """O."""
         return self.options.proj_size or self.hidden_size
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Of the states: O, and of an LSTM H."""
+        """The sizes of h, O, and for an LSTM of c, H."""
         two = self.options.cell == "LSTM"
         return (self.output_size, self.hidden_size) if two else (self.output_size,)
 
 
 class LayerProgram(NamedTuple):
-    """A program, and what its inputs and outputs stand for, in their order.
+    """A program and the names of its inputs, in their order.
 
-    Carries are h and, of an LSTM, c; outputs h and, where wanted, c, each 0 where no step counts.
+    The carries are h and, for an LSTM, c; the outputs are h and, if wanted, c, which are 0 past a
+    row's length.
     """
 
     prepared: Prepared
     xs: tuple[str, ...]  # "x"; "valid", "fresh" (T, B, 1), "keep_h", "keep_c": 1 for true
     fixed: tuple[str, ...]  # "dropout"
     shared: tuple[str, ...]  # the weights' names, "reset_h", "reset_c"
-    everything: Needs  # all gradients that a call may want: what forward keeps serves each of them
+    everything: Needs  # all gradients that a call may want; forward saves values for all of them
 
     @property
     def graph(self) -> Graph:
         return self.prepared.graph
 
     def needs(self, wanted: frozenset[str]) -> Needs:
-        """By names: of `shared`, "x", "h0" and "c0"."""
+        """The needs by name: names of `shared`, "x", "h0" and "c0"."""
         names = (("h0", "c0")[: len(self.graph.nexts)], self.xs, self.fixed, self.shared)
         return _needs(names, wanted)
 
@@ -84,7 +85,7 @@ def layer_program(spec: Spec) -> LayerProgram:
 
 
 def _needs(names: Iterable[tuple[str, ...]], wanted: frozenset[str]) -> Needs:
-    """Of carries, xs, fixed and shared inputs those whose names are wanted."""
+    """Needs for the wanted names; ``names``: of carries, xs, fixed and shared inputs."""
     return Needs(*(tuple(name in wanted for name in group) for group in names))
 
 
@@ -92,7 +93,7 @@ def _needs(names: Iterable[tuple[str, ...]], wanted: frozenset[str]) -> Needs:
 
 
 class Symbol:
-    """A value of the program: parts one after the other, joined only where that is needed."""
+    """A value of the program: parts, concatenated only if an operation needs it."""
 
     def __init__(self, graph: Graph, parts: Sequence[tuple[Arg, int]]) -> None:
         self.graph, self.parts = graph, tuple(parts)
@@ -103,7 +104,7 @@ class Symbol:
 
     @property
     def arg(self) -> Arg:
-        """The value in one piece."""
+        """The value as one operand."""
         return self.graph.cat(list(self.parts))
 
     def cut(self, begin: int, end: int) -> Symbol:
@@ -117,22 +118,19 @@ class Symbol:
         return Symbol(self.graph, parts)
 
     def __add__(self, other: Symbol) -> Symbol:
-        return self._pointwise("add", self, other)
+        return pointwise(self.graph, "add", self, other)
 
     def __sub__(self, other: Symbol) -> Symbol:
-        return self._pointwise("sub", self, other)
+        return pointwise(self.graph, "sub", self, other)
 
     def __rsub__(self, other: float) -> Symbol:
-        return self._pointwise("sub", other, self)
+        return pointwise(self.graph, "sub", other, self)
 
     def __mul__(self, other: Symbol) -> Symbol:
-        return self._pointwise("mul", self, other)
+        return pointwise(self.graph, "mul", self, other)
 
     def __rmul__(self, other: float) -> Symbol:
-        return self._pointwise("mul", other, self)
-
-    def _pointwise(self, op: str, *operands: Symbol | float) -> Symbol:
-        return pointwise(self.graph, op, *operands)
+        return pointwise(self.graph, "mul", other, self)
 
 
 class Matrix(NamedTuple):
@@ -147,7 +145,7 @@ class Matrix(NamedTuple):
 
 
 def pointwise(graph: Graph, op: str, *operands: Symbol | float) -> Symbol:
-    """``op`` element by element; an operand of one element, or a number, goes with all of them."""
+    """``op`` element by element; operands of one element and numbers are broadcast."""
     width = max(o.width for o in operands if isinstance(o, Symbol))
     edges = {0, width}
     for o in operands:
@@ -174,7 +172,7 @@ def pointwise(graph: Graph, op: str, *operands: Symbol | float) -> Symbol:
 
 
 class _SymbolOperations:
-    """`Operations` on symbols, in a call whose h is kept in ``dtype``."""
+    """`Operations` on symbols; h is rounded to ``dtype``."""
 
     def __init__(self, graph: Graph, dtype: str) -> None:
         self.graph, self.dtype = graph, dtype
@@ -269,7 +267,7 @@ class _Builder:
         x = self._input("x", "x", spec.input_size)
         valid = self._input("x", "valid", 1) if spec.lengths else None
         fresh = self._input("x", "fresh", 1) if spec.reset else None
-        if valid is not None:  # whatever stands in the padding must not reach a gradient
+        if valid is not None:  # padding may hold NaN, which must not reach a gradient
             x = ops.where(valid, x, 0.0)
         parameters = self._parameters()
         state = [self._value("carry", k, size) for k, size in enumerate(spec.sizes)]
@@ -303,21 +301,18 @@ class _Builder:
         spec = self.spec
         found: dict[str, Symbol | Matrix] = {}
         for name, shape in spec.options.weight_shapes(spec.input_size, spec.hidden_size).items():
-            size = 1
-            for n in shape:
-                size *= n
-            symbol = self._input("shared", name, size)
+            symbol = self._input("shared", name, math.prod(shape))
             if len(shape) == 1:
                 found[name] = symbol
             else:
                 rows, columns = shape[-2:]
-                row, column = (1, rows) if spec.turned else (columns, 1)
+                row, column = (1, rows) if spec.transposed else (columns, 1)
                 value = symbol.parts[0][0].value
                 found[name] = Matrix(value, 0, shape, row, column, rows * columns)
         return Parameters(**found)
 
     def _started(self, fresh: Symbol, state: list[Symbol]) -> list[Symbol]:
-        """The states that enter a step: where an episode starts, those after a reset."""
+        """The states before a step; the states after a reset where an episode starts."""
         found = []
         for name, given, old in zip(("reset_h", "reset_c"), self.spec.learned, state, strict=False):
             start = self._input("shared", name, old.width) if given else 0.0

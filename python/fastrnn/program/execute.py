@@ -1,12 +1,12 @@
-"""A program and torch tensors: each pass of an `Executable` is one call of the engine.
+"""Runs a program on torch tensors: each pass of an `Executable` is one call of the engine.
 
-Arrays are as the engine wants them, with contiguous units: states and fixed inputs (B, width), xs
-and outputs (T, B, width), shared tensors dense in memory, in whatever order of their axes.
+The last axis of all arrays is contiguous: states and fixed inputs (B, width), xs and outputs
+(T, B, width). Shared tensors are dense in memory, with any order of axes.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,22 +23,22 @@ DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
 
 class Inputs(NamedTuple):
-    """Of one call."""
+    """The inputs of one call."""
 
-    states: dict[int, Tensor]  # those that a step changes
+    states: dict[int, Tensor]  # the states that a step changes
     xs: Sequence[Tensor]
     fixed: Sequence[Tensor]
     shared: Sequence[Tensor]
 
 
 class Outputs(NamedTuple):
-    finals: list[Tensor]  # of the states, in their order
+    finals: list[Tensor]  # the final states
     ys: list[Tensor]
-    kept: dict[tuple[str, int], Tensor]  # what backward reads besides
+    kept: dict[tuple[str, int], Tensor]  # the other arrays that backward reads
 
 
 class Gradients(NamedTuple):
-    """What is absent is zero."""
+    """Gradients; a missing one is zero."""
 
     states: dict[int, Tensor]
     xs: dict[int, Tensor]
@@ -47,7 +47,7 @@ class Gradients(NamedTuple):
 
 
 class Executable(Prepared):
-    """A program of torch tensors, and what the engine made of it for each set of gradients."""
+    """A program on torch tensors."""
 
     def __init__(self, graph: Graph, widths: dict[int, int], dtype: torch.dtype) -> None:
         super().__init__(graph, widths, DTYPES[dtype])
@@ -57,24 +57,20 @@ class Executable(Prepared):
         self, inputs: Inputs, steps: int, rows: int, reverse: bool, needs: Needs | None
     ) -> Outputs:
         plan, program = self.forward(needs)
-        graph, kept_widths = self.graph, self.passes(needs).saved
-        empty = torch.empty
-        dtype = self.torch_dtype
-        ys = [empty(steps, rows, graph.widths[i], dtype=dtype) for i in graph.ys]
-        finals = [empty(rows, width, dtype=dtype) for width in plan.widths]
-        of_y = dict(zip(graph.ys, ys, strict=True))
-        kept: dict[tuple[str, int], Tensor] = {}
-        sequences = []
-        for what in plan.sequences:
-            kind, i = what
-            if kind == "x":
-                sequences.append(inputs.xs[i])
-            elif kind == "y":
-                sequences.append(of_y[i])
-            else:
-                width = kept_widths[i] if kind == "saved" else self.widths[i]
-                kept[what] = empty(steps, rows, width, dtype=dtype)
-                sequences.append(kept[what])
+        widths: dict[str, Any] = {
+            "y": self.graph.widths,
+            "saved": self.passes(needs).saved,
+            "state": self.widths,
+        }
+
+        def empty(kind: str, i: int) -> Tensor:
+            return torch.empty(steps, rows, widths[kind][i], dtype=self.torch_dtype)
+
+        ys = {("y", i): empty("y", i) for i in self.graph.ys}
+        kept = {(kind, i): empty(kind, i) for kind, i in plan.sequences if kind not in ("x", "y")}
+        finals = [torch.empty(rows, width, dtype=self.torch_dtype) for width in plan.widths]
+        arrays = {("x", i): x for i, x in enumerate(inputs.xs)} | ys | kept
+        sequences = [arrays[what] for what in plan.sequences]
         program.run(
             steps, rows, reverse, 0,
             [inputs.shared[j] for j in plan.shared],
@@ -83,7 +79,7 @@ class Executable(Prepared):
             [inputs.states[k] for k in plan.carries],
             finals, [],
         )  # fmt: skip
-        return Outputs(finals, ys, kept)
+        return Outputs(finals, list(ys.values()), kept)
 
     def run_backward(
         self,
@@ -97,34 +93,28 @@ class Executable(Prepared):
         reverse: bool,
         needs: Needs,
     ) -> Gradients:
-        """``ys`` and ``kept`` as `run_forward` gave them, where `read_back` names them."""
+        """``ys`` and ``kept``: those of `run_forward` that `read_back` names."""
         plan, program = self.backward(needs, reverse)
-        dtype = self.torch_dtype
-        empty = torch.empty
-        of_y = dict(zip(self.graph.ys, ys, strict=True))
-        d_of_y = dict(zip(self.graph.ys, d_ys, strict=True))
+        options: Any = {"dtype": self.torch_dtype}
+        arrays: dict[tuple[str, int], Any] = dict(kept)
+        arrays |= {("x", i): x for i, x in enumerate(inputs.xs)}
+        arrays |= {("y", i): y for i, y in zip(self.graph.ys, ys, strict=True)}
+        arrays |= {("dy", i): d for i, d in zip(self.graph.ys, d_ys, strict=True)}
         d_xs: dict[int, Tensor] = {}
-        sequences: list[Tensor] = []
         for what in plan.sequences:
             kind, i = what
-            if kind == "x":
-                sequences.append(inputs.xs[i])
-            elif kind == "y":
-                y = of_y[i]
-                assert y is not None, "backward reads it"
-                sequences.append(y)
+            if kind == "dx":
+                arrays[what] = d_xs[i] = torch.empty(steps, rows, inputs.xs[i].shape[2], **options)
+            elif kind == "dy" and arrays[what] is None:
+                zeros = torch.zeros(self.graph.widths[i], **options)
+                arrays[what] = zeros.expand(steps, rows, -1)
             elif kind == "dy":
-                sequences.append(self._given(d_of_y[i], steps, rows, self.graph.widths[i]))
-            elif kind == "dx":
-                width = inputs.xs[i].shape[2]
-                d_xs[i] = empty(steps, rows, width, dtype=dtype)
-                sequences.append(d_xs[i])
-            else:
-                sequences.append(kept[what])
+                arrays[what] = unit(arrays[what])
+        sequences = [arrays[what] for what in plan.sequences]
         begins = dict(zip(self.forward(needs).plan.carries, d_finals, strict=True))
         inits = [begins[k] for k in plan.carries] + [None] * len(plan.fixed_sums)
-        finals = [empty(rows, width, dtype=dtype) for width in plan.widths]
-        sums = [empty(inputs.shared[j].numel(), dtype=dtype) for j in plan.targets]  # as they lie
+        finals = [torch.empty(rows, width, **options) for width in plan.widths]
+        sums = [torch.empty(inputs.shared[j].numel(), **options) for j in plan.targets]
         program.run(
             steps, rows, not reverse, 0,
             [inputs.shared[j] for j in plan.shared],
@@ -145,17 +135,12 @@ class Executable(Prepared):
             },
         )
 
-    def _given(self, d: Tensor | None, steps: int, rows: int, width: int) -> Tensor:
-        if d is None:
-            return torch.zeros(width, dtype=self.torch_dtype).expand(steps, rows, width)
-        return unit(d)
-
     def read_back(self, needs: Needs, reverse: bool) -> list[tuple[str, int]]:
-        """What `run_backward` reads: ("x", i), ("y", i), ("saved", j), ("state", k)."""
+        """The sequences that `run_backward` reads: ("x", i), ("y", i), ("saved", j), …"""
         return self.backward(needs, reverse).plan.sequences
 
     def active(self, needs: Needs) -> tuple[list[bool], list[bool]]:
-        """Which finals and ys have a gradient."""
+        """Which final states and which ys have a gradient."""
         both = self.passes(needs)
         return (
             [k in both.active_nexts for k in both.forward.carries],
@@ -164,7 +149,7 @@ class Executable(Prepared):
 
 
 def unit(tensor: Tensor) -> Tensor:
-    """With contiguous units."""
+    """The tensor with a contiguous last axis."""
     if tensor.shape[-1] != 1 and tensor.stride(-1) != 1:
         return tensor.contiguous()
     return tensor

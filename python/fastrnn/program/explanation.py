@@ -1,4 +1,4 @@
-"""How a step over leaves runs, for reading: what `fastrnn.explain` shows."""
+"""A readable description of how a step runs, for `fastrnn.explain`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from .execute import DTYPES
 from .grad import Needs
 from .ir import COSTLY, INPUTS, Graph, Product
 from .passes import Pass, Passes, backward_pass, passes
-from .run import recorded, sizes_of, width_of
+from .run import find
 
 if TYPE_CHECKING:
     import torch
-
-    from .recording import Recording
 
 _TITLES = (
     "for all steps of a block at once, before them",
@@ -25,13 +23,14 @@ _TITLES = (
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found; `print` shows it.
+    """The result of `explain`; `print` shows it.
 
     Attributes:
         engine: whether the engine runs the step; else a loop of torch operations does.
-        reason: why the loop runs: the operation and the line of the step; empty where it does not.
-        saved_bytes: what forward keeps for backward, for each step and row, beside xs and ys.
-        text: the program: one line for each operation.
+        reason: why the loop runs, with the operation and the line of the step; else empty.
+        saved_bytes: how much forward saves for backward per step and row, besides xs and ys.
+        text: the program, with one line for each operation.
+        report: the text that `print` shows.
     """
 
     engine: bool
@@ -45,40 +44,30 @@ class Explanation:
 
 
 def explained(step: Any, init: list[torch.Tensor], xs: list[torch.Tensor]) -> Explanation:
-    """Of a step over leaves."""
-    ways = list(sizes_of(init, xs))
-    if not ways:
+    """Explains a step over leaves."""
+    found = find(step, init, xs)
+    if found is None:
         reason = (
             "tensors that are not float32 or float64 on the CPU, or a transform of torch around it"
         )
         return Explanation(False, reason, 0, "", f"A loop of torch operations: {reason}.")
-    first: Recording | None = None
-    for sizes in ways:
-        recording, tensors = recorded(step, sizes)
-        if recording.graph is not None:
-            break
-        first = first or recording
-    else:
-        assert first is not None
-        return Explanation(
-            False, first.reason, 0, "",
-            f"A loop of torch operations, as the engine cannot run {first.reason}.",
-        )  # fmt: skip
+    sizes, recording, tensors = found
     graph = recording.graph
-    shared = [tensors[slot].is_floating_point() for slot, _ in recording.shared]
+    if graph is None:
+        report = f"A loop of torch operations, as the engine cannot run {recording.reason}."
+        return Explanation(False, recording.reason, 0, "", report)
     needs = Needs(
-        tuple(leaf[1].is_floating_point for leaf in sizes.carry),
-        tuple(leaf[1].is_floating_point for leaf in sizes.xs),
+        tuple(leaf.dtype.is_floating_point for leaf in sizes.carry),
+        tuple(leaf.dtype.is_floating_point for leaf in sizes.xs),
         (True,) * len(recording.fixed),
-        tuple(shared),
+        tuple(tensors[slot].is_floating_point() for slot, _ in recording.shared),
     )
-    widths = {k: width_of(leaf) for k, leaf in enumerate(sizes.carry)}
+    widths = {k: leaf.width for k, leaf in enumerate(sizes.carry)}
     both = passes(graph, widths, needs)
-    bytes_ = sum(both.saved) * sizes.dtype.itemsize
-    bytes_ += (
-        sum(widths[k] for k, (kind, _) in both.states.items() if kind == "state")
-        * sizes.dtype.itemsize
+    saved = sum(both.saved) + sum(
+        widths[k] for k, (kind, _) in both.states.items() if kind == "state"
     )
+    bytes_ = saved * sizes.dtype.itemsize
     report = _report(graph, both, bytes_, DTYPES[sizes.dtype])
     return Explanation(True, "", bytes_, graph.text(), report)
 
@@ -87,21 +76,21 @@ def _report(graph: Graph, both: Passes, saved: int, dtype: str) -> str:
     operations = [n for n in graph.nodes if n.op not in INPUTS]
     products = sum(isinstance(n.info, Product) for n in operations)
     costly = sum(n.op in COSTLY for n in operations)
-    first = (
-        f"The engine runs this step, {dtype}: {len(operations)} operations, {products} of them "
-        f"products, {costly} exponentials and the like."
-    )
+    backward = backward_pass(graph, both, False)
+    sums = len(backward.code.reductions)
     lines = [
-        first,
+        (
+            f"The engine runs this step, {dtype}: {len(operations)} operations, {products} of them "
+            f"products, {costly} exponentials and the like."
+        ),
         "",
         "Forward",
         *_pass(both.forward),
         f"  kept for backward: {saved} bytes for each step and row, beside xs and ys",
+        "Backward",
+        *_pass(backward),
+        f"  over all steps and rows: {sums} sums for what the step closes over",
     ]
-    backward = backward_pass(graph, both, False)
-    lines += ["Backward", *_pass(backward)]
-    sums = len(backward.code.reductions)
-    lines.append(f"  over all steps and rows: {sums} sums for what the step closes over")
     return "\n".join(lines)
 
 

@@ -1,18 +1,18 @@
 """The backward step of a program, itself a program.
 
-It runs over the steps in the other direction. Its inputs::
+It runs over the steps in reverse. Its inputs::
 
-    carry k      the gradient of state k after the step, from the steps after it
+    carry k      the gradient of state k after the step, from the later steps
     x i          the gradient of output i at this step
     saved v      value v of the forward step, at this step
 
-and its results: ``next k``, the gradient of state k before the step; ``y i``, that of x i; and
-sums over all rows and steps for what all rows share (`Outer`, `Columns`). A fixed input's gradient
-is summed over the steps by a carry of its own, after those of the states.
+Its results are ``next k``, the gradient of state k before the step; ``y i``, the gradient of x i;
+and the gradients of shared inputs, sums over all rows and steps (`Outer`, `Columns`). The gradient
+of a fixed input is summed over the steps by an additional carry, after those of the states.
 
-Reverse accumulation over the nodes. Where torch defines a gradient at a kink, so it is here:
-maximum and minimum halve it between equal operands and pass all of it to both where one is NaN;
-relu has none at 0 and abs none either.
+The method is reverse accumulation over the nodes. At kinks the gradients are those of torch:
+maximum and minimum halve the gradient between equal operands, and pass all of it to both operands
+where one is NaN; relu and abs have the gradient 0 at 0.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from .ir import COMPARISONS, Arg, Graph, Node, Product, Reduce
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Callable, Container, Sequence
+
+
+_WITHOUT_GRADIENT = COMPARISONS | {"stop", "sign"}
 
 
 class Outer(NamedTuple):
@@ -44,6 +47,10 @@ class Outer(NamedTuple):
     K: int
     N: int
 
+    @property
+    def args(self) -> tuple[Arg, ...]:
+        return self.d, self.x
+
 
 class Columns(NamedTuple):
     """grad[offset + j] += Σ d[j], j < width."""
@@ -53,9 +60,20 @@ class Columns(NamedTuple):
     d: Arg
     width: int
 
+    @property
+    def args(self) -> tuple[Arg, ...]:
+        return (self.d,)
+
+
+def mapped(r: Outer | Columns, function: Callable[[Arg], Arg]) -> Outer | Columns:
+    """A sum with its operands mapped by ``function``."""
+    if isinstance(r, Outer):
+        return r._replace(d=function(r.d), x=function(r.x))
+    return r._replace(d=function(r.d))
+
 
 class Needs(NamedTuple):
-    """Whose gradients are wanted."""
+    """Which inputs need a gradient."""
 
     carry: tuple[bool, ...]  # by the number of the state
     xs: tuple[bool, ...]
@@ -67,16 +85,16 @@ class Needs(NamedTuple):
 class Backward:
     graph: Graph
     reductions: list[Outer | Columns] = field(default_factory=list)
-    carries: list[int] = field(default_factory=list)  # state k of each carry
-    fixed: list[int] = field(default_factory=list)  # the fixed inputs of the carries after those
+    carries: list[int] = field(default_factory=list)  # the state of each carry
+    fixed: list[int] = field(default_factory=list)  # the fixed inputs of the additional carries
     widths: list[int] = field(default_factory=list)  # of the carries
-    # The states and the outputs that pass a gradient on.
+    # The states and outputs whose gradients contribute to a wanted one.
     active_nexts: set[int] = field(default_factory=set)
     active_ys: set[int] = field(default_factory=set)
 
 
 def backward(forward: Graph, needs: Needs, ys: Container[int] | None = None) -> Backward:
-    """``ys``: the outputs that have a gradient; None: all."""
+    """The backward step; ``ys``: the outputs that have a gradient; None: all."""
     return _Gradients(forward, needs, forward.ys if ys is None else ys).run()
 
 
@@ -85,13 +103,12 @@ class _Gradients:
         self.forward, self.needs, self.ys = forward, needs, ys
         self.graph = Graph()
         self.result = Backward(self.graph)
-        self.parts: dict[
-            int, list[tuple[int, int, Arg]]
-        ] = {}  # of a value: offset, width, gradient
+        # For each value the gradients of its parts: offset, width, gradient.
+        self.parts: dict[int, list[tuple[int, int, Arg]]] = {}
         self.active = self._active()
 
     def _active(self) -> set[int]:
-        """The values on which a wanted gradient depends; through a state, so over the steps."""
+        """The values that depend on an input with a wanted gradient, also through the states."""
         forward, needs = self.forward, self.needs
         wanted = {"x": needs.xs, "fixed": needs.fixed, "shared": needs.shared, "carry": needs.carry}
         states = {k for k, w in enumerate(needs.carry) if w}
@@ -103,7 +120,7 @@ class _Gradients:
                     assert isinstance(index, int)
                     if wanted[node.op][index] or (node.op == "carry" and index in states):
                         active.add(i)
-                elif node.op in ("stop", "sign") or node.op in COMPARISONS or _is_moments(node):
+                elif node.op in _WITHOUT_GRADIENT or getattr(node.info, "kind", "") == "moments":
                     continue
                 elif any(a.value in active for a in node.args) or (
                     isinstance(node.info, Product) and node.info.weight in active
@@ -115,8 +132,6 @@ class _Gradients:
                 return active
             states = grown
 
-    # ---- forward's values ------------------------------------------------------------------------
-
     def saved(self, arg: Arg) -> Arg:
         """A forward operand, in the backward step."""
         node = self.forward.nodes[arg.value]
@@ -124,10 +139,6 @@ class _Gradients:
             assert isinstance(node.info, float)
             return self.graph.const(node.info)
         return arg._replace(value=self.graph.add("saved", (), node.width, arg.value))
-
-    def shared(self, value: int) -> int:
-        node = self.forward.nodes[value]
-        return self.graph.add("saved", (), node.width, value)
 
     # ---- gradients of values ---------------------------------------------------------------------
 
@@ -151,20 +162,16 @@ class _Gradients:
         self.parts.setdefault(arg.value, []).append((arg.offset, width, gradient))
 
     def vector(self, arg: Arg, width: int) -> Arg:
-        """One element for all, written out."""
-        if not arg.scalar or width == 1:
-            return (
-                arg._replace(scalar=False)
-                if self.graph.constant(arg) is None
-                else self.filled(arg, width)
-            )
-        return self.filled(arg, width)
+        """An operand that is neither broadcast nor a constant."""
+        if (arg.scalar and width > 1) or self.graph.constant(arg) is not None:
+            return self.filled(arg, width)
+        return arg._replace(scalar=False)
 
     def filled(self, arg: Arg, width: int) -> Arg:
         return Arg(self.graph.add("copy", (arg._replace(scalar=True),), width))
 
     def taken(self, value: int) -> Arg | None:
-        """The sum of what was given to a value."""
+        """The sum of the gradients that were given to a value; None if there were none."""
         parts = self.parts.pop(value, None)
         if parts is None:
             return None
@@ -174,15 +181,12 @@ class _Gradients:
         for begin, end in pairwise(edges):
             total: Arg | None = None
             for offset, size, gradient in parts:
-                if offset <= begin and end <= offset + size:
-                    part = (
-                        gradient
-                        if gradient.scalar
-                        else gradient._replace(offset=gradient.offset + begin - offset)
-                    )
-                    total = (
-                        part if total is None else self.op("add", total, part, width=end - begin)
-                    )
+                if not (offset <= begin and end <= offset + size):
+                    continue
+                part = gradient
+                if not part.scalar:
+                    part = part._replace(offset=part.offset + begin - offset)
+                total = part if total is None else self.op("add", total, part, width=end - begin)
             if total is None:
                 total = self.graph.const(0)
             if len(edges) == 2:
@@ -200,7 +204,7 @@ class _Gradients:
         for k in sorted(self.states):
             if k in forward.nexts:
                 arg = forward.nexts[k]
-                width = self._state_width(k)
+                width = forward.input_width("carry", k) or forward.nodes[arg.value].width
                 carry = Arg(graph.add("carry", (), width, len(result.carries)))
                 result.carries.append(k)
                 result.widths.append(width)
@@ -212,7 +216,7 @@ class _Gradients:
             self.give(arg, width, Arg(graph.add("x", (), width, i)))
         result.active_nexts = {k for k, a in forward.nexts.items() if a.value in self.active}
         result.active_ys = {i for i, a in forward.ys.items() if a.value in self.active}
-        fixed: dict[int, Arg] = {}
+        fixed: dict[int, tuple[Arg, int]] = {}
         states: dict[int, Arg] = {}
         for i in range(len(forward.nodes) - 1, -1, -1):
             node = forward.nodes[i]
@@ -229,28 +233,20 @@ class _Gradients:
                 states[node.info] = self.vector(gradient, node.width)
             elif node.op == "fixed":
                 assert isinstance(node.info, int)
-                fixed[node.info] = gradient
+                fixed[node.info] = gradient, node.width
             elif node.op != "const":
                 self._through(i, node, gradient)
         for index, k in enumerate(result.carries):
-            zeros = (
-                self.filled(graph.const(0), result.widths[index]) if k not in states else states[k]
-            )
-            graph.nexts[index] = zeros
-        for f, gradient in sorted(fixed.items()):
-            width = next(n.width for n in forward.nodes if n.op == "fixed" and n.info == f)
+            if k not in states:
+                states[k] = self.filled(graph.const(0), result.widths[index])
+            graph.nexts[index] = states[k]
+        for f, (gradient, width) in sorted(fixed.items()):
             index = len(result.carries) + len(result.fixed)
             before = Arg(graph.add("carry", (), width, index))
             graph.nexts[index] = self.op("add", before, gradient, width=width)
             result.fixed.append(f)
             result.widths.append(width)
         return result
-
-    def _state_width(self, k: int) -> int:
-        for node in self.forward.nodes:
-            if node.op == "carry" and node.info == k:
-                return node.width
-        return self.forward.nodes[self.forward.nexts[k].value].width
 
     def _through(self, i: int, node: Node, g: Arg) -> None:
         info, width = node.info, node.width
@@ -331,11 +327,13 @@ class _Gradients:
                 give(0, g)
                 if wants[1]:
                     give(1, op("neg", g))
-            case "mul":
+            case "mul" | "fma":
                 if wants[0]:
                     give(0, op("mul", g, b))
                 if wants[1]:
                     give(1, op("mul", g, a))
+                if node.op == "fma":
+                    give(2, g)
             case "div":
                 if wants[0]:
                     give(0, op("div", g, b))
@@ -348,12 +346,6 @@ class _Gradients:
                     give(0, op("where", op(loses, a, b), 0, shared))
                 if wants[1]:
                     give(1, op("where", op(loses, b, a), 0, shared))
-            case "fma":
-                if wants[0]:
-                    give(0, op("mul", g, b))
-                if wants[1]:
-                    give(1, op("mul", g, a))
-                give(2, g)
             case "normalize":
                 g = self.vector(g, width)
                 means = Arg(
@@ -385,18 +377,18 @@ class _Gradients:
             )  # fmt: skip
 
     def _product_input(self, x: Arg, p: Product, g: Arg) -> None:
-        weight = self.shared(p.weight)
-        turned = Product(weight, p.offset, p.groups, p.N, p.w_group, p.w_n, p.w_k, p.N, p.K)
-        apart = p.groups == 1 or p.in_group == p.K
-        if apart:  # the groups' parts of x lie side by side
-            self.give(x, p.groups * p.K, self.graph.product(g, turned))
+        weight = self.saved(Arg(p.weight)).value
+        transposed = Product(weight, p.offset, p.groups, p.N, p.w_group, p.w_n, p.w_k, p.N, p.K)
+        if p.groups == 1 or p.in_group == p.K:  # the groups' parts of x are adjacent
+            self.give(x, p.groups * p.K, self.graph.product(g, transposed))
             return
-        if p.in_group == 0 and p.w_group == p.N * p.w_n:  # one x for all: a single sum over (g, n)
-            single = turned._replace(groups=1, in_group=p.groups * p.N, w_group=0, K=p.groups * p.N)
+        if p.in_group == 0 and p.w_group == p.N * p.w_n:  # all groups read one x: sum over (g, n)
+            K = p.groups * p.N
+            single = transposed._replace(groups=1, in_group=K, w_group=0, K=K)
             self.give(x, p.K, self.graph.product(g, single))
             return
         for group in range(p.groups):
-            one = turned._replace(groups=1, offset=p.offset + group * p.w_group, w_group=0)
+            one = transposed._replace(groups=1, offset=p.offset + group * p.w_group, w_group=0)
             part = self.graph.product(g._replace(offset=g.offset + group * p.N), one)
             self.give(x._replace(offset=x.offset + group * p.in_group), p.K, part)
 
@@ -409,7 +401,7 @@ class _Gradients:
         ]
         of_group = [group for group in range(r.groups) for _ in range(r.length)]
         width = len(places)
-        if r.kind == "max":  # shared out among equals
+        if r.kind == "max":  # equal maxima share the gradient
             out = self.saved(Arg(i))
             spread = self._at(out, of_group)
             taken = self._places(self.saved(Arg(x.value)).value, places)
@@ -421,14 +413,10 @@ class _Gradients:
             gradient = self.op("mul", self._at(share, of_group), equal, width=width)
         else:
             gradient = self._at(g, of_group)
-        low, high = min(places), max(places) + 1
-        if places == list(range(low, high)):
-            self.give(Arg(x.value, low), width, gradient)
+        if places == list(range(places[0], places[0] + width)):
+            self.give(Arg(x.value, places[0]), width, gradient)
             return
-        lists: list[list[int]] = [[] for _ in range(high - low)]
-        for j, place in enumerate(places):
-            lists[place - low].append(j)
-        self._give_lists(x.value, low, lists, self.vector(gradient, width))
+        self._give_elements(x.value, [[p] for p in places], self.vector(gradient, width))
 
     def _at(self, value: Arg, elements: list[int]) -> Arg:
         """These elements of an operand."""
@@ -441,24 +429,21 @@ class _Gradients:
     def _places(self, value: int, places: list[int]) -> Arg:
         return self.graph.collect(value, tuple((p,) for p in places))
 
-    def _give_lists(self, value: int, low: int, lists: list[list[int]], g: Arg) -> None:
-        table = tuple(tuple(g.offset + j for j in entry) for entry in lists)
-        self.give(Arg(value, low), len(lists), self.graph.collect(g.value, table))
-
     def _collect(self, node: Node, g: Arg) -> None:
         (x,) = node.args
-        table = node.info
-        assert isinstance(table, tuple)
+        assert isinstance(node.info, tuple)
+        table = [[x.offset + e for e in entry] for entry in node.info]
+        self._give_elements(x.value, table, self.vector(g, node.width))
+
+    def _give_elements(self, value: int, table: Sequence[Sequence[int]], g: Arg) -> None:
+        """Adds element j of ``g`` to the gradient of each element that entry j names."""
         named = [e for entry in table for e in entry]
         if not named:
             return
         low, high = min(named), max(named) + 1
-        lists: list[list[int]] = [[] for _ in range(high - low)]
+        sources: list[list[int]] = [[] for _ in range(high - low)]
         for j, entry in enumerate(table):
             for e in entry:
-                lists[e - low].append(j)
-        self._give_lists(x.value, x.offset + low, lists, self.vector(g, node.width))
-
-
-def _is_moments(node: Node) -> bool:
-    return isinstance(node.info, Reduce) and node.info.kind == "moments"
+                sources[e - low].append(g.offset + j)
+        gradient = self.graph.collect(g.value, tuple(map(tuple, sources)))
+        self.give(Arg(value, low), high - low, gradient)

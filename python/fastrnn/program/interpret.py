@@ -1,4 +1,4 @@
-"""A program in torch's operations, step by step: what double backward goes through."""
+"""Runs a program in torch operations, step by step, for double backward."""
 
 from __future__ import annotations
 
@@ -35,22 +35,18 @@ class Interpreter:
 
     def __init__(self, graph: Graph, shared: Sequence[Tensor], fixed: Sequence[Tensor]) -> None:
         self.graph, self.shared, self.fixed = graph, shared, fixed
-        self.like = [*shared, *fixed]
 
     def step(
         self, carry: dict[int, Tensor], xs: Sequence[Tensor]
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """States and xs (B, width); gives the states and outputs after the step."""
+        """The states and outputs after a step; all are (B, width)."""
         graph = self.graph
         values: list[Any] = []
+        inputs: dict[str, Any] = {"carry": carry, "x": xs, "fixed": self.fixed}
         rows = next(iter([*carry.values(), *xs, *self.fixed]))
         for node in graph.nodes:
-            if node.op == "carry":
-                values.append(carry[node.info])  # type: ignore[index]
-            elif node.op == "x":
-                values.append(xs[node.info])  # type: ignore[call-overload]
-            elif node.op == "fixed":
-                values.append(self.fixed[node.info])  # type: ignore[call-overload]
+            if node.op in inputs:
+                values.append(inputs[node.op][node.info])
             elif node.op == "shared":
                 flat = self.shared[node.info]  # type: ignore[call-overload]
                 values.append(flat.expand(rows.shape[0], -1))
@@ -69,13 +65,11 @@ class Interpreter:
         if isinstance(info, Reduce):
             return _reduce(node.args[0], info, values)
         if node.op == "collect":
-            x = values[node.args[0].value]
+            x: Tensor = values[node.args[0].value]
+            if all(len(entry) == 1 for entry in info):
+                return x[:, torch.tensor([entry[0] for entry in info])]
             zero = x.new_zeros(x.shape[0])
-            rows = [sum((x[:, e] for e in entry), zero) for entry in info] if _lists(info) else None
-            if rows is not None:
-                return torch.stack(rows, 1)
-            taken: Tensor = x[:, torch.tensor([entry[0] for entry in info])]
-            return taken
+            return torch.stack([sum((x[:, e] for e in entry), zero) for entry in info], 1)
         if node.op == "cat":
             return torch.cat(
                 [part(values, a, w).expand(-1, w) for a, w in zip(node.args, info, strict=True)], 1
@@ -106,12 +100,8 @@ class Interpreter:
         return torch.cat(parts, 1)
 
 
-def _lists(table: Any) -> bool:
-    return any(len(entry) != 1 for entry in table)
-
-
 def part(values: list[Any], a: Arg, width: int) -> Tensor:
-    """What an operand names, (B, width) or (B, 1)."""
+    """An operand, (B, width) or (B, 1)."""
     taken: Tensor = values[a.value][:, a.offset : a.offset + (1 if a.scalar else width)]
     return taken
 

@@ -1,31 +1,30 @@
 """One step of a recurrence as a list of operations over rows: a *program*.
 
-A value is, for each row (member of the batch), a vector of ``width`` elements. A node makes one
-value from earlier ones; node ``i`` makes value ``i``. An `Arg` names a part of a value: a vector of
-the node's width from ``offset`` on, or with ``scalar`` one element that stands for all.
+A value is a vector of ``width`` elements for each row of the batch. Node ``i`` computes value ``i``
+from earlier ones. An `Arg` names a part of a value: a vector of the node's width from ``offset``
+on, or with ``scalar`` one element, which is broadcast.
 
 Inputs::
 
     x i         sequence i at this step
     carry k     state k before the step
-    fixed i     per row, the same at every step
-    shared j    tensor j, the same for all rows: weights, biases; laid out as its strides say
+    fixed i     one vector per row, constant over the steps
+    shared j    tensor j, shared by all rows (weights, biases); its elements in memory order
     const v     one number; width 1
 
 Operations::
 
     a pointwise code of `POINTWISE`
-    product     (x,) by a part of a shared tensor: `Product`
+    product     x times a part of a shared tensor: `Product`
     reduce      sum or max over segments, moments or means of a row: `Reduce`
-    normalize   (x - mean)·scale; the gradient takes mean and scale for those of the whole of x
+    normalize   (x - mean)·scale; its gradient assumes that these are the moments of all of x
     collect     out[i] = sum of the elements of x that list i of a `Table` names
-    cat         parts one after the other
-    stop        a copy that no gradient passes
-    clip        a copy of x whose gradient is held between ± its second operand
+    cat         concatenation
+    stop        a copy without a gradient
+    clip        a copy of x whose gradient is clipped to ± the second operand
 
-Comparisons give 1 or 0. bfloat16 and float16 round to what that type can hold, and pass the
-gradient on as it is. grad.py differentiates a program, plan.py prepares it for the engine. Which
-files of this folder import torch, README.md says.
+Comparisons give 1 or 0. bfloat16 and float16 round to that type; their gradient is the identity.
+grad.py differentiates a program, plan.py lowers it for the engine.
 """
 
 from __future__ import annotations
@@ -33,9 +32,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-# Code: number of operands. Each is an operation of the engine (csrc/program.h).
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# The number of operands of each pointwise operation of the engine (csrc/program.h).
 POINTWISE = {
     **dict.fromkeys(
         "copy neg abs sign reciprocal sqrt rsqrt exp expm1 log log1p sin cos erf sigmoid tanh relu "
@@ -47,15 +49,15 @@ POINTWISE = {
     ),
     **dict.fromkeys(["where", "fma", "normalize"], 3),
 }
-COPIES = frozenset(["stop", "clip"])  # of their first operand
+COPIES = frozenset(["stop", "clip"])  # forward they copy their first operand
 COMPARISONS = frozenset("lt le gt ge eq ne".split())
 INPUTS = frozenset("x carry fixed shared const".split())
-# What costs about as much as a dozen additions.
+# Operations that cost about as much as a dozen additions.
 COSTLY = frozenset("exp expm1 log log1p sin cos erf sigmoid tanh softplus1".split())
 
 
 class Arg(NamedTuple):
-    """A vector of a value from ``offset`` on, or one element of it."""
+    """A part of a value from ``offset`` on, or with ``scalar`` one element of it."""
 
     value: int
     offset: int = 0
@@ -79,8 +81,8 @@ class Product(NamedTuple):
 class Reduce(NamedTuple):
     """out[g] = Σ_j x[g·segment + j·element], j < length, or the maximum.
 
-    Of a row of ``length`` elements side by side, ``"moments"`` (x,): the mean and
-    1 / √(variance + 1e-5), which pass no gradient; ``"means"`` (x, y): those of x and of x·y.
+    For ``length`` contiguous elements, ``"moments"`` (x,) gives the mean and
+    1 / √(variance + 1e-5), without gradients, and ``"means"`` (x, y) the means of x and of x·y.
     """
 
     kind: str  # "sum", "max", "moments" or "means"
@@ -90,7 +92,7 @@ class Reduce(NamedTuple):
     element: int
 
 
-Table = tuple[tuple[int, ...], ...]  # for each output the elements that are added
+Table = tuple[tuple[int, ...], ...]  # for each output the elements to sum
 
 
 class Node(NamedTuple):
@@ -102,7 +104,7 @@ class Node(NamedTuple):
 
 @dataclass
 class Graph:
-    """A program: nodes in order, and what leaves it."""
+    """A program: nodes in order, next states and outputs."""
 
     nodes: list[Node] = field(default_factory=list)
     nexts: dict[int, Arg] = field(default_factory=dict)  # state k after the step
@@ -111,7 +113,7 @@ class Graph:
     _known: dict[Node, int] = field(default_factory=dict, repr=False)
 
     def add(self, op: str, args: tuple[Arg, ...], width: int, info: object = None) -> int:
-        """The value of a node, made once."""
+        """The value of a node; equal nodes are added once."""
         node = Node(op, args, width, info)
         found = self._known.get(node)
         if found is None:
@@ -126,12 +128,21 @@ class Graph:
         node = self.nodes[arg.value]
         return node.info if node.op == "const" else None  # type: ignore[return-value]
 
+    @property
+    def results(self) -> list[int]:
+        """The values of the next states and the outputs."""
+        return [a.value for a in (*self.nexts.values(), *self.ys.values())]
+
+    def input_width(self, op: str, index: int) -> int | None:
+        """The width of an input; None if the program does not read it."""
+        return next((n.width for n in self.nodes if n.op == op and n.info == index), None)
+
     def full(self, arg: Arg, width: int) -> bool:
         """Whether ``arg`` is the whole of its value."""
         return not arg.scalar and arg.offset == 0 and self.nodes[arg.value].width == width
 
     def pointwise(self, op: str, *args: Arg, width: int) -> Arg:
-        """``op`` over ``width`` units; what needs no operation is not one."""
+        """``op`` over ``width`` units; x·1, x/1 and x ± 0 add no node."""
         simple = self._simplified(op, args, width)
         if simple is not None:
             return simple
@@ -141,7 +152,7 @@ class Graph:
     def _simplified(self, op: str, args: tuple[Arg, ...], width: int) -> Arg | None:
         constants = [self.constant(a) for a in args]
 
-        def whole(i: int) -> bool:  # the other operand is the answer as it stands
+        def whole(i: int) -> bool:  # not broadcast
             return not args[i].scalar or width == 1
 
         if op in ("mul", "div") and constants[-1] == 1 and whole(0):
@@ -155,7 +166,7 @@ class Graph:
         return None
 
     def written(self, value: int) -> int:
-        """A value that lies in memory: of a constant a copy."""
+        """A value in memory; a constant is copied there."""
         if self.nodes[value].op != "const":
             return value
         return self.add("copy", (Arg(value, 0, True),), 1)
@@ -171,7 +182,7 @@ class Graph:
         return Arg(self.add("reduce", (x,), reduce.groups, reduce))
 
     def collect(self, x: int, table: Table) -> Arg:
-        """Parts of value ``x``; ``table`` names its elements."""
+        """Sums of elements of value ``x``; a contiguous part of it adds no node."""
         if all(len(entry) == 1 for entry in table):
             first = table[0][0] if table else 0
             if table == tuple((first + i,) for i in range(len(table))):
@@ -179,7 +190,7 @@ class Graph:
         return Arg(self.add("collect", (Arg(self.written(x)),), len(table), table))
 
     def cat(self, parts: list[tuple[Arg, int]]) -> Arg:
-        """``parts`` with their widths, one after the other."""
+        """The concatenation of ``parts``, given with their widths."""
         if len(parts) == 1 and not parts[0][0].scalar:
             return parts[0][0]
         merged: list[tuple[Arg, int]] = []
@@ -196,9 +207,8 @@ class Graph:
         return Arg(self.add("cat", tuple(a for a, _ in merged), sum(widths), widths))
 
     def used(self, roots: list[int] | None = None) -> set[int]:
-        """The values that reach an output (or ``roots``)."""
-        if roots is None:
-            roots = [a.value for a in (*self.nexts.values(), *self.ys.values())]
+        """The values on which a result (or ``roots``) depends."""
+        roots = self.results if roots is None else roots
         found, open_ = set(roots), list(roots)
         while open_:
             node = self.nodes[open_.pop()]
@@ -211,10 +221,17 @@ class Graph:
                     open_.append(value)
         return found
 
-    # ---- the text form --------------------------------------------------------------------------
+    def mapped(self, function: Callable[[Arg], Arg]) -> Graph:
+        """The program with every operand mapped by ``function``."""
+        return Graph(
+            [n._replace(args=tuple(map(function, n.args))) for n in self.nodes],
+            {k: function(a) for k, a in self.nexts.items()},
+            {i: function(a) for i, a in self.ys.items()},
+            self.widths,
+        )
 
     def text(self) -> str:
-        """One line a node; `parse` reads it back."""
+        """The text form, with one line for each node; `parse` reads it."""
         lines = []
         for i, node in enumerate(self.nodes):
             words = [node.op, *(_arg_text(a) for a in node.args), *_info_text(node)]
@@ -225,13 +242,13 @@ class Graph:
 
 
 def contracted(graph: Graph) -> Graph:
-    """The program with fma for a product that only one sum reads.
+    """The program with fma in place of mul and add, if nothing else reads the product.
 
-    Before anything is kept for backward, so that a result has the same bits whether it is or not.
+    It is done before passes.py chooses what to save, so that recording does not change a bit.
     """
     uses: Counter[int] = Counter(a.value for node in graph.nodes for a in node.args)
-    uses.update(a.value for a in (*graph.nexts.values(), *graph.ys.values()))
-    joined: dict[int, tuple[int, tuple[Arg, ...]]] = {}  # of a sum: the product, fma's operands
+    uses.update(graph.results)
+    joined: dict[int, tuple[int, tuple[Arg, ...]]] = {}  # by sum: the product, fma's operands
     for i, node in enumerate(graph.nodes):
         if node.op != "add":
             continue
@@ -266,7 +283,7 @@ def _arg_text(a: Arg) -> str:
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:
-    """``3,4,5,9`` as ``3:6,9``."""
+    """The text ``3:6,9`` for 3, 4, 5, 9."""
     parts: list[list[int]] = []
     for n in numbers:
         if parts and parts[-1][1] == n:
@@ -321,7 +338,7 @@ def _parse_ranges(text: str) -> tuple[int, ...]:
 
 
 def parse(text: str) -> Graph:
-    """The program that ``Graph.text`` wrote."""
+    """The program of a text that ``Graph.text`` returned."""
     graph = Graph()
     for line in text.splitlines():
         match = _LINE.fullmatch(line)

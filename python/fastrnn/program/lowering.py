@@ -1,11 +1,11 @@
 """Tensors of a traced step as values of a program (ir.py), and the basic operations on them.
 
-A tensor of the traced step is a `View`: a value of the program, and for each of the tensor's
-elements where it lies in it. So views, transposes, slices, broadcasts and rows folded into other
-axes are plain NumPy indexing, and cost nothing in the program. The step is traced with a few rows
-(`Lowering.rows`); an element's place is ``row · ROW + column``, and every operation checks that
-each row of its result is made in the same way from the same row of its operands: a step that mixes
-rows is none for the engine.
+A tensor of the traced step is a `View`: a value of the program, and the place of each element in
+it. So views, transposes, slices, broadcasts and rows folded into other axes are plain NumPy
+indexing, and add nothing to the program. The step is traced with a few rows (`Lowering.rows`). An
+element's place is ``row · ROW + column``, and every operation checks that each row of its result is
+computed in the same way from the same row of its operands. The engine cannot run a step that mixes
+rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROW = 1 << 32
 
 
 class Unknown(Exception):
-    """The engine has no such operation; the message says which and why."""
+    """The engine cannot run an operation; the message names it and says why."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class View:
 
     value: int
     index: Any  # an integer array of the tensor's shape
-    rows: bool  # whether the places name rows; else they are columns alone, the same in every row
+    rows: bool  # whether places contain the row; else they are columns, the same for every row
     is_bool: bool = False
 
     def viewed(self, index: Any) -> View:
@@ -51,53 +51,44 @@ class Lowering:
         self.rows = rows
         self.graph = Graph()
         self.stateful: dict[int, bool] = {}
-        self.takes: list[tuple[int, tuple[int, ...]]] = []  # shared -1 - j: elements of a shared
+        # Shared input -1 - j consists of these elements of a captured tensor.
+        self.takes: list[tuple[int, tuple[int, ...]]] = []
 
     # ---- inputs ---------------------------------------------------------------------------------
 
-    def rowed(self, op: str, index: int, shape: Sequence[int], is_bool: bool = False) -> View:
-        """An input whose first axis is the rows."""
-        width = math.prod(shape[1:])
+    def input(self, op: str, index: int, shape: Sequence[int], rowed: bool, is_bool: bool) -> View:
+        """An input; ``rowed``: its first axis is the rows."""
+        width = math.prod(shape[rowed:])
         value = self.graph.add(op, (), width, index)
-        places = np.arange(self.rows)[:, None] * ROW + np.arange(width)
-        return View(value, places.reshape(shape), True, is_bool)
-
-    def alike(self, op: str, index: int, shape: Sequence[int], is_bool: bool = False) -> View:
-        """An input without an axis of rows."""
-        width = math.prod(shape)
-        value = self.graph.add(op, (), width, index)
-        return View(value, np.arange(width).reshape(shape), False, is_bool)
+        places = np.arange(self.rows)[:, None] * ROW if rowed else 0
+        return View(value, (places + np.arange(width)).reshape(shape), rowed, is_bool)
 
     def shared(
         self, index: int, shape: Sequence[int], strides: Sequence[int], is_bool: bool
     ) -> View:
-        """A tensor that all rows share, dense in memory; places are addresses."""
+        """A dense tensor that all rows share."""
         value = self.graph.add("shared", (), math.prod(shape), index)
-        places = np.zeros(tuple(shape), np.int64)
-        for axis, (size, stride) in enumerate(zip(shape, strides, strict=True)):
-            steps = np.arange(size) * stride
-            places = places + steps.reshape((-1,) + (1,) * (len(shape) - axis - 1))
-        return View(value, places, False, is_bool)
+        return View(value, addresses(shape, strides), False, is_bool)
 
     # ---- rows -----------------------------------------------------------------------------------
 
     def _by_rows(self, arrays: list[Any], views: list[View]) -> tuple[list[Any], Any, bool]:
-        """Arrays of one shape as columns, (width,) each, and the places of the result.
+        """The columns, (width,), of each of the arrays, which have one shape; the result's places.
 
-        Elements of one row stand in the order of the shape.
+        The elements of a row are in the order of the shape.
         """
         tables, places, rows = self._tables([a[..., None] for a in arrays], views)
         return [table[:, 0] for table in tables], places, rows
 
     def _tables(self, arrays: list[Any], views: list[View]) -> tuple[list[Any], Any, bool]:
-        """Likewise of arrays (…, K), K elements for each of the result: (width, K) each."""
+        """Likewise, (width, K), for arrays (…, K) with K operands for each result element."""
         shape = arrays[0].shape[:-1]
         first = next((i for i, v in enumerate(views) if v.rows), None)
         if first is None:
-            # Rows that are all alike, such as zeros for each row, are one.
+            # Equal rows, such as zeros for each row, are computed once.
             once = [
                 slice(0, 1)
-                if size == self.rows > 1 and _constant_along(arrays, axis)
+                if size == self.rows > 1 and all((a == a.take([0], axis)).all() for a in arrays)
                 else slice(None)
                 for axis, size in enumerate(shape)
             ]
@@ -135,7 +126,7 @@ class Lowering:
         return tables, places.reshape(shape), True
 
     def _arg(self, view: View, columns: Any) -> Arg:
-        """These columns of a value as one operand."""
+        """An operand with these columns of a value."""
         width = columns.size
         first = int(columns[0]) if width else 0
         if width and (columns == first).all():
@@ -156,13 +147,13 @@ class Lowering:
         return self.graph.add("shared", (), len(elements), -len(self.takes))
 
     def _vector(self, view: View, columns: Any) -> Arg:
-        """Likewise, but never one element that stands for all."""
+        """Likewise, but never broadcast."""
         arg = self._arg(view, columns)
         if self.graph.nodes[view.value].op == "const":
             return self.graph.pointwise("copy", arg, width=columns.size)
         if columns.size == 1:
             return arg._replace(scalar=False)
-        if arg.scalar:  # written out
+        if arg.scalar:
             return self.graph.collect(view.value, ((arg.offset,),) * columns.size)
         return arg
 
@@ -180,12 +171,12 @@ class Lowering:
         ]
         width = columns[0].size
         if width == 0:
-            raise Unknown("computes on a tensor of no elements")
+            raise Unknown("computes on an empty tensor")
         out = self.graph.pointwise(op, *args, width=width)
         return View(out.value, places + out.offset, rows, is_bool)
 
     def stop(self, view: View) -> View:
-        """The same elements, past which no gradient goes."""
+        """The same elements without a gradient."""
         node = self.graph.nodes[view.value]
         if node.op == "const":
             return view
@@ -232,13 +223,13 @@ class Lowering:
             indices.append(places + offset)
             offset += columns[0].size
         if not parts:
-            raise Unknown("joins tensors of no elements")
+            raise Unknown("joins empty tensors")
         out = self.graph.cat(parts)
         index = np.concatenate(indices, axis=axis)
         return View(out.value, index + out.offset, rowed, all(v.is_bool for v in views))
 
     def _in_rows(self, v: View, other: View, axis: int) -> View:
-        """A view that all rows share, with the rows of another that it is joined to."""
+        """A view without rows, with the rows of another view that it is concatenated with."""
         of_row = other.index // ROW
         rows = of_row.take([0], axis)
         if not (of_row == rows).all():
@@ -246,11 +237,11 @@ class Lowering:
         return View(v.value, v.index + rows * ROW, True, v.is_bool)
 
     def product(self, x: View, w: View) -> View:
-        """x (.., M, K) by w (.., K, N), both with the same leading axes, of which one is shared."""
+        """x (…, M, K) times w (…, K, N), with equal leading axes."""
         x_shared = self.graph.nodes[x.value].op == "shared"
         if self.graph.nodes[w.value].op != "shared":
             if x_shared:  # (w^T x^T)^T
-                return self._turned(self.product(self._turned(w), self._turned(x)))
+                return _transposed(self.product(_transposed(w), _transposed(x)))
             return self._product_of_rows(x, w)
         if x_shared:
             width = self.graph.nodes[x.value].width
@@ -263,7 +254,7 @@ class Lowering:
         w_index = w.index.reshape(-1, K, N)
         G, M = x_index.shape[:2]
         (table,), places, rows = self._tables([x_index], [x])  # (groups of a row, K)
-        members = places.reshape(-1) % ROW  # which of a row's groups (g, m) is
+        members = places.reshape(-1) % ROW  # the position of (g, m) among a row's groups
         of_group = np.empty(table.shape[0], np.int64)
         of_group[members] = np.repeat(np.arange(G), M)
         out = self._grouped(x, table, w, w_index, of_group)
@@ -273,7 +264,7 @@ class Lowering:
         return View(out.value, (index + out.offset).reshape(*lead, M, N), rows)
 
     def _grouped(self, x: View, table: Any, w: View, w_index: Any, of_group: Any) -> Arg:
-        """Row ``i`` of ``table`` by matrix ``of_group[i]`` of ``w``."""
+        """Row ``i`` of ``table`` times matrix ``of_group[i]`` of ``w``."""
         K, N = w_index.shape[1:]
         w_k = int(w_index[0, 1, 0] - w_index[0, 0, 0]) if K > 1 else 1
         w_n = int(w_index[0, 0, 1] - w_index[0, 0, 0]) if N > 1 else 1
@@ -281,7 +272,7 @@ class Lowering:
         if w_k <= 0 or w_n <= 0 or not _regular(w_index, bases, w_k, w_n):
             return self._by_columns(x, table, w, w_index, of_group)
         starts = bases[of_group]
-        if not _affine(starts):  # several rows of x by each of several matrices
+        if not _affine(starts):  # several rows of x for each of several matrices
             parts = []
             cuts = np.flatnonzero(np.diff(of_group)) + 1
             for run in np.split(np.arange(of_group.size), cuts):
@@ -296,12 +287,12 @@ class Lowering:
         size = Product(
             w.value, int(starts[0]), starts.size, in_group, _step(starts, 0), w_k, w_n, K, N
         )
-        return self._apart(arg, size)
+        return self._split_product(arg, size)
 
-    def _apart(self, x: Arg, product: Product) -> Arg:
-        """A product; where x joins parts that depend on the state with others, one of each kind.
+    def _split_product(self, x: Arg, product: Product) -> Arg:
+        """A product, split into products with the parts of x that depend on the state and the rest.
 
-        So what does not depend on the state can be multiplied for all steps at once.
+        So the engine can compute the rest for all steps at once.
         """
         graph = self.graph
         joined = graph.nodes[x.value]
@@ -336,7 +327,7 @@ class Lowering:
         return known
 
     def _by_columns(self, x: View, table: Any, w: View, w_index: Any, of_group: Any) -> Arg:
-        """Likewise where the columns of a matrix lie in several runs."""
+        """Likewise for matrices whose columns have no constant stride."""
         N = w_index.shape[2]
         steps = np.diff(w_index[0, 0])
         cuts = np.flatnonzero(steps[1:] != steps[:-1]) + 1 if N > 2 else np.arange(0)
@@ -352,26 +343,30 @@ class Lowering:
         return self.graph.cat(parts)
 
     def _product_of_rows(self, x: View, w: View) -> View:
-        """A product of two values of each row: its terms, then their sums."""
+        """A product of two matrices of each row, as products of elements and their sums."""
         left = x.viewed(x.index[..., :, None, :])
         right = w.viewed(np.swapaxes(w.index, -1, -2)[..., None, :, :])
         return self.reduce("sum", self.pointwise("mul", left, right), [-1], False)
 
-    @staticmethod
-    def _turned(v: View) -> View:
-        return v.viewed(np.swapaxes(v.index, -1, -2))
+
+def addresses(shape: Sequence[int], strides: Sequence[int], start: int = 0) -> Any:
+    """The position in memory of each element of a tensor."""
+    places = np.full((), start, np.int64)
+    for size, stride in zip(shape, strides, strict=True):
+        places = places[..., None] + np.arange(size) * stride
+    return places
+
+
+def _transposed(v: View) -> View:
+    return v.viewed(np.swapaxes(v.index, -1, -2))
 
 
 def _regular(places: Any, bases: Any, w_k: int, w_n: int) -> bool:
     """Whether matrix g has element (k, n) at bases[g] + k·w_k + n·w_n."""
-    if w_n > w_k:  # along the memory, line by line: a copy of all would take longer
+    if w_n > w_k:  # compare in memory order, line by line: faster than a copy of the whole
         places, w_k, w_n = places.swapaxes(1, 2), w_n, w_k
     line = bases[:, None] + np.arange(places.shape[2]) * w_n
     return all((places[:, k] == line + k * w_k).all() for k in range(places.shape[1]))
-
-
-def _constant_along(arrays: list[Any], axis: int) -> bool:
-    return all((a == a.take([0], axis)).all() for a in arrays)
 
 
 def _affine(starts: Any) -> bool:

@@ -1,14 +1,16 @@
 """A program as torch operators, for graphs: ``fastrnn::program`` and ``fastrnn::program_backward``.
 
-The program is a constant of the graph, its text (ir.py). Arrays are those of execute.py; ``needs``
-says for states, xs, fixed and shared, one after the other, whose gradients are wanted, and is
-empty where none is. ``program`` gives the states after the last step, ys, and with ``needs`` what
-backward reads; ``program_backward`` the wanted gradients. No result shares memory with an input.
+The program is a constant of the graph: its text (ir.py). Arrays are as in execute.py. ``needs``
+states for each of states, xs, fixed and shared, in this order, whether its gradient is wanted; it
+is empty without a backward pass. ``program`` returns the final states, ys, and with ``needs`` the
+values saved for backward; ``program_backward`` returns the wanted gradients. No result shares
+memory with an input.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +43,7 @@ def executable_of(text: str, states: Sequence[Tensor], xs: Sequence[Tensor]) -> 
 
 
 class _Operands:
-    """The lists of a call, with what they say."""
+    """The operands of a call."""
 
     def __init__(
         self,
@@ -58,18 +60,13 @@ class _Operands:
         self.inputs = Inputs(dict(zip(carries, states, strict=True)), xs, fixed, shared)
         self.needs = None
         if needs:
-            parts = []
-            at = 0
-            for group in (states, xs, fixed, shared):
-                parts.append(tuple(needs[at : at + len(group)]))
-                at += len(group)
-            of_states = [False] * (max(carries, default=-1) + 1)
-            for k, wanted in zip(carries, parts[0], strict=True):
-                of_states[k] = wanted
-            self.needs = Needs(tuple(of_states), *parts[1:])
+            of_carries, *others = _groups(tuple(map(len, (states, xs, fixed, shared))), needs)
+            wanted = dict(zip(carries, of_carries, strict=True))
+            of_states = tuple(wanted.get(k, False) for k in range(max(carries, default=-1) + 1))
+            self.needs = Needs(of_states, *map(tuple, others))
 
     def kept(self) -> list[tuple[str, int]]:
-        """What forward keeps, in the order of the operator's results."""
+        """The values that forward saves, in the order of the operator's results."""
         plan = self.program.forward(self.needs).plan
         return [what for what in plan.sequences if what[0] in ("saved", "state")]
 
@@ -97,10 +94,8 @@ def _forward_fake(
     finals = [new((call.rows, s.shape[1])) for s in states]
     graph = call.program.graph
     ys = [new((call.steps, call.rows, graph.widths[i])) for i in graph.ys]
-    kept = call.kept() if call.needs else []
-    return [
-        *finals, *ys, *(new((call.steps, call.rows, call.width(w))) for w in kept)
-    ]  # fmt: skip
+    kept = [call.width(what) for what in call.kept()] if call.needs else []
+    return [*finals, *ys, *(new((call.steps, call.rows, width)) for width in kept)]
 
 
 def _backward(
@@ -115,19 +110,17 @@ def _backward(
         call.inputs, ys, dict(zip(names, kept, strict=True)), d_finals, d_ys, call.steps,
         call.rows, reverse, call.needs,
     )  # fmt: skip
-    carries = sorted(call.program.graph.nexts)
-    groups = [
-        ([found.states.get(k) for k in carries], states),
-        ([found.xs.get(i) for i in range(len(xs))], xs),
-        ([found.fixed.get(j) for j in range(len(fixed))], fixed),
-        ([found.shared.get(j) for j in range(len(shared))], shared),
+    gradients = [
+        *map(found.states.get, call.inputs.states),
+        *map(found.xs.get, range(len(xs))),
+        *map(found.fixed.get, range(len(fixed))),
+        *map(found.shared.get, range(len(shared))),
     ]
-    flags = iter(needs)
+    arrays = [*states, *xs, *fixed, *shared]
     return [
-        torch.zeros_like(like) if d is None else d
-        for group, likes in groups
-        for d, like in zip(group, likes, strict=True)
-        if next(flags)
+        torch.zeros_like(array) if d is None else d
+        for d, array, wanted in zip(gradients, arrays, needs, strict=True)
+        if wanted
     ]
 
 
@@ -147,7 +140,7 @@ torch.library.register_fake("fastrnn::program_backward", _backward_fake, lib=lib
 
 
 class _Recorded(torch.autograd.Function):
-    """``fastrnn::program`` under autograd; its backward is one operator more."""
+    """``fastrnn::program`` under autograd; its backward calls ``program_backward``."""
 
     @staticmethod
     def forward(
@@ -187,12 +180,9 @@ class _Recorded(torch.autograd.Function):
         return (None, None, None, *(next(found) if wanted else None for wanted in needs))
 
 
-def _groups(counts: tuple[int, ...], arrays: Sequence[Tensor]) -> list[list[Tensor]]:
-    groups, at = [], 0
-    for count in counts:
-        groups.append(list(arrays[at : at + count]))
-        at += count
-    return groups
+def _groups(counts: tuple[int, ...], items: Sequence[Any]) -> list[list[Any]]:
+    left = iter(items)
+    return [list(islice(left, count)) for count in counts]
 
 
 def _autograd(
@@ -212,7 +202,7 @@ library.impl("program", _autograd, "Autograd")
 
 
 def run(text: str, inputs: Inputs, reverse: bool) -> list[Tensor]:
-    """The states after the last step, and ys; one node of a graph."""
+    """The final states and ys; one node of a graph."""
     states = [inputs.states[k] for k in sorted(inputs.states)]
     out = torch.ops.fastrnn.program(
         text, states, list(inputs.xs), list(inputs.fixed), list(inputs.shared), reverse, []

@@ -1,26 +1,29 @@
-"""The two passes of a program: what each reads and writes, and what forward keeps for backward."""
+"""The two passes of a program: their inputs and outputs, and what forward saves for backward."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .grad import Backward, Needs, Outer, backward
+from .grad import Backward, Needs, Outer, backward, mapped
 from .ir import COPIES, COSTLY, INPUTS, POINTWISE, Arg, Graph, Node, Reduce
-from .plan import Code, Home, Output, lower
+from .plan import Code, Home, Output, Planner
 
-# Cheap operations that are rather done again than kept, and what a costly one counts for.
-_MOST_AGAIN = 6
-_COSTLY_AGAIN = 3
+# A value is recomputed in backward, not saved, if that takes at most so many cheap operations.
+_MOST_RECOMPUTED = 6
+_COST_OF_COSTLY = 3  # in cheap operations
 
 
 @dataclass
 class Pass:
-    """What the engine runs, and what its arrays stand for, in its order.
+    """The engine's code for one pass, and which arrays it takes, in its order.
 
-    ``sequences``: ("x", i), ("y", i), ("saved", j), ("state", k), ("dy", i), ("dx", i);
-    ``firsts``: for a sequence of states before each step the carry whose initial value begins it.
-    ``fixed`` and ``shared``: indices of the program's; ``targets``: shared inputs whose gradients
-    are summed; ``carries``: state k of each carry, ``fixed_sums`` the fixed input of those after.
+    Attributes:
+        sequences: ("x", i), ("y", i), ("saved", j), ("state", k), ("dy", i) or ("dx", i).
+        firsts: for each sequence that is read one step earlier, the state with its initial value.
+        fixed, shared: indices of the program's inputs.
+        carries: the state of each carry.
+        fixed_sums: the fixed inputs whose gradients are the carries after those.
+        targets: the shared inputs whose gradients are summed.
     """
 
     code: Code
@@ -36,19 +39,19 @@ class Pass:
 
 @dataclass
 class Passes:
-    """The forward pass, and what it keeps; `backward_pass` makes the other from it."""
+    """The forward pass and what it saves; `backward_pass` derives the backward pass."""
 
     forward: Pass
-    saved: list[int] = field(default_factory=list)  # widths of what forward keeps
-    states: dict[int, tuple[str, int]] = field(default_factory=dict)  # where state k is kept
+    saved: list[int] = field(default_factory=list)  # the widths of the saved values
+    states: dict[int, tuple[str, int]] = field(default_factory=dict)  # the sequence with state k
     # Final states and outputs that have a gradient.
     active_nexts: set[int] = field(default_factory=set)
     active_ys: set[int] = field(default_factory=set)
-    found: _Backward | None = None
+    chosen: _Saved | None = None
 
 
 class _Inputs:
-    """The engine's homes of a graph's inputs, numbered as they are met."""
+    """The engine's homes of a graph's inputs, numbered in the order of their first use."""
 
     def __init__(self, made: Pass) -> None:
         self.made = made
@@ -73,16 +76,13 @@ class _Inputs:
 
 
 def passes(graph: Graph, widths: dict[int, int], needs: Needs | None) -> Passes:
-    """``widths`` of the states; without ``needs`` nothing is kept."""
-    found = _Backward(graph, backward(graph, needs)) if needs is not None else None
-    made = Passes(_forward(graph, widths, found))
-    if found is not None:
-        made.saved = [high - low for _, low, high in found.kept]
-        made.states = found.states
-        made.active_nexts = found.made.active_nexts
-        made.active_ys = found.made.active_ys
-        made.found = found
-    return made
+    """``widths``: of the states; ``needs`` None: nothing is saved for backward."""
+    if needs is None:
+        return Passes(_forward(graph, widths, None))
+    chosen = _Saved(graph, backward(graph, needs))
+    saved = [high - low for _, low, high in chosen.kept]
+    active = chosen.made.active_nexts, chosen.made.active_ys
+    return Passes(_forward(graph, widths, chosen), saved, chosen.states, *active, chosen)
 
 
 def backward_pass(
@@ -91,28 +91,28 @@ def backward_pass(
     reverse: bool,
     part: tuple[Needs, frozenset[int]] | None = None,
 ) -> Pass:
-    """The backward pass for what forward keeps.
+    """The backward pass for the values that forward saved.
 
     Arguments:
-        whole: what `passes` made of the program.
-        reverse: whether forward walks from the last step.
-        part: the wanted gradients, fewer than those that forward kept values for, and the outputs
-            that have a gradient; of the others it is zero. None: all.
+        whole: the result of `passes`.
+        reverse: whether forward starts at the last step.
+        part: the wanted gradients, a subset of those that forward saved values for, and the outputs
+            that have a gradient, which is zero for the others. None: all.
     """
-    found = whole.found
-    assert found is not None
+    chosen = whole.chosen
+    assert chosen is not None
     if part is not None:
-        found = _Backward(graph, backward(graph, *part), found)
-    return _lower_backward(graph, found, reverse)
+        chosen = _Saved(graph, backward(graph, *part), chosen)
+    return _lower_backward(graph, chosen, reverse)
 
 
-def _forward(graph: Graph, widths: dict[int, int], backward: _Backward | None) -> Pass:
+def _forward(graph: Graph, widths: dict[int, int], backward: _Saved | None) -> Pass:
     made = Pass(Code())
     inputs = _Inputs(made)
     made.carries = sorted(graph.nexts)
     made.widths = [widths[k] for k in made.carries]
-    roots = [a.value for a in (*graph.nexts.values(), *graph.ys.values())]
-    for i in sorted(graph.used(roots + (backward.sources() if backward else []))):
+    saved = [value for value, _, _ in backward.kept] if backward is not None else []
+    for i in sorted(graph.used(graph.results + saved)):
         _bind(graph.nodes[i], i, inputs)
     outputs = [
         Output(a, graph.widths[i], inputs.sequence(("y", i), graph.widths[i]))
@@ -128,7 +128,7 @@ def _forward(graph: Graph, widths: dict[int, int], backward: _Backward | None) -
                 outputs.append(Output(graph.nexts[k], widths[k], home))
     for index, k in enumerate(made.carries):
         outputs.append(Output(graph.nexts[k], widths[k], Home("next", index, widths[k])))
-    made.code = lower(graph, inputs.homes, outputs, [])
+    made.code = Planner(graph, inputs.homes, outputs, []).run()
     return made
 
 
@@ -146,31 +146,25 @@ def _bind(node: Node, i: int, inputs: _Inputs) -> None:
         inputs.homes[i] = inputs.numbered(node.op, items, index, node.width)
 
 
-class _Backward:
-    """What backward's program reads of forward's values: kept, or computed again."""
+class _Saved:
+    """The forward values that backward reads, each either saved or recomputed."""
 
-    def __init__(self, forward: Graph, made: Backward, whole: _Backward | None = None) -> None:
+    def __init__(self, forward: Graph, made: Backward, whole: _Saved | None = None) -> None:
         self.forward, self.made = forward, made
         self.graph = made.graph
-        self.roots = [a.value for a in (*self.graph.nexts.values(), *self.graph.ys.values())]
-        for r in made.reductions:
-            self.roots += [r.d.value, *([r.x.value] if isinstance(r, Outer) else [])]
-        live = self.graph.used(self.roots)
-        self.read = self._ranges(live)
-        self.there: set[int] = set()  # forward's values that backward can read
-        self.again: dict[int, int] = {}  # forward's value: backward's node that makes it
-        self.kept: list[tuple[int, int, int]] = []  # value, and the part of it
+        roots = self.graph.results + [a.value for r in made.reductions for a in r.args]
+        self.read = self._ranges(self.graph.used(roots))
+        self.available: set[int] = set()  # forward values that backward can read
+        self.recomputed: dict[int, int] = {}  # by forward value, the node of backward
+        self.kept: list[tuple[int, int, int]] = []  # value, and the saved part of it
         self.states: dict[int, tuple[str, int]] = {}
         if whole is None:
             self._decide()
         else:
             self._decide_as(whole)
 
-    def sources(self) -> list[int]:
-        return [v for v, _, _ in self.kept]
-
     def _ranges(self, live: set[int]) -> dict[int, tuple[int, int]]:
-        """The part of each of forward's values that is read."""
+        """The part of each forward value that is read."""
         found: dict[int, tuple[int, int]] = {}
         nodes = self.graph.nodes
 
@@ -206,54 +200,48 @@ class _Backward:
         return self.graph.nodes[node.args[0].value].width - node.args[0].offset
 
     def _decide(self) -> None:
-        """In the order of forward's nodes: made again where that is cheap, else kept."""
+        """Chooses in the order of forward's nodes: recompute what is cheap, save the rest."""
         nodes = self.forward.nodes
-        there = self.there
         for value, (low, high) in sorted(self.read.items()):
             node = nodes[value]
             if node.op in INPUTS:
                 if node.op == "carry":
                     self._keep_state(node.info)  # type: ignore[arg-type]
-                there.add(value)
-            elif self._cost(value, there) <= _MOST_AGAIN:
-                self._make_again(value)
-                there.add(value)
+            elif self._cost(value) <= _MOST_RECOMPUTED:
+                self._recompute(value)
             else:
                 self.kept.append((value, low, high))
-                if (low, high) == (0, node.width):
-                    there.add(value)
+                if (low, high) != (0, node.width):
+                    continue
+            self.available.add(value)
 
-    def _decide_as(self, whole: _Backward) -> None:
-        """What a backward pass for more gradients has kept is there, the rest is made again."""
+    def _decide_as(self, whole: _Saved) -> None:
+        """Reads what forward saved for more gradients than this pass; recomputes the rest."""
         self.kept, self.states = whole.kept, whole.states
         kept = {value for value, _, _ in self.kept}
         nodes = self.forward.nodes
-        self.there |= {v for v, low, high in self.kept if (low, high) == (0, nodes[v].width)}
+        self.available |= {v for v, low, high in self.kept if (low, high) == (0, nodes[v].width)}
         for value in sorted(self.read):
             if nodes[value].op not in INPUTS and value not in kept:
-                self._make_again(value)
+                self._recompute(value)
 
     def _keep_state(self, k: int) -> None:
+        """Saves state k of all steps, unless an output holds it."""
         forward = self.forward
         if k not in forward.nexts:
             return
-        after = forward.nexts[k]
-        for i, y in forward.ys.items():
-            if y == after and forward.widths[i] == self._width(k):
-                self.states[k] = ("y", i)
-                return
-        self.states[k] = ("state", k)
+        after, width = forward.nexts[k], forward.input_width("carry", k)
+        same = (i for i, y in forward.ys.items() if y == after and forward.widths[i] == width)
+        i = next(same, None)
+        self.states[k] = ("state", k) if i is None else ("y", i)
 
-    def _width(self, k: int) -> int:
-        return next(n.width for n in self.forward.nodes if n.op == "carry" and n.info == k)
-
-    def _cost(self, value: int, there: set[int]) -> float:
-        """Of making a value again; infinite where something is missing."""
+    def _cost(self, value: int) -> float:
+        """The cost of recomputing a value; infinite if it is above the limit or impossible."""
         nodes = self.forward.nodes
         cost, open_, seen = 0.0, [value], set()
         while open_:
             i = open_.pop()
-            if i in seen or i in there:
+            if i in seen or i in self.available:
                 continue
             seen.add(i)
             node = nodes[i]
@@ -261,44 +249,45 @@ class _Backward:
                 continue
             if node.op not in POINTWISE and node.op not in COPIES and node.op != "cat":
                 return float("inf")
-            cost += _COSTLY_AGAIN if node.op in COSTLY else 1
-            if cost > _MOST_AGAIN:
+            cost += _COST_OF_COSTLY if node.op in COSTLY else 1
+            if cost > _MOST_RECOMPUTED:
                 return float("inf")
             open_ += [a.value for a in node.args]
         return cost
 
-    def _make_again(self, value: int) -> int:
-        """Forward's node, in backward's program."""
-        known = self.again.get(value)
+    def _recompute(self, value: int) -> int:
+        """Adds a forward node to backward's program."""
+        known = self.recomputed.get(value)
         if known is not None:
             return known
         node = self.forward.nodes[value]
-        if node.op in INPUTS or value in self.there:
+        if node.op in INPUTS or value in self.available:
             if node.op == "const":
                 assert isinstance(node.info, float)
                 return self.graph.const(node.info).value
             self.read.setdefault(value, (0, node.width))
             return self.graph.add("saved", (), node.width, value)
-        args = tuple(a._replace(value=self._make_again(a.value)) for a in node.args)
-        self.again[value] = self.graph.add(node.op, args, node.width, node.info)
-        return self.again[value]
+        args = tuple(a._replace(value=self._recompute(a.value)) for a in node.args)
+        self.recomputed[value] = self.graph.add(node.op, args, node.width, node.info)
+        return self.recomputed[value]
+
+    def resolved(self, a: Arg) -> Arg:
+        """An operand of backward's program, with a recomputed value in place of a saved one."""
+        node = self.graph.nodes[a.value]
+        if node.op == "saved" and node.info in self.recomputed:
+            return a._replace(value=self.recomputed[node.info])
+        return a
 
 
-def _lower_backward(forward: Graph, found: _Backward, reverse: bool) -> Pass:
+def _lower_backward(forward: Graph, chosen: _Saved, reverse: bool) -> Pass:
     made = Pass(Code())
     inputs = _Inputs(made)
-    made.carries, made.fixed_sums = found.made.carries, found.made.fixed
-    made.widths = found.made.widths
-    graph = _resolved(found)
-    roots = [a.value for a in (*graph.nexts.values(), *graph.ys.values())]
-    reductions = [
-        r._replace(d=_renamed(found, r.d), x=_renamed(found, r.x)) if isinstance(r, Outer)
-        else r._replace(d=_renamed(found, r.d))
-        for r in found.made.reductions
-    ]  # fmt: skip
-    for r in reductions:
-        roots += [r.d.value, *([r.x.value] if isinstance(r, Outer) else [])]
-    kept = {value: (j, low, high) for j, (value, low, high) in enumerate(found.kept)}
+    made.carries, made.fixed_sums = chosen.made.carries, chosen.made.fixed
+    made.widths = chosen.made.widths
+    graph = chosen.graph.mapped(chosen.resolved)
+    reductions = [mapped(r, chosen.resolved) for r in chosen.made.reductions]
+    roots = graph.results + [a.value for r in reductions for a in r.args]
+    kept = {value: (j, low, high) for j, (value, low, high) in enumerate(chosen.kept)}
     shifts: dict[int, int] = {}
     for i in sorted(graph.used(roots)):
         node = graph.nodes[i]
@@ -318,11 +307,19 @@ def _lower_backward(forward: Graph, found: _Backward, reverse: bool) -> Pass:
             elif source.op == "carry":
                 k = source.info
                 assert isinstance(k, int)
-                home = inputs.sequence(found.states[k], node.width, 1 if reverse else -1, k)
+                home = inputs.sequence(chosen.states[k], node.width, 1 if reverse else -1, k)
                 inputs.homes[i] = home
             else:
                 _bind(source, i, inputs)
-    graph, reductions = _shifted(graph, shifts, reductions)
+
+    def shifted(a: Arg) -> Arg:  # offsets within the saved part of a value
+        return a._replace(offset=a.offset - shifts.get(a.value, 0))
+
+    graph, read = graph.mapped(shifted), graph
+    for i, node in enumerate(read.nodes):
+        if node.op == "collect" and (shift := shifts.get(node.args[0].value)):
+            table = tuple(tuple(e - shift for e in entry) for entry in node.info)  # type: ignore[attr-defined]
+            graph.nodes[i] = node._replace(info=table)
     outputs = [
         Output(a, graph.widths[i], inputs.sequence(("dx", i), graph.widths[i]))
         for i, a in graph.ys.items()
@@ -330,53 +327,9 @@ def _lower_backward(forward: Graph, found: _Backward, reverse: bool) -> Pass:
     for index, a in graph.nexts.items():
         width = made.widths[index]
         outputs.append(Output(a, width, Home("next", index, width)))
-    for r in reductions:
-        if r.target not in made.targets:
-            made.targets.append(r.target)
-    numbered = [r._replace(target=made.targets.index(r.target)) for r in reductions]
-    made.code = lower(graph, inputs.homes, outputs, numbered)
+    made.targets = list(dict.fromkeys(r.target for r in reductions))
+    numbered = [
+        mapped(r, shifted)._replace(target=made.targets.index(r.target)) for r in reductions
+    ]
+    made.code = Planner(graph, inputs.homes, outputs, numbered).run()
     return made
-
-
-def _renamed(found: _Backward, a: Arg) -> Arg:
-    node = found.graph.nodes[a.value]
-    if node.op == "saved" and node.info in found.again:
-        return a._replace(value=found.again[node.info])
-    return a
-
-
-def _resolved(found: _Backward) -> Graph:
-    """Backward's program, with what is made again in its place."""
-    graph = found.graph
-    out = Graph(widths=graph.widths)
-    out.nodes = [
-        node._replace(args=tuple(_renamed(found, a) for a in node.args)) for node in graph.nodes
-    ]
-    out.nexts = {k: _renamed(found, a) for k, a in graph.nexts.items()}
-    out.ys = {i: _renamed(found, a) for i, a in graph.ys.items()}
-    return out
-
-
-def _shifted(graph: Graph, shifts: dict[int, int], reductions: list) -> tuple[Graph, list]:  # type: ignore[type-arg]
-    """Of a value of which only a part was kept, offsets count from that."""
-
-    def moved(a: Arg) -> Arg:
-        return a._replace(offset=a.offset - shifts.get(a.value, 0))
-
-    out = Graph(widths=graph.widths)
-    for node in graph.nodes:
-        info = node.info
-        args = node.args
-        if node.op == "collect" and args and args[0].value in shifts:
-            shift = shifts[args[0].value]
-            info = tuple(tuple(e - shift for e in entry) for entry in info)  # type: ignore[attr-defined]
-        else:
-            args = tuple(moved(a) for a in args)
-        out.nodes.append(node._replace(args=args, info=info))
-    out.nexts = {k: moved(a) for k, a in graph.nexts.items()}
-    out.ys = {i: moved(a) for i, a in graph.ys.items()}
-    moved_reductions = [
-        r._replace(d=moved(r.d), x=moved(r.x)) if isinstance(r, Outer) else r._replace(d=moved(r.d))
-        for r in reductions
-    ]
-    return out, moved_reductions

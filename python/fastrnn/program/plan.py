@@ -1,16 +1,15 @@
-"""From a program to what the engine runs.
+"""Lowers a program to the engine's code.
 
 *Phases.* Products that do not depend on the state run for all steps of a block at once, before the
-loop; those on which no state depends, after it; all else step by step. What depends on no state but
-is no product's business stays in the step, where it costs no memory.
+loop; products on which no state depends, after it; everything else step by step. Pointwise
+operations that do not depend on the state, and that no such product reads, stay in the step, where
+they need no memory.
 
-*Runs.* Pointwise operations of one width follow each other over tiles of columns that stay in the
-first-level cache; a value that only its own run reads never leaves it.
+*Runs.* Consecutive pointwise operations of one width run over tiles of columns that stay in the
+first-level cache; a value that only its own run reads is never written to memory.
 
-*Sums.* What is added to a product is where its sums begin. Parts that are joined are written where
-they are joined.
-
-What forward keeps for backward, passes.py decides.
+*Sums.* An addend of a product is the initial value of its sums. The parts of a concatenation are
+written directly to their places in it.
 """
 
 from __future__ import annotations
@@ -19,11 +18,12 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .grad import Columns, Outer
+from .grad import Columns, Outer, mapped
 from .ir import COPIES, POINTWISE, Arg, Graph, Node, Product, Reduce
 
-BEFORE, STEP, AFTER = range(3)
-_MOST_REGISTERS = 28  # of 32, for what a run must hold besides
+BEFORE, STEP, AFTER, SUMS = range(4)
+_MOST_REGISTERS = 28  # of 32; a run needs some more itself
+_MOST_OPERATIONS = 200  # of a run
 
 
 class Home(NamedTuple):
@@ -55,13 +55,9 @@ class Code:
         return (self.values, *self.phases, self.reductions, self.constants, self.tables)
 
 
-def lower(
-    graph: Graph, inputs: dict[int, Home], outputs: list[Output], reductions: list[Outer | Columns]
-) -> Code:
-    return _Lowering(graph, inputs, outputs, reductions).run()
+class Planner:
+    """Lowers one pass."""
 
-
-class _Lowering:
     def __init__(
         self,
         graph: Graph,
@@ -69,14 +65,13 @@ class _Lowering:
         outputs: list[Output],
         reductions: list[Outer | Columns],
     ) -> None:
-        # Nodes are added here that are no part of the program: copies, and joined sums.
-        self.nodes: list[Node] = list(graph.nodes)
+        self.nodes: list[Node] = list(graph.nodes)  # with the copies and sums that are added here
         self.inputs = inputs
         self.outputs = outputs
         self.reductions = list(reductions)
-        self.starts: dict[int, Arg] = {}  # of products: where their sums begin
-        self.alias: dict[int, int] = {}  # a sum that is a product's
-        self.place: dict[int, tuple[int, int]] = {}  # of a value: engine value, offset
+        self.starts: dict[int, Arg] = {}  # by product, the initial value of its sums
+        self.alias: dict[int, int] = {}  # by sum, the product that computes it
+        self.place: dict[int, tuple[int, int]] = {}  # by value, the engine's value and the offset
         self.code = Code()
         self._constants: dict[float, int] = {}
         self._tables: dict[Any, int] = {}
@@ -93,7 +88,7 @@ class _Lowering:
             self._reduction(reduction)
         return self.code
 
-    # ---- what is used, and by whom ---------------------------------------------------------------
+    # ---- dependencies ----------------------------------------------------------------------------
 
     def operands(self, i: int) -> list[Arg]:
         node = self.nodes[i]
@@ -111,15 +106,11 @@ class _Lowering:
         return i in self.inputs or self.nodes[i].op == "const"
 
     def _roots(self) -> list[int]:
-        found = [o.arg.value for o in self.outputs]
-        for r in self.reductions:
-            found.append(r.d.value)
-            if isinstance(r, Outer):
-                found.append(r.x.value)
-        return [self.root(i) for i in found]
+        reads = [*(o.arg for o in self.outputs), *(a for r in self.reductions for a in r.args)]
+        return [self.root(a.value) for a in reads]
 
     def _made_of(self, values: list[int]) -> set[int]:
-        """These values and all that they are made of."""
+        """These values and all values that they depend on."""
         found, open_ = set(values), list(values)
         while open_:
             i = open_.pop()
@@ -131,10 +122,9 @@ class _Lowering:
         return found
 
     def _find_live(self) -> None:
-        live = self._made_of(self._roots())
-        self.live = live
+        self.live = self._made_of(self._roots())
         self.users: dict[int, list[int]] = defaultdict(list)
-        for i in sorted(live):
+        for i in sorted(self.live):
             if not self.is_input(i):
                 for a in self.operands(i):
                     self.users[a.value].append(i)
@@ -152,33 +142,25 @@ class _Lowering:
         return found
 
     def _order(self) -> list[int]:
-        """Live values, each after what it is made of."""
+        """Live values in topological order."""
         order, seen = [], set()
-
-        def visit(i: int) -> None:
-            stack = [(i, False)]
-            while stack:
-                value, ready = stack.pop()
-                if ready:
-                    order.append(value)
-                    continue
-                if value in seen:
-                    continue
+        stack = [(i, False) for i in sorted(self.live, reverse=True)]
+        while stack:
+            value, ready = stack.pop()
+            if ready:
+                order.append(value)
+            elif value not in seen:
                 seen.add(value)
                 stack.append((value, True))
                 if not self.is_input(value):
                     stack += [(a.value, False) for a in self.operands(value) if a.value not in seen]
-
-        for i in sorted(self.live):
-            visit(i)
         return order
 
-    # ---- sums that begin where another ends ------------------------------------------------------
+    # ---- sums that start at an addend ------------------------------------------------------------
 
     def _join_sums(self) -> None:
-        """add(product, q): the product's sums begin with q, where q is there before it."""
-        count = len(self.nodes)
-        for i in range(count):
+        """add(product, q): the product's sums start at q, if q is computed before it."""
+        for i in range(len(self.nodes)):
             node = self.nodes[i]
             if node.op != "add" or i not in self.live or i in self.inputs:
                 continue
@@ -186,15 +168,12 @@ class _Lowering:
             if any(a.scalar for a in args) or node.width == 1:
                 continue
             depends = self._states()
-            late = [self._late(a, depends) for a in args]
+            late = [a.value in depends for a in args]
             for p, q in ((1, 0), (0, 1)) if late[1] >= late[0] else ((0, 1), (1, 0)):
                 if self._join(i, args[p], args[q], late[p], late[q]):
                     break
 
-    def _late(self, arg: Arg, depends: set[int]) -> int:
-        return 1 if arg.value in depends else 0
-
-    def _join(self, i: int, product: Arg, other: Arg, late: int, other_late: int) -> bool:
+    def _join(self, i: int, product: Arg, other: Arg, late: bool, other_late: bool) -> bool:
         value = product.value
         node = self.nodes[value]
         if (
@@ -211,18 +190,15 @@ class _Lowering:
             return False
         started = self.starts.get(value)
         if started is not None:
-            if late == other_late or not self._is_shared(started):
+            home = self.inputs.get(started.value)
+            if late == other_late or home is None or home.home != "shared":
                 return False
-            # A bias goes over to what is added outside of the loop.
+            # Add a bias to the addend that is computed outside the loop.
             other = Arg(self._new("add", (other, started), node.width))
         self.starts[value] = other
         self.alias[i] = value
         self._find_live()
         return True
-
-    def _is_shared(self, arg: Arg) -> bool:
-        home = self.inputs.get(arg.value)
-        return home is not None and home.home == "shared"
 
     def _new(self, op: str, args: tuple[Arg, ...], width: int) -> int:
         self.nodes.append(Node(op, args, width))
@@ -233,18 +209,18 @@ class _Lowering:
     def _find_phases(self) -> None:
         depends = self._states()
         order = self._order()
-        into_state = self._made_of(
+        to_state = self._made_of(
             [self.root(o.arg.value) for o in self.outputs if o.home.home == "next"]
         )
-        phase: dict[int, int] = {}
-        for i in order:  # what products lead to, off the loop
+        self.phase = phase = dict[int, int]()
+        for i in order:  # products that no state depends on, and their users
             if self.is_input(i):
                 continue
             late = any(phase.get(a.value) == AFTER for a in self.operands(i))
             product = self.nodes[i].op == "product"
-            if i in depends and i not in into_state and (late or product):
+            if i in depends and i not in to_state and (late or product):
                 phase[i] = AFTER
-        for i in reversed(order):  # what products are made of, ahead of it
+        for i in reversed(order):  # products that depend on no state, and their operands
             if self.is_input(i) or i in phase:
                 continue
             ahead = any(phase.get(u) == BEFORE for u in self.users[i])
@@ -254,10 +230,9 @@ class _Lowering:
                 used = {phase.get(u, STEP) for u in self.users[i]}
                 only_after = used == {AFTER} and i not in depends and i not in self._roots()
                 phase[i] = AFTER if only_after else STEP
-        self.phase = phase
 
     def _copy_states(self) -> None:
-        """A state that is read outside of the step is written out there."""
+        """Copies each state that is read outside the step."""
         copies: dict[int, int] = {}
 
         def out(arg: Arg) -> Arg:
@@ -275,12 +250,7 @@ class _Lowering:
             self.nodes[i] = node._replace(args=tuple(out(a) for a in node.args))
             if i in self.starts:
                 self.starts[i] = out(self.starts[i])
-        for j, r in enumerate(self.reductions):
-            self.reductions[j] = (
-                r._replace(d=out(r.d), x=out(r.x))
-                if isinstance(r, Outer)
-                else r._replace(d=out(r.d))
-            )
+        self.reductions = [mapped(r, out) for r in self.reductions]
         self._find_live()
 
     # ---- places ----------------------------------------------------------------------------------
@@ -291,7 +261,7 @@ class _Lowering:
         return len(self.code.values) - 1
 
     def _place_all(self) -> None:
-        self.copies: list[int] = []  # nodes that write to a place of an output or a joined value
+        self.copies: list[int] = []  # nodes that copy to an output or into a concatenation
         products = [self.nodes[i].info for i in self.live]
         weights = {p.weight for p in products if isinstance(p, Product)}
         for i, home in self.inputs.items():
@@ -307,7 +277,7 @@ class _Lowering:
         value = self._value(output.home)
         i = self.root(output.arg.value)
         arg = output.arg._replace(value=i)
-        whole = not arg.scalar and arg.offset == 0 and self.nodes[i].width == output.width
+        whole = self._is_whole(arg, output.width)
         state = output.home.home == "next"
         fits = self._phase_of(i) == STEP if state else True
         if whole and not self.is_input(i) and i not in self.place and fits:
@@ -325,22 +295,18 @@ class _Lowering:
     def _phase_of(self, i: int) -> int:
         return self.phase.get(i, STEP)
 
-    def _read(self, i: int) -> bool:
-        roots = [r.d.value for r in self.reductions]
-        roots += [r.x.value for r in self.reductions if isinstance(r, Outer)]
-        outputs = [self.root(o.arg.value) for o in self.outputs]
-        return bool(self.users[i]) or i in map(self.root, roots) or outputs.count(i) > 1
+    def _is_whole(self, arg: Arg, width: int) -> bool:
+        return not arg.scalar and arg.offset == 0 and self.nodes[arg.value].width == width
 
     def _read_phases(self, i: int) -> set[int]:
+        """The phases that read a value; `SUMS` for sums over all steps."""
         phases: set[int] = set()
         for user in self.users[i]:
-            # Of a joined value whoever reads that.
-            phases |= {self._phase_of(user)}
+            phases.add(self._phase_of(user))
             if self.nodes[user].op == "cat" and user not in self.copies:
                 phases |= self._read_phases(user)
-        for r in self.reductions:
-            if i in (self.root(r.d.value), self.root(r.x.value) if isinstance(r, Outer) else -1):
-                phases.add(AFTER + 1)
+        if any(i == self.root(a.value) for r in self.reductions for a in r.args):
+            phases.add(SUMS)
         return phases
 
     def _place_node(self, i: int) -> None:
@@ -355,9 +321,8 @@ class _Lowering:
         assert isinstance(node.info, tuple)
         for arg, width in zip(self.operands(i), node.info, strict=True):
             part = arg.value
-            whole = not arg.scalar and arg.offset == 0 and self.nodes[part].width == width
             if (
-                whole
+                self._is_whole(arg, width)
                 and not self.is_input(part)
                 and part not in self.place
                 and self._phase_of(part) == phase
@@ -370,11 +335,9 @@ class _Lowering:
             offset += width
 
     def _leaves_run(self, i: int) -> bool:
-        """Whether anything but a pointwise operation over the same columns may read a value."""
+        """Whether a value may be read by anything but a pointwise operation on the same columns."""
         node, phase = self.nodes[i], self._phase_of(i)
-        if not self._pointwise(i):
-            return True
-        if AFTER + 1 in self._read_phases(i):
+        if not self._pointwise(i) or SUMS in self._read_phases(i):
             return True
         for user in self.users[i]:
             other = self.nodes[user]
@@ -394,7 +357,7 @@ class _Lowering:
     def _schedule(self, phase: int) -> None:
         todo = [i for i in self._order() if not self.is_input(i) and self._phase_of(i) == phase]
         todo += [i for i in self.copies if self._phase_of(i) == phase and i not in todo]
-        writers: dict[int, list[int]] = defaultdict(list)  # of a joined value: the copies into it
+        writers: dict[int, list[int]] = defaultdict(list)  # by the engine's value, copies into it
         for i in self.copies:
             writers[self.place[i][0]].append(i)
         waits: dict[int, set[int]] = {}
@@ -477,7 +440,7 @@ class _Lowering:
     ) -> list[int]:
         ready = [i for i in todo if self._pointwise(i) and waits[i] <= done]
         if not ready:
-            assert not todo, "a program whose values wait for each other"
+            assert not todo, "the dependencies of a program have a cycle"
             return todo
         width = self.nodes[ready[0]].width
         run: list[int] = []
@@ -488,7 +451,7 @@ class _Lowering:
             for i in todo:
                 if i in inside or not self._pointwise(i) or self.nodes[i].width != width:
                     continue
-                if self._joins(i, waits[i], done, inside) and len(run) < 200:
+                if self._joins(i, waits[i], done, inside) and len(run) < _MOST_OPERATIONS:
                     run.append(i)
                     inside.add(i)
                     grown = True
@@ -511,15 +474,15 @@ class _Lowering:
         return True
 
     def _run_code(self, run: list[int], inside: set[int]) -> list[tuple[Any, ...]] | None:
-        """The micro-operations; None where they need more registers than there are."""
-        last: dict[int, int] = {}  # of a value made here: who reads it last
+        """The run's operations; None if it needs too many registers."""
+        last: dict[int, int] = {}  # by value of this run, the position of its last reader
         for at, i in enumerate(run):
             for a in self.operands(i):
                 if a.value in inside:
                     last[a.value] = at
-        for i in run:  # what a later run reads must have a place
+        for i in run:  # a value that a later run reads needs a place in memory
             if i not in self.place and any(u not in inside for u in self.users[i]):
-                return self._placed_later(run, inside)
+                self.place[i] = (self._value(Home("local", 0, self.nodes[i].width)), 0)
         free = list(range(_MOST_REGISTERS - 1, -1, -1))
         register: dict[int, int] = {}
         operations: list[tuple[Any, ...]] = []
@@ -552,20 +515,13 @@ class _Lowering:
         return operations
 
     def _has_place_alone(self, i: int) -> bool:
-        """Whether a value fills its place, so that a run may write and read it there."""
+        """Whether a value is alone in its place, so that its run may read it from there."""
         value, offset = self.place[i]
         width: int = self.code.values[value][2]
         return offset == 0 and width == self.nodes[i].width
 
-    def _placed_later(self, run: list[int], inside: set[int]) -> list[tuple[Any, ...]] | None:
-        for i in run:
-            if i not in self.place and any(u not in inside for u in self.users[i]):
-                self.place[i] = (self._value(Home("local", 0, self.nodes[i].width)), 0)
-        return self._run_code(run, inside)
-
     def _register(self, number: int) -> int:
-        width = 0
-        entry = ("tile", number, width)
+        entry = ("tile", number, 0)
         if entry not in self.code.values:
             self.code.values.append(entry)
         return self.code.values.index(entry)
@@ -580,8 +536,6 @@ class _Lowering:
             return (-1, self._constants[node.info], True)
         value, offset = self.place[a.value]
         return (value, offset + a.offset, a.scalar)
-
-    # ---- sums over all rows and steps ------------------------------------------------------------
 
     def _reduction(self, r: Outer | Columns) -> None:
         def at(a: Arg) -> tuple[int, int]:

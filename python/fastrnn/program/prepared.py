@@ -1,4 +1,4 @@
-"""A program, and what the engine made of its passes, each made when it is first used."""
+"""A program and the engine's form of its passes, built on first use."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ if TYPE_CHECKING:
 
 
 class Ready(NamedTuple):
-    """A pass, and the engine's form of it."""
+    """A pass and the engine's form of it."""
 
     plan: Pass
     program: _C.Program
 
 
 class Prepared:
-    """Whose gradients are wanted decides what forward keeps; `backward` may want fewer of them.
+    """A program with its passes.
+
+    What forward saves depends on ``needs``, the gradients that `backward` may compute.
 
     Attributes:
         graph: the program.
@@ -53,7 +55,7 @@ class Prepared:
         wanted: Needs | None = None,
         ys: frozenset[int] | None = None,
     ) -> Ready:
-        """Of a forward pass with ``needs``.
+        """The backward pass for a forward pass with ``needs``.
 
         Arguments:
             wanted: the gradients of this call; None: all of ``needs``.

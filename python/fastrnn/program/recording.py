@@ -1,9 +1,10 @@
-"""What a step did with stand-ins: its calls, the tensors that it closes over, its program."""
+"""What a step did on stand-ins: its calls, the tensors that it closes over, its program."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,26 +18,28 @@ if TYPE_CHECKING:
     from .stand_ins import Traced
 
 
-class Untraceable(Exception):
-    """The step runs as a loop; the message names the operation, the reason and the line."""
-
-
 class Changed(Exception):
-    """The step did something else than when it was recorded."""
+    """The step differs from its recording."""
 
 
-class Leaf(tuple[Any, ...]):
-    """Of a leaf of carry or x: (shape without rows, dtype, whether its first axis is the rows)."""
+class Leaf(NamedTuple):
+    """A leaf of the carry or of x."""
 
-    __slots__ = ()
+    shape: tuple[int, ...]  # without rows
+    dtype: torch.dtype
+    rowed: bool  # whether its first axis is the rows
+
+    @property
+    def width(self) -> int:
+        return math.prod(self.shape)
 
 
 @dataclass
 class Call:
     """One call of a torch function in the step.
 
-    ``simple`` holds the arguments where each is a tensor or a number: a stand-in, the slot of a
-    captured tensor or the number itself, with which of them it is.
+    ``simple``: the arguments if all are tensors or numbers, each with its kind: a stand-in, the
+    slot of a captured tensor, or a number (see `Session`).
     """
 
     func: Any
@@ -44,9 +47,6 @@ class Call:
     key: Any = None
     simple: list[tuple[int, Any]] | None = None
     outputs: Any = None
-
-
-STAND_IN, CAPTURED, NUMBER = range(3)
 
 
 @dataclass
@@ -57,11 +57,13 @@ class Captured:
     strides: tuple[int, ...]
     dtype: torch.dtype
     dense: bool
-    is_parameter: bool  # else it may be made anew, and of random numbers
-    kind: str  # shared, fixed (its first axis is the rows) or alike (the stand-ins' rows, equal)
+    is_parameter: bool  # else the step may create it, even from random numbers
+    # "shared" by all rows; "fixed": its first axis is the rows; "alike": its first axis is the rows
+    # of the stand-ins, which are all equal.
+    kind: str
 
     def fits(self, tensor: Tensor, rows: int | None, of_stand_ins: int) -> bool:
-        """Whether another tensor can take its place; rows: B of the call, and the stand-ins'."""
+        """Whether another tensor can replace it; rows: B of the call, and the stand-ins' rows."""
         if tensor.dtype is not self.dtype or (type(tensor) is Parameter) is not self.is_parameter:
             return False
         shape = tensor.shape
@@ -73,8 +75,8 @@ class Captured:
 
 
 def all_alike(tensor: Tensor) -> bool:
-    """Whether all its rows are equal."""
-    if torch._C._len_torch_dispatch_stack() > 0:  # in a graph that is being made; no values there
+    """Whether all rows are equal."""
+    if torch._C._len_torch_dispatch_stack() > 0:  # tensors of a graph have no values
         return type(tensor) is Tensor
     plain = tensor.detach()
     return torch.equal(plain[:1].expand_as(plain), plain)
@@ -82,35 +84,36 @@ def all_alike(tensor: Tensor) -> bool:
 
 @dataclass
 class Run:
-    """What a step did with stand-ins of so many rows."""
+    """What a step did on stand-ins with ``rows`` rows."""
 
     rows: int
     inputs: list[Traced]
     calls: list[Call] = field(default_factory=list)
-    structure: Any = None  # of what it returned
-    compared: _C.StandInCalls | None = None  # the calls, to be compared with
+    structure: Any = None  # of the returned values
+    compared: _C.StandInCalls | None = None  # the calls, for replays
 
 
 @dataclass
 class Recording(Run):
-    """What a step did, and the program of it."""
+    """What a step did, and its program."""
 
     captured: list[Captured] = field(default_factory=list)
     graph: Graph | None = None  # None: untraceable, for this reason
     reason: str = ""
-    shared: list[tuple[int, Tensor | None]] = field(default_factory=list)  # captured, its elements
+    # Shared inputs: the slot of a captured tensor, and its elements; None: all.
+    shared: list[tuple[int, Tensor | None]] = field(default_factory=list)
     fixed: list[tuple[str, int]] = field(default_factory=list)  # ("captured", slot), ("carry", k)
-    kept: frozenset[int] = frozenset()  # carries that every step hands on as they are
+    kept: frozenset[int] = frozenset()  # carries that a step returns unchanged
     alike_y: frozenset[int] = frozenset()  # outputs without an axis of rows
     y_shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)  # without rows
     y_bool: frozenset[int] = frozenset()
-    executable: Any = None  # what run.py makes of the program
-    nodes: list[Any] = field(default_factory=list)  # of the program before it was compacted
-    start: Any = None  # what start.py found
-    parameters_alone: bool = False  # nothing but parameters is closed over
-    told: bool = False  # whether the warning about the loop was given
+    executable: Any = None  # the `Executable` of run.py
+    nodes: list[Any] = field(default_factory=list)  # of the program before compaction
+    start: Any = None  # the result of start.py
+    only_parameters: bool = False  # whether the step closes over nothing else
+    warned: bool = False  # whether the warning about the loop was given
     others: dict[int, Run] = field(default_factory=dict)  # by batch size
-    only: int | None = None  # the only B it is valid for, where the step depends on B
+    only: int | None = None  # the only valid B, if the step depends on B
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -122,7 +125,7 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether the elements fill a run of memory, in whatever order of the axes."""
+    """Whether the elements fill contiguous memory, with any order of axes."""
     size = 1
     for axis in sorted(range(len(shape)), key=lambda a: (strides[a], shape[a])):
         if shape[axis] != 1 and strides[axis] != size:
@@ -132,6 +135,6 @@ def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def dense_strides(tensor: Tensor) -> tuple[int, ...]:
-    """The strides with which the engine gets it: its own where its elements fill their memory."""
+    """The strides with which the engine reads it: its own if it is dense, else contiguous ones."""
     shape, strides = tuple(tensor.shape), tensor.stride()
     return strides if is_dense(shape, strides) else contiguous_strides(shape)

@@ -1,4 +1,4 @@
-"""`routed`: a step over a sequence by the engine, where it can be."""
+"""`routed`: runs a step over a sequence on the engine, if the engine can."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Sizes(NamedTuple):
-    """Of a call: its rows, None where the step has no axis of rows, and its leaves."""
+    """The rows of a call, None for a step without rows, and its leaves."""
 
     batch: int | None
     dtype: torch.dtype
@@ -39,22 +39,33 @@ class Sizes(NamedTuple):
 def routed(
     step: Any, init: Leaves, xs: Leaves, steps: int, reverse: bool
 ) -> tuple[Leaves, Leaves] | Recording | None:
-    """As `any_cell.scan.run`, where the engine runs the step.
+    """As `any_cell.scan.run`, if the engine runs the step.
 
-    None where it is to run as a loop, and a recording where `warn` is to say so.
+    None if it must run as a loop; a recording if `warn` should also say so.
     """
-    first: Recording | None = None
+    found = find(step, init, xs)
+    if found is None:
+        return None
+    sizes, recording, tensors = found
+    if recording.graph is not None:
+        return Call(recording, sizes, init, xs, tensors, steps, reverse).run()
+    return None if recording.warned else recording
+
+
+def find(step: Any, init: Leaves, xs: Leaves) -> tuple[Sizes, Recording, Leaves] | None:
+    """The first recording with a program, else the first one; None if the call is not for it."""
+    first = None
     for sizes in sizes_of(init, xs):
         recording, tensors = recorded(step, sizes)
         if recording.graph is not None:
-            return Call(recording, sizes, init, xs, tensors, steps, reverse).run()
-        first = first or recording
-    return first if first is not None and not first.told else None
+            return sizes, recording, tensors
+        first = first or (sizes, recording, tensors)
+    return first
 
 
 def warn(recording: Recording) -> None:
-    """Warns, once for a recording, that the step runs as a loop, and why."""
-    recording.told = True
+    """Warns, once for each recording, that the step runs as a loop, and why."""
+    recording.warned = True
     warnings.warn(
         "fastrnn runs this step as a loop of torch operations: the engine cannot run "
         f"{recording.reason}. fastrnn.explain shows what it makes of a step",
@@ -63,7 +74,7 @@ def warn(recording: Recording) -> None:
 
 
 def _user_level() -> int:
-    """The stack level of the first caller outside of this package and torch."""
+    """The stack level of the first caller outside this package and torch."""
     frame: FrameType | None = sys._getframe(1)
     level = 1
     inside = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
@@ -72,8 +83,8 @@ def _user_level() -> int:
     return level
 
 
-def _here(tensors: Leaves) -> bool:
-    """Whether this is a call for the engine at all."""
+def _supported(tensors: Leaves) -> bool:
+    """Whether the engine supports the tensors and the modes of a call."""
     if (
         torch.is_autocast_enabled("cpu")
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -89,40 +100,40 @@ def _here(tensors: Leaves) -> bool:
 
 
 def in_graph() -> bool:
-    """Whether tensors stand for those of a graph that is being made (torch.compile, export)."""
+    """Whether a graph is being built (torch.compile, export)."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
-# A step that mixes its rows, or has none, runs as one row of all its numbers, up to so many.
+# A step that mixes its rows, or has none, runs as one row with at most so many elements.
 _MOST_OF_ONE_ROW = 4096
 
 
 def sizes_of(init: Leaves, xs: Leaves) -> Iterator[Sizes]:
-    """How the leaves may be taken, the likeliest first; none where this is no call for the engine.
+    """The possible interpretations of the leaves, the likeliest first; none if not supported.
 
-    The rows are the first axis of each leaf of the state (of x where there is no state).
+    The rows are the first axis of each leaf of the state, or of x if there is no state.
     """
     dtype = next((t.dtype for t in (*init, *xs) if t.dtype.is_floating_point), None)
-    if dtype not in DTYPES or not _here([*init, *xs]):
+    if dtype not in DTYPES or not _supported([*init, *xs]):
         return
     carry = [tuple(t.shape) for t in init]
     x = [tuple(t.shape[1:]) for t in xs]
     batch = next((s[0] for s in carry or x if len(s) > 1), None)
-    if batch is None:  # a number for each row, beside x of several
+    if batch is None:  # a state (B,) with x (T, B, …)
         firsts = [s[0] for s in x if len(s) > 1]
         batch = next((s[0] for s in carry if len(s) == 1 and s[0] in firsts), None)
     if batch is not None:
-        yield _taken(batch, dtype, carry, x, init, xs)
+        yield _sizes(batch, dtype, carry, x, init, xs)
     if not in_graph() and all(math.prod(s) <= _MOST_OF_ONE_ROW for s in (*carry, *x)):
-        yield _taken(None, dtype, carry, x, init, xs)
+        yield _sizes(None, dtype, carry, x, init, xs)
 
 
-def _taken(
+def _sizes(
     rows: int | None, dtype: torch.dtype, carry: Any, x: Any, init: Leaves, xs: Leaves
 ) -> Sizes:
     def leaf(shape: tuple[int, ...], of: torch.dtype) -> Leaf:
         rowed = rows is not None and len(shape) > 0 and bool(shape[0] == rows)  # also symbols
-        return Leaf((tuple(map(int, shape[1:] if rowed else shape)), of, rowed))
+        return Leaf(tuple(map(int, shape[1:] if rowed else shape)), of, rowed)
 
     return Sizes(
         rows,
@@ -139,7 +150,7 @@ _recordings: dict[Any, list[Recording]] = {}
 
 
 def recorded(step: Any, sizes: Sizes) -> tuple[Recording, Leaves]:
-    """What the step does, found anew where it has changed, and the tensors that it closes over."""
+    """The step's recording, a new one if it has changed, and the tensors that it closes over."""
     key = (sizes.batch is None, *sizes[1:], torch.is_grad_enabled(), torch.get_default_dtype())
     known = _recordings.get(key, [])
     for at, recording in enumerate(known):
@@ -149,25 +160,11 @@ def recorded(step: Any, sizes: Sizes) -> tuple[Recording, Leaves]:
                 _recordings[key] = [recording, *(r for r in known if r is not recording)]
             return recording, tensors
     recording, tensors = trace.record(step, sizes.carry, sizes.xs, sizes.batch, sizes.dtype)
-    _recordings.pop(key, None)  # and last again
+    _recordings.pop(key, None)  # so that the key moves to the end
     _recordings[key] = [recording, *known[: _MOST_OF_KEY - 1]]
     while len(_recordings) > _MOST_KEYS:
         _recordings.pop(next(iter(_recordings)), None)
     return recording, tensors
-
-
-def executable_of(recording: Recording, sizes: Sizes) -> Executable:
-    """A recording's program, made once."""
-    if recording.executable is None:
-        assert recording.graph is not None
-        widths = {k: width_of(leaf) for k, leaf in enumerate(sizes.carry)}
-        recording.executable = Executable(recording.graph, widths, sizes.dtype)
-    found: Executable = recording.executable
-    return found
-
-
-def width_of(leaf: Leaf) -> int:
-    return math.prod(leaf[0])
 
 
 # ---- one call ------------------------------------------------------------------------------------
@@ -187,7 +184,11 @@ class Call:
         reverse: bool,
     ) -> None:
         self.recording, self.sizes = recording, sizes
-        self.program = executable_of(recording, sizes)
+        if recording.executable is None:
+            assert recording.graph is not None
+            widths = {k: leaf.width for k, leaf in enumerate(sizes.carry)}
+            recording.executable = Executable(recording.graph, widths, sizes.dtype)
+        self.program: Executable = recording.executable
         self.graph = self.program.graph
         self.init, self.xs = init, xs
         self.steps, self.reverse = steps, reverse
@@ -196,7 +197,9 @@ class Call:
             self._shared(tensors[slot], slot, elements) for slot, elements in recording.shared
         ]
         self.fixed = [tensors[i] if kind == "captured" else init[i] for kind, i in recording.fixed]
-        self.fixed_rowed = [kind == "captured" or sizes.carry[i][2] for kind, i in recording.fixed]
+        self.fixed_rowed = [
+            kind == "captured" or sizes.carry[i].rowed for kind, i in recording.fixed
+        ]
 
     def _shared(self, tensor: Tensor, slot: int, elements: Tensor | None) -> Tensor:
         captured = self.recording.captured[slot]
@@ -220,37 +223,30 @@ class Call:
         return self._results([*out.finals, *out.ys])
 
     def arrays(self, init: Leaves, xs: Leaves, fixed: Leaves, shared: Leaves) -> Inputs:
-        """The caller's tensors as the engine takes them."""
+        """The caller's tensors in the engine's layout."""
         sizes = self.sizes
         return Inputs(
-            {k: self._rows(init[k], sizes.carry[k][2]) for k in self.graph.nexts},
-            [self._steps(x, leaf[2]) for x, leaf in zip(xs, sizes.xs, strict=True)],
-            [self._rows(t, rowed) for t, rowed in zip(fixed, self.fixed_rowed, strict=True)],
+            {k: self._flat(init[k], sizes.carry[k].rowed) for k in self.graph.nexts},
+            [self._flat(x, leaf.rowed, 1) for x, leaf in zip(xs, sizes.xs, strict=True)],
+            [self._flat(t, rowed) for t, rowed in zip(fixed, self.fixed_rowed, strict=True)],
             shared,
         )
 
-    def _rows(self, tensor: Tensor, rowed: bool) -> Tensor:
-        """(B, width)."""
+    def _flat(self, tensor: Tensor, rowed: bool, axis: int = 0) -> Tensor:
+        """(B, width) or, if ``axis`` of the rows is 1, (T, B, width)."""
         if tensor.dtype is not self.sizes.dtype:
             tensor = tensor.to(self.sizes.dtype)
         if not rowed:
-            return tensor.reshape(1, -1).expand(self.rows, -1)
-        if tensor.dim() != 2:
-            tensor = tensor.flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)
-        return unit(tensor)
-
-    def _steps(self, tensor: Tensor, rowed: bool) -> Tensor:
-        """(T, B, width)."""
-        if tensor.dtype is not self.sizes.dtype:
-            tensor = tensor.to(self.sizes.dtype)
-        if not rowed:
-            return tensor.reshape(self.steps, 1, -1).expand(-1, self.rows, -1)
-        if tensor.dim() != 3:
-            tensor = tensor.flatten(2) if tensor.dim() > 2 else tensor.unsqueeze(2)
+            steps = tensor.shape[:axis]
+            return tensor.reshape(*steps, 1, -1).expand(*steps, self.rows, -1)
+        if tensor.dim() > axis + 2:
+            tensor = tensor.flatten(axis + 1)
+        elif tensor.dim() < axis + 2:
+            tensor = tensor.unsqueeze(axis + 1)
         return unit(tensor)
 
     def _results(self, outputs: Leaves) -> tuple[Leaves, Leaves]:
-        """States after the last step and ys, in the caller's shapes."""
+        """The final states and ys, in the caller's shapes."""
         recording, sizes = self.recording, self.sizes
         out = iter(outputs)
         carry = []
@@ -260,7 +256,7 @@ class Call:
                 continue
             final = next(out)
             before = self.init[k]
-            carry.append((final if leaf[2] else final[0]).view(before.shape).to(before.dtype))
+            carry.append((final if leaf.rowed else final[0]).view(before.shape).to(before.dtype))
         ys = []
         for i, y in zip(self.graph.ys, out, strict=True):
             shape = recording.y_shapes[i]
@@ -290,35 +286,22 @@ class Call:
         init, xs, fixed, shared = self.split(leaves)
         inputs = self.arrays(init, xs, fixed, shared)
         count = len(self.graph.nexts)
-        found = self.program.run_backward(
-            inputs,
-            ys,
-            kept,
-            d_out[:count],
-            d_out[count:],
-            self.steps,
-            self.rows,
-            self.reverse,
-            needs,
+        call = (self.steps, self.rows, self.reverse, needs)
+        found = self.program.run_backward(inputs, ys, kept, d_out[:count], d_out[count:], *call)
+        carry_rowed, xs_rowed = (
+            [leaf.rowed for leaf in g] for g in (self.sizes.carry, self.sizes.xs)
         )
-        sizes = self.sizes
-        d_init = [
-            self._like(found.states.get(k), init[k], leaf[2], 0, needs.carry[k])
-            for k, leaf in enumerate(sizes.carry)
+        groups: list[tuple[dict[int, Tensor], list[Tensor], list[bool], tuple[bool, ...], int]] = [
+            (found.states, init, carry_rowed, needs.carry, 0),
+            (found.xs, xs, xs_rowed, needs.xs, 1),
+            (found.fixed, fixed, self.fixed_rowed, needs.fixed, 0),
+            (found.shared, shared, [True] * len(shared), needs.shared, 0),
         ]
-        d_xs = [
-            self._like(found.xs.get(i), xs[i], leaf[2], 1, needs.xs[i])
-            for i, leaf in enumerate(sizes.xs)
+        return [
+            self._like(gradients.get(i), leaf, rowed, axis, wanted)
+            for gradients, group, are_rowed, needed, axis in groups
+            for i, (leaf, rowed, wanted) in enumerate(zip(group, are_rowed, needed, strict=True))
         ]
-        d_fixed = [
-            self._like(found.fixed.get(j), t, rowed, 0, needs.fixed[j])
-            for j, (t, rowed) in enumerate(zip(fixed, self.fixed_rowed, strict=True))
-        ]
-        d_shared = [
-            self._like(found.shared.get(j), t, True, 0, needs.shared[j])
-            for j, t in enumerate(shared)
-        ]
-        return [*d_init, *d_xs, *d_fixed, *d_shared]
 
     def _like(
         self, d: Tensor | None, leaf: Tensor, rowed: bool, axis: int, wanted: bool
@@ -331,7 +314,7 @@ class Call:
         return d if d.shape == leaf.shape else d.reshape(leaf.shape)
 
     def interpreted(self, leaves: Sequence[Tensor]) -> Leaves:
-        """The states after the last step and ys, in torch's operations: to be differentiated."""
+        """The final states and ys, computed by differentiable torch operations."""
         inputs = self.arrays(*self.split(leaves))
         machine = Interpreter(self.graph, [_in_memory(t) for t in inputs.shared], inputs.fixed)
         carry = inputs.states
@@ -345,14 +328,14 @@ class Call:
 
 
 def _in_memory(tensor: Tensor) -> Tensor:
-    """A dense tensor's elements in the order in which they lie, differentiably."""
+    """A dense tensor's elements in memory order, differentiable."""
     strides, shape = tensor.stride(), tensor.shape
     order = sorted(range(tensor.dim()), key=lambda axis: (-strides[axis], -shape[axis]))
     return tensor.permute(order).reshape(-1)
 
 
 class _Recorded(torch.autograd.Function):
-    """One call under autograd. A gradient of the gradient goes through `Call.interpreted`."""
+    """One call under autograd; double backward differentiates `Call.interpreted`."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, *leaves: Tensor) -> tuple[Tensor, ...]:
@@ -393,20 +376,15 @@ def _again(
     leaves: Sequence[Tensor],
     d_out: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Gradients that can be differentiated."""
+    """Gradients with a graph, for double backward."""
     with torch.enable_grad():
         outputs = call.interpreted(leaves)
         pairs = [
             (o, d) for o, d in zip(outputs, d_out, strict=True) if d is not None and o.requires_grad
         ]
         chosen = [t for t, w in zip(leaves, wanted, strict=True) if w]
-        found = iter(
-            torch.autograd.grad(
-                [o for o, _ in pairs],
-                chosen,
-                [d for _, d in pairs],
-                create_graph=True,
-                allow_unused=True,
-            )
+        found, cotangents = [o for o, _ in pairs], [d for _, d in pairs]
+        gradients = iter(
+            torch.autograd.grad(found, chosen, cotangents, create_graph=True, allow_unused=True)
         )
-        return [next(found) if w else None for w in wanted]
+        return [next(gradients) if w else None for w in wanted]

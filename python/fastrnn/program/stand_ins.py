@@ -1,13 +1,13 @@
-"""Stand-ins: the tensors without values on which a step runs to be seen.
+"""Stand-ins: tensors without values, on which a step runs to be traced.
 
-Every use of one comes to the `Session` that is on in the thread, through ``__torch_function__``.
+``__torch_function__`` passes every use of a stand-in to the active `Session` of the thread.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import _C
-from .recording import CAPTURED, NUMBER, STAND_IN, Untraceable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
     from .lowering import View
+
+
+class Untraceable(Exception):
+    """The step runs as a loop; the message names the operation, the reason and the line."""
 
 
 class _Local(threading.local):
@@ -33,59 +36,40 @@ class _Local(threading.local):
 
 _local = _Local()
 
+STAND_IN, CAPTURED, NUMBER = range(3)  # kinds of arguments, as in csrc/bind/stand_in.cpp
 
+# Functions of shapes and dtypes, which a stand-in answers itself.
 _PASSIVE = frozenset(
-    {
-        Tensor.shape.__get__,  # type: ignore[attr-defined]
-        Tensor.ndim.__get__,  # type: ignore[attr-defined]
-        Tensor.dtype.__get__,  # type: ignore[attr-defined]
-        Tensor.layout.__get__,  # type: ignore[attr-defined]
-        Tensor.is_sparse.__get__,  # type: ignore[attr-defined]
-        Tensor.is_quantized.__get__,  # type: ignore[attr-defined]
-        Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
-        Tensor.is_mps.__get__,  # type: ignore[attr-defined]
-        Tensor.grad_fn.__get__,  # type: ignore[union-attr]
-        Tensor.itemsize.__get__,  # type: ignore[attr-defined]
-        Tensor.size,
-        Tensor.dim,
-        Tensor.ndimension,
-        Tensor.numel,
-        Tensor.nelement,
-        Tensor.element_size,
-        Tensor.stride,
-        Tensor.storage_offset,
-        Tensor.is_contiguous,
-        Tensor.is_floating_point,
-        Tensor.is_complex,
-        Tensor.__len__,
-        Tensor.__hash__,
-        Tensor.get_device,
-        torch.is_floating_point,
-        torch.is_complex,
-        torch.numel,
-    }
+    [
+        getattr(Tensor, name).__get__
+        for name in "shape ndim dtype layout is_sparse is_quantized is_cuda is_mps grad_fn "
+        "itemsize".split()
+    ]
+    + [
+        getattr(Tensor, name)
+        for name in "size dim ndimension numel nelement element_size stride storage_offset "
+        "is_contiguous is_floating_point is_complex __len__ __hash__ get_device".split()
+    ]
+    + [torch.is_floating_point, torch.is_complex, torch.numel]
 )
 
-
+# Types of arguments that are constants of a program.
 _CONSTANTS = (
     bool, int, float, complex, str, type(None), type(...), type, np.generic,
     torch.dtype, torch.layout, torch.memory_format, torch.device,
 )  # fmt: skip
 
 
-_DEVICE: Any = Tensor.device.__get__
-
-
-_NOT_META = frozenset({Tensor.is_meta.__get__})  # type: ignore[attr-defined]
-
-
-_IS_CPU = Tensor.is_cpu.__get__  # type: ignore[attr-defined]
-
-
 _CPU, META = torch.device("cpu"), torch.device("meta")
 
+# What a stand-in answers in place of its meta tensor.
+_ANSWERS: dict[Any, Any] = {
+    Tensor.device.__get__: _CPU,
+    Tensor.is_meta.__get__: False,  # type: ignore[attr-defined]
+    Tensor.is_cpu.__get__: True,  # type: ignore[attr-defined]
+}
 
-# Functions that read a value; a stand-in has none.
+# Functions that read a value, which a stand-in does not have.
 READS = {
     Tensor.requires_grad.__get__: "Tensor.requires_grad",  # type: ignore[attr-defined]
     Tensor.is_leaf.__get__: "Tensor.is_leaf",  # type: ignore[attr-defined]
@@ -94,14 +78,11 @@ READS = {
     Tensor.__float__: "float() of a value",
     Tensor.__index__: "a value as an index",
     Tensor.__contains__: "`in` over values",
-    Tensor.item: "Tensor.item",
-    Tensor.tolist: "Tensor.tolist",
-    Tensor.numpy: "Tensor.numpy",
-    Tensor.__array__: "Tensor.__array__",
-    Tensor.data_ptr: "Tensor.data_ptr",
-    torch.is_nonzero: "torch.is_nonzero",
-    torch.equal: "torch.equal",
-    torch.allclose: "torch.allclose",
+    **{
+        getattr(Tensor, name): f"Tensor.{name}"
+        for name in ("item", "tolist", "numpy", "__array__", "data_ptr")
+    },
+    **{getattr(torch, name): f"torch.{name}" for name in ("is_nonzero", "equal", "allclose")},
 }
 
 
@@ -119,20 +100,7 @@ _INSTEAD = {
     for home in (torch, torch._VF)
     for name in ("tanh", "relu")
 }
-
-
 _INSTEAD[Tensor.cpu] = lambda x, *_, **__: x
-
-
-@contextmanager
-def _modules_called_plainly() -> Iterator[None]:
-    """Without fx's wrapper around the calls of modules, which an exception must not pass."""
-    wrapped = torch.nn.Module.__call__
-    torch.nn.Module.__call__ = torch.nn.Module._wrapped_call_impl  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.nn.Module.__call__ = wrapped  # type: ignore[method-assign]
 
 
 def tracing() -> bool:
@@ -141,7 +109,7 @@ def tracing() -> bool:
 
 
 class Traced(Tensor):
-    """A stand-in for a tensor of the step: shape and dtype, no values."""
+    """A stand-in for a tensor of the step, with a shape and a dtype, without values."""
 
     traced_number: int
     traced_meta: Tensor
@@ -158,17 +126,13 @@ class Traced(Tensor):
 
 
 def _asked(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-    """Handles every use of a stand-in except the call that a replay expects."""
+    """Handles every use of a stand-in except calls that match a replay."""
     session = _local.active
     if func in _PASSIVE:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
-    if func == _DEVICE:
-        return _CPU
-    if func in _NOT_META:
-        return False
-    if func == _IS_CPU:
-        return True
+    if func in _ANSWERS:
+        return _ANSWERS[func]
     if session is None:
         raise RuntimeError(
             "a tensor made inside a step of fastrnn.scan or Recurrent is used after the step. The "
@@ -178,6 +142,7 @@ def _asked(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
     return session.call(func, args, kwargs or {})
 
 
+# Files whose frames are not part of the step.
 _NOT_THE_STEPS = (
     str(Path(__file__).parent),
     str(Path(__file__).parents[1] / "any_cell"),
@@ -187,7 +152,7 @@ _NOT_THE_STEPS = (
 
 
 def _where() -> str:
-    """The line of the step that is running: the innermost frame outside of torch and tracing."""
+    """The current line of the step: the innermost frame outside torch and tracing."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
@@ -206,23 +171,23 @@ class Session:
     """One run of a step on stand-ins."""
 
     def __init__(self, batch: int | None) -> None:
-        self.batch = batch  # B of the call; None: the step has no rows
+        self.batch = batch  # B; None: the step has no rows
         self.grad = torch.is_grad_enabled()
-        self.slots: dict[int, int] = {}
-        self.tensors: list[Tensor] = []
-        self.failure: Exception | None = None  # the first that `failed` was given
+        self.slots: dict[int, int] = {}  # by id of a captured tensor, its index in `tensors`
+        self.tensors: list[Tensor] = []  # the captured tensors
+        self.failure: Exception | None = None  # the first error that `failed` received
 
     def step(self, step: Any, carry: list[Any], xs: list[Any]) -> Any:
-        """What ``step(carry, xs)`` gives."""
+        """The result of ``step(carry, xs)``."""
         with self.filling(step):
             return step(carry, xs)
 
     def filling(self, step: Any) -> AbstractContextManager[Any]:
-        """Makes stand-ins of the tensors that a step fills, where it begins without a state."""
+        """For a step without a state: makes its constant tensors stand-ins (see start.py)."""
         return _Filling(self) if getattr(step, "begins", False) else nullcontext()
 
     def failed(self, error: Exception) -> Exception:
-        """Notes an error for after the step, which may catch it, and gives it to be raised."""
+        """Stores an error, because the step may catch it, and returns it for raising."""
         self.failure = self.failure or error
         return error
 
@@ -232,17 +197,17 @@ class Session:
     def __enter__(self) -> Session:
         if _local.active is not None:
             raise Untraceable("a scan inside the step of another")
-        self.plainly = None
-        if torch.nn.Module.__call__ is not torch.nn.Module._wrapped_call_impl:
-            self.plainly = _modules_called_plainly()
-            self.plainly.__enter__()
+        # fx wraps the calls of modules; an exception must not pass through that wrapper.
+        self.module_call = torch.nn.Module.__call__
+        if self.module_call is not torch.nn.Module._wrapped_call_impl:
+            torch.nn.Module.__call__ = torch.nn.Module._wrapped_call_impl  # type: ignore[method-assign]
         _local.active = self
         return self
 
     def __exit__(self, *error: object) -> None:
         _local.active = None
-        if self.plainly is not None:
-            self.plainly.__exit__(None, None, None)
+        if self.module_call is not torch.nn.Module.__call__:
+            torch.nn.Module.__call__ = self.module_call  # type: ignore[method-assign]
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError
@@ -251,11 +216,11 @@ class Session:
         raise NotImplementedError
 
     def watched(self) -> AbstractContextManager[Any]:
-        """What is on while a call runs on meta tensors."""
-        raise NotImplementedError
+        """The context in which calls run on meta tensors."""
+        return nullcontext()
 
     def meta(self, tensor: Tensor) -> Tensor:
-        """The meta tensor of one that the step closes over."""
+        """The meta tensor of a captured tensor."""
         raise NotImplementedError
 
     def _key(self, value: Any) -> Any:
@@ -277,12 +242,12 @@ class Session:
             return ("slice", self._key(value.start), self._key(value.stop), self._key(value.step))
         if kind is float and (value == 0 or value != value):
             return (kind, repr(value))  # 0 and -0 are equal, and NaN is not itself
-        if not isinstance(value, _CONSTANTS):  # it may change unseen
+        if not isinstance(value, _CONSTANTS):  # its changes would be unnoticed
             raise self.refused(f"an argument of the type {kind.__name__}")
         return (kind, value)
 
     def key(self, args: Any, kwargs: Any) -> Any:
-        """What a call is given, to be compared with another's."""
+        """The arguments of a call, in a form for comparison."""
         return tuple([self._key(a) for a in args]), self._key(kwargs) if kwargs else None
 
     def _simple(self, args: Any) -> list[tuple[int, Any]] | None:
@@ -311,7 +276,7 @@ FILLED = frozenset({torch.zeros, torch.ones, torch.full})
 
 
 class _Filling(TorchFunctionMode):
-    """Tensors of one number are stand-ins, as what is computed of the state is to be seen."""
+    """Makes tensors that are filled with one number stand-ins, so that their uses are traced."""
 
     def __init__(self, session: Session) -> None:
         super().__init__()
@@ -322,6 +287,11 @@ class _Filling(TorchFunctionMode):
         if func in FILLED and torch.device(kwargs.get("device") or _CPU) == _CPU:
             return Traced.__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
+
+
+def new_meta(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
+    with _disable_current_modes():
+        return torch.empty_strided(shape, strides, dtype=dtype, device=META)
 
 
 def on_meta(session: Session, func: Any, args: Any, kwargs: Any) -> Any:

@@ -1,8 +1,8 @@
-"""The state that a cell begins with when it is given none, found in what it does.
+"""Finds the initial state of a cell that is called with ``state=None``.
 
-A cell is called with ``state=None`` and with a state, both on stand-ins. Where the two runs make
-the same calls, but for tensors in the place of the second's state, these are the state that it
-begins with: zeros that it made, or parameters of its own. So a whole sequence runs in one piece.
+The cell runs on stand-ins without a state and with one. If both runs make the same calls, except
+that the first uses other tensors in place of the state, these tensors are the initial state: zeros
+that the cell creates, or its parameters. The engine can then run the whole sequence in one call.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ from .run import Call, Sizes, recorded, sizes_of
 from .stand_ins import Traced
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from .recording import Call as RecordedCall
 
 
 class _Start(NamedTuple):
-    """Of each leaf of the state a number, or a tensor that the cell closes over; and the step with
-    a state."""
+    """The initial state of a cell, and its recording with a state."""
 
     spec: Any
-    sources: list[tuple[str, Any]]
+    sources: list[tuple[str, Any]]  # by leaf: ("number", it), or ("tensor", slot of a captured one)
     shapes: list[tuple[int, ...]]
     given: Recording
     y_spec: Any
@@ -45,10 +44,7 @@ class _Begun(NamedTuple):
 
 
 def start(step: Callable[[Any, Tensor], tuple[Any, Any]], sequence: Tensor) -> Any:
-    """The state (B, ·) with which ``step(None, x)`` begins a sequence (T, B, …).
-
-    None where it cannot be told.
-    """
+    """The initial state, (B, ·), of ``step(None, x)`` for a sequence (T, B, …); None if unknown."""
     begun = _begin(step, sequence)
     return None if begun is None else _nested(begun.state, begun.found.spec)
 
@@ -56,15 +52,15 @@ def start(step: Callable[[Any, Tensor], tuple[Any, Any]], sequence: Tensor) -> A
 def whole(
     step: Callable[[Any, Tensor], tuple[Any, Any]], sequence: Tensor, reverse: bool
 ) -> tuple[Any, Any] | None:
-    """The final state and y of all steps of a sequence (T, B, …) that begins without a state.
+    """The final state and ys of a sequence (T, B, …) without an initial state.
 
-    None where the engine does not run it.
+    None if the engine does not run it.
     """
     begun = _begin(step, sequence)
     if begun is None:
         return None
     found, sizes = begun.found, begun.sizes
-    leaves = [Leaf((shape, sizes.dtype, True)) for shape in found.shapes]
+    leaves = [Leaf(shape, sizes.dtype, True) for shape in found.shapes]
     flat = _with_state(step, found.spec, [])
     tensors = replay.replay(found.given, flat, len(leaves), sizes.batch)
     if tensors is None:
@@ -82,7 +78,7 @@ _LEAF = pytree.tree_structure(0)
 
 
 def _flattened(value: Any) -> tuple[list[Any], Any]:
-    """As pytree's, which takes long over a tensor by itself."""
+    """As pytree's function, which is slow for a single tensor."""
     return ([value], _LEAF) if isinstance(value, Tensor) else pytree.tree_flatten(value)
 
 
@@ -91,7 +87,7 @@ def _nested(leaves: list[Any], spec: Any) -> Any:
 
 
 def _with_state(step: Any, spec: Any, y_specs: list[Any]) -> Any:
-    """The step over leaves; notes how its y is nested."""
+    """The step over leaves; appends the structure of its y to ``y_specs``."""
 
     def flat(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
         after, y = step(_nested(carry, spec), x[0])
@@ -122,59 +118,41 @@ def _begin(step: Any, sequence: Tensor) -> _Begun | None:
     if recording.start == "unknown":
         return None
     found: _Start = recording.start
-    leaves = [
-        _leaf(kind, source, (sizes.batch, *shape), recording, tensors, sizes.dtype)
-        for (kind, source), shape in zip(found.sources, found.shapes, strict=True)
-    ]
+    leaves = []
+    for (kind, source), shape in zip(found.sources, found.shapes, strict=True):
+        if kind == "number":
+            leaf = torch.full((), source, dtype=sizes.dtype)
+        elif recording.captured[source].kind == "alike":
+            leaf = tensors[source][:1]
+        else:
+            leaf = tensors[source]
+        leaves.append(leaf.expand(sizes.batch, *shape))
     return _Begun(found, recording, sizes, leaves)
 
 
-def _leaf(
-    kind: str,
-    source: Any,
-    shape: tuple[int, ...],
-    recording: Recording,
-    tensors: Sequence[Tensor],
-    dtype: torch.dtype,
-) -> Tensor:
-    if kind == "number":
-        filled: Tensor = torch.full((), source, dtype=dtype).expand(shape)
-        return filled
-    tensor = tensors[source]
-    if recording.captured[source].kind == "alike":
-        tensor = tensor[:1]
-    expanded: Tensor = tensor.expand(shape)
-    return expanded
-
-
-def _find(step: Any, without: Recording, spec: Any, sizes: Any) -> _Start | None:
-    shapes = [without.y_shapes.get(i) for i in range(spec.num_leaves)]
-    if None in shapes or without.y_bool:
+def _find(step: Any, without: Recording, spec: Any, sizes: Sizes) -> _Start | None:
+    count = spec.num_leaves
+    shapes = [without.y_shapes[i] for i in range(count) if i in without.y_shapes]
+    if len(shapes) < count or without.y_bool:
         return None
-    leaves = [Leaf((shape, sizes.dtype, True)) for shape in shapes]
-
+    leaves = [Leaf(shape, sizes.dtype, True) for shape in shapes]
     y_specs: list[Any] = []
-    given, _ = trace.record(
-        _with_state(step, spec, y_specs), leaves, sizes.xs, sizes.batch, sizes.dtype
-    )
-    if given.graph is None:
-        return None
-    sources = _Match(without, given, len(leaves)).sources()
-    if sources is None:
-        return None
-    return _Start(spec, sources, [s for s in shapes if s is not None], given, y_specs[-1])
+    flat = _with_state(step, spec, y_specs)
+    given, _ = trace.record(flat, leaves, sizes.xs, sizes.batch, sizes.dtype)
+    sources = None if given.graph is None else _Match(without, given, count).sources()
+    return None if sources is None else _Start(spec, sources, shapes, given, y_specs[-1])
 
 
 class _Match:
-    """Two recordings side by side: without a state and with one, of so many leaves."""
+    """Compares two recordings: without a state, and with one of ``count`` leaves."""
 
     def __init__(self, without: Recording, given: Recording, count: int) -> None:
         self.without, self.given, self.count = without, given, count
-        # Stand-ins by number: x is 0 without a state, and comes after the state's leaves with one.
+        # Corresponding stand-ins: x is number 0 without a state, and follows the state's leaves.
         self.numbers: dict[int, int] = {0: count}
-        self.slots: dict[int, int] = {}
-        self.found: dict[int, tuple[str, Any]] = {}
-        self.constants: dict[int, float] = {}  # stand-ins that hold one number
+        self.slots: dict[int, int] = {}  # corresponding captured tensors
+        self.found: dict[int, tuple[str, Any]] = {}  # by leaf, its source
+        self.constants: dict[int, float] = {}  # stand-ins that are filled with one number
 
     def sources(self) -> list[tuple[str, Any]] | None:
         theirs = list(self.given.calls)
@@ -186,19 +164,14 @@ class _Match:
                 self._note(call.outputs, theirs.pop(0).outputs)
             elif number is None:
                 return None
-        structures = self.without.structure[1], self.given.structure[0]
-        if theirs or not self._same(*structures):
-            return None
-        if len(self.found) < self.count:
+        same_states = self._same(self.without.structure[1], self.given.structure[0])
+        if theirs or not same_states or len(self.found) < self.count:
             return None
         return [self.found[k] for k in range(self.count)]
 
     def _alike(self, mine: RecordedCall, theirs: RecordedCall) -> bool:
-        return (
-            theirs.func == mine.func
-            and theirs.grad is mine.grad
-            and self._same(mine.key, theirs.key)
-        )
+        same = theirs.func == mine.func and theirs.grad is mine.grad
+        return same and self._same(mine.key, theirs.key)
 
     def _constant(self, outputs: Any) -> float | None:
         """The number that a new tensor is filled with."""
@@ -223,7 +196,7 @@ class _Match:
         return all(self._same(a, b) for a, b in zip(mine, theirs, strict=True))
 
     def _state(self, leaf: int, mine: Any) -> bool:
-        """What the cell had in the place of a leaf of the state."""
+        """Whether ``mine`` can be the source of a leaf of the state; stores it."""
         if not isinstance(mine, tuple) or len(mine) != 2:
             return False
         if mine[0] == "&":

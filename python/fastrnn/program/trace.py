@@ -1,13 +1,12 @@
-"""From a step written in torch to a program.
+"""Traces a step written in torch into a program.
 
-The step runs once, on stand-ins (`Traced`) for the carry and x. Each of its calls also runs on
-torch's meta tensors under a dispatch mode, which gives the ATen operations that it is made of;
-aten.py puts each into the program. What the step computes from weights alone never comes here:
-torch computes it, for real, with its gradient, and the program is given the result, as it is given
-every tensor that the step closes over.
+The step runs once on stand-ins (`Traced`) for the carry and x. Each of its calls also runs on
+torch's meta tensors under a dispatch mode, which decomposes it into ATen operations; aten.py lowers
+each of them. Torch computes what the step derives from weights alone, with its gradient; like every
+tensor that the step closes over, the result is an input of the program.
 
-What make_fx and functional_call would need in its place: every parameter named beforehand, and
-guards on whatever else the step reads; here replay.py sees all of it.
+make_fx with functional_call would need the names of all parameters, and guards on everything else
+that the step reads; replay.py detects every change.
 """
 
 from __future__ import annotations
@@ -24,20 +23,29 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from .aten_sums import OPERATIONS
 from .ir import Arg, Graph, Product
-from .lowering import ROW, Lowering, Unknown, View
+from .lowering import ROW, Lowering, Unknown, View, addresses
 from .recording import (
     Call,
     Captured,
     Leaf,
     Recording,
-    Untraceable,
     all_alike,
     contiguous_strides,
     dense_strides,
     is_dense,
 )
-from .replay import Chance, holds, normal_mode
-from .stand_ins import FILLED, META, READS, Session, Traced, name_of, on_meta, plain
+from .replay import Generators, holds, normal_mode
+from .stand_ins import (
+    FILLED,
+    READS,
+    Session,
+    Traced,
+    Untraceable,
+    name_of,
+    new_meta,
+    on_meta,
+    plain,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,7 +53,7 @@ if TYPE_CHECKING:
 
 
 class _Watch(TorchFunctionMode):
-    """Notes the tensors that a step fills with one number."""
+    """Collects the tensors that a step fills with one number."""
 
     def __init__(self, session: _First) -> None:
         super().__init__()
@@ -58,13 +66,12 @@ class _Watch(TorchFunctionMode):
         return out
 
 
-# Arguments that change no value, and the operations whose function is told which of them it is.
+# Arguments that do not change values.
 _OF_A_NEW_TENSOR = frozenset({"dtype", "layout", "device", "pin_memory", "memory_format"})
-_FILLING = ("aten.zeros", "aten.ones", "aten.full_", "aten.new_")
 
 
 class _Dispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Puts each ATen operation on meta tensors into the program."""
+    """Lowers each ATen operation on meta tensors."""
 
     def __init__(self, session: _First) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -85,8 +92,6 @@ class _Dispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise Unknown(name)
         outputs = func(*args, **kwargs)
         given = {k: v for k, v in kwargs.items() if k not in _OF_A_NEW_TENSOR}
-        if name.startswith(_FILLING):
-            given["function"] = name
         try:
             views = function(
                 session.lowering,
@@ -107,12 +112,12 @@ class _First(Session):
         self.rows, self.dtype = rows, dtype
         self.lowering = Lowering(rows)
         self.recording = Recording(rows, [])
-        self.views: dict[int, tuple[View, Tensor]] = {}  # of the meta tensors, which are kept
-        self.metas: list[Tensor] = []  # of the captured
-        self.owners: dict[int, list[int]] = {}  # of the memory of results: the tensors
+        self.views: dict[int, tuple[View, Tensor]] = {}  # by id of a meta tensor; keeps it alive
+        self.metas: list[Tensor] = []  # by slot
+        self.owners: dict[int, list[int]] = {}  # by memory of results, the ids of its tensors
         self.uniform: dict[int, Tensor] = {}  # tensors that were filled with one number
-        self.changed: set[int] = set()  # whose memory was changed through another tensor
-        self.foreign: set[int] = set()  # memory that is not the step's own
+        self.changed: set[int] = set()  # ids of tensors changed in place through a view
+        self.foreign: set[int] = set()  # memory that the step must not change
         self.numbers = 0
 
     # ---- stand-ins --------------------------------------------------------------------------
@@ -122,12 +127,17 @@ class _First(Session):
         if dtype is not self.dtype and dtype is not torch.bool:
             raise self.failed(Untraceable(f"{op} of {dtype}"))
         full = (self.rows, *shape) if rowed else shape
-        make = self.lowering.rowed if rowed else self.lowering.alike
-        view = make(op, index, full, dtype is torch.bool)
-        with _disable_current_modes():
-            meta = torch.empty(full, dtype=dtype, device=META)
+        view = self.lowering.input(op, index, full, rowed, dtype is torch.bool)
+        return self._traced(self._meta(view, full, contiguous_strides(full), dtype), view)
+
+    def _meta(
+        self, view: View, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
+    ) -> Tensor:
+        """A meta tensor for a view, which the step must not change in place."""
+        meta = new_meta(shape, strides, dtype)
         self.foreign.add(meta.untyped_storage()._cdata)
-        return self._traced(meta, view)
+        self.views[id(meta)] = (view, meta)
+        return meta
 
     def _traced(self, meta: Tensor, view: View) -> Traced:
         self.views[id(meta)] = (view, meta)
@@ -149,24 +159,14 @@ class _First(Session):
         if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
             raise self.refused(f"a tensor on {tensor.device}, of layout {tensor.layout}")
         if tensor.dtype.is_complex or (
-            # One number takes the dtype of the others.
+            # A 0-D tensor is promoted to the dtype of the others.
             tensor.dtype.is_floating_point and tensor.dtype is not self.dtype and tensor.dim() > 0
         ):
             raise self.refused(f"a tensor of {tensor.dtype} where the step is of {self.dtype}")
-        slot = len(self.metas)
-        shape, strides, is_bool = (
-            tuple(tensor.shape),
-            dense_strides(tensor),
-            tensor.dtype is torch.bool,
-        )
-        captured = Captured(
-            shape,
-            tensor.stride(),
-            tensor.dtype,
-            strides == tensor.stride(),
-            type(tensor) is Parameter,
-            "shared",
-        )
+        slot, shape, strides = len(self.metas), tuple(tensor.shape), dense_strides(tensor)
+        is_bool, is_dense = tensor.dtype is torch.bool, strides == tensor.stride()
+        is_parameter = type(tensor) is Parameter
+        captured = Captured(shape, tensor.stride(), tensor.dtype, is_dense, is_parameter, "shared")
         if self._made_here(tensor):
             captured.kind, first = "alike", (1, *shape[1:])
             view = self.lowering.shared(slot, first, contiguous_strides(first), is_bool)
@@ -174,14 +174,10 @@ class _First(Session):
         else:
             view = self.lowering.shared(slot, shape, strides, is_bool)
         self.recording.captured.append(captured)
-        with _disable_current_modes():
-            meta = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=META)
-        self.metas.append(meta)
-        self.foreign.add(meta.untyped_storage()._cdata)
-        self.views[id(meta)] = (view, meta)
+        self.metas.append(self._meta(view, shape, strides, tensor.dtype))
 
     def _made_here(self, tensor: Tensor) -> bool:
-        """Whether it was made with the stand-ins' rows, all alike: torch.zeros(x.shape[0], …)."""
+        """Whether the step created it with equal rows, as with torch.zeros(x.shape[0], …)."""
         if self.batch is None or tensor.dim() == 0 or tensor.shape[0] != self.rows:
             return False
         if id(tensor) in self.uniform:
@@ -189,22 +185,18 @@ class _First(Session):
         return torch._C._len_torch_dispatch_stack() == 0 and all_alike(tensor)
 
     def _per_row(self, slots: Sequence[int]) -> bool:
-        """Takes the first axis of these captured tensors for the rows, where it can be."""
+        """Makes the first axis of these captured tensors the rows, if it can be; whether it did."""
         changed = False
         for slot in slots:
             captured = self.recording.captured[slot]
             if captured.kind != "shared" or not captured.shape or captured.shape[0] != self.batch:
                 continue
-            if self._was_used(slot):  # as what all rows share
+            if self._was_used(slot):  # as shared by all rows
                 continue
             captured.kind, captured.shape = "fixed", captured.shape[1:]
             full = (self.rows, *captured.shape)
-            view = self.lowering.rowed("fixed", slot, full, captured.dtype is torch.bool)
-            with _disable_current_modes():
-                meta = torch.empty(full, dtype=captured.dtype, device=META)
-            self.metas[slot] = meta
-            self.foreign.add(meta.untyped_storage()._cdata)
-            self.views[id(meta)] = (view, meta)
+            view = self.lowering.input("fixed", slot, full, True, captured.dtype is torch.bool)
+            self.metas[slot] = self._meta(view, full, contiguous_strides(full), captured.dtype)
             changed = True
         return changed
 
@@ -238,7 +230,7 @@ class _First(Session):
         except (Unknown, Untraceable):
             raise
         except Exception:
-            # Perhaps a tensor that it closes over has the rows as its first axis.
+            # The first axis of a captured tensor may be the rows.
             if self.batch is None or not self._per_row(self._slots_of(call.key)):
                 raise
             outputs = on_meta(self, func, args, kwargs)
@@ -267,10 +259,7 @@ class _First(Session):
                 self.owners.setdefault(value.untyped_storage()._cdata, []).append(id(value))
             return self._traced(value, view)
         if isinstance(value, (list, tuple)):
-            parts = [self._wrapped(v, stopped) for v in value]
-            if type(value) in (list, tuple):
-                return type(value)(parts)
-            return type(value)(parts)  # torch.return_types
+            return type(value)([self._wrapped(v, stopped) for v in value])
         return value
 
     def lowered(self, value: Any) -> Any:
@@ -286,18 +275,18 @@ class _First(Session):
         return value
 
     def may_change(self, tensor: Tensor) -> bool:
-        """Whether it is the step's own; what shares its memory is not to be read any more."""
+        """Whether the step may change it in place; invalidates tensors that share its memory."""
         memory = tensor.untyped_storage()._cdata
         if memory in self.foreign or memory not in self.owners:
             return False
         places = _places(tensor)
-        for number in self.owners[memory]:
-            if number != id(tensor) and np.isin(_places(self.views[number][1]), places).any():
-                self.changed.add(number)
+        for other in self.owners[memory]:
+            if other != id(tensor) and np.isin(_places(self.views[other][1]), places).any():
+                self.changed.add(other)
         return True
 
     def note(self, outputs: Any, views: Any, name: str, in_place: bool = False) -> None:
-        """The results of an ATen operation."""
+        """Stores the views of the results of an ATen operation."""
         if isinstance(outputs, Tensor):
             outputs, views = [outputs], [views]
         for tensor, view in zip(outputs, views, strict=True):
@@ -307,7 +296,7 @@ class _First(Session):
                 raise Unknown(f"{name} gives {tensor.dtype} where the step is of {self.dtype}")
             if tuple(tensor.shape) != view.index.shape:
                 raise Unknown(f"{name} gives shape {tuple(tensor.shape)}")
-            if tensor.dtype is torch.bool and not view.is_bool:  # as of x.bool(), or True + True
+            if tensor.dtype is torch.bool and not view.is_bool:  # such as x.bool(), or True + True
                 view = self.lowering.pointwise("ne", view, 0, is_bool=True)
             elif view.is_bool and tensor.dtype is not torch.bool:
                 view = View(view.value, view.index, view.rows)
@@ -336,20 +325,20 @@ class _First(Session):
                 recording.alike_y |= {i}
         recording.structure = (self._key(list(nexts)), self._key(list(ys)))
         recording.nodes = graph.nodes
-        recording.parameters_alone = all(c.is_parameter for c in recording.captured)
+        recording.only_parameters = all(c.is_parameter for c in recording.captured)
         recording.graph = compacted(graph, low.takes, recording)
 
     def _output(self, value: Any, name: str, leaf: Leaf | None) -> Arg:
         if not isinstance(value, Tensor):
-            raise Untraceable(f"{name}, which is no tensor")
+            raise Untraceable(f"{name}, which is not a tensor")
         if value.dtype is not self.dtype and value.dtype is not torch.bool:
             raise Untraceable(f"{name} of {value.dtype} where the step is of {self.dtype}")
         view = self._in_rows(value)
         low = self.lowering
         if leaf is not None:
-            full = (self.rows, *leaf[0]) if leaf[2] else leaf[0]
-            fits = tuple(value.shape) == tuple(full) and value.dtype is leaf[1]
-            if not fits or leaf[2] is not (view.rows and self.batch is not None):
+            full = (self.rows, *leaf.shape) if leaf.rowed else leaf.shape
+            fits = tuple(value.shape) == tuple(full) and value.dtype is leaf.dtype
+            if not fits or leaf.rowed is not (view.rows and self.batch is not None):
                 raise Untraceable(f"{name}, which has another shape or dtype after the step")
         columns, places, rows = low._by_rows([view.index], [view])
         width = columns[0].size
@@ -362,7 +351,7 @@ class _First(Session):
         return low._vector(view, columns[0])
 
     def _in_rows(self, value: Tensor) -> View:
-        """The view of a result; what is alike for each row, as made of weights alone, has rows."""
+        """The view of a result; equal rows, such as those computed from weights, become rows."""
         if type(value) is not Traced:
             self._slot(value)
         view = self.views[id(plain(self, value))][0]
@@ -376,18 +365,13 @@ class _First(Session):
 
 
 def _places(tensor: Tensor) -> Any:
-    """Where its elements lie in its memory."""
-    places = np.full((), tensor.storage_offset())
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        places = places[..., None] + np.arange(size) * stride
-    return places
+    return addresses(tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
 
 def compacted(graph: Graph, takes: Sequence[Any], recording: Recording) -> Graph:
-    """What is used of a program, its shared and fixed inputs numbered without gaps."""
+    """The used part of a program, with consecutive numbers of shared and fixed inputs."""
     out = Graph()
     renamed: dict[int, int] = {}
-    shared: list[tuple[int, Sequence[int] | None]] = []
     kept = {
         k
         for k, a in graph.nexts.items()
@@ -405,8 +389,9 @@ def compacted(graph: Graph, takes: Sequence[Any], recording: Recording) -> Graph
         elif op == "shared":
             assert isinstance(info, int)
             slot, elements = (info, None) if info >= 0 else takes[-1 - info]
-            shared.append((slot, elements))
-            info = len(shared) - 1
+            taken = None if elements is None else _logical(elements, recording.captured[slot])
+            recording.shared.append((slot, taken))
+            info = len(recording.shared) - 1
         elif op == "fixed" or (op == "carry" and info in kept):
             recording.fixed.append(("captured" if op == "fixed" else "carry", info))  # type: ignore[arg-type]
             op, info = "fixed", len(recording.fixed) - 1
@@ -415,30 +400,22 @@ def compacted(graph: Graph, takes: Sequence[Any], recording: Recording) -> Graph
     out.ys = {i: a._replace(value=renamed[a.value]) for i, a in graph.ys.items()}
     out.widths = dict(graph.widths)
     recording.kept = frozenset(kept)
-    for slot, elements in shared:
-        taken = None
-        if elements is not None:
-            captured = recording.captured[slot]
-            shape = (1, *captured.shape[1:]) if captured.kind == "alike" else captured.shape
-            taken = _logical(elements, shape, captured)
-        recording.shared.append((slot, taken))
     return out
 
 
-def _logical(addresses: Sequence[int], shape: tuple[int, ...], captured: Captured) -> Tensor:
-    """Elements named by address, as positions in the tensor's own order."""
+def _logical(elements: Sequence[int], captured: Captured) -> Tensor:
+    """Positions in memory as positions in the order of the tensor's axes."""
+    shape = (1, *captured.shape[1:]) if captured.kind == "alike" else captured.shape
     strides = contiguous_strides(shape)
     if captured.kind == "shared" and is_dense(shape, captured.strides):
         strides = captured.strides
-    places = np.zeros(shape, np.int64)
-    for axis, (size, stride) in enumerate(zip(shape, strides, strict=True)):
-        places += (np.arange(size) * stride).reshape((-1,) + (1,) * (len(shape) - axis - 1))
+    places = addresses(shape, strides).reshape(-1)
     order = np.empty(places.size, np.int64)
-    order[places.reshape(-1)] = np.arange(places.size)
-    return torch.from_numpy(order[np.asarray(addresses, np.int64)])
+    order[places] = np.arange(places.size)
+    return torch.from_numpy(order[np.asarray(elements, np.int64)])
 
 
-# The rows of the stand-ins: two runs, so that nothing of them can go into a program unseen.
+# Numbers of rows of the stand-ins. Two runs must give one program, or it depends on the number.
 _ROWS = (13, 17, 19, 23, 29, 31, 37, 41)
 
 
@@ -449,9 +426,8 @@ def record(
     batch: int | None,
     dtype: torch.dtype,
 ) -> tuple[Recording, list[Tensor]]:
-    """Runs ``step`` over flat lists of leaves on stand-ins; gives its recording, and the tensors
-    that it closes over."""
-    sizes = {s for leaf in (*carry, *xs) for s in leaf[0]}
+    """The recording of a step over flat lists of leaves, and the tensors that it closes over."""
+    sizes = {s for leaf in (*carry, *xs) for s in leaf.shape}
     if type(batch) is int:
         sizes.add(batch)
     while True:
@@ -460,7 +436,7 @@ def record(
         (first, tensors), (second, others) = runs[0], runs[-1]
         if first.graph is None or _text(first) == _text(second):
             break
-        # Weights may have as many rows as the stand-ins.
+        # A weight may have as many rows as the stand-ins: try other numbers.
         both = {s for t in tensors for s in t.shape} & {s for t in others for s in t.shape}
         if both & set(rows) and len({*_ROWS} - sizes - both) >= 2:
             sizes |= both
@@ -488,7 +464,7 @@ def _record(
 ) -> tuple[Recording, list[Tensor]]:
     session = _First(rows, batch, dtype)
     recording = session.recording
-    chance = Chance(everything=True)
+    generators = Generators(every=True)
     try:
         with normal_mode(), session:
             given_carry = [session.stand_in("carry", i, leaf) for i, leaf in enumerate(carry)]
@@ -500,10 +476,10 @@ def _record(
                 session.finish(nexts, ys, carry)
     except (Untraceable, Unknown) as error:
         session.failed(error)
-    except Exception as error:  # whatever the step raises, the loop raises it again
+    except Exception as error:  # the loop will raise it again
         session.failed(Untraceable(f"it: {type(error).__name__}: {error}"))
     finally:
-        if chance.put_back():
+        if generators.restore():
             session.failed(Untraceable("random numbers inside the step"))
     if session.failure is not None:
         recording.graph, recording.reason = None, str(session.failure)
