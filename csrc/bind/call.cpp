@@ -194,6 +194,7 @@ Parameters Call::parameters(const List& list, std::int64_t group) {
 
 void Call::set_weights(py::handle weights) {
   const List list(weights, "weights");
+  held_weights_ = list.items();
   const CellOptions& maths = problem_.options.maths;
   const std::int64_t groups = L_ * D_, least = problem_.options.proj_size > 0 ? 3 : 2;
   per_group_ = list.size() / groups;

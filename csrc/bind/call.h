@@ -177,7 +177,8 @@ class Call {
   std::vector<std::int64_t> row_counts_;  // lengths or batch_sizes, never both
   std::vector<Parameters> parameters_, d_parameters_;
   std::optional<Array> input_;
-  py::object held_;  // keeps the arrays alive
+  py::object held_;          // keeps the arrays alive
+  py::object held_weights_;  // as they were: a list may change while the engine runs
   std::vector<Array> weights_;
   std::shared_ptr<const Memory> packed_;
   Owners owners_;
