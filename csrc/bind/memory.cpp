@@ -13,8 +13,8 @@ namespace {
 
 constexpr std::align_val_t kAlignment{64};
 
-// Asks for large pages where the memory holds some: a step that reads megabytes of packed weights
-// spends a tenth of its time on misses of the TLB with 4 KiB pages. A refusal is harmless.
+}  // namespace
+
 void ask_for_large_pages(void* data, std::size_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr std::uintptr_t kPage = std::uintptr_t{2} << 20;
@@ -26,8 +26,6 @@ void ask_for_large_pages(void* data, std::size_t bytes) {
   (void)bytes;
 #endif
 }
-
-}  // namespace
 
 void* new_aligned(std::size_t bytes) {
   void* data = ::operator new(bytes, kAlignment, std::nothrow);

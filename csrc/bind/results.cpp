@@ -36,6 +36,7 @@ Call::Made Call::make(const Shape& shape, dlpack::DataType dtype, bool zeros) {
   made.data = static_cast<char*>(Array(made.object, {"output"}, none).data());
   made.bytes = dtype.bits / 8;
   for (const std::int64_t size : shape) made.bytes *= static_cast<std::size_t>(size);
+  if (on_host()) ask_for_large_pages(made.data, made.bytes * (members_ ? members_->count : 1));
   if (first_byte >= 0 && !zeros && on_host())
     std::memset(made.data, first_byte, made.bytes * (members_ ? members_->count : 1));
   return made;
