@@ -318,6 +318,7 @@ class CheckedRun {
         expect_units(a, width, 2);
         if (program_.written[i]) {
           a.expect_writable();
+          if (a.host()) ask_for_large_pages(a.data(), a.bytes());
           expect_rows_apart(a, width);
         }
         sequences_.back() = {a.data(), a.stride(0), a.stride(1), 1};

@@ -21,6 +21,7 @@
 #pragma once
 
 #include "forward_weights.h"
+#include "host.h"
 #include "share.h"
 
 namespace fastrnn::FASTRNN_ISA {
@@ -95,9 +96,12 @@ class Forward : Tiling<Cell, S> {
     const Index rows_mine =
         ceil_div(steps_.B, plan.row_threads) + (plan.row_threads > 1 ? rows : 0);
     const Index blocks_mine = ceil_div(blocks_, plan.column_threads);
-    constexpr Index kBytes = 256 * 1024;  // projected gates of a block of steps stay in the cache
     const Index row_bytes = blocks_mine * vectors * lanes * static_cast<Index>(sizeof(C));
-    p.pairs = most(least(kBytes / most(row_bytes, 1), 256), most(4 * rows, rows_mine));
+    // Projected gates of a block of steps stay in the core's own cache, unless the weights do not
+    // fit there anyway: then a longer block reads those of the input less often.
+    const Index weights = row_bytes * (layer_.I + layer_.O);
+    const Index bytes = weights <= static_cast<Index>(kInnerBytes) ? 256 * 1024 : 4 * 1024 * 1024;
+    p.pairs = most(least(bytes / most(row_bytes, 1), 256), most(4 * rows, rows_mine));
     p.x_gates = p.pairs * row_bytes;
     p.x_rows = copies_ ? round_up(p.pairs * layer_.I * static_cast<Index>(sizeof(E))) : 0;
     p.pointers = round_up(p.pairs * static_cast<Index>(sizeof(void*)));
