@@ -195,13 +195,18 @@ def cell_named(name: str) -> str | None:
 
 
 def load_suites() -> dict[str, list[Case]]:
-    """Every suite of the package's data file, by name.
+    """Every suite of the package's data file, by name. ``project`` there says where a size is from.
 
     >>> [case.label() for case in load_suites()["fastrnns"]]
     ['LSTM T100 B64 I512 H512']
     """
     text = (resources.files("fastrnn.bench") / "suites.json").read_text(encoding="utf-8")
-    return {name: [Case(**case) for case in cases] for name, cases in json.loads(text).items()}
+    suites: dict[str, list[dict[str, Any]]] = json.loads(text)
+    names = {field.name for field in fields(Case)}
+    return {
+        name: [Case(**{key: case[key] for key in names & case.keys()}) for case in cases]
+        for name, cases in suites.items()
+    }
 
 
 def select(
