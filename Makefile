@@ -52,7 +52,7 @@ demo: $(INSTALLED)  ## train a digit classifier with torch's layers and ours, th
 	$(BIN)/python examples/digits.py
 	$(BIN)/fastrnn bench --suite quick
 
-bench: $(INSTALLED)  ## time the layers of 22 projects against torch and ONNX Runtime
+bench: $(INSTALLED)  ## time the layers of 21 projects against torch and ONNX Runtime
 	mkdir -p build
 	$(BIN)/fastrnn bench --suite real --json build/bench.json
 
