@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import fastrnn
 from fastrnn import _C, _certificate, _engine, cli
 from fastrnn.bench import cases, explain
+from fastrnn.info import render
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,6 +83,22 @@ def test_info_says_in_which_state_certificates_are(
     first, second = fastrnn.info()["cuda"]["certificates"].values()
     assert "nvidia-h200-sm-9-0.json is ignored: it is damaged" in first
     assert second == "no certificate of this device; `fastrnn certify` makes one"
+
+
+@pytest.mark.parametrize(
+    ("devices", "error", "expected"),
+    [
+        ([], "no driver", "build 13.0, runtime 13.0: no GPU found (no driver)"),
+        ([DEVICE], None, "build 13.0, runtime 13.0, cuBLASLt 13: 1 GPU found"),
+    ],
+)
+def test_info_says_whether_a_gpu_is_found(
+    devices: list[Any], error: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = {"build": "13.0", "runtime": "13.0", "driver": None, "cublaslt": "cuBLASLt 13"}
+    known = {**build, "devices": devices, "error": error}
+    monkeypatch.setattr(_C, "cuda_info", lambda: known)
+    assert f"cuda build    {expected}\n" in render(fastrnn.info())
 
 
 def explained(*arguments: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:

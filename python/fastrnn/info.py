@@ -103,7 +103,7 @@ def render(known: dict[str, Any]) -> str:
         "cpu": f"{cpu['model']}, {cpu['cores']} cores",
         "isa": f"{cpu['isa']} of {', '.join(cpu['isas'] or [])} (FASTRNN_ISA chooses)",
         "threads": known["threads"],
-        "cuda build": _pairs(cuda["build"]) or "none",
+        "cuda build": _cuda_build(cuda["build"]),
         "cuda devices": ", ".join(cuda["devices"] or []) or "none",
         "certificates": _pairs(cuda["certificates"]) or "none: there is no CUDA device",
         "cpu tensors": known["routes"]["cpu"],
@@ -114,6 +114,18 @@ def render(known: dict[str, Any]) -> str:
     text.append("libraries     " + ("cannot be listed here" if libraries is None else "loaded:"))
     text += [f"  {name:<24} {path}" for name, path in sorted((libraries or {}).items())]
     return "\n".join(text)
+
+
+def _cuda_build(build: dict[str, Any] | None) -> str:
+    """The versions of a build with CUDA kernels, and the GPUs that it finds."""
+    if build is None:
+        return "none"
+    versions = [f"{name} {build[name]}" for name in ("build", "runtime", "driver") if build[name]]
+    devices = build["devices"]
+    if not devices:
+        return f"{', '.join(versions)}: no GPU found ({build['error']})"
+    library = [build["cublaslt"]] if build["cublaslt"] else []
+    return f"{', '.join([*versions, *library])}: {len(devices)} GPU{'s' * (len(devices) > 1)} found"
 
 
 def _guarded(probe: Callable[[], T]) -> T | None:
