@@ -480,15 +480,27 @@ def test_a_plot_is_a_picture(option: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny_suite")
-def test_a_picture_that_cannot_be_written_is_an_error_after_the_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("name", "given"), [("new.text", ".text"), ("new", "no ending")])
+def test_a_format_of_a_picture_that_is_not_known_is_an_error_before_the_run(
+    name: str, given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    options = ["bench", "--seconds", "0.01", "--pass", "inference", "--against", "torch"]
-    assert cli.main([*options, "--plot", str(tmp_path / "new.text")]) == 2
+    assert cli.main(["bench", "--seconds", "0.01", "--plot", str(tmp_path / name)]) == 2
     captured = capsys.readouterr()
-    assert "\nquick " in captured.out
-    assert "fastrnn: error: Format 'text' is not supported" in captured.err
+    assert captured.out == ""
+    assert "expected the name of a picture that ends in one of " in captured.err
+    assert " .png, " in captured.err
+    assert f"got {given}\n" in captured.err
+
+
+def test_the_report_warns_of_a_busy_machine() -> None:
+    document = records.document(runner.run(request(*TINY, passes=("inference",), peers=("torch",))))
+    for record in document["records"]:
+        record["p10_ms"], record["p90_ms"] = 1.0, 1.1
+    assert "Warning" not in report.render(document)
+    for record in document["records"][::2]:
+        record["p90_ms"] = 2.0
+    assert "in 3 of 6 measurements the 90th percentile is more" in report.render(document)
 
 
 def test_the_report_ends_with_geometric_means_by_suite() -> None:

@@ -220,6 +220,9 @@ def _bench(parsed: argparse.Namespace) -> int:
     for path in (parsed.json, parsed.plot, parsed.roofline):
         if path:
             _check_file(path)
+    for path in (parsed.plot, parsed.roofline):
+        if path:
+            _check_picture(path)
 
     from fastrnn.bench import compare, plot, records, report
     from fastrnn.bench.prepare import MissingPeerError
@@ -244,7 +247,7 @@ def _bench(parsed: argparse.Namespace) -> int:
             plot.plot(document, parsed.plot)
         if parsed.roofline and document["records"]:
             plot.roofline(document, parsed.roofline)
-    except (OSError, ValueError) as error:  # no permission to write; unknown picture format
+    except OSError as error:  # no permission to write
         raise CommandError(error) from error
     return INTERRUPTED if results.interrupted else 0
 
@@ -360,6 +363,18 @@ def _check_file(path: Path) -> None:
         raise CommandError(f"{path}: there is no folder {path.absolute().parent}")
     if path.is_dir():
         raise CommandError(f"{path}: expected the name of a file, got a folder")
+
+
+def _check_picture(path: Path) -> None:
+    """Raise an error if matplotlib does not write the format, before the work starts."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise CommandError(
+            f"{path}: expected the name of a picture that ends in one of "
+            f"{', '.join('.' + name for name in sorted(known))}, got {path.suffix or 'no ending'}"
+        )
 
 
 def _require(package: str, install: str) -> None:

@@ -18,6 +18,7 @@ Record = dict[str, Any]
 MEANINGS = """\
 ratio: the best peer's time divided by fastrnn's; above 1 fastrnn is faster
 peak, roof: fastrnn's share of the machine's peak, and of its limit for these products"""
+SPREAD = 1.5  # a machine is busy where times vary more between their 10th and 90th percentiles
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,26 @@ def render(document: dict[str, Any]) -> str:
     parts = ["\n".join(heading(document["header"]))]
     if document["records"]:
         parts.append(cases(document["records"]).text() + "\n" + MEANINGS)
+        parts += busy(document["records"])
         parts.append("Geometric means\n" + means(document["records"]).text())
     if document["not_run"]:
         parts.append("\n".join(["Not run", *(f"  {line}" for line in not_run(document))]))
     if not document["header"]["complete"]:
         parts.append("Interrupted: the report contains the cases measured before.")
     return "\n\n".join(parts)
+
+
+def busy(records: Sequence[Record]) -> list[str]:
+    """A warning where the times of a run vary so much that its ratios say little."""
+    spread = [r for r in records if r["p90_ms"] > SPREAD * r["p10_ms"]]
+    if len(spread) * 4 <= len(records):
+        return []
+    lines = (
+        f"Warning: in {len(spread)} of {len(records)} measurements the 90th percentile is more",
+        f"than {SPREAD} times the 10th: the machine is busy. Do not trust these ratios; run again",
+        "when nothing else runs, or give each case more time (--seconds).",
+    )
+    return ["\n".join(lines)]
 
 
 def milliseconds(value: float) -> str:
