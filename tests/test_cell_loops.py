@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint
 
 import fastrnn
+from fastrnn.calls import autograd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -90,6 +92,24 @@ def test_the_weights_have_one_node_after_the_first_step(name: str) -> None:
             if node is not None and type(node).__name__ == "_WeightsBackward"
         }
     assert len(seen) == 1
+
+
+@every_cell
+def test_steps_are_freed_on_the_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long loop multiplies after every few rows: here after two steps of four."""
+    monkeypatch.setattr(autograd._Steps, "_ROWS", 2 * ROWS)
+    compare(name, lambda cell, x: torch.autograd.grad(loop(cell, x), leaves(cell, x)))
+    waiting: list[int] = []
+    multiply = autograd._Steps._multiply
+
+    def counted(self: Any, now: Any) -> None:
+        waiting.append(len(now.steps))
+        multiply(self, now)
+
+    monkeypatch.setattr(autograd._Steps, "_multiply", counted)
+    _, ours = both(name)
+    loop(ours, inputs()).backward()
+    assert waiting == [2, 2]
 
 
 @every_cell
@@ -195,6 +215,19 @@ def test_a_stack_of_cells() -> None:
 
     x = inputs()
     close(work(below[1], above[1], x), work(below[0], above[0], x))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own reads it
+@every_cell
+def test_where_torch_compiles_backward(name: str) -> None:
+    def work(cell: torch.nn.Module, x: Tensor) -> list[Tensor | None]:
+        cell.zero_grad()
+        total = loop(cell, x.detach())
+        with compiled_autograd._enable(lambda graph: graph):
+            total.backward()
+        return [p.grad for p in cell.parameters()]
+
+    compare(name, work)
 
 
 @every_cell

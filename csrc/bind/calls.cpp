@@ -65,8 +65,8 @@ py::list backward(const CheckedOptions& options, Arg input, Arg h0, Arg c0, Arg 
                        device_of(device));
 }
 
-// Of a cell's steps, one row for each step and row: `saved` as backward(consume_saved=True) left
-// it.
+// The gradients of a cell's weights, from the rows of any number of its steps. `saved`: as
+// backward(consume_saved=True) left it.
 py::list parameter_gradients(const CheckedOptions& options, Arg input, Arg h0, Arg weights,
                              Arg saved, const py::tuple& needs, int threads) {
   Call call(options, threads, true);
@@ -131,7 +131,7 @@ class Usual {
           PyDict_GetItemWithError(parameters.ptr(), PyTuple_GET_ITEM(names.ptr(), i));
       if (weight == nullptr || !take_tensor(weight)) return false;
       weights[i] = py::handle(weight);
-      needs.push_back(requires_grad(weight));
+      needs.push_back(recording_ && requires_grad(weight));
     }
     h0 = c0 = py::handle(Py_None);
     if (hx.is_none()) return true;
@@ -146,7 +146,7 @@ class Usual {
 
   py::handle h0, c0;
   py::tuple weights;
-  std::vector<bool> needs;  // which weights have a gradient
+  std::vector<bool> needs;  // which weights have a gradient; none where nothing is recorded
 
  private:
   bool take_tensor(py::handle tensor) {

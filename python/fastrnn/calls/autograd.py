@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -97,7 +98,7 @@ class Recurrence(torch.autograd.Function):
             if loop is not None and taken:
                 loop.steps.add_gradients(found[_OTHERS:])
         if loop is not None:
-            found = (*found[:_OTHERS], None)
+            found = (*found[:_OTHERS], _token_gradient(input))
         return (None, None, None, None, None, *found)
 
 
@@ -113,16 +114,14 @@ def _by_engine(
     Arguments:
         arguments: input, h0, c0, weights, reset_h, reset_c, batch_sizes, lengths, reset and masks.
     """
-    input, h0, c0, weights, *_ = arguments
+    input = arguments[0]
     device = operators.device_of(arguments, own.options, True) if input.is_cuda else None
     try:
         if own.gradient_by_cells and not stepped:
-            given: Any = (
-                *(input, h0, c0, weights, None, None, None, *saved),
-                *(needs[:3] + needs[_OTHERS:], True, torch.get_num_threads(), own.cell, device),
+            given = (*arguments[:4], None, None, None)
+            return program_torch.cells_backward(
+                own.engine, given, saved, needs, True, own.cell, device
             )
-            d_input, d_h0, d_c0, *d_weights = _C.backward(own.engine, *given)
-            return d_input, d_h0, d_c0, None, None, *d_weights
         ordered = _as_operator(arguments)
         return program_torch.backward(own.options, ordered, saved, needs, True, own.cell, device)
     except TypeError:  # a gradient that vmap has wrapped, whose memory cannot be read
@@ -175,58 +174,85 @@ def _unusual(
 # give the gradient of all weights, and torch would add them up: for few rows, most of the work of
 # backward. So from the second step on the weights are one node of the graph, `_Weights`, which
 # torch runs after all steps: the steps leave what they read and the gradients of their gates in
-# `_Steps`, and the gradient of the weights is one product over all rows of all steps.
+# `_Steps`, and the gradient of the weights is one product over the rows of many steps.
+
+
+class _Pass:
+    """What one backward pass has left so far."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Any, ...]] = []  # input, h0, gates' gradients, two versions
+        self.rows = 0  # of all those steps
+        self.sums: list[Tensor | None] | None = None  # of earlier steps, by the engine
+        self.others: list[Sequence[Tensor | None]] = []  # gradients found otherwise
 
 
 class _Steps:
     """What the steps of a loop leave for the gradient of the weights, in each backward pass."""
 
+    # The rows of one product: enough for its speed, few enough that the steps are freed on the way.
+    _ROWS = 512
+
     def __init__(self, own: Prepared, weights: tuple[Tensor, ...], needs: tuple[bool, ...]) -> None:
         self.own, self.weights, self.needs = own, weights, needs
-        self._rows: dict[int, list[tuple[Any, ...]]] = {}  # by the number of the pass
-        self._gradients: dict[int, list[Sequence[Tensor | None]]] = {}
+        self._passes: dict[int, _Pass] = {}  # by the number of the pass
+
+    def _this_pass(self) -> _Pass:
+        number = torch._C._current_graph_task_id()
+        now = self._passes.get(number)
+        if now is None:
+            now = self._passes[number] = _Pass()
+        return now
 
     def add(self, input: Tensor, h0: Tensor, saved: Tensor) -> None:
         """A step: what it read, and the gradients of its gates."""
-        row = (input, h0, saved, input._version, h0._version)
-        self._rows.setdefault(torch._C._current_graph_task_id(), []).append(row)
+        now = self._this_pass()
+        now.steps.append((input, h0, saved, input._version, h0._version))
+        now.rows += len(input)
+        if now.rows >= self._ROWS:
+            self._multiply(now)
 
     def add_gradients(self, found: Sequence[Tensor | None]) -> None:
         """A step whose gradient of the weights is there already."""
-        self._gradients.setdefault(torch._C._current_graph_task_id(), []).append(found)
+        self._this_pass().others.append(found)
 
     def sum(self) -> tuple[Tensor | None, ...]:
         """The gradients of the weights in this pass."""
-        number = torch._C._current_graph_task_id()
-        rows = self._rows.pop(number, None)
-        found = self._gradients.pop(number, [])
-        if rows is not None:
-            found.append(self._of_rows(rows[::-1]))
-        total: list[Tensor | None] = [None] * len(self.weights)
-        for each in found:
+        now = self._passes.pop(torch._C._current_graph_task_id(), _Pass())
+        if now.steps:
+            self._multiply(now)
+        total = now.sums or [None] * len(self.weights)
+        for each in now.others:
             for i, d in enumerate(each):
                 before = total[i]
                 total[i] = d if before is None else before if d is None else before + d
         return tuple(total)
 
-    def _of_rows(self, rows: list[tuple[Any, ...]]) -> list[Tensor | None]:
-        for input, h0, _, *versions in rows:
+    def _multiply(self, now: _Pass) -> None:
+        """Add the product over the rows of the steps so far."""
+        for input, h0, _, *versions in now.steps:
             if versions != [input._version, h0._version]:
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an "
                     "inplace operation: the input or the state of a cell, after backward of its "
                     "step and before that of the weights; do not change it in a hook"
                 )
-        inputs, states, saved, *_ = zip(*rows, strict=True)
-        if len(rows) > 1:
+        inputs, states, saved, *_ = zip(*now.steps[::-1], strict=True)
+        now.steps, now.rows = [], 0
+        if len(inputs) > 1:
             joined = torch.cat(inputs), torch.cat(states), torch.cat(saved, 1)
         else:
             joined = inputs[0], states[0], saved[0]
         needs = (False, False, False, *self.needs)
         found: list[Tensor | None] = _C.parameter_gradients(
             self.own.engine, *joined[:2], self.weights, joined[2], needs, torch.get_num_threads()
-        )
-        return found[3:]
+        )[3:]
+        if now.sums is None:
+            now.sums = found
+        else:
+            for d, more in zip(now.sums, found, strict=True):
+                if d is not None and more is not None:
+                    d += more
 
 
 class _Weights(torch.autograd.Function):
@@ -241,6 +267,13 @@ class _Weights(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: None) -> tuple[Tensor | None, ...]:
         return None, *ctx.steps.sum()
+
+
+def _token_gradient(input: Tensor) -> Tensor | None:
+    """None; where torch compiles backward, which adds gradients without looking, an empty one."""
+    module: Any = sys.modules.get("torch._dynamo.compiled_autograd")
+    compiled = module is not None and module.in_compiled_autograd_region
+    return input.new_empty(0) if compiled else None
 
 
 class _Loop(NamedTuple):
