@@ -1,7 +1,7 @@
 // `_C.Call` and the functions around it: a call of the engine from Python.
 //
 //   Call(…).forward(…)   any call: checks the arguments, then runs
-//   backward(…)          its gradients
+//   backward(…)          its gradients; recorded_backward(…): those of a call that `layer` recorded
 //   …_members(…)         the same for an ensemble
 //   layer(…)             the whole usual call of a torch layer or cell: one call from Python
 //                        instead of many
@@ -192,10 +192,11 @@ py::object recorded(py::handle own, Call& call, py::handle input, const Usual& u
       }
     }
   }
-  const py::tuple results = as_tuple(call.forward(false, true, false, {}));
   const py::handle none(Py_None), states(Py_False);
-  for (const py::handle each : {own, py::handle(results), none, states, py::handle(loop), input,
-                                usual.h0, usual.c0, none, none})
+  // One argument: autograd looks at each that is no tensor, and at no item of a tuple.
+  const py::tuple recorded =
+      py::make_tuple(own, as_tuple(call.forward(false, true, false, {})), none, states, loop);
+  for (const py::handle each : {py::handle(recorded), input, usual.h0, usual.c0, none, none})
     arguments.push_back(each.ptr());
   if (loop.is_none())
     for (const py::handle weight : usual.weights) arguments.push_back(weight.ptr());
@@ -204,6 +205,49 @@ py::object recorded(py::handle own, Call& call, py::handle input, const Usual& u
   PyObject* outputs = PyObject_Vectorcall(function, arguments.data(), arguments.size(), nullptr);
   if (outputs == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(outputs);
+}
+
+// Entries of autograd's lists before the tensors of a call, and before its weights
+// (calls/autograd.py).
+constexpr std::size_t kBeforeTensors = 1, kBeforeWeights = kBeforeTensors + 5;
+
+// The gradients of a call that `recorded` recorded, in the order of `apply`'s arguments; None:
+// Python has to find them. In a loop, which has one argument in place of the weights, those of the
+// weights are not computed.
+//   tensors: hidden, cell, saved, input, h0, c0 and the weights
+py::object recorded_backward(const CheckedOptions& options, const py::tuple& tensors,
+                             const py::tuple& cotangents, const py::tuple& needs, bool loop,
+                             bool cell) {
+  if (grad_enabled() || !no_observer() || !no_transform()) return py::none();
+  for (const py::handle each : cotangents)
+    if (!each.is_none() && (!is_plain_tensor(each) || negation_pending(each))) return py::none();
+  const std::size_t count = tensors.size() - 6;
+  py::tuple weights(count), own(3 + count);
+  for (std::size_t i = 0; i < 3; ++i) own[i] = needs[kBeforeTensors + i];
+  for (std::size_t i = 0; i < count; ++i) {
+    weights[i] = tensors[6 + i];
+    own[3 + i] = loop ? py::object(py::bool_(false)) : py::object(needs[kBeforeWeights + i]);
+  }
+  const py::handle none(Py_None);
+  Call call(options, torch_threads(), cell);
+  call.set_inputs({tensors[3], tensors[4], tensors[5], weights, none, none, none, none});
+  if (!call.on_host()) return py::none();
+  py::list found;
+  try {
+    found = call.backward(
+        saved_results(tensors[0], tensors[1], tensors[2]),
+        {cotangents[0], cotangents[1], cotangents[2], cotangents[3], cotangents[4]}, own, true, {});
+  } catch (const py::type_error&) {  // a gradient that vmap has wrapped
+    return py::none();
+  } catch (const py::error_already_set& error) {
+    if (!error.matches(PyExc_TypeError)) throw;
+    return py::none();
+  }
+  py::tuple all(needs.size());
+  for (std::size_t i = 0; i < all.size(); ++i) all[i] = none;
+  for (std::size_t i = 0; i < 3; ++i) all[kBeforeTensors + i] = found[i];
+  for (std::size_t i = 0; i < count && !loop; ++i) all[kBeforeWeights + i] = found[3 + i];
+  return all;
 }
 
 // (output, hx_n, None) of a layer, hx_n of a cell, as tuples; None: Python has to handle the call.
@@ -266,6 +310,7 @@ void register_calls(py::module_& module) {
              arg("cell_state"), arg("saved"), arg("d_output"), arg("d_hidden"), arg("d_cell"),
              arg("d_h_n"), arg("d_c_n"), arg("needs"), arg("consume_saved") = false,
              arg("threads") = 0, arg("cell") = false, arg("device") = py::none());
+  module.def("recorded_backward", recorded_backward);
   module.def("parameter_gradients", parameter_gradients, arg("options"), arg("input"), arg("h0"),
              arg("weights"), arg("saved"), arg("needs"), arg("threads") = 0);
   module.def("forward_members", forward_members, arg("options"), arg("members"), arg("input"),

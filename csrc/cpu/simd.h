@@ -315,7 +315,10 @@ FASTRNN_INLINE void store_units(Vec<C> x, S* p, Index count) {
 // Rows that are not converted.
 template <class T>
 FASTRNN_INLINE void gather(T* to, const T* from, Index unit, Index count) {
-  for (Index u = 0; u < count; ++u) to[u] = from[u * unit];
+  if (unit == 1)
+    __builtin_memcpy(to, from, static_cast<std::size_t>(count) * sizeof(T));
+  else
+    for (Index u = 0; u < count; ++u) to[u] = from[u * unit];
 }
 template <class T>
 FASTRNN_INLINE void scatter(T* to, const T* from, Index count) {

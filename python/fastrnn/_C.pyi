@@ -164,6 +164,28 @@ def set_recording(apply: Callable[..., Any], node: type, continued: Callable[...
         continued: records a step of a cell whose state is the output of such a node.
     """
 
+def recorded_backward(
+    options: Options,
+    tensors: tuple[Any, ...],
+    cotangents: tuple[Any, ...],
+    needs: tuple[bool, ...],
+    loop: bool,
+    cell: bool,
+) -> tuple[Any, ...] | None:
+    """The gradients of a call that `layer` recorded, one for each of ``needs``.
+
+    None where the call is not a usual one: autograd records, something observes torch's operations,
+    or an array is not a plain tensor on the CPU.
+
+    Arguments:
+        tensors: hidden, cell, saved (which is overwritten), input, h0, c0 and the weights.
+        cotangents: the gradients d_output, d_hidden, d_cell, d_h_n, d_c_n, or None.
+        needs: which gradients: those of `torch.autograd.Function.apply`'s arguments
+            (calls/autograd.py).
+        loop: whether one argument stands for the weights, whose gradients are found later.
+        cell: whether the call is a step of a cell.
+    """
+
 def parameter_gradients(
     options: Options,
     input: _Array,

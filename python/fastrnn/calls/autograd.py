@@ -18,9 +18,21 @@ if TYPE_CHECKING:
 
     from .._engine import Prepared
 
-_BEFORE = 5  # arguments of `Recurrence.apply` before the tensors
+_BEFORE = 1  # arguments of `Recurrence.apply` before the tensors
 _OTHERS = 5  # tensors before the weights
 _NO_OTHERS = (None,) * 8  # reset_h, reset_c, batch_sizes, lengths, reset and three masks
+
+
+class _Recorded(NamedTuple):
+    """What `Recurrence` records, as one argument: autograd looks at each that is no tensor. A
+    plain tuple will do.
+    """
+
+    own: Prepared  # the stack or the cell
+    results: tuple[Any, ...]  # what ``_C.Call.forward`` gave, with what backward needs
+    steps: tuple[Tensor | None, ...] | None  # batch_sizes, lengths, reset and masks, if any
+    states: bool  # whether hidden and cell are wanted
+    loop: _Loop | None  # of a step of a cell, the loop that it is part of
 
 
 class Recurrence(torch.autograd.Function):
@@ -32,25 +44,15 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        own: Prepared,
-        results: tuple[Any, ...],
-        steps: tuple[Tensor | None, ...] | None,
-        states: bool,
-        loop: _Loop | None,
-        *tensors: Tensor | None,
+        ctx: Any, recorded: _Recorded, *tensors: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """Record a call.
 
         Arguments:
-            own: the stack or the cell.
-            results: what ``_C.Call.forward`` gave, with what backward needs.
-            steps: batch_sizes, lengths, reset and the masks of `Extras`; None: none of them.
-            states: whether hidden and cell are wanted.
-            loop: of a step of a cell, the loop that it is part of.
             tensors: input, h0, c0, reset_h, reset_c and the weights, which have gradients; in a
                 loop ``loop.token`` instead of the weights.
         """
+        own, results, steps, states, loop = recorded
         output, h_n, c_n, hidden, cell, saved = results
         ctx.own, ctx.stepped = own, steps is not None
         ctx.loop = ctx.next_loop = loop
@@ -66,40 +68,56 @@ class Recurrence(torch.autograd.Function):
         ctx: Any, d_output: Any, d_h_n: Any, d_c_n: Any, d_hidden: Any, d_cell: Any, _: None
     ) -> tuple[Tensor | None, ...]:
         cotangents = (d_output, d_hidden, d_cell, d_h_n, d_c_n)
-        needs = ctx.needs_input_grad[_BEFORE:]
+        needs = ctx.needs_input_grad
         if all(d is None for d in cotangents):
-            return (None,) * (_BEFORE + len(needs))
-        hidden, cell, saved, input, h0, c0, *weights = ctx.saved_tensors
-        others: Sequence[Tensor | None] = _NO_OTHERS
-        if ctx.stepped:
-            others, weights = weights[: len(_NO_OTHERS)], weights[len(_NO_OTHERS) :]
-        own, loop = ctx.own, ctx.loop
-        plain = not torch.is_grad_enabled() and forward_ad._current_level < 0
-        now = needs
-        if loop is not None:
-            # Whether this pass reaches the weights.
-            taken = torch._C._will_engine_execute_node(loop.token.grad_fn)
-            none = (False,) * len(weights)
-            now = needs[:_OTHERS] + none
-            needs = needs[:_OTHERS] + (loop.needs if taken else none)
-        found: Any = None
+            return (None,) * len(needs)
+        own, loop, tensors = ctx.own, ctx.loop, ctx.saved_tensors
+        # Whether this pass reaches the weights.
+        taken = loop is not None and torch._C._will_engine_execute_node(loop.token.grad_fn)
         # The gradients of the gates overwrite `saved`. A second backward (retain_graph=True) finds
         # it spent, and runs forward again.
-        spent = saved is not None and not ctx.__dict__.pop("fresh", False)
-        arguments = (input, h0, c0, weights, *others)
-        if plain and not spent and _C.bypass_is_unobservable(cotangents):
-            results = (hidden, cell, saved, *cotangents)
-            found = _by_engine(own, arguments, results, now, ctx.stepped)
-            if found is not None and loop is not None and taken:
-                loop.steps.add(input, h0, saved)
+        spent = tensors[2] is not None and not ctx.__dict__.pop("fresh", False)
+        found: tuple[Tensor | None, ...] | None = None
+        if own.gradient_by_cells and not spent and not ctx.stepped:
+            found = _C.recorded_backward(
+                own.engine, tensors, cotangents, needs, loop is not None, own.cell
+            )
+            if found is not None and taken:
+                loop.steps.add(tensors[3], tensors[4], tensors[2])
         if found is None:
-            kept = None if spent or hidden is None else (hidden, cell, saved)
-            found = _unusual(own, arguments, kept, cotangents, needs, plain)
-            if loop is not None and taken:
-                loop.steps.add_gradients(found[_OTHERS:])
-        if loop is not None:
-            found = (*found[:_OTHERS], _token_gradient(input))
-        return (None, None, None, None, None, *found)
+            found = _in_general(ctx, tensors, cotangents, spent, taken)
+        return found if loop is None else (*found[:-1], _token_gradient(tensors[3]))
+
+
+def _in_general(
+    ctx: Any,
+    tensors: tuple[Any, ...],
+    cotangents: tuple[Tensor | None, ...],
+    spent: bool,
+    taken: bool,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a call, or of a backward pass, that is not a usual one."""
+    needs = ctx.needs_input_grad[_BEFORE:]
+    own, loop = ctx.own, ctx.loop
+    hidden, cell, saved, input, h0, c0, *weights = tensors
+    others: Sequence[Tensor | None] = _NO_OTHERS
+    if ctx.stepped:
+        others, weights = weights[: len(_NO_OTHERS)], weights[len(_NO_OTHERS) :]
+    plain = not torch.is_grad_enabled() and forward_ad._current_level < 0
+    if loop is not None:
+        needs = needs[:_OTHERS] + (loop.needs if taken else (False,) * len(weights))
+    arguments = (input, h0, c0, weights, *others)
+    found: Any = None
+    if loop is None and plain and not spent and _C.bypass_is_unobservable(cotangents):
+        found = _by_engine(own, arguments, (hidden, cell, saved, *cotangents), needs, ctx.stepped)
+    if found is None:
+        kept = None if spent or hidden is None else (hidden, cell, saved)
+        found = _unusual(own, arguments, kept, cotangents, needs, plain)
+        if taken:
+            loop.steps.add_gradients(found[_OTHERS:])
+    if loop is not None:
+        found = (*found[:_OTHERS], None)
+    return (*(None,) * _BEFORE, *found)
 
 
 def _by_engine(
@@ -290,21 +308,20 @@ class _Loop(NamedTuple):
     needs: tuple[bool, ...]
 
 
-def _continued(node: Any, *arguments: Any) -> Any:
+def _continued(node: Any, recorded: tuple[Any, ...], *tensors: Any) -> Any:
     """`Recurrence.apply` of a step of a cell whose state is the output of ``node``: the second step
     of a loop, unless the cell or its weights are others.
     """
-    own, *others = arguments[:_BEFORE]
-    tensors = arguments[_BEFORE:]
+    own = recorded[0]
     weights = tensors[_OTHERS:]
     needs = tuple(w.requires_grad for w in weights)
     if node.own is own and own.shares_gradient and any(needs):
         steps = _Steps(own, weights, needs)
         token = _Weights.apply(steps, *weights)  # type: ignore[no-untyped-call]
         node.next_loop = _Loop(steps, own, token, weights, needs)
-        others[-1] = node.next_loop
+        recorded = (*recorded[:-1], node.next_loop)
         tensors = (*tensors[:_OTHERS], node.next_loop.token)
-    return Recurrence.apply(own, *others, *tensors)  # type: ignore[no-untyped-call]
+    return Recurrence.apply(recorded, *tensors)  # type: ignore[no-untyped-call]
 
 
 _C.set_recording(

@@ -257,9 +257,8 @@ def _engine_route(
         outputs = call.forward(return_states, save, False, device)
         if save:
             others = (*rows, *extras[2:])
-            outputs = Recurrence.apply(  # type: ignore[no-untyped-call]
-                prepared(options), outputs, others, return_states, None, *leaves
-            )
+            recorded = (prepared(options), outputs, others, return_states, None)
+            outputs = Recurrence.apply(recorded, *leaves)  # type: ignore[no-untyped-call]
     output, h_n, c_n, hidden, cell, _ = outputs
     if options.cell != "LSTM":
         c_n = cell = None
