@@ -22,7 +22,7 @@ INSTALLED := $(VENV)/.installed
 CTEST = $(BIN)/ctest --test-dir $(BUILD) --output-on-failure --parallel $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: help setup demo bench test test-cpp test-python test-cuda test-numpy test-torch lint typecheck \
-        format fuzz sanitize docs benchmark-docs wheel cuda gpu-check clean
+        format fuzz sanitize docs gallery benchmark-docs wheel cuda gpu-check clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,7 +79,7 @@ test-cuda: $(INSTALLED)  ## the CUDA kernels' tests on the CPU
 lint: $(INSTALLED) typecheck  ## ruff, clang-format and mypy; changes nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/clang-format --dry-run --Werror $(CPP) examples/*.cpp
 
 # What NumPy users get: the wheel, built in isolation, where torch was never installed. The Python
 # is PYTHON, for example `make test-numpy PYTHON=python3.14`.
@@ -112,7 +112,7 @@ typecheck: $(INSTALLED)  ## mypy --strict over the package and benchmarks/
 format: $(INSTALLED)  ## write Python and C++ in the house's format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/clang-format -i $(CPP) examples/*.cpp
 
 # $(call sanitized,DIRECTORY,SANITIZERS,TARGETS,TESTS): build C++ tests with sanitizers, and run TESTS.
 # Of the instruction sets the portable one and the one whose intrinsics every machine of the kind
@@ -139,6 +139,18 @@ sanitize: $(INSTALLED)  ## the C++ tests under ASan and UBSan, those of waiting 
 
 docs: $(INSTALLED)  ## the documentation site, in docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going docs docs/_build/html
+
+# Pictures are SVG, but for those of many letters or of images. It takes about six minutes.
+GALLERY := $(addprefix docs/gallery/,audio.svg cartpole.svg cells.svg characters.svg dates.svg digits.svg \
+           distributed.svg gradient_flow.svg private.svg streaming.svg strips.png sunspots.svg tagging.png)
+
+gallery: $(INSTALLED)  ## run the examples; their pictures and what they print go to docs/gallery
+	mkdir -p docs/gallery
+	for picture in $(GALLERY); do \
+	    name=$$(basename "$${picture%.*}"); \
+	    launcher=$$([ $$name != distributed ] || echo '-m torch.distributed.run --standalone --nproc-per-node 2'); \
+	    $(BIN)/python $$launcher examples/$$name.py --output $$picture > docs/gallery/$$name.txt; \
+	done
 
 benchmark-docs: $(INSTALLED)  ## the pages of docs/benchmarks, from benchmarks/results
 	$(BIN)/python benchmarks/pages.py

@@ -1,5 +1,7 @@
 """Write the site's pages of results: docs/benchmarks/, one page with two plots for each run.
 
+The newest run of the suite real on two threads also gives gain.svg, the picture of the first page.
+
     python benchmarks/pages.py           write the pages (make benchmark-docs)
     python benchmarks/pages.py --check   list the differences, exit with 1 if there are any
 
@@ -10,15 +12,23 @@ exist, because their bytes change with the version of matplotlib.
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import sys
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastrnn.bench import plot, records, report
+from fastrnn.bench.cases import Case
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ROOT / "docs" / "benchmarks"
+GAIN = PAGES / "gain.svg"
 
 
 def page(document: dict[str, Any], source: str) -> str:
@@ -46,6 +56,54 @@ def page(document: dict[str, Any], source: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _with_project(cases: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Each case of a suite without its project, and the project."""
+    for case in cases:
+        yield {key: value for key, value in case.items() if key != "project"}, case["project"]
+
+
+def gain(document: dict[str, Any], path: Path) -> None:
+    """How many times as fast as torch.nn each project's layers are: one row for each project."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    suites = json.loads((resources.files("fastrnn.bench") / "suites.json").read_text("utf-8"))
+    projects = {Case(**case).label(): project for case, project in _with_project(suites["real"])}
+    medians = {
+        (r["provider"], r["pass"], Case(**r["case"]).label()): r["median_ms"]
+        for r in document["records"]
+    }
+    rows = {
+        project: [medians["torch", p, at] / medians["fastrnn", p, at] for p in plot.COLOURS]
+        for at, project in projects.items()
+    }
+    names = sorted(rows, key=lambda name: math.prod(rows[name]))
+    places = range(len(names))
+    with rc_context({"svg.hashsalt": "fastrnn", "font.size": 11}):
+        figure = Figure(figsize=(7, 6.8), layout="constrained")
+        axes = figure.subplots()
+        axes.hlines(places, [min(rows[n]) for n in names], [max(rows[n]) for n in names], "0.75")
+        for k, (kind, colour) in enumerate(plot.COLOURS.items()):
+            axes.plot([rows[n][k] for n in names], places, "o", color=colour, label=kind)
+        axes.axvline(1.0, color="black", linewidth=1)
+        axes.set_xscale("log")
+        ticks = (1, 1.5, 2, 3, 5, 10, 15)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+        axes.set_yticks(places, names, fontsize=9)
+        axes.set_ylim(-0.8, len(names) - 0.2)
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("times as fast as torch.nn")
+        axes.legend(loc="lower right")
+        figure.savefig(path, metadata={"Date": None})
+
+
+def newest() -> Path:
+    """The results of the newest run of the suite real on two threads."""
+    return max(RESULTS.glob("*-2threads-real-*.json"), key=lambda path: path.stem[-10:])
+
+
 def expected() -> dict[Path, str]:
     """The text of every page, by its path."""
     return {
@@ -68,12 +126,13 @@ def write() -> None:
         document = records.load(source)
         for draw, path in zip((plot.roofline, plot.plot), pictures(source), strict=True):
             draw(document, path)
+    gain(records.load(newest()), GAIN)
 
 
 def stale() -> list[str]:
     """The changes that `write` would make, one line each."""
     pages = expected()
-    drawn = {path for source in RESULTS.glob("*.json") for path in pictures(source)}
+    drawn = {GAIN, *(path for source in RESULTS.glob("*.json") for path in pictures(source))}
     there = {*PAGES.glob("*.md"), *PAGES.glob("*.svg")}
     lines = [f"{path}: belongs to no file of results" for path in there - drawn - set(pages)]
     lines += [f"{path}: is missing" for path in (drawn | set(pages)) - there]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import fastrnn
-from common import arguments, save, verdict
+from common import WIDTH, arguments, save, verdict
 
 SEED, UNITS, BATCH, LOWEST_ACCURACY = 0, 96, 64, 0.95
 FIRST, DAYS = dt.date(1900, 1, 1), 73_000  # to the end of 2099
@@ -107,12 +107,17 @@ class Translator(nn.Module):
 
 
 def plot(text: str, date: str, attention: Tensor) -> Figure:
-    figure = Figure(figsize=(0.16 * len(text) + 1.5, 2.6), layout="constrained")
+    """The attention of each digit over the text: one row for each digit, one column a letter."""
+    figure = Figure(figsize=(WIDTH, 3.4))
     axes = figure.subplots()
-    axes.imshow(attention.numpy(), cmap="magma", aspect="auto")
+    image = axes.imshow(attention.numpy(), cmap="Blues", aspect="auto", vmin=0, vmax=1)
     axes.set_xticks(range(len(text)), text, family="monospace")
     axes.set_yticks(range(len(date)), date, family="monospace")
-    axes.set_title("attention of each digit")
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.set(title="where the model looks while it writes", xlabel="the text that it reads")
+    axes.set_ylabel("the date that it writes")
+    figure.colorbar(image, label="attention")
     return figure
 
 
@@ -141,7 +146,12 @@ def main() -> int:
         print(f"{text:<58} {written}")
     print(f"completely correct dates: {right:.1%} of {len(held_out)} held-out dates")
     save(plot(text, written, attention[0, :, : lengths[0]]), options.output)
-    return verdict(options.quick or right >= LOWEST_ACCURACY, f"below {LOWEST_ACCURACY:.0%}")
+    return verdict(
+        options.quick or right >= LOWEST_ACCURACY,
+        f"below {LOWEST_ACCURACY:.0%}",
+        "each row of the picture is one written digit; the dark cells are the letters that it "
+        "was read from: first the words of the year, then the month, then the day.",
+    )
 
 
 if __name__ == "__main__":

@@ -14,20 +14,17 @@ Exit code 1 if a gradient or a training run does not behave as described.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import fastrnn
-from common import save
+from common import Figure, arguments, panels, save, verdict
 
 SEED, BATCH, UNITS, STEPS = 0, 32, 64, 200
 CLIP = 1.0  # the largest norm of the gradient of all weights together
@@ -40,6 +37,12 @@ class Case(NamedTuple):
     clip: float | None
     flow: str  # the verdict before training
     stays: bool = True  # whether the weights stay below 100 in training
+
+
+LOOKS: list[dict[str, Any]] = [
+    {"color": "C0"}, {"color": "C1", "lw": 2},
+    {"color": "C3"}, {"color": "C2", "lw": 4, "alpha": 0.4}, {"color": "C4", "ls": "--"},
+]  # fmt: skip
 
 
 def made(cell: str, gain: float = 1.0, **options: Any) -> nn.Module:
@@ -105,32 +108,34 @@ class Run:
             self.losses.append(loss.item())
 
 
-def plot(runs: dict[str, Run], path: Path) -> None:
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    flow, learning, clipping = figure.subplots(1, 3)
-    for name, run in runs.items():
+def plot(runs: dict[str, Run]) -> Figure:
+    figure, flow, learning, clipping = panels(3, height=9.6)
+    for (name, run), look in zip(runs.items(), LOOKS, strict=True):
         if name.startswith("RNN, large"):
-            clipping.semilogy(run.largest, label=name)
+            clipping.semilogy(run.largest, label=name, **look)
         else:
             mean = torch.tensor(run.losses).unfold(0, min(25, len(run.losses)), 1).mean(-1)
-            learning.semilogy(mean, label=name)
-        if not name.endswith("clipped"):
-            flow.semilogy(run.curve, label=name)
+            learning.semilogy(mean, label=name, **look)
+        if not name.endswith("clipped"):  # clipping acts on the weights' gradient, after this one
+            flow.semilogy(run.curve, **look)
+            below = {"RNN": 16, "RNN, large weights, grad_clip": -16}.get(name, 6)  # in points
+            here = (STEPS // 10, run.curve[STEPS // 10])
+            flow.annotate(name, here, (0, below), textcoords="offset points", color=look["color"])
     learning.axhline(GUESS, color="grey", linestyle=":", label="a constant answer")
-    flow.set(title="norm of the state's gradient, untrained", xlabel="step")
-    learning.set(title="mean squared error", xlabel="update")
-    clipping.set(title="the largest weight, with SGD", xlabel="update")
-    for axes in (flow, learning, clipping):
-        axes.legend()
-    save(figure, path)
+    flow.set(title="norm of the state's gradient at each step, untrained", xlabel="step")
+    learning.set(title="mean squared error of the adding problem", xlabel="update")
+    clipping.set(title="the largest weight, trained with SGD", xlabel="update")
+    flow.set_yticks([10.0**power for power in range(-40, 21, 20)])
+    learning.legend()
+    clipping.legend()
+    return figure
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Show vanishing and exploding gradients.")
-    parser.add_argument("--updates", type=int, default=1000)
-    parser.add_argument("--quick", action="store_true", help="do not check that the LSTM learns")
-    parser.add_argument("--output", type=Path, default=Path("demo/gradient_flow.png"))
-    options = parser.parse_args()
+    options = arguments(
+        "Show vanishing and exploding gradients.", "gradient_flow.png",
+        "do not check that the LSTM learns", updates=1000,
+    )  # fmt: skip
     runs = {name: Run(case) for name, case in CASES.items()}
     failed = False
     for name, run in runs.items():
@@ -142,8 +147,14 @@ def main() -> int:
         failed |= not options.quick and (error < GUESS / 10) != (name == "LSTM")
         print(f"{name}: {run.verdict}; after training: error {error:.4f},", end=" ")
         print(f"largest weight {run.largest[-1]:.1e}\n{run.table}\n")
-    plot(runs, options.output)
-    return int(failed)
+    save(plot(runs), options.output)
+    return verdict(
+        not failed,
+        "a gradient or a training run does not behave as described",
+        "from the last step to the first, the RNN's gradient vanishes, with large weights it "
+        "explodes, and the LSTM's keeps its size: only the LSTM learns. Clipping, of the whole "
+        "gradient or at every step (grad_clip), saves the large weights from the first update.",
+    )
 
 
 if __name__ == "__main__":

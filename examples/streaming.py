@@ -11,21 +11,19 @@ Exit code 1 if an accuracy is too low, or too far below float32's.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import fastrnn
+from common import Figure, arguments, panels, progress, save, verdict
 
 SEED, BATCH, UNITS, ROWS = 0, 64, 256, 8
 LOWEST_ACCURACY = 0.95
@@ -56,14 +54,8 @@ def train(images: Tensor, labels: Tensor, epochs: int) -> tuple[fastrnn.LSTM, nn
             optimiser.step()
             total += loss.item() * len(batch)
         rate.step()
-        show_progress(epoch + 1, epochs, total / len(images))
+        progress("training", epoch + 1, epochs, total / len(images))
     return layer.eval(), head
-
-
-def show_progress(epoch: int, epochs: int, loss: float) -> None:
-    if sys.stderr.isatty() or epoch == epochs:
-        bar, end = "#" * (24 * epoch // epochs), "\n" if epoch == epochs else "\r"
-        print(f"training [{bar:<24}] {epoch}/{epochs}  loss {loss:.4f}", end=end, file=sys.stderr)
 
 
 def stream_images(stream: fastrnn.Stream, images: Tensor) -> Streamed:
@@ -77,28 +69,24 @@ def stream_images(stream: fastrnn.Stream, images: Tensor) -> Streamed:
     return Streamed(h, statistics.median(seconds) * 1e6)
 
 
-def plot(found: dict[str, Streamed], accuracies: dict[str, float], path: Path) -> None:
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    times, errors = figure.subplots(1, 2)
-    bars = times.bar(list(found), [one.microseconds for one in found.values()])
-    times.bar_label(bars, [f"{accuracies[name]:.1%} accuracy" for name in found])
-    times.set(title="Time of a step", ylabel="microseconds")
-    times.margins(y=0.15)
+def plot(found: dict[str, Streamed], accuracies: dict[str, float]) -> Figure:
+    figure, times, errors = panels(2, height=5.6, height_ratios=(2, 3))
+    times.grid(visible=False)
+    bars = times.barh(list(found), [one.microseconds for one in found.values()])
+    times.bar_label(bars, [f" {accuracies[name]:.1%} accuracy" for name in found])
+    times.set(title="time of a step", xlabel="microseconds")
+    times.invert_yaxis()
+    times.margins(x=0.25)
     for name in list(found)[1:]:
         apart = (found[name].h - found["float32"].h).abs().amax((0, 2))
         errors.plot(range(1, ROWS + 1), apart, "o-", label=name)
-    errors.set(title="Largest difference of h from float32", xlabel="rows read", yscale="log")
+    errors.set(title="largest difference of h from float32", xlabel="rows read", yscale="log")
     errors.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    return figure
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Stream digits in float32, bfloat16 and int8.")
-    parser.add_argument("--epochs", type=int, default=25)
-    parser.add_argument("--quick", action="store_true", help="do not check the accuracy")
-    parser.add_argument("--output", type=Path, default=Path("demo/streaming.png"))
-    options = parser.parse_args()
+    options = arguments("Stream digits in three dtypes.", "streaming.png", epochs=25)
     pixels, names = load_digits(return_X_y=True)
     split = train_test_split(pixels / 16, names, test_size=0.2, random_state=SEED, stratify=names)
     images, held_out = (torch.tensor(x, dtype=torch.float32).view(-1, ROWS, 8) for x in split[:2])
@@ -117,13 +105,17 @@ def main() -> int:
             accurate = accuracies[name] >= LOWEST_ACCURACY
             close = accuracies[name] >= accuracies["float32"] - LARGEST_LOSS
             failed |= not (options.quick or (accurate and close))
-            verdict = "ok" if options.quick or (accurate and close) else "too low"
+            finding = "ok" if options.quick or (accurate and close) else "too low"
             apart = (one.h - found["float32"].h).abs().max().item()
             figures = f"{accuracies[name]:8.1%} {apart:19.1e} {one.microseconds:20.2f}"
-            print(f"{name:<9} {figures}  {verdict}")
-    plot(found, accuracies, options.output)
-    print("picture:", options.output)
-    return int(failed)
+            print(f"{name:<9} {figures}  {finding}")
+    save(plot(found, accuracies), options.output)
+    return verdict(
+        not failed,
+        "an accuracy is too low: see the last column",
+        "int8 weights take a quarter of float32's bytes and less time; h moves by a few "
+        "hundredths, and the accuracy stays.",
+    )
 
 
 if __name__ == "__main__":

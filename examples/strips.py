@@ -22,7 +22,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import fastrnn
-from common import arguments, save, verdict
+from common import WIDTH, arguments, progress, save, verdict
 
 SEED, UNITS, LONGEST, LIMIT, LOWEST_ACCURACY = 0, 128, 6, 20, 0.8
 SIGNS = "+-"
@@ -86,13 +86,12 @@ def train(model: Calculator, strips: Strips, updates: int) -> list[float]:
         optimiser.step()
         rate.step()
         losses.append(loss.item())
-        if (update + 1) % 200 == 0:
-            print(f"update {update + 1}  loss {losses[-1]:.3f}", file=sys.stderr)
+        progress("update", update + 1, updates, losses[-1])
     return losses
 
 
 def plot(images: Tensor, signs: Tensor, lengths: Tensor, found: Tensor) -> Figure:
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 5.2))
     grid = figure.subplots(4, LONGEST)
     for row, axes in enumerate(grid):
         for t, ax in enumerate(axes):
@@ -100,8 +99,8 @@ def plot(images: Tensor, signs: Tensor, lengths: Tensor, found: Tensor) -> Figur
             if t < lengths[row]:
                 ax.imshow(images[t, row].numpy(), cmap="gray_r")
                 sign = SIGNS[int(signs[t, row])] if t else ""
-                ax.set_title(f"{sign}   = {int(found[t, row])}", fontsize=11)
-    figure.suptitle("signs, images, and the predicted running total")
+                ax.set_title(f"{sign}  → {int(found[t, row])}", fontsize=12)
+    figure.suptitle("the sign before each image → the running total after it")
     return figure
 
 
@@ -125,7 +124,12 @@ def main() -> int:
     accuracy = right[real_steps(lengths)].float().mean().item()
     print(f"all steps: {accuracy:.1%} correct, on strips of held-out images")
     save(plot(images, signs, lengths, found), options.output)
-    return verdict(options.quick or accuracy >= LOWEST_ACCURACY, f"below {LOWEST_ACCURACY:.0%}")
+    return verdict(
+        options.quick or accuracy >= LOWEST_ACCURACY,
+        f"below {LOWEST_ACCURACY:.0%}",
+        "each row of the picture is one strip; the total after an arrow is the previous total plus "
+        "or minus the digit below. One misread digit spoils the rest of its strip.",
+    )
 
 
 if __name__ == "__main__":

@@ -17,13 +17,12 @@ import sys
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from statsmodels.datasets import sunspots
 from statsmodels.tsa.ar_model import AutoReg
 from torch import Tensor, nn
 
 import fastrnn
-from common import arguments, save, verdict
+from common import Figure, arguments, panels, save, verdict
 
 WINDOW, HORIZON, CYCLE, ORDER = 44, 11, 11, 9  # years
 LAST_TRAINING_YEAR = 1930
@@ -81,16 +80,17 @@ def autoregression(training: np.ndarray, windows: np.ndarray) -> np.ndarray:
 
 
 def plot(years: np.ndarray, truth: np.ndarray, found: dict[str, np.ndarray], rmse: dict) -> Figure:
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
-    left.plot(years, truth[:, 4], "k", lw=1, label="observed")
+    figure, above, below = panels(2, height=6.4)
+    above.plot(years, truth[:, 4], "k", lw=2, label="observed")
     for name, forecast in found.items():
-        left.plot(years, forecast[:, 4], lw=1, label=name)
-        right.plot(range(1, HORIZON + 1), rmse[name], "o-", ms=3, label=name)
-    left.set(title="five years ahead", xlabel="year", ylabel="sunspots a year")
-    right.set(title="error on the years after training", xlabel="years ahead", ylabel="RMSE")
-    left.legend()
-    right.legend()
+        above.plot(years, forecast[:, 4], lw=1.2, label=name)
+        below.plot(range(1, HORIZON + 1), rmse[name], "o-", ms=4, label=name)
+    above.set(title="the number of sunspots, forecast five years ahead", xlabel="year")
+    above.set_ylim(0, 1.3 * truth.max())
+    below.set(title="error on the years after training", xlabel="years ahead")
+    below.set(ylabel="RMSE, sunspots a year", ylim=(0, None))
+    above.legend(ncols=4, loc="upper center")
+    below.legend()
     return figure
 
 
@@ -126,7 +126,12 @@ def main() -> int:
         chosen = "".join(f"{errors[h - 1]:7.1f}" for h in (1, 2, 3, 5, 8, 11))
         print(f"{name:<15}{chosen}{errors.mean():7.1f}")
     better = rmse["GRU"].mean() < rmse["seasonal-naive"].mean()
-    return verdict(options.quick or better, "worse than the seasonal-naive forecast")
+    return verdict(
+        options.quick or better,
+        "worse than the seasonal-naive forecast",
+        "one year ahead the GRU and the autoregression have half the error of repeating the last "
+        "cycle (seasonal-naive); over all eleven years the GRU's mean error is the lowest.",
+    )
 
 
 if __name__ == "__main__":

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import fastrnn
-from common import arguments, save, verdict
+from common import WIDTH, arguments, progress, save, verdict
 
 SEED, LONGEST, UNITS, LOWEST_ACCURACY = 0, 100, 64, 0.93
 TAGS = ("space", "name", "keyword", "number", "string", "comment", "operator")
 COLOURS = ("#cccccc", "#24292f", "#cf222e", "#0550ae", "#0a7d33", "#8b949e", "#8250df")
 PADDING = -1  # the tag of padding
+SHOWN = range(86, 106)  # the held-out lines of the picture
 HELD_OUT = ("textwrap.py", "queue.py", "heapq.py")
 TRAINING = ("argparse.py", "ast.py", "bisect.py", "calendar.py", "cmd.py", "codecs.py", "copy.py")
 TRAINING += ("csv.py", "dis.py", "enum.py", "fractions.py", "functools.py", "inspect.py")
@@ -94,29 +95,32 @@ def train(model: Tagger, pairs: list[tuple[str, Tensor]], epochs: int) -> None:
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
-        print(f"epoch {epoch + 1}/{epochs}  loss {loss.item():.3f}", file=sys.stderr)
+        progress("epoch", epoch + 1, epochs, loss.item())
 
 
 def plot(lines: list[str], found: Tensor) -> Figure:
-    figure = Figure(figsize=(10, 0.26 * len(lines) + 0.8))
+    figure = Figure(figsize=(WIDTH, 0.2 * len(lines) + 0.6))
     axes = figure.subplots()
-    axes.set(xlim=(0, 90), ylim=(len(lines) + 0.5, -1.5))
+    widest = max(map(len, lines))
+    axes.set(xlim=(0, widest), ylim=(len(lines) + 0.5, -1.5))
     axes.axis("off")
     for i, (tag, colour) in enumerate(zip(TAGS[1:], COLOURS[1:], strict=True)):
-        axes.text(14 * i, -1, tag, color=colour, weight="bold")
+        axes.text(widest * i / 6, -1, tag, color=colour, weight="bold", size=10)
+    size = min(72 * WIDTH / widest / 0.66, 11)  # a monospaced letter is 0.6 of its size wide
     for row, line in enumerate(lines):
         for column, character in enumerate(line):
             colour = COLOURS[int(found[row, column])]
-            axes.text(column, row + 0.5, character, color=colour, family="monospace", size=9)
+            axes.text(column, row + 0.5, character, color=colour, family="monospace", size=size)
     return figure
 
 
 def main() -> int:
-    options = arguments("Colour source code with a GRU.", "tagging.png", epochs=4)
+    quick = "a quarter of the lines; only check that the model beats the most frequent tag"
+    options = arguments("Colour source code with a GRU.", "tagging.png", quick, epochs=4)
     torch.manual_seed(SEED)
     training, held_out = load(TRAINING), load(HELD_OUT)
     if options.quick:
-        training, held_out = training[:256], held_out[:64]
+        training = training[::4]
     model = Tagger()
     train(model, training, options.epochs)
     characters, lengths, tags = batch_of(held_out)
@@ -124,16 +128,23 @@ def main() -> int:
         found = model(characters, lengths).argmax(-1)
     real = tags != PADDING
     accuracy = (found == tags)[real].float().mean().item()
-    most = torch.stack([(tags == tag).sum() for tag in range(len(TAGS))])
+    counts = [int((tags == tag).sum()) for tag in range(len(TAGS))]
+    most = max(range(len(TAGS)), key=counts.__getitem__)
+    baseline = counts[most] / sum(counts)
     print(f"{len(training)} lines for training, {len(held_out)} held-out lines of other files")
-    print(f"correct characters: {accuracy:.1%} (always {TAGS[int(most.argmax())]}: "
-          f"{most.max() / real.sum():.1%})")  # fmt: skip
-    for tag, name in enumerate(TAGS):
-        mine = real & (tags == tag)
-        print(f"  {name:<9}{(found == tags)[mine].float().mean().item():7.1%} of {mine.sum()}")
-    shown = range(40, min(66, len(held_out)))
-    save(plot([held_out[i][0] for i in shown], found[list(shown)]), options.output)
-    return verdict(options.quick or accuracy >= LOWEST_ACCURACY, f"below {LOWEST_ACCURACY:.0%}")
+    print(f"correct characters: {accuracy:.1%} (always {TAGS[most]}: {baseline:.1%})")
+    for tag, (name, count) in enumerate(zip(TAGS, counts, strict=True)):
+        right = int((found == tags)[tags == tag].sum())
+        share = f"{right / count:.1%}" if count else "-"
+        print(f"  {name:<9}{share:>7} of {count}")
+    save(plot([held_out[i][0] for i in SHOWN], found[list(SHOWN)]), options.output)
+    lowest = baseline if options.quick else LOWEST_ACCURACY
+    return verdict(
+        accuracy > lowest,
+        f"not above {lowest:.1%}",
+        "in the picture the model has coloured lines of a file that it has not read before. The "
+        "end of a comment or string is right even where its beginning is far to the left.",
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import functools
 import importlib
 import pkgutil
 import re
@@ -11,16 +12,19 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 pytest.importorskip("torch", reason="the examples show torch")
 
+import torch
+
 import fastrnn
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -57,8 +61,11 @@ def parameters(of: dict[Path, list[str]]) -> list[object]:
 
 PYTHON_PAGES = [page for page in PAGES if blocks(page, "python")]
 COMMANDS = {page: commands(page) for page in PAGES}
+LANGUAGES = ("python", "sh")  # what runs; other text is included from a file
+RUNNERS = ("python", "torchrun")
 MAKE = {page: [c for c in shown if c.startswith("make ")] for page, shown in COMMANDS.items()}
 OURS = {page: [c for c in shown if c.startswith("fastrnn ")] for page, shown in COMMANDS.items()}
+SCRIPTS = {page: [c for c in shown if c.split()[0] in RUNNERS] for page, shown in COMMANDS.items()}
 
 
 def module_names() -> list[str]:
@@ -109,6 +116,21 @@ def test_the_plan_that_a_page_shows_is_what_explain_prints(
     assert capsys.readouterr().out == shown
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_shows_only_blocks_that_run(page: Path) -> None:
+    """A block of another language, or none, would be shown but never tried."""
+    fences = re.findall(r"^ *```(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    shown = {fence for fence in fences[::2] if not fence.startswith("{")}
+    assert shown <= set(LANGUAGES)
+
+
+@pytest.mark.parametrize("command", parameters(SCRIPTS))
+def test_a_page_names_scripts_that_exist(command: str) -> None:
+    named = [word for word in shlex.split(command) if word.endswith(".py")]
+    assert named
+    assert all((ROOT / name).exists() for name in named)
+
+
 @pytest.mark.parametrize("command", parameters(MAKE))
 def test_a_page_names_make_targets_that_exist(command: str) -> None:
     targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -144,6 +166,90 @@ def test_a_docstring_example_runs(
 @pytest.mark.parametrize("name", sorted(set(fastrnn.__all__) - {"__version__"}))
 def test_a_public_name_is_documented(name: str) -> None:
     assert (getattr(fastrnn, name).__doc__ or "").strip()
+
+
+def attributes(of: object) -> set[str]:
+    """The public attributes that torch.nn.Module does not have, reverse and later layers aside."""
+    return {n for n in dir(of) if not n.startswith("_")} - set(dir(torch.nn.Module()))
+
+
+def public_attributes() -> dict[str, set[str]]:
+    every = {"layer_norm": True, "learn_initial_state": True}
+    peepholes: dict[str, Any] = {"peephole": True, **every}
+    objects: dict[str, object] = {
+        "RNN": fastrnn.RNN(3, 4, **every),
+        "LSTM": fastrnn.LSTM(3, 4, proj_size=2, **peepholes),
+        "GRU": fastrnn.GRU(3, 4, **every),
+        "RNNCell": fastrnn.RNNCell(3, 4),
+        "LSTMCell": fastrnn.LSTMCell(3, 4),
+        "GRUCell": fastrnn.GRUCell(3, 4),
+        "Recurrent": fastrnn.Recurrent(torch.nn.GRUCell(3, 4)),
+        "Stream": fastrnn.Stream(fastrnn.LSTM(3, 4)),
+        "Tensor": fastrnn.Tensor,
+        "gradient_flow": fastrnn.gradient_flow(fastrnn.LSTM(3, 4)),
+    }
+    return {"fastrnn": set(fastrnn.__all__), "functional": set(fastrnn.functional.__all__)} | {
+        name: attributes(of) for name, of in objects.items()
+    }
+
+
+@pytest.mark.parametrize(("of", "names"), public_attributes().items(), ids=public_attributes())
+def test_the_api_page_has_every_public_name(of: str, names: set[str]) -> None:
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    code = " ".join(re.findall(r"`([^`\n]+)`", text))
+    assert names - set(re.findall(r"\w+", code)) == set()
+
+
+def messages() -> list[object]:
+    """The messages that the page about errors quotes, but for those of Python and of torch."""
+    rows = re.findall(r"^\| `(.+?)` ?(\(.*?\))?[^|]*\| (.*?) \|", TROUBLES, re.MULTILINE)
+    return [message for message, _, means in rows if not re.match("Python|torch's own", means)]
+
+
+TROUBLES = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+TROUBLES = TROUBLES[: TROUBLES.index("## Not an error")]
+
+
+@functools.cache
+def texts_of_the_package() -> str:
+    """Every string of the package's Python, with … for what is formatted in, and its C++."""
+    found = []
+    for path in Path(fastrnn.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append(
+                    "".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "csrc").rglob("*.cpp")]
+    return "\n".join([*found, *sources])
+
+
+@pytest.mark.parametrize("message", messages())
+def test_a_message_that_the_page_quotes_is_one_of_the_package(message: str) -> None:
+    text = texts_of_the_package()
+    for part in message.split("…"):
+        assert part.strip(" :()") in text
+
+
+def test_the_gallery_shows_what_the_examples_make() -> None:
+    """`make gallery` writes these files: one small picture and what it printed for each."""
+    made = re.search(
+        r"^GALLERY := (.*?)\)$", (ROOT / "Makefile").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert made is not None
+    pictures = set(re.findall(r"\w+\.(?:svg|png)", made[1]))
+    names = {Path(picture).stem for picture in pictures}
+    there = {path.name for path in (DOCS / "gallery").iterdir()}
+    assert there == pictures | {f"{name}.txt" for name in names}
+    without = {"common", "inductor"}  # these make no picture
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} - without == names
+    for picture in pictures:
+        assert (DOCS / "gallery" / picture).stat().st_size < 150_000
+    for name in names:
+        assert (DOCS / "gallery" / f"{name}.txt").read_text().endswith("ok\n")
+        assert f"](gallery/{name}." in (DOCS / "gallery.md").read_text()
 
 
 def test_the_pages_of_results_are_what_the_results_give() -> None:

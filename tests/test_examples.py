@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -104,14 +106,14 @@ def test_distributed_trains_as_one_process_does(
 @pytest.mark.parametrize(
     ("name", "options", "needs", "says"),
     [
+        ("audio", ("--updates", "2"), (), "by the loudest tones alone"),
         ("cartpole", ("--updates", "1"), (), "times as fast as the loop"),
-        ("cells", ("--epochs", "1"), ("statsmodels",), "Both reach the same losses"),
+        ("cells", ("--epochs", "1"), ("statsmodels",), "both ways reach the same losses"),
         ("characters", ("--updates", "3"), (), "held-out perplexity"),
         ("dates", ("--updates", "2"), (), "completely correct dates"),
         ("private", ("--updates", "2"), ("sklearn",), "epsilon"),
         ("strips", ("--updates", "2"), ("sklearn",), "on strips of held-out images"),
         ("sunspots", ("--epochs", "1", "--networks", "1"), ("statsmodels",), "seasonal-naive"),
-        ("tagging", ("--epochs", "1"), (), "correct characters"),
     ],
 )
 def test_an_example_runs(
@@ -119,5 +121,33 @@ def test_an_example_runs(
 ) -> None:
     code, lines = example(name, *options, "--quick", needs=needs)
     assert code == 0, lines
-    assert any(says in line for line in lines)
+    assert says in " ".join(lines)
+    assert any(line.startswith("What to see: ") for line in lines)
     assert lines[-1] == "ok"
+
+
+def test_tagging_beats_the_most_frequent_tag_before_it_says_ok(example: Example) -> None:
+    """Also in a quick run, in which every tag occurs or is said to be absent."""
+    code, lines = example("tagging", "--epochs", "1", "--quick")
+    assert (code, lines[-1]) == (0, "ok")
+    found = next(line for line in lines if line.startswith("correct characters"))
+    accuracy, baseline = map(float, re.findall(r"([\d.]+)%", found))
+    assert accuracy > baseline
+    assert "nan" not in " ".join(lines)
+
+
+def test_a_cpp_process_runs_a_package_of_aotinductor(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"there is no C++ compiler {compiler}")
+    done = subprocess.run(
+        [sys.executable, "inductor.py", "--output", str(tmp_path)],
+        cwd=EXAMPLES,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("ok\n")

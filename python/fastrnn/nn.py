@@ -178,7 +178,7 @@ class RNN(RecurrentLayer):
             return_states: whether to return the states of every layer at every step too.
 
         Returns:
-            ``output, h_n``, with ``return_states`` ``output, h_n, states``. output: the last
+            ``output, h_n``, with ``return_states`` ``output, h_n, states``. The output is the last
             layer's states, in the layout of input, of size D·H. h_n: the final states, in the
             layout of hx. ``states.h``: (L, T, B, D·H), beside one sequence (L, T, D·H), beside a
             PackedSequence (L, N, D·H) where N counts the steps of all its sequences.
@@ -351,9 +351,9 @@ class LSTM(LSTMSurface, RecurrentLayer):
             return_states: whether to return the states of every layer at every step too.
 
         Returns:
-            ``output, (h_n, c_n)``, with ``return_states`` ``output, (h_n, c_n), states``. output:
-            the last layer's h_t, in the layout of input, of size D·O. h_n and c_n: the final
-            states, in the layout of hx. ``states.h`` and ``states.c``: (L, T, B, D·O) and
+            ``output, (h_n, c_n)``, with ``return_states`` ``output, (h_n, c_n), states``. The
+            output is the last layer's h_t, in the layout of input, of size D·O. h_n and c_n: the
+            final states, in the layout of hx. ``states.h`` and ``states.c``: (L, T, B, D·O) and
             (L, T, B, D·H), beside one sequence without B, beside a PackedSequence (L, N, ·)
             where N counts the steps of all its sequences.
 
@@ -519,7 +519,7 @@ class GRU(RecurrentLayer):
             return_states: whether to return the states of every layer at every step too.
 
         Returns:
-            ``output, h_n``, with ``return_states`` ``output, h_n, states``. output: the last
+            ``output, h_n``, with ``return_states`` ``output, h_n, states``. The output is the last
             layer's states, in the layout of input, of size D·H. h_n: the final states, in the
             layout of hx. ``states.h``: (L, T, B, D·H), beside one sequence (L, T, D·H), beside a
             PackedSequence (L, N, D·H) where N counts the steps of all its sequences.

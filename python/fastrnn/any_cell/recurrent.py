@@ -140,8 +140,8 @@ class Recurrent(Module):
             return_states: whether to also return the states of every layer at every step.
 
         Returns:
-            ``output, state_n``, with ``return_states`` ``output, state_n, states``. output: the
-            last layer's, in the layout of input, of size D·H. state_n: the final states, in the
+            ``output, state_n``, with ``return_states`` ``output, state_n, states``. The output is
+            the last layer's, in the layout of input, of size D·H. state_n: the final states, in the
             layout of state. states: the state of a cell with (L, T, B, D·) in place of (B, ·),
             for one sequence (L, T, D·), for a PackedSequence (L, N, D·), where N is the number of
             steps of all its sequences. If the states of the cells differ in structure, shape or
