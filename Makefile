@@ -160,7 +160,7 @@ benchmark-docs: $(INSTALLED)  ## the pages of docs/benchmarks, from benchmarks/r
 
 # From the source distribution, in pip's isolation. The engine is compiled once for all of PYTHONS.
 PYTHONS ?= $(BIN)/python
-wheel: $(INSTALLED)  ## the source distribution and a wheel for each of PYTHONS, repaired as cibuildwheel does, in dist
+wheel: $(INSTALLED)  ## in dist: the source distribution, and a repaired wheel for each of PYTHONS
 	rm -rf build/wheel
 	$(BIN)/python -m build --sdist --outdir build/wheel
 	mkdir build/wheel/source
@@ -174,8 +174,8 @@ wheel: $(INSTALLED)  ## the source distribution and a wheel for each of PYTHONS,
 	    else cp build/wheel/*.whl dist; fi
 	mv build/wheel/*.tar.gz dist
 
-wheel-check: $(INSTALLED)  ## the wheels in dist, in clean environments beside other packages: a table
-	$(BIN)/python tests/wheel/check.py dist
+wheel-check: $(INSTALLED)  ## the wheels in dist for PYTHONS, in clean environments beside other packages: a table
+	$(BIN)/python tests/wheel/check.py dist --interpreters $(PYTHONS)
 
 cuda: $(INSTALLED)  ## compile the CUDA sources, where there is a CUDA compiler
 	@command -v nvcc >/dev/null || { echo 'make cuda: no nvcc on PATH; install the CUDA toolkit'; exit 1; }

@@ -18,7 +18,8 @@ def candidates() -> list[str]:
     files = []
     for package, folder in FOLDERS.items():
         for location in _locations(package):
-            files += sorted(str(file) for file in (Path(location) / folder).glob("libgomp*.so*"))
+            found = (Path(location) / folder).glob("libgomp*.so*")
+            files += sorted(str(file.resolve()) for file in found)
     return files
 
 

@@ -73,7 +73,7 @@ def main(names: list[str]) -> None:
         known["results"].append(run_fastrnn())  # beside all that was imported
         fastrnn = importlib.import_module("fastrnn")
         engine = importlib.import_module("fastrnn._C")
-        known |= {"openmp": engine.openmp_file(), "version": fastrnn.__version__}
+        known |= {"openmp": os.path.realpath(engine.openmp_file()), "version": fastrnn.__version__}
         known["threads"] = engine.max_threads()
     known["runtimes"] = loaded_runtimes()
     known["tasks"] = len(os.listdir("/proc/self/task"))  # noqa: PTH208 - names alone
