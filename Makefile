@@ -18,18 +18,23 @@ BUILD := build/python
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 CPP := $(shell find csrc cuda benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-INSTALLED := $(VENV)/.installed
+# Of the package itself: the tests have targets of their own, CUDA is built with CUDA=ON alone.
+CUDA ?= OFF
+PACKAGE_CPP := $(filter-out csrc/tests/%,$(filter csrc/% $(if $(filter ON,$(CUDA)),cuda/%),$(CPP)))
+PACKAGE := $(VENV)/.package-cuda-$(CUDA)
+INSTALLED := $(PACKAGE) $(VENV)/.tools
 CTEST = $(BIN)/ctest --test-dir $(BUILD) --output-on-failure --parallel $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: help setup demo bench test test-cpp test-python test-cuda test-numpy test-torch lint typecheck \
-        format fuzz sanitize docs gallery benchmark-docs wheel cuda gpu-check clean
+        format fuzz sanitize docs gallery benchmark-docs wheel wheel-check cuda gpu-check clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # ---- set-up -----------------------------------------------------------------------------------
 # torch comes first and pinned, so that nothing after it pulls another. The package is installed
-# editable: a change of Python needs no rebuild, a change of C++ rebuilds what it touches.
+# editable: a change of Python needs no rebuild, a change of C++ rebuilds what it touches. The C++
+# tests and the CUDA sources are compiled by the targets that run them, in the same build folder.
 
 setup: $(INSTALLED)  ## .venv with torch, the tools and the package (the others do this themselves)
 
@@ -38,21 +43,29 @@ $(VENV)/.torch-$(TORCH_VERSION):
 	$(BIN)/python -m pip install --quiet torch==$(TORCH_VERSION) $(BUILD_TOOLS)
 	touch $@
 
-$(INSTALLED): $(VENV)/.torch-$(TORCH_VERSION) pyproject.toml CMakeLists.txt $(CPP)
+$(PACKAGE): $(VENV)/.torch-$(TORCH_VERSION) pyproject.toml CMakeLists.txt $(PACKAGE_CPP)
 	$(BIN)/python -m pip install --quiet --no-build-isolation \
 	    --config-settings=build-dir=$(BUILD) \
-	    --config-settings=cmake.define.FASTRNN_TESTS=ON \
+	    --config-settings=install.strip=false \
+	    --config-settings=cmake.define.FASTRNN_SYMBOLS=ON \
 	    --config-settings=cmake.define.FASTRNN_WERROR=ON \
-	    --editable '.[torch,bench,dev,docs]'
+	    --config-settings=cmake.define.FASTRNN_CUDA=$(CUDA) \
+	    --editable '.[torch,bench]'
+	rm -f $(VENV)/.package-*
+	touch $@
+
+# The package is installed already: pip adds what its extras name.
+$(VENV)/.tools: pyproject.toml | $(PACKAGE)
+	$(BIN)/python -m pip install --quiet 'fastrnn[dev]'
 	touch $@
 
 # ---- use --------------------------------------------------------------------------------------
 
-demo: $(INSTALLED)  ## train a digit classifier with torch's layers and ours, then time the layers
+demo: $(PACKAGE)  ## train a digit classifier with torch's layers and ours, then time the layers
 	$(BIN)/python examples/digits.py
 	$(BIN)/fastrnn bench --suite quick
 
-bench: $(INSTALLED)  ## time the layers of 21 projects against torch and ONNX Runtime
+bench: $(PACKAGE)  ## time the layers of 21 projects against torch and ONNX Runtime
 	mkdir -p build
 	$(BIN)/fastrnn bench --suite real --json build/bench.json
 
@@ -61,6 +74,7 @@ bench: $(INSTALLED)  ## time the layers of 21 projects against torch and ONNX Ru
 test: test-cpp test-python  ## the C++ tests, then the Python tests
 
 test-cpp: $(INSTALLED)  ## the C++ tests alone
+	$(BIN)/cmake -S . -B $(BUILD) -DFASTRNN_TESTS=ON >/dev/null
 	$(BIN)/cmake --build $(BUILD)
 	$(CTEST) --label-exclude '^cuda$$'
 
@@ -70,6 +84,7 @@ test-python: $(INSTALLED)  ## the Python tests alone
 # Their source as C++, and, where there is a CUDA compiler, their PTX on a virtual device. They need
 # no GPU and are no part of `make test`: to build them takes minutes.
 test-cuda: $(INSTALLED)  ## the CUDA kernels' tests on the CPU
+	$(BIN)/cmake -S . -B $(BUILD) -DFASTRNN_TESTS=ON -DFASTRNN_CUDA_TESTS=ON >/dev/null
 	$(BIN)/cmake --build $(BUILD) --target cuda_tests
 	$(CTEST) --label-regex '^cuda$$'
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m virtual_device $$(grep -l virtual_device tests/test_*.py)
@@ -155,9 +170,24 @@ gallery: $(INSTALLED)  ## run the examples; their pictures and what they print g
 benchmark-docs: $(INSTALLED)  ## the pages of docs/benchmarks, from benchmarks/results
 	$(BIN)/python benchmarks/pages.py
 
-wheel: $(INSTALLED)  ## a wheel of this machine's kind, in dist
-	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation \
-	    --config-settings=build-dir=$(BUILD) --wheel-dir dist .
+# From the source distribution, in pip's isolation. The engine is compiled once for all of PYTHONS.
+PYTHONS ?= $(BIN)/python
+wheel: $(INSTALLED)  ## in dist: the source distribution, and a repaired wheel for each of PYTHONS
+	rm -rf build/wheel
+	$(BIN)/python -m build --sdist --outdir build/wheel
+	mkdir build/wheel/source
+	tar -xf build/wheel/*.tar.gz -C build/wheel/source --strip-components=1
+	for python in $(PYTHONS); do \
+	    $$python -m pip wheel --quiet --no-deps --config-settings=build-dir=../build \
+	        --wheel-dir build/wheel build/wheel/source || exit 1; \
+	done
+	rm -rf dist && mkdir dist
+	if command -v auditwheel >/dev/null; then $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl; \
+	    else cp build/wheel/*.whl dist; fi
+	mv build/wheel/*.tar.gz dist
+
+wheel-check: $(INSTALLED)  ## the wheels in dist for PYTHONS, in clean environments beside other packages: a table
+	$(BIN)/python tests/wheel/check.py dist --interpreters $(PYTHONS)
 
 cuda: $(INSTALLED)  ## compile the CUDA sources, where there is a CUDA compiler
 	@command -v nvcc >/dev/null || { echo 'make cuda: no nvcc on PATH; install the CUDA toolkit'; exit 1; }

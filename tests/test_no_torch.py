@@ -144,8 +144,8 @@ def test_torch_is_named_where_it_is_needed() -> None:
             print(error)
     """)
     rest = (
-        "needs PyTorch, which is not installed: install torch, or fastrnn's extra 'torch'. Without "
-        "PyTorch there are fastrnn's functional, Stream, Tensor, from_dlpack, reference and info"
+        "needs PyTorch, which is not installed: pip install torch. Without PyTorch there are "
+        "fastrnn's functional, Stream, Tensor, from_dlpack, reference and info"
     )
     assert printed.splitlines() == [
         f"fastrnn.LSTM {rest}",

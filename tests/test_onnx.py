@@ -420,4 +420,4 @@ def test_without_onnxscript_the_error_says_what_to_install() -> None:
         check=False,
         timeout=120,
     )
-    assert done.stdout.strip() == "export to ONNX needs onnxscript: pip install 'fastrnn[onnx]'"
+    assert done.stdout.strip() == "export to ONNX needs onnxscript: pip install onnxscript"

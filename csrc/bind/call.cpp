@@ -7,12 +7,9 @@
 #include <string>
 #include <vector>
 
+#include "cpu/openmp.h"
 #include "dtype.h"
 #include "sequences.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace fastrnn::bind {
 namespace {
@@ -37,19 +34,11 @@ DType storage_of(const Array& input) {
 
 }  // namespace
 
-int max_threads() {
-#ifdef _OPENMP
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
-}
-
 int checked_threads(int threads) {
   if (threads < 0)
     throw py::value_error("threads: expected 0 (the default) or more, got " +
                           std::to_string(threads));
-  return threads > 0 ? threads : max_threads();
+  return threads > 0 ? threads : openmp::max_threads();
 }
 
 List::List(py::handle object, const char* argument)

@@ -23,9 +23,7 @@ namespace fastrnn::bind {
 
 namespace py = pybind11;
 
-// Threads of an OpenMP region in this thread; 1 without OpenMP.
-int max_threads();
-// The argument `threads` of a call: 0 stands for max_threads(). ValueError below 0.
+// The argument `threads` of a call: 0 stands for openmp::max_threads(). ValueError below 0.
 int checked_threads(int threads);
 
 // For tests: every byte of a new array in host memory is `byte`, so that elements that the engine

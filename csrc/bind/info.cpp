@@ -1,5 +1,5 @@
-// What this build is and what it found: `_C.isa`, `isas`, `max_threads`, `cuda_info`,
-// `cuda_kernels`; and the limits of the machine: `fma_peak`, `read_bandwidth`.
+// What this build is and what it found: `_C.isa`, `isas`, `max_threads`, `openmp_file`,
+// `cuda_info`, `cuda_kernels`; and the limits of the machine: `fma_peak`, `read_bandwidth`.
 #include <pybind11/stl.h>
 
 #include <cmath>
@@ -11,6 +11,7 @@
 #include "argument.h"
 #include "call.h"
 #include "cpu/isa.h"
+#include "cpu/openmp.h"
 #include "dtype.h"
 #include "gil.h"
 #include "options.h"
@@ -113,7 +114,10 @@ double bandwidth(std::int64_t bytes, int threads, double seconds) {
 void register_info(py::module_& module) {
   module.def("isa", cpu_isa);
   module.def("isas", cpu_isas);
-  module.def("max_threads", max_threads);
+  module.def("max_threads", openmp::max_threads);
+  module.def("openmp_file", openmp_file);
+  set_openmp_candidates(
+      py::module_::import("fastrnn._openmp").attr("candidates")().cast<std::vector<std::string>>());
   module.def("cuda_info", cuda);
   module.def("cuda_kernels", kernels, py::arg("options"), py::arg("dtype"), py::arg("T"),
              py::arg("B"), py::arg("input_size"), py::arg("hidden_size"), py::arg("backward"),

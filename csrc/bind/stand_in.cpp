@@ -35,9 +35,9 @@ struct RecordedCall {
 };
 
 // The calls of a recording, in their order.
-class Recording {
+class RecordedCalls {
  public:
-  explicit Recording(const py::list& recorded) {
+  explicit RecordedCalls(const py::list& recorded) {
     for (const py::handle call : recorded) {
       const py::object simple = call.attr("simple"), outputs = call.attr("outputs");
       RecordedCall made{call.attr("func"),
@@ -75,7 +75,7 @@ Python python;
 
 // The comparison that runs in this thread.
 struct Replay {
-  const Recording* calls;
+  const RecordedCalls* calls;
   PyObject* session;  // its part in Python
   std::size_t at = 0;
   std::vector<std::pair<PyObject*, long>> slots;  // of captured tensors, which the session holds
@@ -157,12 +157,12 @@ PyMethodDef torch_function_definition = {
     METH_FASTCALL, "What torch calls for each use of a stand-in."};
 
 // Runs `step`, comparing it with `calls`. Returns how many of them it made, and its results.
-py::tuple run_replay(const Recording& calls, py::handle session, const py::function& step,
+py::tuple run_replay(const RecordedCalls& calls, py::handle session, const py::function& step,
                      const py::args& arguments) {
   struct Scope {
     Replay mine;
     Replay* before;
-    explicit Scope(const Recording& calls, py::handle session)
+    explicit Scope(const RecordedCalls& calls, py::handle session)
         : mine{&calls, session.ptr(), 0, {}}, before(replay) {
       replay = &mine;
     }
@@ -176,8 +176,8 @@ py::tuple run_replay(const Recording& calls, py::handle session, const py::funct
 }  // namespace
 
 void register_stand_in(py::module_& module) {
-  py::class_<Recording>(module, "StandInCalls",
-                        "The calls of a recorded step, to be compared with.")
+  py::class_<RecordedCalls>(module, "StandInCalls",
+                            "The calls of a recorded step, to be compared with.")
       .def(py::init<const py::list&>(), py::arg("calls"))
       .def("replay", &run_replay, py::arg("session"), py::arg("step"),
            "(number of calls, results) of step(*arguments), each call compared.");

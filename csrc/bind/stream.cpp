@@ -8,6 +8,7 @@
 
 #include "backend.h"
 #include "call.h"
+#include "cpu/openmp.h"
 #include "dtype.h"
 #include "gil.h"
 #include "register.h"
@@ -255,7 +256,7 @@ void Stream::expect_idle() const {
 void Stream::set_threads() {
   long threads = 0;
   if (threads_.is_none()) {
-    threads = max_threads();
+    threads = openmp::max_threads();
   } else {
     const auto answer = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(threads_.ptr()));
     threads = answer ? PyLong_AsLong(answer.ptr()) : -1;

@@ -39,6 +39,7 @@ class Backward : BackwardTiling<Cell, S> {
   using typename K::V;
   using Operand = FASTRNN_ISA::Operand<S>;
   using Columns = FASTRNN_ISA::Columns<C>;
+  static constexpr CellShape shape_ = CellShape::of<Cell>();
 
  public:
   Backward(const Layer& layer, void* base)
@@ -49,7 +50,7 @@ class Backward : BackwardTiling<Cell, S> {
         saved_width_(saved_width<Cell>(layer)),
         blocks_(ceil_div(layer.H, block_units)),
         weights_(layer),
-        weight_gradients_(layer) {
+        weight_gradients_(layer, shape_) {
     Arena arena(base);
     const Index B = steps_.B, D = layer.directions, N = steps_.pairs;
     // Sums that the parts of a layer continue come first: their address must not depend on the size
@@ -94,13 +95,11 @@ class Backward : BackwardTiling<Cell, S> {
           [](const Plan&, int) {});
       all.wait(threads, Barrier::Wait::part);
       if (wants_input(layer_))
-        InputGradient<Cell, S>(layer_, weights_, gradients_).run(thread, threads);
+        InputGradient<S>(layer_, shape_, gradients_).run(weights_, thread, threads);
     }
     for (Index d = 0; d < layer_.directions && layer_.d_parameters; ++d) {
       if (d > 0) all.wait(threads, Barrier::Wait::part);  // both directions use one scratch
-      weight_gradients_.run(
-          d, gradients_, [&](Index t, Index i) { return previous_hidden(d, t, i); }, thread,
-          threads);
+      weight_gradients_.run(d, gradients_, previous_hidden(d), thread, threads);
     }
   }
 
@@ -276,12 +275,8 @@ class Backward : BackwardTiling<Cell, S> {
     return {at<const S>(layer_.d_output, steps_, p.t, i) + p.d * layer_.O, 1, nullptr};
   }
 
-  // h before a pair's step.
-  FASTRNN_INLINE Operand previous_hidden(Index d, Index t, Index i) const {
-    const Walk walk{steps_, reverse(d)};
-    if (walk.starts_fresh(t, i)) return {nullptr, 1, nullptr};
-    if (walk.first(t, i)) return {nullptr, 1, group_[d].initial + i * Op_};
-    return {at<const S>(layer_.output, steps_, walk.previous(t), i) + d * layer_.O, 1, nullptr};
+  FASTRNN_INLINE PreviousHidden<S> previous_hidden(Index d) const {
+    return {layer_, d, Walk{steps_, reverse(d)}, group_[d].initial};
   }
 
   // Block b of outputs, up to `limit`, for the thread's n rows: sum(acc, j) adds the products of
@@ -390,7 +385,7 @@ class Backward : BackwardTiling<Cell, S> {
     const Index n = steps_.offset[p.t] + i, left = layer_.H;
     const bool last = p.walk.last(p.t, i), fresh = p.walk.starts_fresh(p.t, i);
     const Operand dy = adds ? output_gradient(p, i) : Operand{};
-    const Operand h = Cell::carries ? previous_hidden(p.d, p.t, i) : Operand{};
+    const Operand h = Cell::carries ? previous_hidden(p.d)(p.t, i) : Operand{};
     const C* keep = saved_row(p, i);
     C* to = gradients_.row(p.d, n);
     const C *c_before = nullptr, *c = nullptr;
@@ -451,7 +446,7 @@ class Backward : BackwardTiling<Cell, S> {
   FASTRNN_NOINLINE void finish_operand(const Position& p, Index i, Index unit, const V* d_operands,
                                        Index count) {
     if constexpr (K::two_products) {
-      const Operand h = previous_hidden(p.d, p.t, i);
+      const Operand h = previous_hidden(p.d)(p.t, i);
       const C* keep = saved_row(p, i);
       C* to = gradients_.row(p.d, steps_.offset[p.t] + i) + Cell::hidden_gradient[0] * Hp_;
       C* carried = group_[p.d].carried + i * Op_;
@@ -526,7 +521,7 @@ class Backward : BackwardTiling<Cell, S> {
   const Index Hp_, Op_, saved_width_;
   const Index blocks_;  // of hidden units
   BackwardWeights<Cell, S> weights_;
-  WeightGradients<Cell, S> weight_gradients_;
+  WeightGradients<S> weight_gradients_;
   GateGradients<C> gradients_;
   Group group_[2] = {};
   C *zeros_ = nullptr, *d_out_ = nullptr;

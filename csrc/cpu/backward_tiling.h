@@ -7,16 +7,41 @@
 namespace fastrnn::FASTRNN_ISA {
 
 // Backward's products have blocks of `wide` vectors of columns, whatever the number of gates.
-template <class Cell, class S>
-struct BackwardTiling : Tiling<Cell, S> {
-  using K = Tiling<Cell, S>;
-  static constexpr int rows = K::wide_rows;
-  static constexpr int block_units = K::wide * K::lanes;
-  static_assert(Cell::gradients <= Cell::saved, "the gradients overwrite the saved values");
+template <class S>
+struct ColumnTiling {
+  using C = typename ComputeOf<S>::type;
+  using V = Vec<C>;
+  static constexpr int lanes = V::lanes;
+  static constexpr int wide = kWide;
+  static constexpr int rows = rows_per_block(wide);
+  static constexpr int block_units = wide * lanes;
 
   // Whether the last block of columns fills at most half of its vectors.
   static bool half_block(Index columns, Index b) {
     return columns - b * block_units <= block_units / 2;
+  }
+};
+
+template <class Cell, class S>
+struct BackwardTiling : Tiling<Cell, S> {
+  static constexpr int rows = ColumnTiling<S>::rows;
+  static constexpr int block_units = ColumnTiling<S>::block_units;
+  static_assert(Cell::gradients <= Cell::saved, "the gradients overwrite the saved values");
+};
+
+// What the products after the recurrence need to know of a cell. They are compiled once for all
+// cells: their time is in loops over pairs and units, and compiling them takes long.
+struct CellShape {
+  int gates, first_gates, saved, gradients;
+  const int *input_gradient, *hidden_gradient;  // by gate: its plane
+  int operand;                                  // the saved plane that W_hn multiplies, if any
+
+  template <class Cell>
+  static constexpr CellShape of() {
+    CellShape shape{Cell::gates,          Cell::first_gates,     Cell::saved, Cell::gradients,
+                    Cell::input_gradient, Cell::hidden_gradient, -1};
+    if constexpr (Cell::first_gates != Cell::gates) shape.operand = Cell::operand;
+    return shape;
   }
 };
 
@@ -54,6 +79,22 @@ FASTRNN_INLINE Vec<typename ComputeOf<S>::type> operand_tile(const Operand<S>& r
     lane[u] = widen(row.storage[(column + u) * row.unit]);
   return V::load(lane);
 }
+
+// h before a step, in one direction.
+template <class S>
+struct PreviousHidden {
+  const Layer& layer;
+  Index d;
+  Walk walk;
+  const typename ComputeOf<S>::type* initial;  // [B][Op]
+
+  FASTRNN_INLINE Operand<S> operator()(Index t, Index i) const {
+    if (walk.starts_fresh(t, i)) return {nullptr, 1, nullptr};
+    if (walk.first(t, i)) return {nullptr, 1, initial + i * padded(layer.O)};
+    const Steps& steps = *layer.steps;
+    return {at<const S>(layer.output, steps, walk.previous(t), i) + d * layer.O, 1, nullptr};
+  }
+};
 
 // Whether the gradient of the layer's input is wanted.
 FASTRNN_INLINE bool wants_input(const Layer& layer) { return layer.d_below || layer.d_input.data; }

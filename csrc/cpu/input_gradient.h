@@ -11,26 +11,27 @@
 
 namespace fastrnn::FASTRNN_ISA {
 
-template <class Cell, class S>
-class InputGradient : BackwardTiling<Cell, S> {
-  using K = BackwardTiling<Cell, S>;
-  using K::lanes, K::gates, K::wide, K::rows, K::block_units;
+template <class S>
+class InputGradient : ColumnTiling<S> {
+  using K = ColumnTiling<S>;
+  using K::lanes, K::wide, K::rows, K::block_units;
   using typename K::C, typename K::V;
 
  public:
-  InputGradient(const Layer& layer, const BackwardWeights<Cell, S>& weights,
-                const GateGradients<C>& gradients)
+  InputGradient(const Layer& layer, const CellShape& shape, const GateGradients<C>& gradients)
       : layer_(layer),
         steps_(*layer.steps),
-        weights_(weights),
+        shape_(shape),
         gradients_(gradients),
         Hp_(padded(layer.H)) {}
 
-  void run(int thread, int threads) const {
+  // weights: the cell's BackwardWeights.
+  template <class Weights>
+  void run(const Weights& weights, int thread, int threads) const {
     const Range mine = split(steps_.pairs, thread, threads);
-    for (Index b = 0; b < weights_.in_blocks(); ++b) {
+    for (Index b = 0; b < weights.in_blocks(); ++b) {
       Columns<C> weight[2];
-      for (Index d = 0; d < layer_.directions; ++d) weight[d] = weights_.weight_ih(d, b);
+      for (Index d = 0; d < layer_.directions; ++d) weight[d] = weights.weight_ih(d, b);
       if (K::half_block(layer_.I, b))
         block<wide / 2>(mine, b, weight);
       else
@@ -40,7 +41,7 @@ class InputGradient : BackwardTiling<Cell, S> {
 
  private:
   template <int N>
-  FASTRNN_INLINE void block(const Range& mine, Index b, const Columns<C> (&weight)[2]) const {
+  FASTRNN_NOINLINE void block(const Range& mine, Index b, const Columns<C> (&weight)[2]) const {
     PairWalk pair(steps_, mine.begin);
     in_blocks_of_rows<rows>(mine.end - mine.begin, [&](auto count, Index m) {
       constexpr int R = decltype(count)::value;
@@ -51,10 +52,10 @@ class InputGradient : BackwardTiling<Cell, S> {
           for (int v = 0; v < N; ++v)
             acc[r][v] = other_direction(mine.begin + m + r, b * block_units + v * lanes);
       for (Index d = 0; d < layer_.directions; ++d)
-        for (int gate = 0; gate < gates; ++gate) {
+        for (int gate = 0; gate < shape_.gates; ++gate) {
           const C* plane[R];
           for (int r = 0; r < R; ++r)
-            plane[r] = gradients_.row(d, mine.begin + m + r) + Cell::input_gradient[gate] * Hp_;
+            plane[r] = gradients_.row(d, mine.begin + m + r) + shape_.input_gradient[gate] * Hp_;
           accumulate<R, N>(acc, plane, layer_.H, weight[d].at(gate * layer_.H), weight[d].stride);
         }
       const Sums<R, N, C> sums(acc);
@@ -81,7 +82,7 @@ class InputGradient : BackwardTiling<Cell, S> {
 
   const Layer& layer_;
   const Steps& steps_;
-  const BackwardWeights<Cell, S>& weights_;
+  const CellShape& shape_;
   const GateGradients<C>& gradients_;
   const Index Hp_;
 };

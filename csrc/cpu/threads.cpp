@@ -8,9 +8,8 @@
 #include <system_error>
 #include <thread>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "openmp.h"
+
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #include <unistd.h>
@@ -63,17 +62,23 @@ inline void pause_core() {
 #endif
 }
 
-#if defined(_OPENMP)
-
 void open_region(int threads, void (*body)(void*, int, int), void* argument) {
-#pragma omp parallel num_threads(threads)
-  {
-    const int count = omp_get_num_threads();
-    if (count == threads)
-      body(argument, omp_get_thread_num(), count);
-    else if (omp_get_thread_num() == 0)
-      body(argument, 0, 1);
-  }
+  struct Region {
+    int threads;
+    void (*body)(void*, int, int);
+    void* argument;
+  } region{threads, body, argument};
+  openmp::parallel(
+      threads,
+      [](void* given) {
+        const Region& r = *static_cast<const Region*>(given);
+        const int count = openmp::team_size(), thread = openmp::thread_number();
+        if (count == r.threads)
+          r.body(r.argument, thread, count);
+        else if (thread == 0)
+          r.body(r.argument, 0, 1);
+      },
+      &region);
 }
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -166,13 +171,11 @@ thread_local bool pool_released = false;
 
 struct ForkWatch {
   ForkWatch() {
-    pthread_atfork(
-        [] { pool_released = !pool_is_lost && omp_pause_resource_all(omp_pause_soft) == 0; },
-        nullptr,
-        [] {
-          pool_is_lost = !pool_released;
-          deputy = nullptr;  // the parent's
-        });
+    pthread_atfork([] { pool_released = !pool_is_lost && openmp::release_pool(); }, nullptr,
+                   [] {
+                     pool_is_lost = !pool_released;
+                     deputy = nullptr;  // the parent's
+                   });
   }
 };
 const ForkWatch fork_watch;
@@ -187,7 +190,6 @@ bool run_by_deputy(int threads, void (*body)(void*, int, int), void* argument) {
 constexpr bool pool_is_lost = false;
 bool run_by_deputy(int, void (*)(void*, int, int), void*) { return false; }
 
-#endif
 #endif
 
 }  // namespace
@@ -276,14 +278,10 @@ bool cores_are_oversubscribed() {
 }
 
 void run_threads(int threads, void (*body)(void*, int, int), void* argument) {
-#if defined(_OPENMP)
-  if (threads > 1 && !omp_in_parallel()) {
+  if (threads > 1 && !openmp::in_parallel()) {
     if (!pool_is_lost) return open_region(threads, body, argument);
     if (run_by_deputy(threads, body, argument)) return;
   }
-#else
-  static_cast<void>(threads);
-#endif
   body(argument, 0, 1);
 }
 

@@ -7,6 +7,8 @@
 
 namespace fastrnn::FASTRNN_ISA {
 
+constexpr int kWide = 4;  // vectors of a block of columns
+
 // How the micro-kernel tiles a layer of this cell and storage type.
 template <class Cell_, class S_>
 struct Tiling {
@@ -23,7 +25,7 @@ struct Tiling {
   static constexpr int units = tiles * lanes;  // hidden units of a block
   static constexpr int first = Cell::first_gates;
   static constexpr bool two_products = first != gates;
-  static constexpr int wide = 4;  // vectors of a block of columns
+  static constexpr int wide = kWide;
   static constexpr int wide_rows = rows_per_block(wide);
 };
 
@@ -44,9 +46,12 @@ void load_state(T* to, const State& state, Index d, Index row, Index count) {
 }
 
 // Values saved for a pair.
+FASTRNN_INLINE Index saved_width(const Layer& layer, int planes) {
+  return (planes + (layer.P ? 1 : 0)) * padded(layer.H);
+}
 template <class Cell>
 FASTRNN_INLINE Index saved_width(const Layer& layer) {
-  return (Cell::saved + (layer.P ? 1 : 0)) * padded(layer.H);
+  return saved_width(layer, Cell::saved);
 }
 
 // Entries of the tables of kernels, for a Layer or an Int8Layer. Work: a pass, or packed weights.

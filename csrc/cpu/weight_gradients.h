@@ -24,28 +24,30 @@
 
 namespace fastrnn::FASTRNN_ISA {
 
-template <class Cell, class S>
-class WeightGradients : BackwardTiling<Cell, S> {
-  using K = BackwardTiling<Cell, S>;
-  using K::lanes, K::gates, K::first, K::wide, K::rows, K::block_units;
+template <class S>
+class WeightGradients : ColumnTiling<S> {
+  using K = ColumnTiling<S>;
+  using K::lanes, K::wide, K::rows, K::block_units;
   using typename K::C, typename K::V;
+  using Hidden = PreviousHidden<S>;
   static constexpr Index kPairs = 256;
   static constexpr Index kFewPairs = 16;
   static constexpr int kBiasVectors = 8;  // summed over the pairs side by side
 
  public:
-  explicit WeightGradients(const Layer& layer)
+  WeightGradients(const Layer& layer, const CellShape& shape)
       : layer_(layer),
+        shape_(shape),
         steps_(*layer.steps),
         Hp_(padded(layer.H)),
         Op_(padded(layer.O)),
-        saved_width_(saved_width<Cell>(layer)) {}
+        saved_width_(saved_width(layer, shape.saved)) {}
 
   // The sums that parts of a layer continue: before all whose size depends on that of a part.
   void lay_out_sums(Arena& arena) {
-    const Index products = gates * layer_.H * (layer_.I + layer_.O) + layer_.P * layer_.H;
+    const Index products = shape_.gates * layer_.H * (layer_.I + layer_.O) + layer_.P * layer_.H;
     sums_ = sizeof(S) != sizeof(C) ? arena.take<C>(products) : nullptr;
-    bias_sums_ = layer_.part ? arena.take<C>(Cell::gradients * Hp_) : nullptr;
+    bias_sums_ = layer_.part ? arena.take<C>(shape_.gradients * Hp_) : nullptr;
   }
 
   void lay_out_slots(Arena& arena) {
@@ -59,9 +61,9 @@ class WeightGradients : BackwardTiling<Cell, S> {
     panels_ = arena.take<C>(slots_ * panels_slot_);
   }
 
-  // Direction d, by all threads. hidden(t, i) returns the operand of W_hh at a pair's step.
-  template <class Hidden>
-  void run(Index d, const GateGradients<C>& gradients, Hidden hidden, int thread, int threads) {
+  // Direction d, by all threads. hidden: the operands of W_hh.
+  FASTRNN_NOINLINE void run(Index d, const GateGradients<C>& gradients, const Hidden& hidden,
+                            int thread, int threads) {
     Product products[kProducts];
     describe_products(d, gradients, products);
     Index all = 0;
@@ -102,7 +104,6 @@ class WeightGradients : BackwardTiling<Cell, S> {
     Index panel, gate, group;
   };
 
-  template <class Hidden>
   void sum_pairs(const Hidden& hidden, Index d, const Product (&products)[kProducts],
                  const Range& mine, int thread, int threads) {
     const auto pairs_from = [&](Index n0) { return least(kPairs, steps_.pairs - n0); };
@@ -125,7 +126,6 @@ class WeightGradients : BackwardTiling<Cell, S> {
   }
 
   // Computes and writes each row of the gradients once.
-  template <class Hidden>
   void few_pairs(const Hidden& hidden, Index d, const Product (&products)[kProducts], int thread,
                  int threads) {
     for (int which = 0; which < kProducts; ++which)
@@ -166,31 +166,31 @@ class WeightGradients : BackwardTiling<Cell, S> {
       Product& p = products[which];
       p.d_rows = gradients.d_gates[d];
       p.width = gradients.width;
-      p.planes = which == kWeightIh ? Cell::input_gradient : Cell::hidden_gradient;
+      p.planes = which == kWeightIh ? shape_.input_gradient : shape_.hidden_gradient;
     }
     Product &ih = products[kWeightIh], &hh = products[kWeightHh];
     Product &hn = products[kWeightHn], &hr = products[kWeightHr];
-    ih.gates = gates;
+    ih.gates = shape_.gates;
     ih.units = H;
     ih.columns = layer_.I;
     ih.to = data(to.weight_ih);
-    hh.gates = first;
-    hn.first_gate = first;
-    hn.gates = gates - first;
+    hh.gates = shape_.first_gates;
+    hn.first_gate = shape_.first_gates;
+    hn.gates = shape_.gates - shape_.first_gates;
     for (Product* p : {&hh, &hn}) {
       p->units = H;
       p->columns = layer_.O;
       p->to = data(to.weight_hh);
     }
-    if (!K::two_products) hn = {};
-    if (hn.to) hn.to += first * H * layer_.O;
+    if (shape_.operand < 0) hn = {};
+    if (hn.to) hn.to += shape_.first_gates * H * layer_.O;
     hr.d_rows = gradients.d_proj[d];
     hr.width = Op_;
     hr.planes = only;
     hr.units = layer_.P;
     hr.columns = layer_.P ? H : 0;
     hr.to = layer_.P ? data(to.weight_hr) : nullptr;
-    hr.rows_at = Cell::gradients * ih.groups();  // after the planes that the others share
+    hr.rows_at = shape_.gradients * ih.groups();  // after the planes that the others share
     Index panels = 0, sums = 0;
     for (Product& p : products) {
       p.panels_at = panels;
@@ -237,7 +237,6 @@ class WeightGradients : BackwardTiling<Cell, S> {
     return panels_ + slot * panels_slot_ + (p.panels_at + panel) * block_units * kPairs;
   }
 
-  template <class Hidden>
   void pack_pairs(const Hidden& hidden, Index d, const Product (&products)[kProducts], Index slot,
                   Index n0, Index count, int thread, int threads) {
     pack_rows(products, slot, n0, count, thread, threads);
@@ -254,7 +253,7 @@ class WeightGradients : BackwardTiling<Cell, S> {
                  int thread, int threads) {
     const Product &ih = products[kWeightIh], &hr = products[kWeightHr];
     const Index groups = ih.groups();
-    for (int plane = 0; plane < Cell::gradients; ++plane)
+    for (int plane = 0; plane < shape_.gradients; ++plane)
       pack_groups(packed_rows_ + slot * rows_slot_ + plane * groups * rows * kPairs,
                   ih.d_rows + n0 * ih.width + plane * Hp_, ih.width, layer_.H,
                   split(groups, thread, threads), count);
@@ -281,7 +280,6 @@ class WeightGradients : BackwardTiling<Cell, S> {
   }
 
   // The operand of `count` pairs, in blocks of columns.
-  template <class Hidden>
   void pack_panels(const Hidden& hidden, Index d, int which, const Product& p, Index slot, Index n0,
                    Index count, int thread, int threads) {
     const Range mine = split(p.panels(), thread, threads);
@@ -297,14 +295,12 @@ class WeightGradients : BackwardTiling<Cell, S> {
     }
   }
 
-  template <class Hidden>
   Operand<S> operand(const Hidden& hidden, Index d, int which, const PairWalk& pair,
                      Index n) const {
     if (which == kWeightIh)
       return {at<const S>(layer_.input, steps_, pair.t, pair.i), layer_.input.unit, nullptr};
-    if constexpr (K::two_products)
-      if (which == kWeightHn) return {nullptr, 1, saved_plane(d, n, Cell::operand)};
-    if (which == kWeightHr) return {nullptr, 1, saved_plane(d, n, Cell::saved)};
+    if (which == kWeightHn) return {nullptr, 1, saved_plane(d, n, shape_.operand)};
+    if (which == kWeightHr) return {nullptr, 1, saved_plane(d, n, shape_.saved)};
     return hidden(pair.t, pair.i);
   }
 
@@ -382,7 +378,7 @@ class WeightGradients : BackwardTiling<Cell, S> {
     const Parameters& to = layer_.d_parameters[d];
     if (!to.bias_ih.data && !to.bias_hh.data) return;
     const Range mine = split(ceil_div(layer_.H, lanes), thread, threads);
-    for (int plane = 0; plane < Cell::gradients; ++plane)
+    for (int plane = 0; plane < shape_.gradients; ++plane)
       in_blocks_of_rows<kBiasVectors>(mine.end - mine.begin, [&](auto count, Index m) {
         sum_plane<count.value>(gradients, d, plane, (mine.begin + m) * lanes);
       });
@@ -415,15 +411,16 @@ class WeightGradients : BackwardTiling<Cell, S> {
 
   void store_biases(const Parameters& to, int plane, Index unit, V sum) const {
     const auto store = [&](const Weight& bias, const int* planes) {
-      for (int gate = 0; gate < gates && bias.data; ++gate)
+      for (int gate = 0; gate < shape_.gates && bias.data; ++gate)
         if (planes[gate] == plane)
           store_units(sum, static_cast<S*>(bias.data) + gate * layer_.H + unit, layer_.H - unit);
     };
-    store(to.bias_ih, Cell::input_gradient);
-    store(to.bias_hh, Cell::hidden_gradient);
+    store(to.bias_ih, shape_.input_gradient);
+    store(to.bias_hh, shape_.hidden_gradient);
   }
 
   const Layer& layer_;
+  const CellShape& shape_;
   const Steps& steps_;
   const Index Hp_, Op_, saved_width_;
   C *packed_rows_ = nullptr, *panels_ = nullptr, *sums_ = nullptr, *bias_sums_ = nullptr;

@@ -475,6 +475,13 @@ def isas() -> list[str]:
 def max_threads() -> int:
     """Threads the engine uses by default: OpenMP's."""
 
+def openmp_file() -> str:
+    """The file of the OpenMP runtime that the engine uses (csrc/cpu/openmp.h).
+
+    Chosen now at the latest. `"linked"` where it is the compiler's own; empty if there is none: the
+    engine then runs on one thread.
+    """
+
 def fma_peak(dtype: str, threads: int, seconds: float) -> float:
     """GFLOP/s of multiply-adds on registers alone, all threads together, timed for `seconds`.
 

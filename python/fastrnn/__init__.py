@@ -107,8 +107,8 @@ def _imported(name: str) -> Any:
         if (error.name or "").partition(".")[0] != "torch":
             raise
         raise ModuleNotFoundError(
-            f"fastrnn.{name} needs PyTorch, which is not installed: install torch, or fastrnn's "
-            f"extra 'torch'. Without PyTorch there are fastrnn's {_WITHOUT_TORCH}",
+            f"fastrnn.{name} needs PyTorch, which is not installed: pip install torch. Without "
+            f"PyTorch there are fastrnn's {_WITHOUT_TORCH}",
             name=error.name,
         ) from error
     return getattr(module, name) if name in _HOMES else module

@@ -216,7 +216,7 @@ def _bench(parsed: argparse.Namespace) -> int:
         return _list_suites()
     _require("torch", "pip install torch")
     if parsed.plot or parsed.roofline:
-        _require("matplotlib", "pip install 'fastrnn[bench]'")
+        _require("matplotlib", "pip install matplotlib")
     for path in (parsed.json, parsed.plot, parsed.roofline):
         if path:
             _check_file(path)

@@ -57,6 +57,7 @@ def info() -> dict[str, Any]:
             "isas": _guarded(engine.isas),
         },
         "threads": _guarded(engine.max_threads),
+        "openmp": _guarded(engine.openmp_file) or None,
         "cuda": {
             "build": _guarded(engine.cuda_info),
             "devices": _guarded(_cuda_devices),
@@ -103,6 +104,7 @@ def render(known: dict[str, Any]) -> str:
         "cpu": f"{cpu['model']}, {cpu['cores']} cores",
         "isa": f"{cpu['isa']} of {', '.join(cpu['isas'] or [])} (FASTRNN_ISA chooses)",
         "threads": known["threads"],
+        "openmp": known["openmp"] or "no runtime found: the engine runs on one thread",
         "cuda build": _cuda_build(cuda["build"]),
         "cuda devices": ", ".join(cuda["devices"] or []) or "none",
         "certificates": _pairs(cuda["certificates"]) or "none: there is no CUDA device",

@@ -28,8 +28,8 @@ class OnnxRuntime:
     name: ClassVar[str] = "onnxruntime"
 
     def __init__(self) -> None:
-        require_package("onnxruntime", "pip install 'fastrnn[bench]'")
-        require_package("onnx", "pip install 'fastrnn[bench]'")
+        for package in ("onnxruntime", "onnx"):
+            require_package(package, "pip install onnx onnxruntime")
         import onnxruntime
 
         self.version = str(onnxruntime.__version__)

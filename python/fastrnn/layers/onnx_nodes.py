@@ -63,8 +63,7 @@ def onnx_translation_table() -> dict[Any, Callable[..., Any]]:
         The ``custom_translation_table`` of ``torch.onnx.export(…, dynamo=True)``.
 
     Raises:
-        ModuleNotFoundError: onnxscript is not installed; ``pip install 'fastrnn[onnx]'`` installs
-            it.
+        ModuleNotFoundError: onnxscript is not installed; ``pip install onnxscript`` installs it.
 
     >>> import torch, fastrnn
     >>> layer = fastrnn.GRU(3, 4, num_layers=2).eval()
@@ -81,7 +80,7 @@ def onnx_translation_table() -> dict[Any, Callable[..., Any]]:
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "export to ONNX needs onnxscript: pip install 'fastrnn[onnx]'", name=error.name
+            "export to ONNX needs onnxscript: pip install onnxscript", name=error.name
         ) from error
     from ..calls.operators import forward_op
 
