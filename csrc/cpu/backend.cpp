@@ -26,7 +26,8 @@ std::size_t packed_size(const Problem& p) {
 }
 
 // Runs one of the kernels over the packed weights of every layer.
-void each_packed(const Problem& p, void* packed, void (*LayerKernels::*run)(const Layer&, int, int)) {
+void each_packed(const Problem& p, void* packed,
+                 void (*LayerKernels::*run)(const Layer&, int, int)) {
   const Stack s(p, Pass::forward);
   const std::int64_t weights = s.cell.traits.gates * p.H * (p.I + s.O);
   for (std::int64_t l = 0; l < p.options.layers; ++l) {
@@ -91,8 +92,9 @@ void backward(const Problem& p) {
 }  // namespace
 
 const Backend& cpu_backend() {
-  static constexpr Backend backend{workspace_size,          packed_size, pack, unpack, forward, backward,
-                                   ensemble_workspace_size, run_ensemble};
+  static constexpr Backend backend{
+      workspace_size,          packed_size, pack, unpack, forward, backward,
+      ensemble_workspace_size, run_ensemble};
   return backend;
 }
 

@@ -8,14 +8,14 @@ not need it.
 from __future__ import annotations
 
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import _C
 from ._engine import engine_options
-from ._options import Options, check_integers, make_options
+from ._options import Options, check_integers, int8_lacks, make_options
 from .calls.arguments import REAL, check_number_of_weights, is_torch, weight_names
 from .calls.by_program import step_programs
 
@@ -24,19 +24,6 @@ if TYPE_CHECKING:
 
 DTYPES = (*REAL, "int8")
 _MOST_ROWS = 2**31 - 1  # the engine's limit
-# Options that int8 kernels support, and options that have no effect on inference.
-_INT8_OPTIONS = {
-    "cell",
-    "num_layers",
-    "bidirectional",
-    "bias",
-    "proj_size",
-    "activation",
-    "gate_activation",
-    "reset_after",
-    "grad_clip",
-    "recompute",
-}
 
 
 class Stream:
@@ -153,17 +140,18 @@ class Stream:
         weights = source.weights()
         name = _dtype_name(weights[0].dtype if dtype is None else dtype)
         if name == "int8":
-            _refuse_options(options)
+            lacking = int8_lacks(options)
+            if lacking:
+                raise ValueError(f"dtype: int8 does not support {lacking}; use a floating dtype")
         self.batch_size, self.dtype = batch_size, name
         self._source = source
         self._storage = "float32" if name == "int8" else name
         weights = [_converted(weight, self._storage) for weight in weights]
         self._engine = _C.Stream(
-            engine_options(options),
+            engine_options(options, int8=name == "int8"),
             weights,
             batch_size,
             self._storage,
-            name == "int8",
             source.threads(),
             _view,
             step_programs(options, weights),
@@ -405,15 +393,6 @@ def _converted(array: Any, dtype: str) -> Any:
 def _settled(array: Any) -> Any:
     """The array; for a torch tensor with a pending negation, its resolved values."""
     return array.resolve_neg() if is_torch(array) else array
-
-
-def _refuse_options(options: Options) -> None:
-    for field in fields(options):
-        default, value = field.default, getattr(options, field.name)
-        if field.name not in _INT8_OPTIONS and default is not MISSING and value != default:
-            raise ValueError(
-                f"dtype: int8 does not support {field.name}={value!r}; use a floating dtype"
-            )
 
 
 def _view(output: _C.Tensor, x: Any) -> Any:
