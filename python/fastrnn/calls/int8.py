@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _C
 from .._engine import States, engine_options
 from .._options import parse
-from . import operators
+from . import call, operators  # noqa: F401 - call.py gives the binding what it asks of torch
 
 if TYPE_CHECKING:
     from .._options import Options
@@ -31,8 +31,10 @@ def _engine(options: Options, given: tuple[Any, ...], states: bool) -> tuple[Any
     input, h0, c0, packed, batch_sizes, lengths, reset, reset_h, reset_c = given
     resets = None if reset_h is None else (reset_h, reset_c)
     engine, threads = engine_options(options, int8=True), torch.get_num_threads()
-    call = _C.Call(engine, input, h0, c0, (packed,), batch_sizes, lengths, reset, resets, threads)
-    return call.forward(states)[:5]
+    checked = _C.Call(
+        engine, input, h0, c0, (packed,), batch_sizes, lengths, reset, resets, threads
+    )
+    return checked.forward(states)[:5]
 
 
 def _kernel(*arguments: Any) -> tuple[Tensor, ...]:
