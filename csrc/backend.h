@@ -20,6 +20,8 @@ struct Backend {
   // no packed weights.
   std::size_t (*packed_size)(const Problem&);
   void (*pack)(const Problem&, void* to);  // 64-byte aligned
+  // The inverse of pack for int8: `packed` to the arrays of `parameters`. Null as above.
+  void (*unpack)(const Problem&);
   void (*forward)(const Problem&);
   void (*backward)(const Problem&);
   // An ensemble: `count` problems, 1 or more, of equal options, sizes and threads, none of which

@@ -51,6 +51,9 @@ struct Options {
   std::int64_t directions = 1;  // 1 or 2; direction 1 runs backwards in time
   std::int64_t proj_size = 0;
   bool recompute = false;  // forward saves no gates: backward computes them again
+  // Products are int8 (csrc/cpu/int8.h), all other arrays f32, on a CPU. Forward alone, without
+  // `saved`, of `Problem::packed`; each sum has at most kMostInt8Products.
+  bool int8 = false;
 };
 
 // A sequence array. Padded: element (t, b, u) is at data[t·step + b·row + u·unit].
@@ -73,6 +76,7 @@ struct Weight {
   void* data = nullptr;
   std::int64_t row = 0, unit = 1;
   std::int64_t head = 0;
+  float* scale = nullptr;  // of an int8 matrix, where weights are packed: element m; contiguous
 };
 
 // The parameters of one layer and direction.
@@ -89,10 +93,6 @@ struct Problem {
   DType dtype = DType::f32;
   std::int64_t T = 0, B = 0, I = 0, H = 0;
   int threads = 1;  // at most this many threads work on the call
-  // The products' operands are int8 (csrc/cpu/int8.h), all arrays f32. Forward alone, of one step
-  // of B rows in one direction, each sum of at most kMostInt8Products: `packed`, h0 and c0 given,
-  // the states contiguous; `hidden` of the last layer alone, no `cell`, no `saved`.
-  bool int8 = false;
 
   // ---- on a GPU -----------------------------------------------------------------------------
   // All arrays are in the memory of `device`, except batch_sizes, which the host reads. The call

@@ -76,8 +76,8 @@ void backward(const Problem& p) { run(p, Pass::backward); }
 }  // namespace
 
 const Backend& cuda_backend() {
-  static constexpr Backend backend{workspace_size, nullptr, nullptr, forward,
-                                   backward,       nullptr, nullptr};
+  static constexpr Backend backend{workspace_size, nullptr,  nullptr, nullptr,
+                                   forward,        backward, nullptr, nullptr};
   return backend;
 }
 

@@ -591,19 +591,11 @@ def test_int8_zero_and_no_numbers() -> None:
 
 
 def test_int8_says_which_option_it_lacks() -> None:
-    from dataclasses import dataclass, replace
-
-    from fastrnn import _stream
-
-    @dataclass(frozen=True)
-    class More:
-        cell: str
-        grad_clip: float = 0.0
-        peephole: bool = False
-
-    _stream._refuse_options(More("LSTM", grad_clip=1.0))
-    with pytest.raises(ValueError, match="dtype: int8 does not support peephole=True"):
-        _stream._refuse_options(replace(More("LSTM"), peephole=True))
+    fastrnn.Stream(fastrnn.LSTM(I, H, grad_clip=1.0), dtype="int8")  # of the gradient alone
+    for option, value in {"peephole": True, "layer_norm": True, "heads": 2}.items():
+        layer = fastrnn.LSTM(I, H, **{option: value})
+        with pytest.raises(ValueError, match=f"dtype: int8 does not support {option}={value}"):
+            fastrnn.Stream(layer, dtype="int8")
 
 
 # ---- without torch ------------------------------------------------------------------------------

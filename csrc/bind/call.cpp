@@ -3,12 +3,14 @@
 #include "call.h"
 
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <vector>
 
 #include "cpu/openmp.h"
 #include "dtype.h"
+#include "int8.h"
 #include "sequences.h"
 
 namespace fastrnn::bind {
@@ -184,6 +186,7 @@ Parameters Call::parameters(const List& list, std::int64_t group) {
 void Call::set_weights(py::handle weights) {
   const List list(weights, "weights");
   held_weights_ = list.items();
+  if (problem_.options.int8) return set_int8(list);
   const CellOptions& maths = problem_.options.maths;
   const std::int64_t groups = L_ * D_, least = problem_.options.proj_size > 0 ? 3 : 2;
   per_group_ = list.size() / groups;
@@ -211,6 +214,30 @@ void Call::set_weights(py::handle weights) {
   for (std::int64_t group = 0; group < groups; ++group)
     parameters_.push_back(parameters(list, group));
   problem_.parameters = parameters_.data();
+}
+
+void Call::set_int8(const List& list) {
+  if (members_ != nullptr || !on_host())
+    throw py::value_error("weights: int8 runs in host memory, and in no ensemble");
+  if (problem_.dtype != DType::f32)
+    input_->complain("float32 for int8 weights", type_name(storage_));
+  if (list.size() != 1)
+    throw py::value_error("weights: expected one array of packed int8 weights, got " +
+                          std::to_string(list.size()));
+  const Array packed = array(list[0], {"weights", 0, "packed"});
+  const Int8Header header = Int8Header::of(packed, problem_.options);
+  if (header.input_size != problem_.I)
+    input_->complain("rows of " + std::to_string(header.input_size) + " values",
+                     std::to_string(problem_.I));
+  problem_.H = header.hidden_size;
+  weights_.push_back(packed);
+  problem_.packed = Int8Header::weights(packed);
+  if (reinterpret_cast<std::uintptr_t>(problem_.packed) % 64 == 0) return;
+  const auto bytes = static_cast<std::size_t>(header.bytes);
+  auto aligned = std::make_shared<Memory>(bytes);  // of a file mapped into memory, for example
+  std::memcpy(aligned->data(), problem_.packed, bytes);
+  problem_.packed = aligned->data();
+  packed_ = std::move(aligned);
 }
 
 Call& Call::set_frozen(py::handle weights, Frozen& frozen) {

@@ -34,7 +34,7 @@ int fill_new_arrays(int byte);
 struct Inputs {
   py::handle input;        // (T, B, I); packed (N, I); of a cell (B, I)
   py::handle h0, c0;       // (L·D, B, ·); of a cell (B, ·)
-  py::handle weights;      // the flat list
+  py::handle weights;      // the flat list; of int8 options one array, the packed weights (int8.h)
   py::handle batch_sizes;  // int64 (T,): the data are packed
   py::handle lengths;      // int64 (B,)
   py::handle reset;        // bool (T, B)
@@ -126,6 +126,7 @@ class Call {
   void set_input(py::handle input, py::handle batch_sizes);
   void set_batch_sizes(py::handle batch_sizes, std::int64_t rows);
   void set_weights(py::handle weights);
+  void set_int8(const List& list);
   Parameters parameters(const List& list, std::int64_t group);
 
   void set_rows(py::handle lengths, py::handle reset);
@@ -156,6 +157,7 @@ class Call {
   static Results allocate(const std::vector<Call*>& calls, bool states, bool save, bool zeros);
   static py::list allocate_gradients(const std::vector<Call*>& calls, const py::tuple& needs);
   void check_device() const;
+  void check_gradient() const;
   const Backend& backend() const;
   void run(Pass pass, const Device& device);
   static void run_together(const std::vector<Call*>& calls, Pass pass);

@@ -264,7 +264,7 @@ py::object layer(py::handle own, const CheckedOptions& options, Frozen* frozen,
     call = std::make_unique<Call>(options, torch_threads(), cell);
     const py::handle none(Py_None);
     call->set_inputs({x, usual.h0, usual.c0, usual.weights, none, none, none, none});
-    if (!call->on_host()) return py::none();
+    if (!call->on_host() || (options.options.int8 && usual.records())) return py::none();
   } catch (const py::builtin_exception&) {
     return py::none();
   } catch (const py::error_already_set& error) {  // torch shows no memory: meta, sparse

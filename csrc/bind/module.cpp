@@ -20,6 +20,7 @@ PYBIND11_MODULE(_C_of_main, module) {
   fastrnn::bind::register_tensor(module);
   fastrnn::bind::register_options(module);
   fastrnn::bind::register_frozen(module);
+  fastrnn::bind::register_int8(module);
   fastrnn::bind::register_calls(module);
   fastrnn::bind::register_torch(module);
   fastrnn::bind::register_stream(module);

@@ -35,7 +35,7 @@ void expect_at_least(const char* argument, std::int64_t least, std::int64_t valu
 CheckedOptions make_options(const std::string& cell, std::int32_t num_layers, bool bidirectional,
                             std::int64_t proj_size, const std::string& activation,
                             const std::string& gate_activation, bool reset_after,
-                            std::int64_t heads, bool recompute) {
+                            std::int64_t heads, bool recompute, bool int8) {
   CheckedOptions checked;
   Options& options = checked.options;
   expect_at_least("num_layers", 1, num_layers);
@@ -49,6 +49,7 @@ CheckedOptions make_options(const std::string& cell, std::int32_t num_layers, bo
       named<GateActivation>("gate_activation", kGateActivations, gate_activation);
   options.maths.reset_after = reset_after;
   options.recompute = recompute;
+  options.int8 = int8;
   options.maths.heads = heads;
   checked.traits = cell_traits(options);  // throws for an unknown cell
   expect_at_least("heads", 1, heads);
@@ -75,7 +76,8 @@ std::string repr(const CheckedOptions& self) {
          ", proj_size=" + std::to_string(self.options.proj_size) + ", activation='" +
          activation_name(self) + "', gate_activation='" + gate_activation_name(self) +
          "', reset_after=" + truth(maths.reset_after) + ", heads=" + std::to_string(maths.heads) +
-         ", recompute=" + truth(self.options.recompute) + ")";
+         ", recompute=" + truth(self.options.recompute) + ", int8=" + truth(self.options.int8) +
+         ")";
 }
 
 }  // namespace
@@ -87,7 +89,8 @@ void register_options(py::module_& module) {
       .def(py::init(&make_options), py::kw_only(), py::arg("cell"), py::arg("num_layers") = 1,
            py::arg("bidirectional") = false, py::arg("proj_size") = 0,
            py::arg("activation") = "tanh", py::arg("gate_activation") = "sigmoid",
-           py::arg("reset_after") = true, py::arg("heads") = 1, py::arg("recompute") = false)
+           py::arg("reset_after") = true, py::arg("heads") = 1, py::arg("recompute") = false,
+           py::arg("int8") = false)
       .def_property_readonly("cell", [](Self self) { return self.options.cell; })
       .def_property_readonly("num_layers", [](Self self) { return self.options.layers; })
       .def_property_readonly("bidirectional",
@@ -99,6 +102,7 @@ void register_options(py::module_& module) {
                              [](Self self) { return self.options.maths.reset_after; })
       .def_property_readonly("heads", [](Self self) { return self.options.maths.heads; })
       .def_property_readonly("recompute", [](Self self) { return self.options.recompute; })
+      .def_property_readonly("int8", [](Self self) { return self.options.int8; })
       .def_property_readonly("gates", [](Self self) { return self.traits.gates; })
       .def_property_readonly("states", [](Self self) { return self.traits.states; })
       .def_property_readonly("saved_planes", [](Self self) { return self.traits.saved_planes; })

@@ -8,6 +8,7 @@ namespace fastrnn::bind {
 void register_tensor(pybind11::module_& module);
 void register_options(pybind11::module_& module);
 void register_frozen(pybind11::module_& module);
+void register_int8(pybind11::module_& module);
 void register_calls(pybind11::module_& module);
 void register_torch(pybind11::module_& module);
 void register_stream(pybind11::module_& module);

@@ -213,6 +213,10 @@ void Call::check_device() const {
         "options: expected neither recompute nor reset_hx, which the CUDA kernels do not support");
 }
 
+void Call::check_gradient() const {
+  if (problem_.options.int8) throw py::value_error("options: int8 has no gradient");
+}
+
 const Backend& Call::backend() const {
   if (on_host()) return cpu_backend();
 #ifdef FASTRNN_HAS_CUDA
@@ -247,6 +251,7 @@ void Call::run(Pass pass, const Device& device) {
 
 Results Call::forward(bool states, bool save, bool zeros, const Device& device) {
   check_device();
+  if (save) check_gradient();
   Results results = allocate({this}, states, save, zeros);
   run(Pass::forward, device);
   if (!on_host() && (states || save)) results.output.attr("copy_")(results.hidden[py::int_(-1)]);
@@ -256,6 +261,7 @@ Results Call::forward(bool states, bool save, bool zeros, const Device& device) 
 py::list Call::backward(const Results& saved, const Cotangents& cotangents, const py::tuple& needs,
                         bool consume_saved, const Device& device) {
   check_device();
+  check_gradient();
   set_saved(saved, consume_saved);
   set_cotangents(cotangents);
   py::list gradients = allocate_gradients({this}, needs);

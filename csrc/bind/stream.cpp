@@ -11,6 +11,7 @@
 #include "cpu/openmp.h"
 #include "dtype.h"
 #include "gil.h"
+#include "int8.h"
 #include "register.h"
 #include "torch.h"
 
@@ -43,11 +44,16 @@ void copy_state(void* memory, const Array& a, std::size_t item) {
                a.stride(2), units, item);
 }
 
-std::int64_t columns_of_first(py::handle weights) {
+bool already_packed(const CheckedOptions& options, py::handle weights) {
+  return options.options.int8 && PySequence_Size(weights.ptr()) == 1;
+}
+
+std::int64_t columns_of_first(const CheckedOptions& options, py::handle weights) {
   const auto first = py::reinterpret_steal<py::object>(PySequence_GetItem(weights.ptr(), 0));
   if (!first) throw py::error_already_set();
   Owners owners;
   const Array a(first, {"weights", 0, "weight_ih"}, owners);
+  if (already_packed(options, weights)) return Int8Header::of(a, options.options).input_size;
   return a.expect_axes(2, "two axes (G·H, I)").shape(1);
 }
 
@@ -66,8 +72,7 @@ class Busy {
 }  // namespace
 
 Stream::Stream(const CheckedOptions& options, py::handle weights, std::int64_t batch_size,
-               const std::string& dtype, bool int8, py::object threads, py::object view,
-               py::handle programs)
+               const std::string& dtype, py::object threads, py::object view, py::handle programs)
     : options_(options),
       storage_(type_named(dtype)),
       output_(Tensor::empty({0}, storage_)),
@@ -80,8 +85,7 @@ Stream::Stream(const CheckedOptions& options, py::handle weights, std::int64_t b
   if (options.options.directions != 1)
     throw py::value_error("bidirectional: a stream cannot run backwards in time");
   problem_.B = batch_size;
-  problem_.I = columns_of_first(weights);
-  problem_.int8 = int8;
+  problem_.I = columns_of_first(options, weights);
   item_ = storage_.bits / 8;
   pack(weights, programs);
 
@@ -125,29 +129,35 @@ void Stream::pack(py::handle weights, py::handle programs) {
     return;
   }
   const py::object input = py::cast(Tensor::empty({1, 1, problem_.I}, storage_));
-  Call call(options_, 0);
+  CheckedOptions given = options_;
+  given.options.int8 = already_packed(options_, weights);
+  Call call(given, 0);
   call.set_weights_for(input, weights);
   Problem p = call.problem();
   expect_hidden_size(p.H);
-  p.int8 = problem_.int8;
-  const std::int64_t widest = std::max(p.I, p.H);
-  if (p.int8 && (p.dtype != DType::f32 || widest > kMostInt8Products))
-    throw py::value_error("weights: int8 takes float32 of at most " +
-                          std::to_string(kMostInt8Products) + " columns, got " +
-                          std::to_string(widest) + " of " + type_name(storage_));
+  const bool int8 = p.options.int8 = options_.options.int8;
+  if (int8) expect_int8_columns(p.I, p.H, p.options.layers, 1);
   const Backend& backend = cpu_backend();
-  if (packed_.data() == nullptr) {
-    packed_ = Memory(backend.packed_size(p));
+  if (p.packed == nullptr && packed_.data() == nullptr) packed_ = Memory(backend.packed_size(p));
+  if (problem_.H == 0) {
     problem_.options = p.options;
     problem_.dtype = p.dtype;
     problem_.T = 1;
     problem_.H = p.H;
-    problem_.packed = packed_.data();
     problem_.threads = 0;
     const std::int64_t O = output_size(), rows = options_.traits.gates * p.H;
     constexpr std::int64_t kLarge = 1 << 18;  // products: some ten microseconds
     large_ = problem_.B * rows * (p.I + O + (layers() - 1) * 2 * O) >= kLarge;
   }
+  if (p.packed != nullptr) {
+    given_ = py::reinterpret_steal<py::object>(PySequence_GetItem(weights.ptr(), 0));
+    problem_.packed = p.packed;
+    return;
+  }
+  problem_.packed = packed_.data();
+  if (!int8) return backend.pack(p, packed_.data());
+  const Int8Parameters quantised(p);
+  p.parameters = quantised.data();
   backend.pack(p, packed_.data());
 }
 
@@ -411,10 +421,10 @@ py::object bound_step(const py::object& self) {
 void register_stream(py::module_& module) {
   using py::arg;
   py::class_<Stream>(module, "Stream", py::is_final())
-      .def(py::init<const CheckedOptions&, py::handle, std::int64_t, const std::string&, bool,
-                    py::object, py::object, py::handle>(),
-           arg("options"), arg("weights"), arg("batch_size"), arg("dtype"), arg("int8"),
-           arg("threads"), arg("view"), arg("programs"))
+      .def(py::init<const CheckedOptions&, py::handle, std::int64_t, const std::string&, py::object,
+                    py::object, py::handle>(),
+           arg("options"), arg("weights"), arg("batch_size"), arg("dtype"), arg("threads"),
+           arg("view"), arg("programs"))
       .def_property_readonly("step", bound_step)
       .def("pack", &Stream::pack, arg("weights"), arg("programs"))
       .def("reset", &Stream::reset, arg("mask"))

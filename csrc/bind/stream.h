@@ -25,13 +25,13 @@ namespace fastrnn::bind {
 
 class Stream {
  public:
-  // dtype: of the arrays. threads: a function that returns how many a step may use, or None for
-  // OpenMP's number. view(output, x): what a step returns for arrays of x's type.
+  // Of int8 options, `weights` are float32, or one array of packed weights (int8.h), which is used
+  // where it is. dtype: of the arrays. threads: a function that returns how many a step may use, or
+  // None for OpenMP's number. view(output, x): what a step returns for arrays of x's type.
   // programs: None, or for each layer its `_C.Program` and its shared arrays, which replace the
   // weights: for options that the fused cells do not have.
   Stream(const CheckedOptions& options, py::handle weights, std::int64_t batch_size,
-         const std::string& dtype, bool int8, py::object threads, py::object view,
-         py::handle programs);
+         const std::string& dtype, py::object threads, py::object view, py::handle programs);
 
   // Packs the weights again; their shapes and dtype must not change.
   void pack(py::handle weights, py::handle programs);
@@ -89,7 +89,7 @@ class Stream {
   Memory packed_, workspace_, h_[2], c_[2], narrow_c_, initial_h_, initial_c_, staged_;
   ProgramSteps programs_;
   Tensor output_;
-  py::object threads_, view_;
+  py::object threads_, view_, given_;  // given_: packed weights of the caller's
   std::vector<View> views_;
 };
 

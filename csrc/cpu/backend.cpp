@@ -6,7 +6,6 @@
 
 #include "ensemble.h"
 #include "host.h"
-#include "int8_layer.h"
 #include "recompute.h"
 #include "team.h"
 #include "threads.h"
@@ -17,31 +16,35 @@ namespace {
 
 // Enough for both plans: the choice is made when the pass begins.
 std::size_t workspace_size(const Problem& p, Pass pass) {
-  if (p.int8) return int8_workspace_size(p);
   const std::size_t usual = lay_out(plan_pass(p, pass, false), nullptr).bytes;
   return p.threads > 1 ? std::max(usual, lay_out(plan_pass(p, pass, true), nullptr).bytes) : usual;
 }
 
 std::size_t packed_size(const Problem& p) {
-  if (p.int8) return int8_packed_size(p);
   const Stack s(p, Pass::forward);
   return static_cast<std::size_t>(packed_before(s, p.options.layers));
 }
 
-void pack(const Problem& p, void* to) {
-  if (p.int8) return int8_pack(p, to);
+// Runs one of the kernels over the packed weights of every layer.
+void each_packed(const Problem& p, void* packed,
+                 void (*LayerKernels::*run)(const Layer&, int, int)) {
   const Stack s(p, Pass::forward);
   const std::int64_t weights = s.cell.traits.gates * p.H * (p.I + s.O);
   for (std::int64_t l = 0; l < p.options.layers; ++l) {
     Layer layer = describe_weights(s, l);
-    layer.packed = shifted(to, packed_before(s, l), 1);
+    layer.packed = shifted(packed, packed_before(s, l), 1);
     layer.plan.threads = weights < kRegionWeights ? 1 : p.threads;
-    run_layer(layer, s.kernels.pack);
+    run_layer(layer, s.kernels.*run);
   }
 }
 
+void pack(const Problem& p, void* to) { each_packed(p, to, &LayerKernels::pack); }
+
+void unpack(const Problem& p) {
+  each_packed(p, const_cast<void*>(p.packed), &LayerKernels::unpack);  // which only reads it
+}
+
 void forward(const Problem& p) {
-  if (p.int8) return int8_forward(p);
   Stack s = plan_pass(p, Pass::forward, cores_are_oversubscribed());
   const Workspace w = lay_out(s, p.workspace);
   s.steps = build_steps(p, w.steps);
@@ -89,8 +92,9 @@ void backward(const Problem& p) {
 }  // namespace
 
 const Backend& cpu_backend() {
-  static constexpr Backend backend{workspace_size,          packed_size, pack, forward, backward,
-                                   ensemble_workspace_size, run_ensemble};
+  static constexpr Backend backend{
+      workspace_size,          packed_size, pack, unpack, forward, backward,
+      ensemble_workspace_size, run_ensemble};
   return backend;
 }
 

@@ -65,6 +65,12 @@ const InstructionSet& chosen_set() {
 
 const char* cpu_isa() { return chosen_set().name; }
 
+const char* cpu_int8_isa() {
+  const InstructionSet* set = &chosen_set();
+  while (!set->int8) set = set->base;
+  return set->name;
+}
+
 std::vector<std::string> cpu_isas() {
   std::vector<std::string> names;
   for (const InstructionSet* set : runnable_sets()) names.emplace_back(set->name);

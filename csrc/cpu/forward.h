@@ -16,8 +16,10 @@
 //               projection, the hidden units before it
 // Threads       share.h. A thread owns its x_gates; a team that shares rows has a barrier for
 //               each product of a step.
-// Cost          per step and row G·H·(I + O) products, and 4·G·H·O bytes of packed W_hh from the
-//               cache for each block of rows.
+// Weights_      how weights are kept and rows multiplied by them: ForwardWeights, or Int8Weights
+//               (int8.h), whose products quantise their rows.
+// Cost          per step and row G·H·(I + O) products, and 4·G·H·O bytes of packed W_hh (int8: a
+//               quarter) from the cache for each block of rows.
 #pragma once
 
 #include "forward_weights.h"
@@ -26,12 +28,15 @@
 
 namespace fastrnn::FASTRNN_ISA {
 
-template <class Cell, class S>
+template <class Cell, class S, class Weights_ = ForwardWeights<Cell, S>>
 class Forward : Tiling<Cell, S> {
   using K = Tiling<Cell, S>;
   using K::lanes, K::gates, K::tiles, K::vectors, K::rows, K::units, K::first, K::wide;
-  using typename K::C, typename K::E;
+  using typename K::C;
   using typename K::V;
+  using E = typename Weights_::E;  // of the rows that products read
+  using FirstRows = typename Weights_::FirstRows;
+  using SecondRows = typename Weights_::SecondRows;
 
  public:
   // Lays out the scratch from `base`; a null base only counts the bytes.
@@ -88,12 +93,12 @@ class Forward : Tiling<Cell, S> {
 
   // The most pairs of a block of steps, and the bytes of each thread's own scratch.
   struct PerThread {
-    Index pairs, x_gates, x_rows, h_rows, pointers, total;
+    Index pairs, rows, x_gates, x_rows, h_rows, pointers, operands, total;
   };
 
   PerThread per_thread(const Plan& plan) const {
     PerThread p{};
-    const Index rows_mine =
+    const Index rows_mine = p.rows =
         ceil_div(steps_.B, plan.row_threads) + (plan.row_threads > 1 ? rows : 0);
     const Index blocks_mine = ceil_div(blocks_, plan.column_threads);
     const Index row_bytes = blocks_mine * vectors * lanes * static_cast<Index>(sizeof(C));
@@ -106,7 +111,11 @@ class Forward : Tiling<Cell, S> {
     p.x_rows = copies_ ? round_up(p.pairs * layer_.I * static_cast<Index>(sizeof(E))) : 0;
     p.pointers = round_up(p.pairs * static_cast<Index>(sizeof(void*)));
     p.h_rows = round_up(rows_mine * static_cast<Index>(sizeof(void*)));
-    p.total = round_up(p.x_gates) + p.x_rows + p.pointers + 2 * p.h_rows;
+    Arena operands(nullptr);
+    FirstRows(operands, p.pairs, layer_.I), FirstRows(operands, p.rows, layer_.O);
+    SecondRows(operands, p.rows, layer_.H);
+    p.operands = static_cast<Index>(operands.used());
+    p.total = round_up(p.x_gates) + p.x_rows + p.pointers + 2 * p.h_rows + p.operands;
     return p;
   }
   static Index round_up(Index bytes) { return (bytes + 63) / 64 * 64; }
@@ -120,6 +129,10 @@ class Forward : Tiling<Cell, S> {
     x_rows_ = reinterpret_cast<const E**>(base + round_up(p.x_gates) + p.x_rows);
     h_rows_ = reinterpret_cast<const E**>(base + round_up(p.x_gates) + p.x_rows + p.pointers);
     second_rows_ = reinterpret_cast<const C**>(reinterpret_cast<char*>(h_rows_) + p.h_rows);
+    Arena operands(base + p.total - p.operands);
+    x_ = FirstRows(operands, p.pairs, layer_.I);
+    h_ = FirstRows(operands, p.rows, layer_.O);
+    second_ = SecondRows(operands, p.rows, layer_.H);
   }
 
   // ---- before the first step ------------------------------------------------------------------
@@ -226,8 +239,9 @@ class Forward : Tiling<Cell, S> {
 
   // Projects the inputs of a block of steps.
   void project(Index d, Index pairs, const Range& blocks) {
+    x_.take(x_rows_, pairs, layer_.I);
     for (Index b = blocks.begin; b < blocks.end; ++b) {
-      const BlockOfWeights<E> weights = weights_.weight_ih(d, b);
+      const auto weights = weights_.weight_ih(d, b);
       const C* bias = weights_.bias_x(d, b);
       in_blocks_of_rows<rows>(pairs, [&](auto count, Index m) {
         constexpr int R = decltype(count)::value;
@@ -236,17 +250,7 @@ class Forward : Tiling<Cell, S> {
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 24
           for (int v = 0; v < vectors; ++v) acc[r][v] = V::load(bias + v * lanes);
-        C* to = x_gates(blocks, b, m);
-        if (!weights.packed) {
-          const auto sums = multiplied(acc, x_rows_ + m, layer_.I, weights);
-          __builtin_memcpy(to, sums.v, sizeof(sums.v));
-          return;
-        }
-        accumulate<R, vectors>(acc, x_rows_ + m, layer_.I, weights.packed);
-#pragma GCC unroll 24
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 24
-          for (int v = 0; v < vectors; ++v) acc[r][v].store(to + (r * vectors + v) * lanes);
+        multiply_into<R, vectors>(x_gates(blocks, b, m), acc, x_, m, layer_.I, weights);
       });
     }
   }
@@ -262,6 +266,7 @@ class Forward : Tiling<Cell, S> {
                    : walk.first(p.t, i)      ? g.initial + i * Op_
                                              : g.h + ((~p.t & 1) * steps_.B + i) * Op_;
     }
+    h_.take(h_rows_, n, layer_.O);
     for (Index b = blocks.begin; b < blocks.end; ++b) first_product(p, blocks, b, n, m);
     const bool oversubscribed = share.team->wait(share.columns);
     if constexpr (Cell::projects) {
@@ -281,6 +286,7 @@ class Forward : Tiling<Cell, S> {
   // Points the operands of the second product at a plane of the step's saved values.
   void second_operands(const Position& p, Index n, int plane) {
     for (Index j = 0; j < n; ++j) second_rows_[j] = saved_row(p, p.deal.row(j)) + plane * Hp_;
+    second_.take(second_rows_, n, layer_.H);
   }
 
   // The pair's saved values; null where nothing reads them.
@@ -293,7 +299,7 @@ class Forward : Tiling<Cell, S> {
 
   void first_product(const Position& p, const Range& blocks, Index b, Index n, Index m) {
     constexpr int N = first * tiles;
-    const BlockOfWeights<E> weights = weights_.weight_hh(p.d, b);
+    const auto weights = weights_.weight_hh(p.d, b);
     const C* bias_h = weights_.bias_h(p.d, b);
     in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
       constexpr int R = decltype(count)::value;
@@ -314,7 +320,7 @@ class Forward : Tiling<Cell, S> {
           acc[r][v] = Cell::separate[v % first] ? V::load(bias_h + from * lanes)
                                                 : V::load(x + (r * vectors + from) * lanes);
         }
-      const Sums<R, N, C> sums = multiplied(acc, h_rows_ + j, layer_.O, weights);
+      const Sums<R, N, C> sums = multiplied(acc, h_, j, layer_.O, weights);
       for (int tile = 0; tile < tiles; ++tile) {
         const Index unit = b * units + tile * lanes;
         if (unit >= layer_.H) break;
@@ -324,16 +330,6 @@ class Forward : Tiling<Cell, S> {
         });
       }
     });
-  }
-
-  // acc + operands · W for one block of weights.
-  template <int R, int N, class F>
-  FASTRNN_INLINE static Sums<R, N, C> multiplied(V (&acc)[R][N], const F* const* operands, Index K,
-                                                 const BlockOfWeights<F>& w) {
-    if (w.packed) accumulate<R, N>(acc, operands, K, w.packed);
-    Sums<R, N, C> sums(acc);
-    if (!w.packed) add_in_place<F, S>(sums.v[0], R, N, operands, K, w.in_place);
-    return sums;
   }
 
   // done(Int<M>{}, r) for R rows, at most kMost at a time.
@@ -422,7 +418,7 @@ class Forward : Tiling<Cell, S> {
   // Reset-before GRU: the gates that read r∘h.
   void second_product(const Position& p, const Range& blocks, Index b, Index n, Index m) {
     constexpr int G = gates - first, N = G * tiles;
-    const BlockOfWeights<C> weights = weights_.weight_hn(p.d, b);
+    const auto weights = weights_.weight_hn(p.d, b);
     in_blocks_of_rows<rows>(n, [&](auto count, Index j) {
       constexpr int R = decltype(count)::value;
       const C* x = x_gates(blocks, b, m + j);
@@ -432,7 +428,7 @@ class Forward : Tiling<Cell, S> {
 #pragma GCC unroll 24
         for (int v = 0; v < N; ++v)
           acc[r][v] = V::load(x + (r * vectors + v / G * gates + first + v % G) * lanes);
-      const Sums<R, N, C> sums = multiplied(acc, second_rows_ + j, layer_.H, weights);
+      const Sums<R, N, C> sums = multiplied(acc, second_, j, layer_.H, weights);
       for (int tile = 0; tile < tiles; ++tile) {
         const Index unit = b * units + tile * lanes;
         if (unit >= layer_.H) break;
@@ -465,12 +461,12 @@ class Forward : Tiling<Cell, S> {
 
   // h = W_hr · hidden units, for block b of the outputs.
   void project_hidden(const Position& p, Index b, Index n) {
-    const BlockOfWeights<C> weights = weights_.weight_hr(p.d, b);
+    const auto weights = weights_.weight_hr(p.d, b);
     in_blocks_of_rows<K::wide_rows>(n, [&](auto count, Index j) {
       constexpr int R = decltype(count)::value;
       V acc[R][wide];
       clear(acc);
-      const Sums<R, wide, C> sums = multiplied(acc, second_rows_ + j, layer_.H, weights);
+      const Sums<R, wide, C> sums = multiplied(acc, second_, j, layer_.H, weights);
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < wide; ++v) {
           const Index unit = (b * wide + v) * lanes;
@@ -483,7 +479,7 @@ class Forward : Tiling<Cell, S> {
   const Steps& steps_;
   const Index Hp_, Op_, blocks_, out_blocks_, saved_width_;
   const bool copies_;  // rows of x are copied: another type, or their units are not contiguous
-  const ForwardWeights<Cell, S> weights_;
+  const Weights_ weights_;
   Group group_[2] = {};
   char* threads_ = nullptr;
   std::size_t used_ = 0;
@@ -494,6 +490,8 @@ class Forward : Tiling<Cell, S> {
   const E** x_rows_ = nullptr;
   const E** h_rows_ = nullptr;
   const C** second_rows_ = nullptr;
+  FirstRows x_, h_;  // of the block of steps; of a step
+  SecondRows second_;
 };
 
 }  // namespace fastrnn::FASTRNN_ISA

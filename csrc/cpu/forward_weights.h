@@ -10,6 +10,7 @@
 //               bias_h     likewise, b_hh
 // In place      weights that few rows are multiplied by are read in place (Layer::x_in_place,
 //               h_in_place); the accessors return either form.
+// Products      multiplied() and multiply_into(), of rows that are read where they are.
 // Ownership     packed by all threads, a run of blocks each, into scratch or into Layer::packed.
 #pragma once
 
@@ -17,13 +18,59 @@
 
 namespace fastrnn::FASTRNN_ISA {
 
+// Rows that products read where they are.
+template <class E>
+struct RowsInPlace {
+  const E* const* rows = nullptr;
+
+  RowsInPlace() = default;
+  // Takes the memory of up to `count` rows of K units: none.
+  FASTRNN_INLINE RowsInPlace(Arena& arena, Index count, Index K) {
+    (void)arena, (void)count, (void)K;
+  }
+  // The next products' rows.
+  FASTRNN_INLINE void take(const E* const* from, Index count, Index K) {
+    (void)count, (void)K;
+    rows = from;
+  }
+};
+
+// acc + rows from j on · W for one block of weights.
+template <int R, int N, class F, class S, class C>
+FASTRNN_INLINE Sums<R, N, C> multiplied(Vec<C> (&acc)[R][N], const RowsInPlace<F>& x, Index j,
+                                        Index K, const BlockOfWeights<F, S>& w) {
+  if (w.packed) accumulate<R, N>(acc, x.rows + j, K, w.packed);
+  Sums<R, N, C> sums(acc);
+  if (!w.packed) add_in_place<F, S>(sums.v[0], R, N, x.rows + j, K, w.in_place);
+  return sums;
+}
+
+// The same, stored one row after the other.
+template <int R, int N, class F, class S, class C>
+FASTRNN_INLINE void multiply_into(C* to, Vec<C> (&acc)[R][N], const RowsInPlace<F>& x, Index j,
+                                  Index K, const BlockOfWeights<F, S>& w) {
+  if (!w.packed) {
+    const auto sums = multiplied(acc, x, j, K, w);
+    __builtin_memcpy(to, sums.v, sizeof(sums.v));
+    return;
+  }
+  accumulate<R, N>(acc, x.rows + j, K, w.packed);
+#pragma GCC unroll 24
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
+    for (int n = 0; n < N; ++n) acc[r][n].store(to + (r * N + n) * Vec<C>::lanes);
+}
+
 template <class Cell, class S>
 class ForwardWeights : Tiling<Cell, S> {
   using K = Tiling<Cell, S>;
   using K::lanes, K::gates, K::tiles, K::vectors, K::units, K::first, K::wide;
-  using typename K::C, typename K::E;
+  using typename K::C;
 
  public:
+  using typename K::E;
+  using FirstRows = RowsInPlace<E>;
+  using SecondRows = RowsInPlace<C>;
   // Lays out the weights from `base`; a null base only counts the bytes. The parameters of a layer
   // that is already packed may be null.
   ForwardWeights(const Layer& layer, void* base)
@@ -54,19 +101,19 @@ class ForwardWeights : Tiling<Cell, S> {
   std::size_t used() const { return used_; }
 
   // Block b of direction d.
-  BlockOfWeights<E> weight_ih(Index d, Index b) const {
+  BlockOfWeights<E, S> weight_ih(Index d, Index b) const {
     if (packs_x_) return {group_[d].weight_ih + b * block_ih_, {}};
     return {nullptr, {layer_.parameters[d].weight_ih, layer_.H, 0, gates, b * units}};
   }
-  BlockOfWeights<E> weight_hh(Index d, Index b) const {
+  BlockOfWeights<E, S> weight_hh(Index d, Index b) const {
     if (packs_h_) return {group_[d].weight_hh + b * block_hh_, {}};
     return {nullptr, hidden_in_place(d, b, 0, first)};
   }
-  BlockOfWeights<C> weight_hn(Index d, Index b) const {
+  BlockOfWeights<C, S> weight_hn(Index d, Index b) const {
     if (packs_h_) return {group_[d].weight_hn + b * block_hn_, {}};
     return {nullptr, hidden_in_place(d, b, first, gates - first)};
   }
-  BlockOfWeights<C> weight_hr(Index d, Index b) const {
+  BlockOfWeights<C, S> weight_hr(Index d, Index b) const {
     if (packs_h_) return {group_[d].weight_hr + b * block_hr_, {}};
     return {nullptr, {layer_.parameters[d].weight_hr, layer_.O, 0, 1, b * wide * lanes}};
   }

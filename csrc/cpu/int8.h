@@ -1,6 +1,8 @@
-// One step of one layer with int8 products.
+// The weights of a layer as int8, and products by them: what forward.h takes in place of
+// ForwardWeights.
 //
-// Weights       each row w of a matrix by itself: scale s_w = max|w| / 127, q_w = round(w / s_w).
+// Weights       each row w of a matrix by itself, quantised before they are packed (quantize.h):
+//               scale s_w = max|w| / 127, q_w = round(w / s_w).
 // Operands      at each step each row x of the input, of h and of what a second product reads:
 //               s_x = max|x| / 127, q_x = round(x / s_x), to nearest, ties to even, within ±127. A
 //               row whose largest value is below 1e-30 counts as zeros.
@@ -16,16 +18,12 @@
 // Layouts       weights [block of units][k / depth][tile][gate][lane][depth], as pack.h has it;
 //               scales, starts, biases [block][tile][gate][lane]
 //               operands [row][K up to a whole vector], each thread's own
-//               saved    [row][planes · Hp]. Reset-before GRU: the cell's saved values, then the
-//               projected gates that the second product is added to. Projection: the hidden units
-// Threads       each computes a run of blocks of units, for all rows, and rounds the operands for
-//               itself. There is a barrier before a second product.
+// Threads       each quantises the rows that it multiplies. Threads that share rows each do so.
 // Cost          per step and row G·H·(I + O) products, a byte each from the cache for each block of
 //               rows.
 #pragma once
 
-#include "../cells/list.h"
-#include "int8_layer.h"
+#include "../quantize.h"
 #include "tiling.h"
 
 namespace fastrnn::FASTRNN_ISA {
@@ -119,20 +117,6 @@ struct Dot {
 
 static_assert(Dot::depth * sizeof(Dot::Operand) == 4, "operands of a step fill a lane");
 
-// 2^23 · 1.5: adding a number to it rounds that to an integer, in the low bits.
-inline constexpr float kRounder = 12582912.0f;
-inline constexpr float kLeastInt8 = 1e-30f;
-
-// Scale and its inverse for a row whose largest absolute value is `most`.
-struct Int8Scale {
-  float scale, inverse;
-};
-FASTRNN_INLINE Int8Scale int8_scale(float most) {
-  if (!(most <= __FLT_MAX__)) return {__builtin_nanf(""), 0};
-  if (most < kLeastInt8) return {0, 0};
-  return {most / 127.0f, 127.0f / most};
-}
-
 // Operands of `K` values take this many places in memory: whole vectors of 32-bit lanes.
 FASTRNN_INLINE Index int8_row(Index K) {
   return ceil_div(K, Vec<float>::lanes) * Vec<float>::lanes;
@@ -186,115 +170,177 @@ struct Int8Matrix {
 };
 
 // Packs output `lane` of a block: row `row` of W; negative: none.
-inline void pack_int8_output(const Int8Matrix& m, Index b, Index lane, const Weight& w, Index row) {
+inline void pack_output(const Int8Matrix& m, Index b, Index lane, const Weight& w, Index row) {
   const Index outputs = m.vectors * Vec<float>::lanes;
   std::int8_t* to = m.weights + b * m.block_size() + lane * Dot::depth;
-  const float* from = static_cast<const float*>(w.data) + (row < 0 ? 0 : row * w.row);
-  std::uint32_t most = 0;
-  for (Index k = 0; row >= 0 && k < m.K; ++k) {
-    const std::uint32_t bits = as_bits(from[k * w.unit]) & 0x7fffffffu;
-    most = bits > most ? bits : most;
-  }
-  const Int8Scale s = int8_scale(as_float(most));
+  const std::int8_t* from = static_cast<const std::int8_t*>(w.data) + (row < 0 ? 0 : row * w.row);
   std::int32_t sum = 0;
   for (Index k = 0; k < m.steps * Dot::depth; ++k) {
-    std::int32_t q = 0;
-    if (s.inverse != 0 && k < m.K) {
-      const float scaled = from[k * w.unit] * s.inverse;
-      q = static_cast<std::int32_t>(scaled + kRounder - kRounder);
-    }
+    const std::int8_t q = row >= 0 && k < m.K ? from[k * w.unit] : std::int8_t{0};
     sum += q;
-    to[k / Dot::depth * outputs * Dot::depth + k % Dot::depth] = static_cast<std::int8_t>(q);
+    to[k / Dot::depth * outputs * Dot::depth + k % Dot::depth] = q;
   }
-  m.scale[b * outputs + lane] = s.scale;
+  m.scale[b * outputs + lane] = row < 0 ? 0 : w.scale[row];
   if (m.start) m.start[b * outputs + lane] = -Dot::offset * sum;
 }
 
-// Packs one block of gates first … first + gates − 1 of W [.., K], as pack_gates() does: `units`
-// rows to a gate.
-inline void pack_int8(const Int8Matrix& m, Index b, const Weight& w, Index units, Index first,
-                      Index gates) {
+// The inverse.
+inline void unpack_output(const Int8Matrix& m, Index b, Index lane, const Weight& w, Index row) {
+  if (row < 0) return;
+  const Index outputs = m.vectors * Vec<float>::lanes;
+  const std::int8_t* from = m.weights + b * m.block_size() + lane * Dot::depth;
+  std::int8_t* to = static_cast<std::int8_t*>(w.data) + row * w.row;
+  for (Index k = 0; k < m.K; ++k)
+    to[k * w.unit] = from[k / Dot::depth * outputs * Dot::depth + k % Dot::depth];
+  w.scale[row] = m.scale[b * outputs + lane];
+}
+
+// Packs or unpacks one block of gates first … first + gates − 1 of W [.., K], as pack_gates()
+// does: `units` rows to a gate.
+template <class Change>
+void change_block(const Int8Matrix& m, Index b, const Weight& w, Index units, Index first,
+                  Index gates, Change change) {
   constexpr Index lanes = Vec<float>::lanes;
   const Index tiles = m.vectors / gates;
   for (Index v = 0; v < m.vectors; ++v)
     for (Index lane = 0; lane < lanes; ++lane) {
       const Index unit = (b * tiles + v / gates) * lanes + lane;
       const Index row = unit < units ? (first + v % gates) * units + unit : -1;
-      pack_int8_output(m, b, v * lanes + lane, w, row);
+      change(m, b, v * lanes + lane, w, row);
     }
 }
 
+// Rows as operands, with their scales, in memory of the thread's own.
+struct QuantisedRows {
+  Dot::Operand* data = nullptr;
+  float* scale = nullptr;
+  Index stride = 0;
+
+  QuantisedRows() = default;
+  FASTRNN_INLINE QuantisedRows(Arena& arena, Index count, Index K)
+      : data(arena.take<Dot::Operand>(count * int8_row(K))),
+        scale(arena.take<float>(count)),
+        stride(int8_row(K)) {}
+  FASTRNN_INLINE void take(const float* const* from, Index count, Index K) {
+    for (Index j = 0; j < count; ++j) scale[j] = quantise_row(data + j * stride, from[j], K);
+  }
+};
+
+struct Int8Block {
+  const Int8Matrix& matrix;
+  Index b;
+};
+
+// Like ForwardWeights; always packed (Layer::packed).
 template <class Cell>
-class Int8Packing : Tiling<Cell, float> {
+class Int8Weights : Tiling<Cell, float> {
   using K = Tiling<Cell, float>;
   using K::lanes, K::gates, K::tiles, K::vectors, K::units, K::first, K::wide;
 
  public:
-  Int8Packing(const Int8Layer& layer, void* base)
+  using E = float;
+  using FirstRows = QuantisedRows;
+  using SecondRows = QuantisedRows;
+
+  Int8Weights(const Layer& layer, void* base)
       : layer_(layer),
         blocks_(ceil_div(layer.H, units)),
         out_blocks_(layer.P ? ceil_div(layer.O, wide * lanes) : 0) {
     Arena arena(base);
-    ih.lay_out(arena, blocks_, layer.I, vectors);
-    hh.lay_out(arena, blocks_, layer.O, first * tiles);
-    if (layer.P)
-      hr.lay_out(arena, out_blocks_, layer.H, wide);
-    else if (K::two_products)
-      hn.lay_out(arena, blocks_, layer.H, (gates - first) * tiles);
-    bias_x = arena.take<float>(blocks_ * vectors * lanes);
-    bias_h = arena.take<float>(blocks_ * vectors * lanes);
+    for (Index d = 0; d < layer.directions; ++d) {
+      Group& g = group_[d];
+      g.ih.lay_out(arena, blocks_, layer.I, vectors);
+      g.hh.lay_out(arena, blocks_, layer.O, first * tiles);
+      if (layer.P)
+        g.hr.lay_out(arena, out_blocks_, layer.H, wide);
+      else if (K::two_products)
+        g.hn.lay_out(arena, blocks_, layer.H, (gates - first) * tiles);
+      for (float** bias : {&g.bias_x, &g.bias_h, &g.bias_ih})
+        *bias = arena.take<float>(blocks_ * vectors * lanes);
+    }
     used_ = arena.used();
   }
 
   std::size_t used() const { return used_; }
 
+  Int8Block weight_ih(Index d, Index b) const { return {group_[d].ih, b}; }
+  Int8Block weight_hh(Index d, Index b) const { return {group_[d].hh, b}; }
+  Int8Block weight_hn(Index d, Index b) const { return {group_[d].hn, b}; }
+  Int8Block weight_hr(Index d, Index b) const { return {group_[d].hr, b}; }
+  const float* bias_x(Index d, Index b) const { return group_[d].bias_x + b * vectors * lanes; }
+  const float* bias_h(Index d, Index b) const { return group_[d].bias_h + b * vectors * lanes; }
+
   void pack(int thread, int threads) const {
-    const Parameters& p = *layer_.parameters;
+    change(thread, threads, pack_output);
     const Range blocks = split(blocks_, thread, threads);
-    for (Index b = blocks.begin; b < blocks.end; ++b) {
-      pack_int8(ih, b, p.weight_ih, layer_.H, 0, gates);
-      pack_int8(hh, b, p.weight_hh, layer_.H, 0, first);
-      if constexpr (K::two_products) pack_int8(hn, b, p.weight_hh, layer_.H, first, gates - first);
-      pack_biases(b);
-    }
-    const Range outs = split(out_blocks_, thread, threads);
-    for (Index b = outs.begin; b < outs.end; ++b) pack_int8(hr, b, p.weight_hr, layer_.O, 0, 1);
+    each_bias(blocks, [&](const Group& g, const Parameters& p, Index gate, Index at, Index i) {
+      const float input = bias(p.bias_ih, i), hidden = bias(p.bias_hh, i);
+      g.bias_x[at] = Cell::separate[gate] ? input : input + hidden;
+      g.bias_h[at] = hidden;
+      g.bias_ih[at] = input;
+    });
   }
 
-  Int8Matrix ih, hh, hn, hr;  // W_hh: the gates of the first product; W_hn: those of the second
-  float *bias_x, *bias_h;
+  // Writes what pack() read to the arrays of `parameters`; no biases where these are null.
+  void unpack(int thread, int threads) const {
+    change(thread, threads, unpack_output);
+    const Range blocks = split(blocks_, thread, threads);
+    each_bias(blocks, [&](const Group& g, const Parameters& p, Index, Index at, Index i) {
+      if (i < 0 || !p.bias_ih.data) return;
+      static_cast<float*>(p.bias_ih.data)[i * p.bias_ih.unit] = g.bias_ih[at];
+      static_cast<float*>(p.bias_hh.data)[i * p.bias_hh.unit] = g.bias_h[at];
+    });
+  }
 
  private:
-  void pack_biases(Index b) const {
-    for (Index v = 0; v < vectors; ++v)
-      for (Index lane = 0; lane < lanes; ++lane) {
-        const Index gate = v % gates, unit = b * units + v / gates * lanes + lane;
-        const Index to = (b * vectors + v) * lanes + lane;
-        const float input = bias(layer_.parameters->bias_ih, gate, unit);
-        const float hidden = bias(layer_.parameters->bias_hh, gate, unit);
-        bias_x[to] = Cell::separate[gate] ? input : input + hidden;
-        bias_h[to] = hidden;
+  struct Group {
+    Int8Matrix ih, hh, hn, hr;  // W_hh: the gates of the first product; W_hn: of the second
+    float *bias_x = nullptr, *bias_h = nullptr;  // as ForwardWeights has them
+    float* bias_ih = nullptr;                    // b_ih alone, for unpack()
+  };
+
+  // The thread's blocks of every matrix.
+  template <class Change>
+  void change(int thread, int threads, Change one) const {
+    for (Index d = 0; d < layer_.directions; ++d) {
+      const Group& g = group_[d];
+      const Parameters& p = layer_.parameters[d];
+      const Range blocks = split(blocks_, thread, threads);
+      for (Index b = blocks.begin; b < blocks.end; ++b) {
+        change_block(g.ih, b, p.weight_ih, layer_.H, 0, gates, one);
+        change_block(g.hh, b, p.weight_hh, layer_.H, 0, first, one);
+        if constexpr (K::two_products)
+          change_block(g.hn, b, p.weight_hh, layer_.H, first, gates - first, one);
+      }
+      const Range outs = split(out_blocks_, thread, threads);
+      for (Index b = outs.begin; b < outs.end; ++b)
+        change_block(g.hr, b, p.weight_hr, layer_.O, 0, 1, one);
+    }
+  }
+
+  // one(group, parameters, gate, place in a packed bias, place in a bias; negative: none)
+  template <class One>
+  void each_bias(const Range& blocks, One one) const {
+    for (Index d = 0; d < layer_.directions; ++d)
+      for (Index at = blocks.begin * vectors * lanes; at < blocks.end * vectors * lanes; ++at) {
+        const Index b = at / (vectors * lanes), v = at / lanes % vectors, gate = v % gates;
+        const Index unit = b * units + v / gates * lanes + at % lanes;
+        one(group_[d], layer_.parameters[d], gate, at,
+            unit < layer_.H ? gate * layer_.H + unit : -1);
       }
   }
 
-  float bias(const Weight& w, Index gate, Index unit) const {
-    if (!w.data || unit >= layer_.H) return 0;
-    return static_cast<const float*>(w.data)[(gate * layer_.H + unit) * w.unit];
+  static float bias(const Weight& w, Index i) {
+    return w.data && i >= 0 ? static_cast<const float*>(w.data)[i * w.unit] : 0.0f;
   }
 
-  const Int8Layer& layer_;
+  const Layer& layer_;
   const Index blocks_, out_blocks_;
+  Group group_[2];
   std::size_t used_ = 0;
 };
 
-// ---- the step -----------------------------------------------------------------------------------
-
-// Rows of operands beside each other, with their scales.
-struct Int8Rows {
-  Dot::Operand* data;
-  float* scale;
-  Index stride;
-};
+// ---- products -----------------------------------------------------------------------------------
 
 // acc[r][n] += one step of the product.
 template <int R, int N>
@@ -315,7 +361,7 @@ FASTRNN_INLINE void add_int8_step(Ints (&acc)[R][N], const Dot::Operand* rows, I
 
 // sums[r][n] += scale · Σ of the rows from j on by block b of the matrix.
 template <int R, int N>
-FASTRNN_INLINE void add_int8_product(Vec<float> (&sums)[R][N], const Int8Rows& rows, Index j,
+FASTRNN_INLINE void add_int8_product(Vec<float> (&sums)[R][N], const QuantisedRows& rows, Index j,
                                      const Int8Matrix& m, Index b) {
   using V = Vec<float>;
   typedef std::uint32_t Words __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
@@ -350,201 +396,22 @@ FASTRNN_INLINE void add_int8_product(Vec<float> (&sums)[R][N], const Int8Rows& r
     }
 }
 
-template <class Cell>
-class Int8Step : Tiling<Cell, float> {
-  using K = Tiling<Cell, float>;
-  using K::lanes, K::gates, K::tiles, K::vectors, K::rows, K::units, K::first, K::wide;
-  using typename K::V;
+// What forward.h calls, as for RowsInPlace.
+template <int R, int N>
+FASTRNN_INLINE Sums<R, N, float> multiplied(Vec<float> (&acc)[R][N], const QuantisedRows& x,
+                                            Index j, Index, const Int8Block& w) {
+  add_int8_product(acc, x, j, w.matrix, w.b);
+  return Sums<R, N, float>(acc);
+}
 
- public:
-  Int8Step(const Int8Layer& layer, void* base)
-      : layer_(layer),
-        Hp_(padded(layer.H)),
-        blocks_(ceil_div(layer.H, units)),
-        packing_(layer, layer.packed) {
-    Arena arena(base);
-    const Index B = layer.B;
-    if (layer.P) width_ = Hp_;
-    if (K::two_products) width_ = (Cell::saved + gates - first) * Hp_;
-    saved_ = arena.take<float>(B * width_);
-    Arena own(nullptr);
-    lay_out_thread(own);
-    thread_bytes_ = static_cast<Index>(own.used());
-    threads_ = arena.take<char>(layer.threads * thread_bytes_);
-    used_ = arena.used();
-  }
-
-  std::size_t used() const { return used_; }
-
-  void run(int thread, int threads) {
-    const FlushSubnormals guard;
-    Arena own(threads_ + thread * thread_bytes_);
-    lay_out_thread(own);
-    take_input();
-    for (Index i = 0; i < layer_.B; ++i) quantise(h_, i, layer_.h + i * layer_.O, layer_.O);
-    const Range blocks = split(blocks_, thread, threads);
-    for (Index b = blocks.begin; b < blocks.end; ++b) first_product(b);
-    if constexpr (Cell::projects) {
-      if (!layer_.P) return;
-      layer_.team->wait(threads, layer_.wait);
-      second_operands(layer_.H, 0);
-      const Range outs = split(ceil_div(layer_.O, wide * lanes), thread, threads);
-      for (Index b = outs.begin; b < outs.end; ++b) project_hidden(b);
-    } else if constexpr (K::two_products) {
-      layer_.team->wait(threads, layer_.wait);
-      second_operands(layer_.H, Cell::operand);
-      for (Index b = blocks.begin; b < blocks.end; ++b) second_product(b);
-    }
-  }
-
- private:
-  void lay_out_thread(Arena& own) {
-    const Index B = layer_.B, widest = int8_row(most(layer_.I, layer_.H));
-    x_ = {own.take<Dot::Operand>(B * widest), own.take<float>(B), widest};
-    h_ = {own.take<Dot::Operand>(B * int8_row(layer_.O)), own.take<float>(B), int8_row(layer_.O)};
-    row_ = layer_.input.unit != 1 ? own.take<float>(layer_.I) : nullptr;
-  }
-
-  static void quantise(const Int8Rows& rows, Index i, const float* x, Index count) {
-    rows.scale[i] = quantise_row(rows.data + i * rows.stride, x, count);
-  }
-
-  void take_input() {
-    const Sequence& input = layer_.input;
-    for (Index i = 0; i < layer_.B; ++i) {
-      const float* x = static_cast<const float*>(input.data) + i * input.row;
-      if (row_) {
-        gather(row_, x, input.unit, layer_.I);
-        x = row_;
-      }
-      quantise(x_, i, x, layer_.I);
-    }
-  }
-
-  // Over x, which no product reads any more.
-  void second_operands(Index count, Index plane) {
-    for (Index i = 0; i < layer_.B; ++i) quantise(x_, i, saved_ + i * width_ + plane * Hp_, count);
-  }
-
-  void first_product(Index b) {
-    constexpr int N = first * tiles;
-    const float* bias_x = packing_.bias_x + b * vectors * lanes;
-    const float* bias_h = packing_.bias_h + b * vectors * lanes;
-    in_blocks_of_rows<rows>(layer_.B, [&](auto count, Index j) {
-      constexpr int R = decltype(count)::value;
-      V x[R][vectors], a[R][N];
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < vectors; ++v) x[r][v] = V::load(bias_x + v * lanes);
-      add_int8_product(x, x_, j, packing_.ih, b);
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < N; ++v) {
-          const int from = v / first * gates + v % first;
-          a[r][v] = Cell::separate[v % first] ? V::load(bias_h + from * lanes) : x[r][from];
-        }
-      add_int8_product(a, h_, j, packing_.hh, b);
-      for (int r = 0; r < R; ++r)
-        for (int tile = 0; tile < tiles; ++tile) {
-          const Index unit = b * units + tile * lanes;
-          if (unit < layer_.H) finish_first(j + r, unit, a[r] + tile * first, x[r] + tile * gates);
-        }
-    });
-  }
-
-  // The cell, or its first half, on one tile of one row. a: the gates' sums; x: the projection.
-  FASTRNN_NOINLINE void finish_first(Index i, Index unit, const V* a, const V* x) {
-    const Index left = layer_.H - unit;
-    V saved[Cell::saved], previous[2], next[2];
-    previous[0] = layer_.P ? V(0) : load_units<float>(layer_.h + i * layer_.O + unit, left);
-    float* keep = saved_ + i * width_ + unit;
-    if constexpr (K::two_products) {
-      Cell::forward_first(layer_.maths, a, previous, saved);
-      for (int s = 0; s < Cell::saved; ++s) saved[s].store(keep + s * Hp_);
-      for (int g = first; g < gates; ++g) x[g].store(keep + (Cell::saved + g - first) * Hp_);
-    } else {
-      if constexpr (Cell::states > 1)
-        previous[1] = load_units<float>(layer_.c + i * layer_.H + unit, left);
-      Cell::forward(layer_.maths, x, a, previous, next, saved);
-      if constexpr (Cell::states > 1) store_units(next[1], layer_.c_n + i * layer_.H + unit, left);
-      if (layer_.P)
-        next[0].store(keep);
-      else
-        finish_hidden(i, unit, next[0]);
-    }
-  }
-
-  // Reset-before GRU: the gates that read r∘h.
-  void second_product(Index b) {
-    constexpr int G = gates - first, N = G * tiles;
-    in_blocks_of_rows<rows>(layer_.B, [&](auto count, Index j) {
-      constexpr int R = decltype(count)::value;
-      V a[R][N];
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < N; ++v) {
-          const Index unit = b * units + v / G * lanes, plane = Cell::saved + v % G;
-          a[r][v] =
-              unit < layer_.H ? V::load(saved_ + (j + r) * width_ + plane * Hp_ + unit) : V(0);
-        }
-      add_int8_product(a, x_, j, packing_.hn, b);
-      for (int r = 0; r < R; ++r)
-        for (int tile = 0; tile < tiles; ++tile) {
-          const Index unit = b * units + tile * lanes;
-          if (unit < layer_.H) finish_second(j + r, unit, a[r] + tile * G);
-        }
-    });
-  }
-
-  FASTRNN_NOINLINE void finish_second(Index i, Index unit, const V* a) {
-    const float* keep = saved_ + i * width_ + unit;
-    V saved[Cell::saved], next[1];
-    const V previous[1] = {load_units<float>(layer_.h + i * layer_.O + unit, layer_.H - unit)};
-    for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(keep + s * Hp_);
-    Cell::forward_second(layer_.maths, a, previous, next, saved);
-    finish_hidden(i, unit, next[0]);
-  }
-
-  // h = W_hr · hidden units.
-  void project_hidden(Index b) {
-    in_blocks_of_rows<K::wide_rows>(layer_.B, [&](auto count, Index j) {
-      constexpr int R = decltype(count)::value;
-      V h[R][wide];
-      clear(h);
-      add_int8_product(h, x_, j, packing_.hr, b);
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < wide; ++v) {
-          const Index unit = (b * wide + v) * lanes;
-          if (unit < layer_.O) finish_hidden(j + r, unit, h[r][v]);
-        }
-    });
-  }
-
-  FASTRNN_INLINE void finish_hidden(Index i, Index unit, V h) {
-    const Index at = i * layer_.O + unit, left = layer_.O - unit;
-    store_units(h, layer_.h_n + at, left);
-    if (layer_.output) store_units(h, layer_.output + at, left);
-  }
-
-  const Int8Layer& layer_;
-  const Index Hp_, blocks_;
-  const Int8Packing<Cell> packing_;
-  Index width_ = 0, thread_bytes_ = 0;
-  float* saved_ = nullptr;
-  char* threads_ = nullptr;
-  std::size_t used_ = 0;
-  // The thread's own.
-  Int8Rows x_{}, h_{};
-  float* row_ = nullptr;
-};
-
-// ---- the table ----------------------------------------------------------------------------------
-
-template <class Cells>
-struct Int8Table;
-template <class... Cells>
-struct Int8Table<CellList<Cells...>> {
-  static constexpr Int8Kernels kernels[] = {
-      {Vec<float>::lanes, Dot::depth, Tiling<Cells, float>::rows, Tiling<Cells, float>::units,
-       bytes_of<Int8Packing<Cells>>, bytes_of<Int8Step<Cells>>, pack_weights<Int8Packing<Cells>>,
-       run_pass<Int8Step<Cells>>}...};
-};
+template <int R, int N>
+FASTRNN_INLINE void multiply_into(float* to, Vec<float> (&acc)[R][N], const QuantisedRows& x,
+                                  Index j, Index, const Int8Block& w) {
+  add_int8_product(acc, x, j, w.matrix, w.b);
+#pragma GCC unroll 24
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
+    for (int n = 0; n < N; ++n) acc[r][n].store(to + (r * N + n) * Vec<float>::lanes);
+}
 
 }  // namespace fastrnn::FASTRNN_ISA

@@ -13,6 +13,10 @@ namespace fastrnn {
 // Throws std::invalid_argument where FASTRNN_ISA names a set that is unknown or cannot run here.
 const char* cpu_isa();
 
+// The set whose int8 kernels are in use, and whose order packed int8 weights have: that set, or the
+// one that it extends.
+const char* cpu_int8_isa();
+
 // Every set that was built and that this CPU runs, widest first.
 std::vector<std::string> cpu_isas();
 

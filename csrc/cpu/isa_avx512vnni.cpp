@@ -2,8 +2,7 @@
 #define FASTRNN_ISA avx512vnni
 #define FASTRNN_VECTOR_BYTES 64
 #define FASTRNN_REGISTERS 32
-#include "int8.h"
-#include "roof.h"
+#include "kernels.h"
 
 namespace fastrnn {
 const InstructionSet avx512vnni_set = {"avx512vnni", nullptr, avx512vnni::roof_loops,

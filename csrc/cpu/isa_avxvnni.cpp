@@ -2,8 +2,7 @@
 #define FASTRNN_ISA avxvnni
 #define FASTRNN_VECTOR_BYTES 32
 #define FASTRNN_REGISTERS 16
-#include "int8.h"
-#include "roof.h"
+#include "kernels.h"
 
 namespace fastrnn {
 const InstructionSet avxvnni_set = {"avxvnni", nullptr, avxvnni::roof_loops,

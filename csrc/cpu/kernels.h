@@ -22,7 +22,8 @@ struct KernelsOf {
                                          bytes_of<Backward<Cell, S>>,
                                          pack_weights<ForwardWeights<Cell, S>>,
                                          run_pass<Forward<Cell, S>>,
-                                         run_pass<Backward<Cell, S>>};
+                                         run_pass<Backward<Cell, S>>,
+                                         nullptr};
 };
 template <class Cell>
 struct KernelsOf<Cell, void> {
@@ -45,6 +46,26 @@ template <class... Cells, class Storages>
 struct Table<CellList<Cells...>, Storages> {
   static constexpr CellKernels kernels[] = {cell_kernels<Cells>(Storages{})...};
 };
+
+// ---- int8 ---------------------------------------------------------------------------------------
+
+template <class Cell>
+void unpack_weights(const Layer& layer, int thread, int threads) {
+  Int8Weights<Cell>(layer, layer.packed).unpack(thread, threads);
+}
+
+template <class Cells = AllCells>
+struct Int8Table;
+template <class... Cells>
+struct Int8Table<CellList<Cells...>> {
+  static constexpr LayerKernels kernels[] = {
+      {Vec<float>::lanes, Dot::depth, Tiling<Cells, float>::rows, Tiling<Cells, float>::units,
+       bytes_of<Int8Weights<Cells>>, bytes_of<Forward<Cells, float, Int8Weights<Cells>>>, nullptr,
+       pack_weights<Int8Weights<Cells>>, run_pass<Forward<Cells, float, Int8Weights<Cells>>>,
+       nullptr, unpack_weights<Cells>}...};
+};
+
+// ---- sets ---------------------------------------------------------------------------------------
 
 // A set with kernels of its own for everything.
 template <class Cells = AllCells>

@@ -87,6 +87,7 @@ struct LayerKernels {
   void (*pack)(const Layer&, int thread, int threads);
   void (*forward)(const Layer&, int thread, int threads);
   void (*backward)(const Layer&, int thread, int threads);
+  void (*unpack)(const Layer&, int thread, int threads);  // of int8 alone: to Layer::parameters
 };
 
 // The kernels of one cell, in the order of DType.
@@ -104,7 +105,6 @@ struct RoofLoops {
   double (*read)(const float* x, std::int64_t count, std::int64_t passes);
 };
 
-struct Int8Kernels;     // int8_layer.h
 struct ProgramKernels;  // program_plan.h
 
 // The cells on one instruction set, in the order of AllCells.
@@ -112,7 +112,7 @@ struct InstructionSet {
   const char* name;
   const CellKernels* kernels;
   RoofLoops roof;
-  const Int8Kernels* int8;
+  const LayerKernels* int8;
   // The set that this one extends: kernels that this one lacks, of a storage type or all of a kind
   // (null), are those of the base. Null: this one has all.
   const InstructionSet* base = nullptr;

@@ -132,8 +132,8 @@ struct BlockInPlace {
   Index unit;        // the block's first hidden unit
 };
 
-// A block of weights as forward reads it: packed, or in place.
-template <class E>
+// A block of weights of storage type S as forward reads it: packed, or in place.
+template <class E, class S>
 struct BlockOfWeights {
   const E* packed;  // null: in place
   BlockInPlace in_place;

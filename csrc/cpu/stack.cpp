@@ -31,7 +31,8 @@ bool find_cell(CellList<Cells...>, const Options& o, CellEntry& found) {
 const LayerKernels& kernels_of(const Problem& p) {
   const int cell = cell_entry(p.options).index;
   for (const InstructionSet* set = &chosen_set();; set = set->base) {
-    if (!set->kernels) continue;
+    if (p.options.int8 && set->int8) return set->int8[cell];
+    if (p.options.int8 || !set->kernels) continue;
     const LayerKernels& found = set->kernels[cell].of[static_cast<int>(p.dtype)];
     if (found.forward) return found;
   }

@@ -16,7 +16,7 @@ namespace {
 double product_time(const Stack& s, double rows, double weights, double between) {
   const int depth = s.pass == Pass::forward ? s.kernels.depth : 1;
   const double rate = 2 * kClock * s.kernels.lanes * depth;  // products a nanosecond
-  const double size = static_cast<double>(s.compute) / depth;
+  const double size = s.p.options.int8 ? 1 : static_cast<double>(s.compute) / depth;  // a weight's
   const double blocks = std::ceil(rows / s.kernels.rows_per_block);
   const double block = weights * rows / blocks / rate;
   const double first = weights * size / (between * size <= kInnerBytes ? kInner : kOuter);

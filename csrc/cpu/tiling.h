@@ -54,17 +54,17 @@ FASTRNN_INLINE Index saved_width(const Layer& layer) {
   return saved_width(layer, Cell::saved);
 }
 
-// Entries of the tables of kernels, for a Layer or an Int8Layer. Work: a pass, or packed weights.
-template <class Work, class L>
-std::size_t bytes_of(const L& layer) {
+// Entries of the tables of kernels. Work: a pass, or packed weights.
+template <class Work>
+std::size_t bytes_of(const Layer& layer) {
   return Work(layer, nullptr).used();
 }
-template <class Weights, class L>
-void pack_weights(const L& layer, int thread, int threads) {
+template <class Weights>
+void pack_weights(const Layer& layer, int thread, int threads) {
   Weights(layer, layer.packed).pack(thread, threads);
 }
-template <class Pass, class L>
-void run_pass(const L& layer, int thread, int threads) {
+template <class Pass>
+void run_pass(const Layer& layer, int thread, int threads) {
   Pass(layer, layer.scratch).run(thread, threads);
 }
 

@@ -365,7 +365,14 @@ void int8_products() {
       Arena arena(reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(memory.data()) + 63) /
                                           64 * 64));
       m.lay_out(arena, 1, K, N);
-      pack_int8(m, 0, Weight{weights.data(), K * unit, unit}, outputs - 1, 0, 1);
+      std::vector<std::int8_t> q(size((outputs - 1) * K)), again(q.size());
+      std::vector<float> scales(size(outputs - 1)), scales_again(scales.size());
+      quantize_rows(Weight{weights.data(), K * unit, unit}, outputs - 1, K, q.data(),
+                    scales.data());
+      change_block(m, 0, Weight{q.data(), K, 1, 0, scales.data()}, outputs - 1, 0, 1, pack_output);
+      change_block(m, 0, Weight{again.data(), K, 1, 0, scales_again.data()}, outputs - 1, 0, 1,
+                   unpack_output);
+      check::that("unpacked", q == again && scales == scales_again);
 
       std::vector<float> x(size(R * K)), ones(size(R), 1.0f);
       for (Index i = 0; i < R * K; ++i) x[size(i)] = i % 5 ? std::cos(static_cast<float>(i)) : 1.0f;
@@ -382,7 +389,11 @@ void int8_products() {
       }
       Vec<float> sums[R][N];
       clear(sums);
-      add_int8_product(sums, Int8Rows{operands.data(), ones.data(), int8_row(K)}, 0, m, 0);
+      QuantisedRows rows;
+      rows.data = operands.data();
+      rows.scale = ones.data();
+      rows.stride = int8_row(K);
+      add_int8_product(sums, rows, 0, m, 0);
       for (Index r = 0; r < R; ++r)
         for (Index u = 0; u < outputs; ++u, ++checks) {
           long exact = 0;

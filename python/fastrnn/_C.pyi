@@ -95,6 +95,7 @@ class Options:
         reset_after: bool = True,
         heads: int = 1,
         recompute: bool = False,
+        int8: bool = False,
     ) -> None: ...
     @property
     def cell(self) -> str: ...
@@ -114,6 +115,9 @@ class Options:
     def heads(self) -> int: ...
     @property
     def recompute(self) -> bool: ...
+    @property
+    def int8(self) -> bool:
+        """A call's weights are one array, as `pack_int8` makes it, and it has no gradient."""
     @property
     def gates(self) -> int:
         """Rows of the weights, in units of the hidden size."""
@@ -135,6 +139,25 @@ class Frozen:
     @property
     def packed(self) -> bool:
         """Whether the weights are still kept."""
+
+def quantize(weight: _Array) -> tuple[Tensor, Tensor]:
+    """A float32 matrix (M, K) as int8 (M, K) with one scale per row, float32 (M,)."""
+
+def pack_int8(
+    options: Options,
+    input_size: int,
+    hidden_size: int,
+    weights: Sequence[_Array],
+    biases: bool,
+) -> Tensor:
+    """int8 weights in the order in which this machine's kernels read them, uint8 (N,).
+
+    ``weights`` is the flat list, each matrix as int8 and followed by its scales. A call with
+    another instruction set or other options refuses the result.
+    """
+
+def unpack_int8(options: Options, packed: _Array) -> list[Tensor]:
+    """The ``weights`` of `pack_int8`."""
 
 def set_torch(
     tensor: type,
@@ -364,12 +387,12 @@ class Stream:
         weights: Sequence[_Array],
         batch_size: int,
         dtype: str,
-        int8: bool,
         threads: Callable[[], int] | None,
         view: Callable[[Tensor, Any], Any],
         programs: Sequence[tuple[Program, Sequence[_Array]]] | None,
     ) -> None:
-        """Packs the weights, whose dtype must be `dtype`; with `int8`, float32.
+        """Packs the weights, whose dtype must be `dtype`; of int8 options float32, or one array as
+        `pack_int8` makes it.
 
         `programs` of a layer with options beyond the cells: of each layer its program and its
         shared arrays, which take the place of the weights.

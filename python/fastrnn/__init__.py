@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .models.gradient_flow import gradient_flow
     from .models.keras import from_keras
     from .models.patch import patch_torch, unpatch_torch
+    from .models.quantize import quantize_dynamic
     from .nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
     __version__: str
@@ -58,6 +59,7 @@ __all__ = [
     "info",
     "onnx_translation_table",
     "patch_torch",
+    "quantize_dynamic",
     "reference",
     "scan",
     "to_torch",
@@ -78,6 +80,7 @@ _HOMES = {  # name: the module it comes from, imported when the name is first us
     "gradient_flow": "models.gradient_flow",
     "onnx_translation_table": "layers.onnx_nodes",
     **dict.fromkeys(("patch_torch", "unpatch_torch"), "models.patch"),
+    "quantize_dynamic": "models.quantize",
     "scan": "any_cell.scan",
     "Stream": "_stream",
 }

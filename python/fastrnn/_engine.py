@@ -60,8 +60,11 @@ def each_layer(
 
 
 @lru_cache(maxsize=256)
-def engine_options(options: Options) -> _C.Options:
-    """The options that the engine's cells support; the weights show whether there are biases."""
+def engine_options(options: Options, *, int8: bool = False) -> _C.Options:
+    """The options that the engine's cells support; the weights show whether there are biases.
+
+    With ``int8`` a call has one array of packed weights (`_C.pack_int8`) in place of them.
+    """
     return _C.Options(
         cell=options.cell,
         num_layers=options.num_layers,
@@ -71,7 +74,8 @@ def engine_options(options: Options) -> _C.Options:
         gate_activation=options.gate_activation,
         reset_after=options.reset_after,
         heads=options.heads,
-        recompute=options.recompute,
+        recompute=options.recompute and not int8,
+        int8=int8,
     )
 
 

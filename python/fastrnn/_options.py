@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -16,6 +16,20 @@ Shape = tuple[int, ...]
 
 MOST_LAYERS = 2**16  # more would take for ever to name
 GATES: dict[Cell, int] = {"RNN": 1, "LSTM": 4, "GRU": 3}
+
+# Options that int8 kernels support, and options that have no effect on inference.
+_INT8_OPTIONS = {
+    "cell",
+    "num_layers",
+    "bidirectional",
+    "bias",
+    "proj_size",
+    "activation",
+    "gate_activation",
+    "reset_after",
+    "grad_clip",
+    "recompute",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +185,19 @@ _PARSERS: dict[type, Any] = {bool: "True".__eq__, int: int, float: float, str: s
 
 
 @lru_cache(maxsize=256)
+def int8_lacks(options: Options) -> str | None:
+    """An option that int8 does not support, as ``"name=value"``; None: it supports all.
+
+    >>> int8_lacks(Options("LSTM", peephole=True))
+    'peephole=True'
+    """
+    for field in fields(options):
+        default, value = field.default, getattr(options, field.name)
+        if field.name not in _INT8_OPTIONS and default is not MISSING and value != default:
+            return f"{field.name}={value!r}"
+    return None
+
+
 def parse(text: str) -> Options:
     """The options that `Options.text` describes.
 

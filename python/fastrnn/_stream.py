@@ -8,14 +8,14 @@ not need it.
 from __future__ import annotations
 
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import _C
 from ._engine import engine_options
-from ._options import Options, check_integers, make_options
+from ._options import Options, check_integers, int8_lacks, make_options
 from .calls.arguments import REAL, check_number_of_weights, is_torch, weight_names
 from .calls.by_program import step_programs
 
@@ -24,19 +24,6 @@ if TYPE_CHECKING:
 
 DTYPES = (*REAL, "int8")
 _MOST_ROWS = 2**31 - 1  # the engine's limit
-# Options that int8 kernels support, and options that have no effect on inference.
-_INT8_OPTIONS = {
-    "cell",
-    "num_layers",
-    "bidirectional",
-    "bias",
-    "proj_size",
-    "activation",
-    "gate_activation",
-    "reset_after",
-    "grad_clip",
-    "recompute",
-}
 
 
 class Stream:
@@ -49,7 +36,8 @@ class Stream:
     memory to read.
 
     Arguments:
-        layer: `fastrnn.RNN`, `LSTM` or `GRU` on the CPU, in one direction. A stream always runs
+        layer: `fastrnn.RNN`, `LSTM` or `GRU` on the CPU, in one direction; or a layer from
+            `fastrnn.quantize_dynamic`, whose memory the stream uses. A stream always runs
             inference, even if the layer is in training mode: it records no gradient and applies no
             dropout.
         batch_size: B, the number of rows.
@@ -151,19 +139,22 @@ class Stream:
                 f"batch_size must be at least 1 and at most {_MOST_ROWS}, got {batch_size}"
             )
         weights = source.weights()
-        name = _dtype_name(weights[0].dtype if dtype is None else dtype)
+        name = _dtype_name(source.dtype if dtype is None else dtype)
+        if name != "int8" and source.dtype == "int8":
+            raise ValueError(f"dtype: a quantised layer runs with int8 alone, got {name!r}")
         if name == "int8":
-            _refuse_options(options)
+            lacking = int8_lacks(options)
+            if lacking:
+                raise ValueError(f"dtype: int8 does not support {lacking}; use a floating dtype")
         self.batch_size, self.dtype = batch_size, name
         self._source = source
         self._storage = "float32" if name == "int8" else name
-        weights = [_converted(weight, self._storage) for weight in weights]
+        weights = self._stored(weights)
         self._engine = _C.Stream(
-            engine_options(options),
+            engine_options(options, int8=name == "int8"),
             weights,
             batch_size,
             self._storage,
-            name == "int8",
             source.threads(),
             _view,
             step_programs(options, weights),
@@ -261,9 +252,15 @@ class Stream:
             TypeError, ValueError: a weight is None, has another shape than before, or is not on the
                 CPU.
         """
-        weights = [_converted(weight, self._storage) for weight in self._source.weights()]
+        weights = self._stored(self._source.weights())
         self._engine.pack(weights, step_programs(self._source.options, weights))
         self._take_initial_state()
+
+    def _stored(self, weights: list[Any]) -> list[Any]:
+        """The weights as the engine takes them: in the stream's dtype, or packed already."""
+        if self._source.dtype == "int8":
+            return weights
+        return [_converted(weight, self._storage) for weight in weights]
 
     def _take_initial_state(self) -> None:
         h, c = self._source.initial_state()
@@ -297,8 +294,8 @@ class _Layer:
     torch = True
 
     def __init__(self, layer: Any) -> None:
-        module = sys.modules.get("fastrnn.layers.layer")  # imported, if layer is a fastrnn layer
-        if module is None or module.RecurrentLayer not in type(layer).__mro__:
+        module = sys.modules.get("fastrnn.layers.forms")  # imported, if layer is a fastrnn layer
+        if module is None or module.EveryForm not in type(layer).__mro__:
             hint = "; fastrnn.convert makes one from it" if _is_torch_module(layer) else ""
             raise TypeError(
                 f"layer must be a fastrnn.RNN, LSTM or GRU, got {type(layer).__name__}{hint}"
@@ -310,8 +307,16 @@ class _Layer:
         options: Options = self._layer._options
         return options
 
+    @property
+    def dtype(self) -> Any:
+        """Of the weights; "int8" of a quantised layer."""
+        quantised = hasattr(self._layer, "packed")
+        return "int8" if quantised else self.weights()[0].dtype
+
     def weights(self) -> list[Any]:
-        names = self._layer._flat_weights_names
+        """The flat list; of a quantised layer its packed weights."""
+        packed = hasattr(self._layer, "packed")
+        names = ["packed"] if packed else self._layer._flat_weights_names
         weights = [getattr(self._layer, name) for name in names]
         for name, weight in zip(names, weights, strict=True):
             if weight is None:
@@ -346,6 +351,10 @@ class _Arrays:
                 )
         self.options, self._weights = options, tuple(weights)
         self.torch = is_torch(weights[0])
+
+    @property
+    def dtype(self) -> Any:
+        return self._weights[0].dtype
 
     def weights(self) -> list[Any]:
         return list(self._weights)
@@ -405,15 +414,6 @@ def _converted(array: Any, dtype: str) -> Any:
 def _settled(array: Any) -> Any:
     """The array; for a torch tensor with a pending negation, its resolved values."""
     return array.resolve_neg() if is_torch(array) else array
-
-
-def _refuse_options(options: Options) -> None:
-    for field in fields(options):
-        default, value = field.default, getattr(options, field.name)
-        if field.name not in _INT8_OPTIONS and default is not MISSING and value != default:
-            raise ValueError(
-                f"dtype: int8 does not support {field.name}={value!r}; use a floating dtype"
-            )
 
 
 def _view(output: _C.Tensor, x: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from .layers.cells import GRUCell, LSTMCell, RNNCell
 from .layers.layer import COMMON_OPTIONS, Device, RecurrentLayer
+from .layers.quantized import QuantizedGRU, QuantizedLSTM, QuantizedRNN
 from .layers.surface import LSTMSurface
 
 if TYPE_CHECKING:
@@ -21,7 +22,17 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "QuantizedGRU",
+    "QuantizedLSTM",
+    "QuantizedRNN",
+    "RNNCell",
+]
 
 _NONLINEARITIES = {
     "tanh": "RNN_TANH",

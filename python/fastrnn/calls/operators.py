@@ -93,7 +93,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def _whole(
+def whole(
     outputs: Sequence[Tensor | None], input: Tensor, by_torch: bool = False
 ) -> tuple[Tensor, ...]:
     """The outputs as the schema has them: (0,) in place of None."""
@@ -110,10 +110,10 @@ def _forward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
     input, options = given[0], parse(text)
     if by_torch or not torch_kernels.leaves_to_engine(given, options, save):
         outputs = torch_kernels.forward_kernel(given, options, states, save, by_torch)
-        return _whole(outputs, input, by_torch)
+        return whole(outputs, input, by_torch)
     # Zeros where the engine writes nothing: an operator's outputs must be the same every time.
     device = device_of(given, options, save)
-    return _whole(program_torch.call(options, given).forward(states, save, True, device), input)
+    return whole(program_torch.call(options, given).forward(states, save, True, device), input)
 
 
 def _backward_kernel(*arguments: Any) -> list[Tensor]:
@@ -146,7 +146,7 @@ def _present(options: Options, saved: Sequence[Any]) -> Any:
 # ---- Fake kernels --------------------------------------------------------------------------------
 
 
-def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+def forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     input, h0, _, weights, batch_sizes, *_ = arguments
     text, states, save, by_torch = arguments[TENSORS:]
     options = parse(text)
@@ -171,7 +171,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     if save and not options.recompute and not by_torch:
         shape = _saved_shape(options, arguments[:TENSORS], rows, hidden_size)
         saved = None if shape is None else input.new_empty(shape, dtype=compute)
-    return _whole(
+    return whole(
         (
             input.new_empty((*entries, directions * out)),
             input.new_empty((groups, rows, out)),
@@ -240,14 +240,14 @@ def _forward_members_cpu(*arguments: Any) -> tuple[Tensor, ...]:
     resets = extras[:2] if extras[0] is not None else None
     flags = (states or save, False) if again else (states, save)
     given: Any = (*inputs, resets, *flags, threads, True)
-    return _whole(_C.forward_members(*given), arguments[0])
+    return whole(_C.forward_members(*given), arguments[0])
 
 
 def _forward_members_fake(*arguments: Any) -> tuple[Tensor, ...]:
     input, batch_sizes = arguments[0], arguments[4]
     given = [_first(x) for x in arguments[:TENSORS]]
     given[4] = batch_sizes
-    one = _forward_fake(*given, *arguments[TENSORS:])
+    one = forward_fake(*given, *arguments[TENSORS:])
     return tuple(y if y.dim() == 1 else y.new_empty((input.shape[0], *y.shape)) for y in one)
 
 
@@ -304,7 +304,7 @@ class _Kernels(NamedTuple):
 
 
 _KERNELS = {
-    "forward": _Kernels(_forward_kernel, _forward_kernel, _forward_fake),
+    "forward": _Kernels(_forward_kernel, _forward_kernel, forward_fake),
     "backward": _Kernels(_backward_kernel, _backward_kernel, _backward_fake),
     "forward_members": _Kernels(_forward_members_cpu, _forward_of_each, _forward_members_fake),
     "backward_members": _Kernels(_backward_members_cpu, _backward_of_each, _backward_fake),

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.utils.rnn import PackedSequence
 
 from .. import _C, _checks
 from .._engine import NO_EXTRAS, Extras, Prepared, States
@@ -33,15 +32,14 @@ from .._options import (
 from ..calls import torch_route
 from ..calls.call import casts_by_itself, recurrent, usual_layer
 from . import autocast, onnx_export, random_masks, torch_tools
+from .forms import TORCH_DEFAULTS, EveryForm, Result, options_shown
 from .surface import DERIVED, GIVEN, RNNSurface, state_of
 
 if TYPE_CHECKING:
+    from torch.nn.utils.rnn import PackedSequence
     from typing_extensions import Self
 
 Device = torch.device | str | int | None
-# A call that torch.fx traces has its proxy for the output, and None for the states.
-Result = tuple[Any, Any, States | None]
-
 # The own options of every layer, each with the value that is torch.nn's behaviour.
 COMMON_OPTIONS: dict[str, Any] = {
     "layer_norm": False,
@@ -59,7 +57,7 @@ OUTSIDE_THE_STEP = ("recurrent_dropout", "learn_initial_state", "forget_bias")
 _CELLS: dict[str, Cell] = {"LSTM": "LSTM", "GRU": "GRU", "RNN_TANH": "RNN", "RNN_RELU": "RNN"}
 
 
-class RecurrentLayer(RNNSurface, torch_tools.SeenByTools):
+class RecurrentLayer(RNNSurface, EveryForm, torch_tools.SeenByTools):
     """The base of RNN, LSTM and GRU; it takes the arguments of torch.nn's RNNBase."""
 
     __constants__: ClassVar[list[str]] = [
@@ -251,21 +249,7 @@ class RecurrentLayer(RNNSurface, torch_tools.SeenByTools):
 
     def extra_repr(self) -> str:
         """torch.nn's line, then the options torch.nn does not have, where they are on."""
-        defaults: dict[str, Any] = {
-            "proj_size": 0,
-            "num_layers": 1,
-            "bias": True,
-            "batch_first": False,
-            "dropout": 0,
-            "bidirectional": False,
-            **self.own_options,
-        }
-        shown = [str(self.input_size), str(self.hidden_size)]
-        for name, default in defaults.items():
-            value = self._own[name] if name in self._own else getattr(self, name)
-            if value != default:
-                shown.append(f"{name}={value}")
-        return ", ".join(shown)
+        return options_shown(self, {**TORCH_DEFAULTS, **self.own_options}, self._own)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled layer, also one from before ``proj_size`` or an own option existed."""
@@ -315,48 +299,7 @@ class RecurrentLayer(RNNSurface, torch_tools.SeenByTools):
             found = usual_layer(self, input, hx)
             if found is not None:
                 return found
-        if torch_tools.is_traced(input, hx, lengths, reset):
-            options = {"lengths": lengths, "reset": reset, "return_states": return_states}
-            return torch_tools.call_whole(self, input, hx, **options), None, None
-        check_bool("return_states", return_states)
-        _checks.check_states(hx)
-        if isinstance(input, PackedSequence):
-            _checks.refuse_with_packed(lengths=lengths, reset=reset)
-            return self._run_packed(input, hx, return_states)
-        _checks.check_tensor("input", input)
-        if input.dim() not in (2, 3):
-            tensor = " tensor" if self._cell == "RNN" else ""
-            raise ValueError(
-                f"{self._cell}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead"
-            )
-        unbatched = input.dim() == 2
-        if hx is not None:
-            _checks.check_state_dims(hx, unbatched)
-        if unbatched:
-            sequence = input.unsqueeze(1)
-            hx = None if hx is None else tuple(state.unsqueeze(1) for state in hx)
-        else:
-            sequence = input.transpose(0, 1) if self.batch_first else input
-        steps, batch = sequence.shape[0], sequence.shape[1]
-        weights = self._checked_weights(sequence, hx, 3, batch)
-        if steps == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        if lengths is not None:
-            lengths = _checks.lengths_tensor(lengths, sequence, unbatched)
-        if reset is not None:
-            reset = _checks.reset_tensor(reset, sequence, unbatched, self.batch_first)
-        output, hx_n, states = self._call(
-            sequence, hx, weights, batch, lengths=lengths, reset=reset, return_states=return_states
-        )
-        if unbatched:
-            output = output.squeeze(1)
-            hx_n = tuple(state.squeeze(1) for state in hx_n)
-            if states is not None:
-                c = None if states.c is None else states.c.squeeze(2)
-                states = States(states.h.squeeze(2), c)
-        elif self.batch_first:
-            output = output.transpose(0, 1)
-        return output, hx_n, states
+        return self._run_any_form(input, hx, lengths, reset, return_states)
 
     def _needs_weights_alone(self, hx: Any) -> bool:
         """Whether a call reads nothing but input, states and parameters, and draws no numbers."""
@@ -382,27 +325,6 @@ class RecurrentLayer(RNNSurface, torch_tools.SeenByTools):
         found: float = self._own["recurrent_dropout"]
         ours = type(self).__module__ == "fastrnn.nn"
         return vars(self).get("recurrent_dropout", found) if ours else found
-
-    def _run_packed(
-        self, input: PackedSequence, hx: tuple[Tensor, ...] | None, return_states: bool
-    ) -> Result:
-        data, batch_sizes, sorted_indices, unsorted_indices = input
-        _checks.check_packed_data(data)
-        _checks.check_batch_sizes(batch_sizes, data)
-        batch = int(batch_sizes[0])
-        _checks.check_indices("sorted_indices", sorted_indices, batch, data)
-        _checks.check_indices("unsorted_indices", unsorted_indices, batch, data)
-        batch_sizes = batch_sizes.contiguous()
-        if hx is not None and sorted_indices is not None:
-            hx = tuple(_checks.permuted(state, sorted_indices) for state in hx)
-        weights = self._checked_weights(data, hx, 2, batch)
-        output, hx_n, states = self._call(
-            data, hx, weights, batch, batch_sizes=batch_sizes, return_states=return_states
-        )
-        if unsorted_indices is not None:
-            hx_n = tuple(state.index_select(1, unsorted_indices) for state in hx_n)
-        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-        return packed, hx_n, states
 
     def _checked_weights(
         self, input: Tensor, hx: tuple[Tensor, ...] | None, dims: int, batch: int

@@ -104,7 +104,7 @@ def convert(model: Module) -> Module:
         left.setdefault(where, f"{where} ({cls.__module__}.{cls.__qualname__}): {reason}")
         return None
 
-    converted = _swap(model, target, _to_ours)
+    converted = swap(model, target, _to_ours)
     if left:
         count = f"{len(left)} recurrent module{'s' if len(left) > 1 else ''}"
         warnings.warn(
@@ -147,10 +147,10 @@ def to_torch(model: Module) -> Module:
     for path, module in model.named_modules():
         if target(path, module):
             _check_torch_has_it(path, module)
-    return _swap(model, target, _to_torchs)
+    return swap(model, target, _to_torchs)
 
 
-def _swap(
+def swap(
     model: Module,
     target: Callable[[str, Module], type[Module] | None],
     change: Callable[[Module, type[Module]], Module],
