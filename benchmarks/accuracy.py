@@ -180,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--dtype {', '.join(unknown)}: expected some of {', '.join(DTYPES)}")
     if options.write and dtypes != list(DTYPES):
         parser.error("--write needs every dtype: leave out --dtype")
+    torch.set_num_threads(1)  # the cases are small
     errors = []
     for dtype in dtypes:
         for cell in CELLS:

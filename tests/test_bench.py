@@ -686,6 +686,41 @@ def test_the_report_ends_with_geometric_means_by_suite() -> None:
         assert lines[way][:6] == ["tiny", "inference", way, "3", mean, mean]  # torch is the best
 
 
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a test import the scripts of benchmarks/."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
+
+
+@pytest.mark.usefixtures("beside")
+def test_a_page_of_results_has_every_way_and_its_spread() -> None:
+    pages = importlib.import_module("pages")
+    document = quiet_document()
+    for record in document["records"]:
+        record["p10_ms"], record["p90_ms"] = 3.0, 4.0
+    text = pages.page(document, "machine-tiny.json")
+    assert "| frozen ms | p10-p90 | torch ms | p10-p90 | ratio |" in text
+    assert text.count("| 3.00-4.00 |") == 9
+    document["records"] = [r for r in document["records"] if r["provider"] != "frozen"]
+    assert "frozen" not in pages.page(document, "machine-tiny.json")  # as in older files
+
+
+@pytest.mark.usefixtures("beside")
+def test_the_prediction_reads_the_engines_costs_and_is_on_the_page(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    predict = importlib.import_module("predict_scaling")
+    names = "kClock kInner kOuter kInnerBytes kCell kBarrier kRegion kGain kGainOfUnits"
+    assert set(predict.costs()) == set(names.split())
+    assert predict.costs()["kInnerBytes"] == 1 << 20
+    wide = predict.Estimate(Case("LSTM", 50, 1024, 256, 256))
+    assert wide.gain(1) == 1.0
+    assert wide.gain(8) == pytest.approx(8, rel=0.01)  # rows never wait for each other
+    assert predict.Estimate(Case("LSTM", 1, 1, 32, 32)).gain(8) == 1.0  # too small to divide
+    monkeypatch.setattr(sys, "argv", ["predict_scaling.py", "--check"])
+    assert predict.main() == 0
+
+
 def test_flops_of_a_stack_by_hand() -> None:
     # Two directions: layer 0 reads 5 inputs, layer 1 the 8 of both; 4 gates of 4 units.
     first, second = 2 * 16 * (5 + 4) * 2, 2 * 16 * (8 + 4) * 2
