@@ -180,7 +180,7 @@ def _names(text: str) -> list[str]:
 
 
 def _counts(text: str) -> list[int]:
-    return list(dict.fromkeys(_positive(int)(count) for count in text.split(",")))
+    return list(dict.fromkeys(int(_positive(int)(count)) for count in text.split(",")))
 
 
 _counts.__name__ = "list of int"  # argparse prints the name in its message

@@ -242,7 +242,7 @@ def scaling(records: Sequence[Record]) -> str:
         if all(record["provider"] != r["provider"] for r in group):
             group.append(record)
         times[of_case, record["provider"], record["threads"]] = record["median_ms"]
-    rows = []
+    rows: list[list[list[str]]] = []
     for of_case, group in groups.items():
         rows.append([])
         for record in group:
