@@ -52,6 +52,20 @@ GROUPS = {
     "d biases": ("d_bias_ih", "d_bias_hh"),
 }
 
+CAUSES = """\
+## Where float32 is above 1
+
+- The sum of a step's recurrence starts from the projection of its input and adds one product after
+  the other, so every addition rounds a number as large as the whole. torch sums each of the two
+  from zero and adds the results. In an emulation with an exactly rounded tanh, an RNN with weights
+  of scale 0.01 and `T,B,I,H` of 20,8,64,128 has an error 2.1 times torch's in the first order of
+  summation, and 1.01 times in the second.
+- The gradients of the weights are sums over all steps and rows, in blocks of 256, one term after
+  the other within a block. torch adds the sum of each step; with few rows its chains are shorter.
+- fastrnn's tanh has a mean error of 0.32 to 0.60 units in the last place, torch's 0.29.
+
+A half type rounds inputs and outputs far more coarsely than any of these."""
+
 
 @dataclass(frozen=True)
 class Error:
@@ -165,7 +179,7 @@ def page(errors: Sequence[Error], dtypes: Sequence[str]) -> str:
         parts += [f"## {dtype}", by_array(errors, dtype).markdown()]
         if dtype == "float32":
             parts += [units, by_scale(errors, dtype).markdown()]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, CAUSES]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
