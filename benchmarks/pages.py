@@ -43,6 +43,7 @@ def page(document: dict[str, Any], source: str) -> str:
         f"{origin} [What is measured, and how](../benchmarks.md).",
         "\n".join(f"- {line}" for line in report.heading(header)),
         "## Geometric means",
+        "Of a peer's time divided by fastrnn's: above 1 fastrnn is faster.",
         report.means(document["records"]).markdown(),
         "## Roofline",
         f"![GFLOP/s of every case under the peak]({stem}-roofline.svg)",

@@ -29,6 +29,7 @@ from fastrnn.bench import (
 )
 from fastrnn.bench.cases import Case
 from fastrnn.bench.data import Data, make_data
+from fastrnn.bench.inference_providers import Frozen, Streamed, TorchCompiled
 from fastrnn.bench.precision import precision
 from fastrnn.bench.prepare import Prepared, UnsupportedError
 from fastrnn.bench.providers import Fastrnn, Torch
@@ -59,7 +60,7 @@ def test_every_case_runs_against_both_peers() -> None:
     results = runner.run(request(*TINY, peers=("torch", "onnxruntime")))
     found = {(r["case"]["cell"], r["pass"], r["provider"]) for r in results.records}
     expected = {(c.cell, p, n) for c in TINY for p in cases.PASSES for n in ("fastrnn", "torch")}
-    expected |= {(c.cell, "inference", "onnxruntime") for c in TINY}
+    expected |= {(c.cell, "inference", n) for c in TINY for n in ("frozen", "onnxruntime")}
     assert found == expected
     reasons = {(e["provider"], e["pass"]): e["reason"] for e in results.not_run}
     assert reasons == {("onnxruntime", "training"): "ONNX Runtime supports only inference"}
@@ -70,21 +71,22 @@ def test_stacks_in_both_directions_agree_with_both_peers(cell: str) -> None:
     pytest.importorskip("onnxruntime")
     case = replace(STACK, cell=cell)
     results = runner.run(request(case, passes=("inference",), peers=("torch", "onnxruntime")))
-    assert [r["provider"] for r in results.records] == ["fastrnn", "torch", "onnxruntime"]
+    providers = [r["provider"] for r in results.records]
+    assert providers == ["fastrnn", "frozen", "torch", "onnxruntime"]
 
 
 def test_onnx_runtime_reads_a_relu_rnn() -> None:
     pytest.importorskip("onnxruntime")
     case = Case("RNN", 3, 2, 5, 4, nonlinearity="relu")
     results = runner.run(request(case, passes=("inference",), peers=("onnxruntime",)))
-    assert len(results.records) == 2
+    assert len(results.records) == 3
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_other_dtypes_run_where_the_peer_has_them(dtype: str) -> None:
     results = runner.run(request(replace(TINY[0], dtype=dtype), peers=("torch",)))
     assert {r["case"]["dtype"] for r in results.records} == {dtype}
-    assert len(results.records) == 4
+    assert len(results.records) == 5
 
 
 def test_the_kernel_names_the_route_that_ran() -> None:
@@ -141,6 +143,73 @@ def test_what_no_peer_does_is_listed_with_the_reason() -> None:
     assert reasons == [("torch", "torch.nn has no heads and no lengths")]
 
 
+def test_fastrnns_three_ways_to_infer_are_rows_of_their_own() -> None:
+    """A stream is for single steps; the peers of all three are the others."""
+    step = Case("GRU", 1, 3, 5, 4, layers=2)
+    results = runner.run(request(step, peers=("torch",)))
+    providers = {r["pass"]: [] for r in results.records}
+    for record in results.records:
+        providers[record["pass"]].append(record["provider"])
+    assert providers["inference"] == ["fastrnn", "frozen", "stream", "torch"]
+    assert providers["training"] == ["fastrnn", "torch"]
+    by_name = {r["provider"]: r for r in results.records if r["pass"] == "inference"}
+    for record in by_name.values():
+        best = by_name["torch"]["median_ms"] / record["median_ms"]
+        assert record["ratio_to_best_peer"] == pytest.approx(best)
+    assert {r["kernel"] for r in by_name.values()} >= {
+        f"engine {_C.isa()}{way}" for way in ("", ", frozen", ", stream")
+    }
+    assert results.not_run == []
+
+
+@pytest.mark.parametrize("way", [Frozen, Streamed])
+@pytest.mark.parametrize("cell", cases.CELLS)
+def test_a_frozen_layer_and_a_stream_give_the_layers_bits(cell: str, way: Any) -> None:
+    case = Case(cell, 1, 3, 5, 4, layers=2)
+    data = make_data(case, "cpu")
+    ours = Fastrnn().prepare(case, data, "inference").results()
+    prepared = way().prepare(case, data, "inference")
+    prepared.run(0)  # the states of a stream go on; its results begin from the case's
+    theirs = prepared.results()
+    assert set(theirs) == set(ours)
+    for name, array in ours.items():
+        assert torch.equal(theirs[name], array), name
+
+
+@pytest.mark.parametrize(
+    ("way", "case", "reason"),
+    [
+        (Streamed, TINY[0], "single steps"),
+        (Streamed, Case("GRU", 1, 2, 5, 4, bidirectional=True), "in one direction"),
+        (Frozen, Case("MGU", 3, 2, 6, 8), "no frozen layer"),
+        (Frozen, replace(TINY[0], layer_norm=True), "not compared with layer norm"),
+        (TorchCompiled, replace(TINY[0], lengths=True), "torch.nn has no lengths"),
+    ],
+)
+def test_a_way_that_does_not_fit_the_case_says_why(way: Any, case: Case, reason: str) -> None:
+    with pytest.raises(UnsupportedError, match=reason):
+        way().prepare(case, make_data(case, "cpu"), "inference")
+
+
+def test_torchs_compiled_layer_is_checked_as_every_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def eagerly(layer: torch.nn.Module) -> Any:
+        return torch._dynamo.optimize("eager")(layer)
+
+    monkeypatch.setattr(step_providers, "compile_elsewhere", lambda *_: None)
+    monkeypatch.setattr(torch, "compile", eagerly)
+    results = runner.run(request(TINY[0], peers=("torch_compile",)))
+    providers = [r["provider"] for r in results.records]
+    assert providers == ["fastrnn", "frozen", "torch_compile", "fastrnn", "torch_compile"]
+    assert results.records[2]["kernel"] == "torch.compile, inductor"
+
+
+def test_a_layer_that_does_not_compile_in_time_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_providers, "COMPILE_SECONDS", 0.01)
+    results = runner.run(request(TINY[0], passes=("inference",), peers=("torch_compile",)))
+    (entry,) = results.not_run
+    assert entry["reason"] == "did not compile within 0.01 s"
+
+
 @pytest.mark.parametrize("cell", cases.CELLS)
 @pytest.mark.parametrize(
     ("option", "way"),
@@ -156,10 +225,12 @@ def test_options_run_against_torchs_own_way(cell: str, option: dict[str, Any], w
     """Both agree, outputs and every gradient, or the run would stop."""
     case = Case(cell, 6, 2, 5, 4, **option)
     results = runner.run(request(case, peers=("torch", "onnxruntime")))
-    assert [r["provider"] for r in results.records] == ["fastrnn", "torch"] * 2
+    frozen = ["frozen"] if set(case.options) <= {"resets", "lengths"} else []
+    providers = [r["provider"] for r in results.records]
+    assert providers == ["fastrnn", *frozen, "torch", "fastrnn", "torch"]
     kernels = {r["kernel"] for r in results.records if r["provider"] == "torch"}
     assert all(kernel.endswith(f", {way}") for kernel in kernels)
-    assert all(r["kernel"].startswith("engine") for r in results.records[::2])
+    assert all(r["kernel"].startswith("engine") for r in report.ours(results.records))
     assert {e["provider"] for e in results.not_run} == {"onnxruntime"}
     assert Case(**case.as_record()) == case
 
@@ -352,8 +423,8 @@ def test_a_run_that_keeps_going_writes_after_each_case(
     monkeypatch.setattr(records, "save", counted)
     options = ["--seconds", "0.01", "--against", "torch", "--pass", "inference", "--keep-going"]
     assert cli.main(["bench", *options, "--json", str(path)]) == 0
-    assert sizes == [2, 4, 6, 6]
-    assert len(records.load(path)["records"]) == 6
+    assert sizes == [3, 6, 9, 9]
+    assert len(records.load(path)["records"]) == 9
 
 
 def test_the_thread_count_holds_for_the_run_alone() -> None:
@@ -396,7 +467,7 @@ def test_json_is_exactly_what_the_api_promises(tmp_path: Path) -> None:
     best = {
         record["pass"]: record["ratio_to_best_peer"]
         for record in document["records"]
-        if record["provider"] != "fastrnn" and record["case"]["cell"] == "LSTM"
+        if record["provider"] == "torch" and record["case"]["cell"] == "LSTM"
     }
     assert best["training"] == 1.0  # torch is the only peer there
 
@@ -443,7 +514,7 @@ def test_the_peak_is_measured_beside_every_case(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(timing, "FEWEST_ROUNDS", 5)
     monkeypatch.setattr(roof.CpuRoof, "sample_peak", lambda self, dtype: next(peaks))
     results = runner.run(request(TINY[0], passes=("inference",), peers=("torch",)))
-    assert [r["peak_gflops"] for r in results.records] == [4.0, 4.0]
+    assert [r["peak_gflops"] for r in results.records] == [4.0, 4.0, 4.0]
 
 
 def test_the_table_shows_the_peak_where_it_is_not_the_roof(
@@ -493,24 +564,161 @@ def test_a_format_of_a_picture_that_is_not_known_is_an_error_before_the_run(
     assert f"got {given}\n" in captured.err
 
 
-def test_the_report_warns_of_a_busy_machine() -> None:
-    document = records.document(runner.run(request(*TINY, passes=("inference",), peers=("torch",))))
+def quiet_document() -> dict[str, Any]:
+    """A run whose times and shares are those of a quiet machine."""
+    small = request(*TINY, passes=("inference",), peers=("torch",))
+    document = records.document(runner.run(small))
     for record in document["records"]:
         record["p10_ms"], record["p90_ms"] = 1.0, 1.1
+        record["peak_fraction"], record["roof_fraction"] = 0.5, 0.6
+    document["header"] |= {"load": [0.1, 1.1], "threads": 1, "thread_counts": [1]}
+    document["header"]["machine"]["cores"] = 2
+    return document
+
+
+def test_the_report_warns_of_a_busy_machine() -> None:
+    document = quiet_document()
     assert "Warning" not in report.render(document)
     for record in document["records"][::2]:
         record["p90_ms"] = 2.0
-    assert "in 3 of 6 measurements the 90th percentile is more" in report.render(document)
+    assert "in 5 of 9 measurements the 90th percentile is more" in report.render(document)
+
+
+@pytest.mark.parametrize("load", [[2.0, 1.1], [0.1, 3.0], [2.0]])
+def test_the_report_warns_of_a_load_by_other_processes(load: list[float]) -> None:
+    document = quiet_document()
+    document["header"]["load"] = load
+    printed = report.render(document)
+    assert "other processes use 2.0 cores by the load average, 1 of 2" in printed
+    document["header"]["machine"]["cores"] = 16
+    assert "Warning" not in report.render(document)
+
+
+def test_the_report_warns_of_shares_that_cannot_be() -> None:
+    document = quiet_document()
+    document["records"][0]["peak_fraction"] = 1.2
+    assert "1 measurements exceed the peak or the roof" in report.render(document)
+    document["records"][0]["case"]["dtype"] = "bfloat16"  # it has products of pairs
+    assert "Warning" not in report.render(document)
+
+
+def test_the_run_notes_the_load_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = iter([0.25, 0.75])
+    monkeypatch.setattr(runner.os, "getloadavg", lambda: (next(loads), 0.0, 0.0), raising=False)
+    header = records.document(runner.run(request(TINY[0], peers=())))["header"]
+    assert header["load"] == [0.25, 0.75]
+    assert header["thread_counts"] == [1]
+
+
+@pytest.mark.parametrize("suite", [*cases.load_suites()])
+def test_the_report_fits_80_columns(suite: str) -> None:
+    """Of every suite, with times and shares as wide as they get."""
+    document = quiet_document()
+    template = document["records"][0]
+    document["records"] = [
+        template | {"suite": name, "case": case.as_record(), "pass": pass_, "provider": provider}
+        | {"median_ms": 0.0431, "p10_ms": 0.0342, "p90_ms": 12345.0, "ratio_to_best_peer": 12.34}
+        for name in (suite, "deepbench-training")
+        for case in cases.load_suites()[suite]
+        for pass_ in cases.PASSES
+        for provider in ("fastrnn", "frozen", "stream", "torch", "onnxruntime")
+    ]  # fmt: skip
+    document["not_run"] = [{"suite": suite, "provider": "torch", "pass": "inference",
+                            "case": None, "reason": "a reason of many words " * 6}]  # fmt: skip
+    for counts in ([1], [1, 2, 4, 8, 16]):
+        document["header"]["thread_counts"] = counts
+        if len(counts) > 1:
+            document["records"] = [
+                r | {"threads": count} for r in document["records"] for count in counts
+            ]
+        printed = report.render(document)
+        assert max(map(len, printed.splitlines())) <= report.WIDTH
+        assert all(f" {name} " in printed for name in ("frozen", "stream", "onnxruntime"))
+    assert len(report.cases(document["records"]).text().splitlines()[0]) > report.WIDTH
+
+
+def test_every_provider_has_its_spread_in_both_tables() -> None:
+    document = quiet_document()
+    for i, record in enumerate(document["records"]):
+        record["p10_ms"], record["p90_ms"] = 100.0 + i, 200.0 + i
+    for wide in (False, True):
+        printed = report.render(document, wide)
+        assert all(f" {100 + i}-{200 + i}" in printed for i in range(9))
+
+
+@pytest.mark.usefixtures("tiny_suite")
+def test_several_numbers_of_threads_print_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "new.json"
+    options = ["bench", "--seconds", "0.01", "--against", "torch", "--cell", "GRU"]
+    assert cli.main([*options, "--threads", "1,2,1", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "1, 2 threads, cpu" in printed
+    header = next(line for line in printed.splitlines() if line.startswith("case and pass"))
+    assert header.split() == "case and pass ms, threads: 1 2 gain".split()
+    document = records.load(path)
+    assert document["header"]["thread_counts"] == [1, 2]
+    assert document["header"]["threads"] == 2
+    assert {r["threads"] for r in document["records"]} == {1, 2}
+    one, two = (
+        next(r for r in document["records"] if r["threads"] == n and r["provider"] == "frozen")
+        for n in (1, 2)
+    )
+    row = next(line for line in printed.splitlines() if " frozen " in line)
+    assert row.split()[-1] == f"{one['median_ms'] / two['median_ms']:.2f}"
+
+
+def test_a_plot_of_several_numbers_of_threads_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert cli.main(["bench", "--threads", "1,2", "--plot", str(tmp_path / "new.png")]) == 2
+    assert "a plot is of one number of threads" in capsys.readouterr().err
 
 
 def test_the_report_ends_with_geometric_means_by_suite() -> None:
     document = records.document(runner.run(request(*TINY, passes=("inference",), peers=("torch",))))
-    measured = document["records"]
-    ratios = [r["ratio_to_best_peer"] for r in measured if r["provider"] == "fastrnn"]
-    mean = statistics.geometric_mean(ratios)
-    last = report.render(document).splitlines()[-1].split()
-    assert last[:3] == ["tiny", "inference", "3"]
-    assert last[-2] == f"{mean:.2f}"
+    lines = {line.split()[2]: line.split() for line in report.render(document).splitlines()[-2:]}
+    for way in ("fastrnn", "frozen"):
+        mine = [r["ratio_to_best_peer"] for r in document["records"] if r["provider"] == way]
+        mean = f"{statistics.geometric_mean(mine):.2f}"
+        assert lines[way][:6] == ["tiny", "inference", way, "3", mean, mean]  # torch is the best
+
+
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a test import the scripts of benchmarks/."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
+
+
+@pytest.mark.usefixtures("beside")
+def test_a_page_of_results_has_every_way_and_its_spread() -> None:
+    pages = importlib.import_module("pages")
+    document = quiet_document()
+    for record in document["records"]:
+        record["p10_ms"], record["p90_ms"] = 3.0, 4.0
+    text = pages.page(document, "machine-tiny.json")
+    assert "| frozen ms | p10-p90 | torch ms | p10-p90 | ratio |" in text
+    assert text.count("| 3.00-4.00 |") == 9
+    document["records"] = [r for r in document["records"] if r["provider"] != "frozen"]
+    assert "frozen" not in pages.page(document, "machine-tiny.json")  # as in older files
+
+
+@pytest.mark.usefixtures("beside")
+def test_the_prediction_reads_the_engines_costs_and_is_on_the_page(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    predict = importlib.import_module("predict_scaling")
+    names = "kClock kInner kOuter kInnerBytes kCell kBarrier kRegion kGain kGainOfUnits"
+    assert set(predict.costs()) == set(names.split())
+    assert predict.costs()["kInnerBytes"] == 1 << 20
+    wide = predict.Estimate(Case("LSTM", 50, 1024, 256, 256))
+    assert wide.gain(1) == 1.0
+    assert wide.gain(8) == pytest.approx(8, rel=0.01)  # rows never wait for each other
+    assert predict.Estimate(Case("LSTM", 1, 1, 32, 32)).gain(8) == 1.0  # too small to divide
+    monkeypatch.setattr(sys, "argv", ["predict_scaling.py", "--check"])
+    assert predict.main() == 0
 
 
 def test_flops_of_a_stack_by_hand() -> None:

@@ -288,6 +288,7 @@ WRONG = {
     "unknown peer": (["bench", "--against", "abacus"], "peer 'abacus' is not known; there are:"),
     "no case left": (["bench", "--suite", "fastrnns", "--cell", "GRU"], "no case left"),
     "no threads": (["bench", "--threads", "0"], "--threads: 0: expected a finite number above 0"),
+    "half a thread": (["bench", "--threads", "1,x"], "argument --threads: "),
     "endless": (["bench", "--seconds", "inf"], "--seconds: inf: expected a finite number above 0"),
     "no name": (["bench", "--cell", ","], "--cell: ',': expected at least one name"),
     "nothing to compare": (["bench", "--compare", "nowhere.json"], "nowhere.json"),

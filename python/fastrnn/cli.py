@@ -26,6 +26,7 @@ examples:
   fastrnn bench --suite cpu --threads 2 --json new.json --plot new.png
   fastrnn bench --suite cpu --roofline roofline.png
   fastrnn bench --suite cpu --cell LSTM,GRU --pass inference --compare old.json
+  fastrnn bench --suite real --threads 1,2,4,8,16   times side by side
   fastrnn bench --suite stacks --suite fastrnns --against torch --seconds 3
   fastrnn bench --device cuda --suite deepbench-training --dtype float16,tf32
   fastrnn bench --list
@@ -122,10 +123,13 @@ def _add_bench(commands: Any) -> None:
         help="float32 (default), float64, bfloat16, float16; on CUDA also tf32")  # fmt: skip
     add("--pass", dest="passes", type=_names, default=["inference", "training"], metavar="NAMES",
         help="inference,training (default both)")  # fmt: skip
-    add("--threads", type=_positive(int), metavar="N", help="default: torch's")
+    add("--threads", type=_counts, metavar="N,…",
+        help="default: torch's; several numbers print side by side, for example 1,2,4,8,16",
+    )  # fmt: skip
     add("--against", type=_names, metavar="PEERS",
-        help="torch,onnxruntime,flashrnn; for the suite cells loop,compile,layer; "
-        "default: all installed peers that support the device")  # fmt: skip
+        help="torch,onnxruntime,flashrnn,torch_compile; for the suite cells loop,compile,layer; "
+        "default: all installed peers that support the device, without torch_compile, "
+        "which compiles for up to a minute per case")  # fmt: skip
     add("--seconds", type=_positive(float), default=1.0, metavar="S",
         help="time for each case and pass, all providers together (default 1)")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write the records")
@@ -135,6 +139,8 @@ def _add_bench(commands: Any) -> None:
     add("--roofline", type=Path, metavar="FILE",
         help="plot GFLOP/s against operations per byte of weights (matplotlib)")  # fmt: skip
     add("--compare", type=Path, metavar="OLD.json", help="print old / new for every case")
+    add("--wide", action="store_true",
+        help="print all columns, one row per case and pass, beyond 80 columns")  # fmt: skip
     parser.set_defaults(command=_bench)
 
 
@@ -171,6 +177,13 @@ def _names(text: str) -> list[str]:
     if not names:
         raise argparse.ArgumentTypeError(f"{text!r}: expected at least one name")
     return names
+
+
+def _counts(text: str) -> list[int]:
+    return list(dict.fromkeys(int(_positive(int)(count)) for count in text.split(",")))
+
+
+_counts.__name__ = "list of int"  # argparse prints the name in its message
 
 
 def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
@@ -223,23 +236,27 @@ def _bench(parsed: argparse.Namespace) -> int:
     for path in (parsed.plot, parsed.roofline):
         if path:
             _check_picture(path)
+            if parsed.threads is not None and len(parsed.threads) > 1:
+                raise CommandError(
+                    f"{path}: a plot is of one number of threads; give --threads one"
+                )
 
     from fastrnn.bench import compare, plot, records, report
     from fastrnn.bench.prepare import MissingPeerError
     from fastrnn.bench.progress import progress
-    from fastrnn.bench.runner import MismatchError, run
+    from fastrnn.bench.runner import MismatchError, run_each
 
     try:
         old = records.load(parsed.compare) if parsed.compare else None
         request = _request(parsed)
         with progress(len(request.cases) * len(request.passes)) as on_case:
-            results = run(request, on_case, _writer(parsed))
+            runs = run_each(request, parsed.threads or [None], on_case, _writer(parsed))
     except (ValueError, MissingPeerError, MismatchError) as error:
         raise CommandError(error) from error
-    document = records.document(results)
-    print(report.render(document))
+    document = records.document(*runs)
+    print(report.render(document, parsed.wide))
     if old is not None:
-        print("\n" + compare.render(old, document))
+        print("\n" + compare.render(old, document, parsed.wide))
     try:
         if parsed.json:
             records.save(document, parsed.json)
@@ -249,7 +266,7 @@ def _bench(parsed: argparse.Namespace) -> int:
             plot.roofline(document, parsed.roofline)
     except OSError as error:  # no permission to write
         raise CommandError(error) from error
-    return INTERRUPTED if results.interrupted else 0
+    return INTERRUPTED if runs[0].interrupted else 0
 
 
 def _certify(parsed: argparse.Namespace) -> int:
@@ -309,9 +326,9 @@ def _writer(parsed: argparse.Namespace) -> Callable[[Any], None]:
     """The function called after each case: with --keep-going it writes the records so far."""
     from fastrnn.bench import records
 
-    def write(results: Any) -> None:
+    def write(runs: Any) -> None:
         if parsed.keep_going and parsed.json:
-            records.save(records.document(results), parsed.json)
+            records.save(records.document(*runs), parsed.json)
 
     return write
 
@@ -340,7 +357,6 @@ def _request(parsed: argparse.Namespace) -> Any:
         cases=cases.select(cases.load_suites(), suites, cells, parsed.dtype),
         device=parsed.device,
         passes=parsed.passes,
-        threads=parsed.threads,
         peers=parsed.against,
         seconds=parsed.seconds,
         keep_going=parsed.keep_going,

@@ -18,7 +18,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[Record, Reco
     return [(earlier[key(r)], r) for r in ours(new["records"]) if key(r) in earlier]
 
 
-def render(old: dict[str, Any], new: dict[str, Any]) -> str:
+def render(old: dict[str, Any], new: dict[str, Any], wide: bool = False) -> str:
     """The comparison as plain text, with the number of measurements in only one document."""
     pairs = compare(old, new)
     commit = old["header"]["commit"] or "not known"
@@ -28,7 +28,10 @@ def render(old: dict[str, Any], new: dict[str, Any]) -> str:
         if then != now:
             lines.append(f"  not the same machine: {name} was {then}, is {now}")
     if pairs:
-        lines.append(_table(pairs))
+        lines.append(_table(pairs, wide))
+        changed = sum(before["kernel"] != now["kernel"] for before, now in pairs)
+        if changed and not wide:
+            lines.append(f"another kernel ran in {changed} of {len(pairs)} (--wide names both)")
         speedup = geometric_mean([before["median_ms"] / now["median_ms"] for before, now in pairs])
         lines.append(f"geometric mean old / new: {speedup:.2f}; above 1 this run is faster")
     new_only = len(ours(new["records"])) - len(pairs)
@@ -38,18 +41,18 @@ def render(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _table(pairs: Sequence[tuple[Record, Record]]) -> str:
+def _table(pairs: Sequence[tuple[Record, Record]], wide: bool) -> str:
     rows = [
         [
             Case(**now["case"]).label(),
             now["pass"],
-            before["kernel"],
-            now["kernel"],
+            *([before["kernel"], now["kernel"]] if wide else []),
             milliseconds(before["median_ms"]),
             milliseconds(now["median_ms"]),
             f"{before['median_ms'] / now['median_ms']:.2f}",
         ]
         for before, now in pairs
     ]
-    columns = ["case", "pass", "old kernel", "kernel", "old ms", "ms", "old / new"]
-    return Table(columns, rows, 4).text()
+    kernels = ["old kernel", "kernel"] if wide else []
+    columns = ["case", "pass", *kernels, "old ms", "ms", "old / new"]
+    return Table(columns, rows, 2 + len(kernels)).text()

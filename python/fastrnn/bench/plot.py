@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 COLOURS = {"inference": "#2a6f97", "training": "#e07a3f"}
-PROVIDERS = {"fastrnn": "#d1495b", "torch": "#2a6f97", "onnxruntime": "#66a182"}
+PROVIDERS = {
+    "fastrnn": "#d1495b",
+    "frozen": "#9d2b40",
+    "stream": "#f19c79",
+    "torch": "#2a6f97",
+    "onnxruntime": "#66a182",
+}
 MORE_PROVIDERS = ("#8d6a9f", "#edae49", "#5c5c5c")
 MARKERS = {"inference": "o", "training": "^"}
 APART = 1.4  # bandwidths closer than this share a line

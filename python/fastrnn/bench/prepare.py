@@ -54,6 +54,31 @@ def require_package(package: str, install: str) -> None:
         raise MissingPeerError(f"{package} is not installed; to install it: {install}")
 
 
+def make_layer(library: Any, case: Case, data: Data, **options: Any) -> torch.nn.Module:
+    """The library's layer for the case, with the case's weights."""
+    if case.cell == "RNN":
+        options["nonlinearity"] = case.nonlinearity
+    heads = (
+        1 if library.__name__ == "fastrnn" else case.heads
+    )  # torch's layer computes a single head
+    layer: torch.nn.Module = getattr(library, case.cell)(
+        case.I,
+        case.H // heads,
+        num_layers=case.layers,
+        bidirectional=case.bidirectional,
+        device=data.d_output.device,
+        dtype=data.d_output.dtype,
+        **options,
+    )
+    parameters = list(layer.parameters())
+    # For the modules of by_hand, and for an ensemble, the surrounding module holds the weights.
+    if [p.shape for p in parameters] == [w.shape for w in data.weights]:
+        with torch.no_grad():
+            for parameter, weight in zip(parameters, data.weights, strict=True):
+                parameter.copy_(weight)
+    return layer
+
+
 STATES = ("h", "c", "n", "m")  # the names of a state's tensors; only an sLSTM has all
 
 
@@ -63,11 +88,14 @@ def prepare_layer(
     pass_: Pass,
     call: dict[str, Tensor],
     parameters: Sequence[tuple[str, Tensor]] | None = None,
+    *,
+    compiled: bool = False,
 ) -> Prepared:
     """Prepare a torch module with the call of torch.nn's layers for one pass.
 
     `call` contains additional keyword arguments. By default the parameters are the module's own;
-    their names are also the names of the results.
+    their names are also the names of the results. `compiled`: call the module through
+    ``torch.compile`` with its defaults.
     """
     training = pass_ == "training"
     layer.train(training).requires_grad_(training)
@@ -77,12 +105,13 @@ def prepare_layer(
     inputs = [x.detach().requires_grad_(training) for x in data.inputs]
     hx = states[0] if len(states) == 1 else tuple(states) or None
     shared = [*states, *(p for _, p in parameters)]
+    called: Callable[..., Any] = torch.compile(layer) if compiled else layer
 
     def infer(i: int) -> Any:
-        return layer(inputs[i], hx, **call)
+        return called(inputs[i], hx, **call)
 
     def train(i: int) -> Sequence[Tensor]:
-        output, _ = layer(inputs[i], hx, **call)
+        output, _ = called(inputs[i], hx, **call)
         return torch.autograd.grad(output, [inputs[i], *shared], data.d_output)
 
     def outputs() -> dict[str, Tensor]:

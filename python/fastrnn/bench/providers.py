@@ -13,8 +13,16 @@ from fastrnn import _C
 from fastrnn.bench import by_hand
 from fastrnn.bench.explain import cuda_kernel
 from fastrnn.bench.flashrnn_provider import FlashRnn
+from fastrnn.bench.inference_providers import Frozen, Streamed, TorchCompiled
 from fastrnn.bench.onnx_provider import OnnxRuntime
-from fastrnn.bench.prepare import Prepared, Provider, UnsupportedError, prepare_layer
+from fastrnn.bench.prepare import (
+    Prepared,
+    Provider,
+    UnsupportedError,
+    make_layer,
+    prepare_layer,
+)
+from fastrnn.bench.report import OURS
 from fastrnn.bench.step_providers import Compiled, Layer, Loop, prepare_recurrent
 from fastrnn.info import COMPOSED
 
@@ -39,7 +47,7 @@ class Fastrnn:
         options: dict[str, Any] = {} if case.heads == 1 else {"heads": case.heads}
         if case.layer_norm:
             options["layer_norm"] = True
-        layer = _layer(fastrnn, case, data, **options)
+        layer = make_layer(fastrnn, case, data, **options)
         if case.members > 1:
             layer = _Ensemble(layer, case, data)
         call = {"reset": data.reset, "lengths": data.lengths}
@@ -73,7 +81,7 @@ class Torch:
         several = case.layers * case.directions > 1
         if len(case.options) > 1 or (several and (case.layer_norm or case.heads > 1)):
             raise UnsupportedError(f"torch.nn has no {' and no '.join(case.options)}")
-        layer = _layer(torch.nn, case, data)
+        layer = make_layer(torch.nn, case, data)
         by = BY_HAND[case.options[0]] if case.options else None
         if by is not None:
             layer = by(layer, case, data)
@@ -97,29 +105,6 @@ BY_HAND: dict[str, type[Any]] = {  # by entry of `Case.options`
     "layer norm": by_hand.LayerNorm,
     "members": by_hand.Members,
 }
-
-
-def _layer(library: Any, case: Case, data: Data, **options: Any) -> torch.nn.Module:
-    """The library's layer for the case, with the case's weights."""
-    if case.cell == "RNN":
-        options["nonlinearity"] = case.nonlinearity
-    heads = 1 if library is fastrnn else case.heads  # torch's layer computes a single head
-    layer: torch.nn.Module = getattr(library, case.cell)(
-        case.I,
-        case.H // heads,
-        num_layers=case.layers,
-        bidirectional=case.bidirectional,
-        device=data.d_output.device,
-        dtype=data.d_output.dtype,
-        **options,
-    )
-    parameters = list(layer.parameters())
-    # For the modules of by_hand, and for an ensemble, the surrounding module holds the weights.
-    if [p.shape for p in parameters] == [w.shape for w in data.weights]:
-        with torch.no_grad():
-            for parameter, weight in zip(parameters, data.weights, strict=True):
-                parameter.copy_(weight)
-    return layer
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -146,7 +131,11 @@ def operators(prepared: Prepared, pass_: Pass) -> set[str]:
 
 PROVIDERS: dict[str, Callable[[], Provider]] = {
     provider.name: provider
-    for provider in (Fastrnn, Torch, OnnxRuntime, FlashRnn, Loop, Compiled, Layer)
+    for provider in (
+        *(Fastrnn, Frozen, Streamed),
+        *(Torch, OnnxRuntime, FlashRnn, TorchCompiled),
+        *(Loop, Compiled, Layer),
+    )
 }
 STEP_PEERS = tuple(peer.name for peer in (Loop, Compiled, Layer))  # for cells of `cases.STEPS`
 
@@ -159,6 +148,6 @@ def make_provider(name: str) -> Provider:
         MissingPeerError: its package is not installed.
     """
     if name not in PROVIDERS:
-        peers = ", ".join(n for n in PROVIDERS if n != "fastrnn")
+        peers = ", ".join(n for n in PROVIDERS if n not in OURS)
         raise ValueError(f"peer {name!r} is not known; there are: {peers}")
     return PROVIDERS[name]()

@@ -7,7 +7,9 @@ Times are milliseconds per call. ``peak_gflops`` is the machine's peak measured 
 by the provider's time. ``header["roof"]`` has the median peak of each dtype,
 ``header["bandwidth"]`` the GB/s of all threads for each number of bytes that a thread reads.
 ``ratio_to_best_peer`` is the fastest peer's median divided by this provider's: above 1 this
-provider is faster.
+provider is faster; fastrnn's own ways (``fastrnn``, ``frozen``, ``stream``) are no peers.
+``header["load"]`` is the load average over a minute before the first case and after the last,
+``header["thread_counts"]`` the numbers of threads that were measured.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import fastrnn
 from fastrnn.bench.cases import Case
-from fastrnn.bench.report import ours
+from fastrnn.bench.report import OURS, ours
 from fastrnn.info import info
 
 if TYPE_CHECKING:
@@ -34,9 +36,25 @@ RECORD_FIELDS = (
 )  # fmt: skip
 
 
-def document(results: Results) -> dict[str, Any]:
-    """The whole document, ready for `json.dump`."""
-    return {"header": header(results), "records": results.records, "not_run": results.not_run}
+def document(*runs: Results) -> dict[str, Any]:
+    """The whole document, ready for `json.dump`.
+
+    Of several runs, with different numbers of threads, it has all records; the header is that of
+    the largest number, with every number under ``thread_counts``.
+    """
+    largest = max(runs, key=lambda run: run.threads)
+    found = header(largest)
+    found["thread_counts"] = [run.threads for run in runs]
+    entries = [entry for run in runs for entry in run.not_run]
+    return {
+        "header": found,
+        "records": [record for run in runs for record in run.records],
+        "not_run": entries if len(runs) == 1 else _distinct(entries),
+    }
+
+
+def _distinct(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry for i, entry in enumerate(entries) if entry not in entries[:i]]
 
 
 def environment() -> dict[str, Any]:
@@ -61,12 +79,15 @@ def environment() -> dict[str, Any]:
 
 def header(results: Results) -> dict[str, Any]:
     found = environment()
-    found["versions"] |= {r["provider"]: r["provider_version"] for r in results.records}
+    found["versions"] |= {
+        r["provider"]: r["provider_version"] for r in results.records if r["provider"] not in OURS
+    }
     return {
         **found,
         "device": results.device,
         "threads": results.threads,
         "seconds_per_case": results.seconds,
+        "load": results.load,
         "roof": _peaks(results),
         "bandwidth": [
             {"bytes": size, "gbs": results.roof.bandwidth[size]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from fastrnn.bench.data import Data, make_data
+from fastrnn.bench.inference_providers import Frozen, Streamed
 from fastrnn.bench.precision import precision
 from fastrnn.bench.prepare import MissingPeerError, Prepared, Provider, UnsupportedError
 from fastrnn.bench.providers import STEP_PEERS, Fastrnn, make_provider
+from fastrnn.bench.report import OURS
 from fastrnn.bench.roof import Roof, make_roof
 from fastrnn.bench.timing import make_clock, measure
 
@@ -58,6 +61,8 @@ class Results:
     records: list[dict[str, Any]] = field(default_factory=list)
     not_run: list[dict[str, Any]] = field(default_factory=list)
     interrupted: bool = False
+    # The load average over a minute, before the first case and after the last; empty if unknown.
+    load: list[float] = field(default_factory=list)
 
 
 def run(
@@ -75,24 +80,55 @@ def run(
         MissingPeerError: a peer that was requested by name is not installed.
         MismatchError: a peer's result differs from fastrnn's.
     """
+    (results,) = run_each(request, [request.threads], on_case, lambda runs: after_case(runs[0]))
+    return results
+
+
+def run_each(
+    request: Request,
+    counts: Sequence[int | None],
+    on_case: Callable[[str], None] = lambda label: None,
+    after_case: Callable[[list[Results]], None] = lambda runs: None,
+) -> list[Results]:
+    """Measure like `run`, every case and pass with each number of threads in turn (None: torch's).
+
+    Returns:
+        One entry per number of threads.
+
+    Raises:
+        ValueError, MissingPeerError, MismatchError: as `run`.
+    """
     if request.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device on this machine")
     if request.device == "cpu" and any(case.tf32 for _, case in request.cases):
         raise ValueError("--dtype tf32: only CUDA devices multiply in TF32")
-    with _threads(request.threads) as threads:
-        roof = make_roof(request.device, threads)
-        results = Results(request.device, threads, request.seconds, roof)
-        peers = _peers(request, results)
-        try:
-            for suite, case in request.cases:
-                own = [p for p in peers if request.peers is not None or _is_default(p.name, case)]
-                for pass_ in request.passes:
-                    on_case(f"{case.label()} {pass_}")
-                    _attempt(suite, case, pass_, own, results, request.keep_going)
-                    after_case(results)
-        except KeyboardInterrupt:
+    runs = []
+    load = _load()
+    for count in counts:
+        with _threads(count) as threads:
+            roof = make_roof(request.device, threads)
+        runs.append(Results(request.device, threads, request.seconds, roof, load=list(load)))
+    peers = _peers(request, runs)
+    try:
+        for suite, case in request.cases:
+            own = [p for p in peers if request.peers is not None or _is_default(p.name, case)]
+            for pass_ in request.passes:
+                on_case(f"{case.label()} {pass_}")
+                for results in runs:
+                    with _threads(results.threads):
+                        _attempt(suite, case, pass_, own, results, request.keep_going)
+                after_case(runs)
+    except KeyboardInterrupt:
+        for results in runs:
             results.interrupted = True
-    return results
+    for results in runs:
+        results.load += _load()
+    return runs
+
+
+def _load() -> list[float]:
+    """The load average over a minute, in a list; empty where the system has none."""
+    return [os.getloadavg()[0]] if hasattr(os, "getloadavg") else []
 
 
 @contextmanager
@@ -105,12 +141,12 @@ def _threads(wanted: int | None) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-def _peers(request: Request, results: Results) -> list[Provider]:
+def _peers(request: Request, runs: Sequence[Results]) -> list[Provider]:
     if request.peers is not None:
         return [make_provider(name) for name in dict.fromkeys(request.peers)]
     names = (*DEFAULT_PEERS[request.device], *STEP_PEERS)
     wanted = (n for n in names if any(_is_default(n, case) for _, case in request.cases))
-    found = (_installed(name, results) for name in wanted)
+    found = (_installed(name, runs) for name in wanted)
     return [peer for peer in found if peer is not None]
 
 
@@ -119,12 +155,13 @@ def _is_default(peer: str, case: Case) -> bool:
     return (peer in STEP_PEERS) == case.is_step
 
 
-def _installed(name: str, results: Results) -> Provider | None:
+def _installed(name: str, runs: Sequence[Results]) -> Provider | None:
     try:
         return make_provider(name)
     except MissingPeerError as missing:
         nowhere = {"suite": None, "case": None, "pass": None}
-        results.not_run.append({**nowhere, "provider": name, "reason": str(missing)})
+        for results in runs:
+            results.not_run.append({**nowhere, "provider": name, "reason": str(missing)})
         return None
 
 
@@ -155,13 +192,15 @@ def _run_case(
     data = make_data(case, results.device)
     place = {"suite": suite, "case": case.as_record(), "pass": pass_}
     providers: dict[str, Provider] = {"fastrnn": Fastrnn()}
+    if pass_ == "inference" and results.device == "cpu" and not case.is_step:
+        providers |= {provider.name: provider() for provider in (Frozen, Streamed)}
     providers |= {peer.name: peer for peer in peers}
     prepared: dict[str, Prepared] = {}
     for name, provider in providers.items():
         outcome = _prepare(provider, case, data, pass_)
         if isinstance(outcome, Prepared):
             prepared[name] = outcome
-        else:
+        elif name == "fastrnn" or name not in OURS:
             results.not_run.append({**place, "provider": name, "reason": outcome})
         if "fastrnn" not in prepared:
             return
@@ -175,7 +214,7 @@ def _run_case(
     timings = measure(prepared, clock, len(data.inputs), results.seconds, sample_peak)
     peak = statistics.median(peaks)
     roof_ms = results.roof.seconds(case, pass_, peak) * 1e3
-    peer_times = [t.median for name, t in timings.items() if name != "fastrnn"]
+    peer_times = [t.median for name, t in timings.items() if name not in OURS]
     for name, timing in timings.items():
         gflops = case.flops(pass_) / timing.median / 1e6
         results.records.append(

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
@@ -22,6 +23,7 @@ from fastrnn import _C
 from fastrnn.bench import cells
 from fastrnn.bench.cases import Case
 from fastrnn.bench.data import Data, make_data
+from fastrnn.bench.inference_providers import prepare_compiled
 from fastrnn.bench.prepare import (
     MissingPeerError,
     Prepared,
@@ -207,7 +209,8 @@ def main(record: str, device: str, pass_: Pass, threads: str) -> None:
     """The main function of the separate process."""
     torch.set_num_threads(int(threads))
     case = Case(**json.loads(record))
-    prepared = _prepare(_compiled, case, make_data(case, device), pass_)
+    prepare = partial(_prepare, _compiled) if case.is_step else prepare_compiled
+    prepared = prepare(case, make_data(case, device), pass_)
     with prepared.context():
         prepared.run(0)
 
