@@ -392,7 +392,7 @@ def test_options_tell_what_they_are() -> None:
     assert (options("RNN").gates, options("RNN").states) == (1, 1)
     assert repr(o) == (
         "Options(cell='GRU', num_layers=3, bidirectional=True, proj_size=0, activation='tanh', "
-        "gate_activation='sigmoid', reset_after=False, heads=1, recompute=False)"
+        "gate_activation='sigmoid', reset_after=False, heads=1, recompute=False, int8=False)"
     )
     with pytest.raises(AttributeError):
         o.cell = "LSTM"  # type: ignore[misc]

@@ -69,7 +69,9 @@ SCRIPTS = {page: [c for c in shown if c.split()[0] in RUNNERS] for page, shown i
 
 
 def module_names() -> list[str]:
-    return ["fastrnn", *(m.name for m in pkgutil.walk_packages(fastrnn.__path__, "fastrnn."))]
+    """The package's modules; not the library without Python that lies beside them in a wheel."""
+    names = [m.name for m in pkgutil.walk_packages(fastrnn.__path__, "fastrnn.")]
+    return ["fastrnn", *(name for name in names if not name.startswith("fastrnn.lib"))]
 
 
 def docstring_examples() -> list[object]:

@@ -8,6 +8,7 @@
 #include "backend.h"
 #include "call.h"
 #include "cpu/isa.h"
+#include "cpu/openmp.h"
 #include "dtype.h"
 #include "memory.h"
 #include "quantize.h"
@@ -33,7 +34,7 @@ Problem sized(const Options& options, std::int64_t I, std::int64_t H) {
   p.T = p.B = 1;
   p.I = I;
   p.H = H;
-  p.threads = max_threads();
+  p.threads = openmp::max_threads();
   return p;
 }
 
