@@ -170,16 +170,13 @@ gallery: $(INSTALLED)  ## run the examples; their pictures and what they print g
 benchmark-docs: $(INSTALLED)  ## the pages of docs/benchmarks, from benchmarks/results
 	$(BIN)/python benchmarks/pages.py
 
-# From the source distribution, in pip's isolation. The engine is compiled once for all of PYTHONS.
+# From the source distribution, in pip's isolation: everything is compiled for each of PYTHONS.
 PYTHONS ?= $(BIN)/python
 wheel: $(INSTALLED)  ## in dist: the source distribution, and a repaired wheel for each of PYTHONS
 	rm -rf build/wheel
 	$(BIN)/python -m build --sdist --outdir build/wheel
-	mkdir build/wheel/source
-	tar -xf build/wheel/*.tar.gz -C build/wheel/source --strip-components=1
 	for python in $(PYTHONS); do \
-	    $$python -m pip wheel --quiet --no-deps --config-settings=build-dir=../build \
-	        --wheel-dir build/wheel build/wheel/source || exit 1; \
+	    $$python -m pip wheel --quiet --no-deps --wheel-dir build/wheel build/wheel/*.tar.gz || exit 1; \
 	done
 	rm -rf dist && mkdir dist
 	if command -v auditwheel >/dev/null; then $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl; \
