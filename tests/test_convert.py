@@ -21,7 +21,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
-from fastrnn.layers.cells import RecurrentCell
+from fastrnn.layers.cell import RecurrentCell
 from fastrnn.layers.layer import RecurrentLayer
 from pairs import CELLS, LAYERS, Outcome, backward, fresh, tensors
 

@@ -1,7 +1,7 @@
 """The only place that chooses how a stack of torch tensors is computed.
 
 A usual call of a layer or cell on a CPU does not come here: it is one call of ``_C.layer``
-(layers/layer.py, layers/cells.py). For all other calls:
+(layers/layer.py, layers/cell.py). For all other calls:
 
 - engine: real tensors on the CPU, and on CUDA where ``fastrnn certify`` found our kernels correct
   and faster on this machine. Where an observer would notice that torch's dispatcher is bypassed,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch.nn.utils import parametrize
 
 from .._checks import check_model
-from ..layers.cells import RecurrentCell
+from ..layers.cell import RecurrentCell
 from ..layers.layer import RecurrentLayer
 from ..layers.surface import DERIVED, GIVEN, is_a
 from ..nn import RNN, RNNCell

@@ -10,7 +10,7 @@ import torch
 from .. import _C
 from .._checks import check_model
 from ..calls.program_torch import FrozenWeights
-from ..layers.cells import RecurrentCell
+from ..layers.cell import RecurrentCell
 from ..layers.layer import RecurrentLayer
 from ..layers.surface import is_a
 

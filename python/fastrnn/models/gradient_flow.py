@@ -16,7 +16,7 @@ import torch
 
 from .._checks import check_model
 from ..calls import composed
-from ..layers.cells import RecurrentCell
+from ..layers.cell import RecurrentCell
 from ..layers.layer import RecurrentLayer
 from ..layers.surface import is_a
 

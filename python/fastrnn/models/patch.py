@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.modules import rnn
 
-from ..layers.cells import RecurrentCell
+from ..layers.cell import RecurrentCell
 from ..layers.layer import RecurrentLayer
 from ..layers.surface import RECOGNISED
 from ..nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell

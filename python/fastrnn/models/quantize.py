@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._checks import check_model
 from ..any_cell.recurrent import Recurrent
-from ..layers.cells import RecurrentCell
+from ..layers.cell import RecurrentCell
 from ..layers.layer import RecurrentLayer
 from ..layers.quantized import QuantizedGRU, QuantizedLayer, QuantizedLSTM, QuantizedRNN
 from ..layers.surface import is_a
