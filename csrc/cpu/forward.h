@@ -317,8 +317,7 @@ class Forward : Tiling<Cell, S> {
 #pragma GCC unroll 24
         for (int v = 0; v < N; ++v) {
           const int from = v / first * gates + v % first;
-          acc[r][v] = Cell::separate[v % first] ? V::load(bias_h + from * lanes)
-                                                : V::load(x + (r * vectors + from) * lanes);
+          acc[r][v] = Cell::separate[v % first] ? V::load(bias_h + from * lanes) : V(0);
         }
       const Sums<R, N, C> sums = multiplied(acc, h_, j, layer_.O, weights);
       for (int tile = 0; tile < tiles; ++tile) {
@@ -342,7 +341,8 @@ class Forward : Tiling<Cell, S> {
   }
 
   // The cell, or its half before the second product, on one tile of M rows from j on. a_tile: the
-  // sums of the gates, N vectors a row; x_tile: the projection.
+  // products of the gates, N vectors a row; x_tile: the projection. It is added to the sum of the
+  // product, which is more exact than a sum of products that starts from it.
   template <int M, int N>
   FASTRNN_NOINLINE void finish_first(const Position& p, Index j, Index unit, const V* a_tile,
                                      const C* x_tile) {
@@ -351,7 +351,11 @@ class Forward : Tiling<Cell, S> {
 #pragma GCC unroll 8
     for (int r = 0; r < M; ++r) {
       i[r] = p.deal.row(j + r);
-      for (int g = 0; g < first; ++g) a[g].of[r] = a_tile[r * N + g];
+      for (int g = 0; g < first; ++g) {
+        a[g].of[r] = a_tile[r * N + g];
+        if (!Cell::separate[g])
+          a[g].of[r] = a[g].of[r] + V::load(x_tile + (r * vectors + g) * lanes);
+      }
       previous[0].of[r] = layer_.P ? V(0) : load_units<C>(h_rows_[j + r] + unit, lanes);
     }
     if constexpr (K::two_products) {
@@ -423,30 +427,29 @@ class Forward : Tiling<Cell, S> {
       constexpr int R = decltype(count)::value;
       const C* x = x_gates(blocks, b, m + j);
       V acc[R][N];
-#pragma GCC unroll 24
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 24
-        for (int v = 0; v < N; ++v)
-          acc[r][v] = V::load(x + (r * vectors + v / G * gates + first + v % G) * lanes);
+      clear(acc);
       const Sums<R, N, C> sums = multiplied(acc, second_, j, layer_.H, weights);
       for (int tile = 0; tile < tiles; ++tile) {
         const Index unit = b * units + tile * lanes;
         if (unit >= layer_.H) break;
         in_groups_of_rows<R>([&](auto group, int r) FASTRNN_INLINE_LAMBDA {
-          finish_second<group.value, N>(p, j + r, unit, sums.v[r] + tile * G);
+          finish_second<group.value, N>(p, j + r, unit, sums.v[r] + tile * G,
+                                        x + (r * vectors + tile * gates + first) * lanes);
         });
       }
     });
   }
 
   template <int M, int N>
-  FASTRNN_NOINLINE void finish_second(const Position& p, Index j, Index unit, const V* a_tile) {
+  FASTRNN_NOINLINE void finish_second(const Position& p, Index j, Index unit, const V* a_tile,
+                                      const C* x_tile) {
     Rows<C, M> a[gates - first], saved[Cell::saved], previous[1], next[1];
     Index i[M];
 #pragma GCC unroll 8
     for (int r = 0; r < M; ++r) {
       i[r] = p.deal.row(j + r);
-      for (int g = 0; g < gates - first; ++g) a[g].of[r] = a_tile[r * N + g];
+      for (int g = 0; g < gates - first; ++g)
+        a[g].of[r] = a_tile[r * N + g] + V::load(x_tile + (r * vectors + g) * lanes);
       previous[0].of[r] = load_units<C>(h_rows_[j + r] + unit, lanes);
       const C* kept = saved_row(p, i[r]) + unit;
       for (int s = 0; s < Cell::saved; ++s) saved[s].of[r] = V::load(kept + s * Hp_);
