@@ -10,7 +10,6 @@ import fastrnn
 from common import compare
 
 data = TensorDataset(torch.randn(64, 50, 16), torch.randint(0, 4, (64,)))
-# Without noise: it is drawn in the order of the parameters, which DPLSTM changes.
 OPTIONS = {"noise_multiplier": 0.0, "max_grad_norm": 0.1, "poisson_sampling": False}
 
 
