@@ -25,7 +25,7 @@ PACKAGE := $(VENV)/.package-cuda-$(CUDA)
 INSTALLED := $(PACKAGE) $(VENV)/.tools
 CTEST = $(BIN)/ctest --test-dir $(BUILD) --output-on-failure --parallel $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help setup demo bench test test-cpp test-python test-cuda test-numpy test-torch lint typecheck \
+.PHONY: help setup demo bench test test-cpp test-python test-cuda test-numpy test-torch clients lint typecheck \
         format fuzz sanitize docs gallery benchmark-docs wheel wheel-check cuda gpu-check clean
 
 help:  ## list these targets
@@ -149,6 +149,11 @@ endef
 sanitize: $(INSTALLED)  ## the C++ tests under ASan and UBSan, those of waiting under TSan; 25 minutes
 	$(call sanitized,tsan,thread,barrier_test persistent_kernels_test_smallest persistent_ring_test,^(barrier|persistent\.(ring|kernels\.smallest))$$)
 	$(call sanitized,asan,address$(comma)undefined,$(SANITIZED_TESTS),^(barrier|cuda_kernels|engine|int8|maths|program|persistent\.(ring|plan|kernels\.smallest)))
+
+# Real packages with torch's layers and with ours, each group of them in an environment of its own
+# under build/. It takes a quarter of an hour, needs the network, and writes docs/tried-with.md.
+clients: $(INSTALLED)  ## run 15 public packages with torch's layers and with ours
+	$(BIN)/python clients/run.py
 
 # ---- publish ----------------------------------------------------------------------------------
 

@@ -121,10 +121,16 @@ class _Calls:
 
 
 def _check_draws(module: Any) -> None:
-    if not module._draws():
+    if not module.training:
         return
-    options = ("dropout", "recurrent_dropout", "zoneout")
-    drawn = [f"{n}={getattr(module, n)}" for n in options if getattr(module, n, 0)]
+    own = module._options
+    draws = {"zoneout": own.zoneout_h > 0 or own.zoneout_c > 0}
+    if hasattr(module, "num_layers"):  # a layer, not a cell
+        draws["dropout"] = module._drops()
+        draws["recurrent_dropout"] = module._recurrent_dropout() > 0
+    drawn = [f"{name}={getattr(module, name)}" for name, drawing in draws.items() if drawing]
+    if not drawn:
+        return
     raise RuntimeError(
         "per-sample gradients for Opacus compute a layer a second time, and then "
         f"{type(module).__name__} with {', '.join(drawn)} would draw other masks: set these to 0; "
