@@ -63,7 +63,7 @@ $(VENV)/.tools: pyproject.toml | $(PACKAGE)
 
 demo: $(PACKAGE)  ## train a digit classifier with torch's layers and ours, then time the layers
 	$(BIN)/python examples/digits.py
-	$(BIN)/fastrnn bench --suite quick
+	$(BIN)/fastrnn bench --suite quick --seconds 0.5
 
 bench: $(PACKAGE)  ## time the layers of 21 projects against torch and ONNX Runtime
 	mkdir -p build

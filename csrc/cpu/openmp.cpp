@@ -29,7 +29,7 @@ void set_openmp_candidates(std::vector<std::string> files) { candidates() = std:
 namespace {
 
 constexpr const char* kSystem = "libgomp.so.1";
-constexpr const char* kBundled = "libfastrnn_openmp.so";
+constexpr const char* kBundled = "libfastrnn_openmp.so.1";
 constexpr int kPauseSoft = 1;  // omp_pause_soft
 
 // GNU's functions, which LLVM's and Intel's runtimes have too. None: no runtime.

@@ -8,7 +8,7 @@
 //   1. a runtime that the process has loaded already, for example torch's
 //   2. the one that an installed package would load later (set_openmp_candidates())
 //   3. the system's libgomp.so.1
-//   4. the copy that a wheel brings along (libfastrnn_openmp.so, beside this library)
+//   4. the copy that a wheel brings along (libfastrnn_openmp.so.1, beside this library)
 //
 // Elsewhere the compiler's own OpenMP is linked, where it has one.
 #pragma once

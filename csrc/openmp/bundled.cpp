@@ -1,4 +1,4 @@
-// libfastrnn_openmp.so: a need of the OpenMP runtime, and nothing else. auditwheel sees the need
+// libfastrnn_openmp.so.1: a need of the OpenMP runtime, and nothing else. auditwheel sees the need
 // and puts a copy of the runtime into the wheel; csrc/cpu/openmp.h says when that copy is loaded.
 #include <omp.h>
 
