@@ -242,7 +242,7 @@ Problem problem_of(const Case& c, Arrays<S>& a) {
 // A device that keeps no packed weights and runs no ensembles, as CUDA's does not.
 constexpr Backend backend_of(std::size_t (*workspace_size)(const Problem&, Pass),
                              void (*forward)(const Problem&), void (*backward)(const Problem&)) {
-  return {workspace_size, nullptr, nullptr, forward, backward, nullptr, nullptr};
+  return {workspace_size, nullptr, nullptr, nullptr, forward, backward, nullptr, nullptr};
 }
 
 template <class S>
