@@ -94,7 +94,7 @@ def compare(
     assert kinds[0] == expected, f"layers (torch's, fastrnn's): {kinds[0]}, not {expected}"
     assert kinds[1][0] == 0, "a recurrent layer is still torch's"
     assert kinds[1][1] > 0, "there is no recurrent layer"
-    result["state_dict"] = state_dict
+    result |= {"state_dict": state_dict, "own_layers": own_layers}
     if state_dict:
         load_each_other(*modules)
     passes = {name: run for name, run in {"inference": infer, "training": train}.items() if run}
