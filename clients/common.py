@@ -23,16 +23,15 @@ from torch import Tensor, nn
 import fastrnn
 from fastrnn.bench.prepare import Prepared
 from fastrnn.bench.timing import HostClock, measure
-from fastrnn.layers.cells import RecurrentCell
+from fastrnn.layers.cell import RecurrentCell
 from fastrnn.layers.layer import RecurrentLayer
 from fastrnn.layers.surface import is_a
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SECONDS = float(
-    os.environ.get("CLIENTS_SECONDS", "6")
-)  # of timing, for inference and training each
+# Of timing, for inference and training each.
+SECONDS = float(os.environ.get("CLIENTS_SECONDS", "6"))
 OURS = (RecurrentLayer, RecurrentCell)
 TORCHS = (nn.modules.rnn.RNNBase, nn.modules.rnn.RNNCellBase)  # bound before anything is patched
 

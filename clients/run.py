@@ -81,11 +81,11 @@ class Group:
 
 
 def build_wheel() -> Path:
-    """A wheel of this checkout; it shares the compiled files of the editable installation."""
+    """A wheel of this checkout, with compiled files of its own."""
     folder = BUILD / "clients-wheel"
     for old in folder.glob("*.whl"):
         old.unlink()
-    options = ["--config-settings=build-dir=build/python", f"--wheel-dir={folder}"]
+    options = [f"--config-settings=build-dir={folder}/build", f"--wheel-dir={folder}"]
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, *options, str(ROOT)], check=True, cwd=ROOT)
     (wheel,) = folder.glob("*.whl")

@@ -571,7 +571,7 @@ def quiet_document() -> dict[str, Any]:
     for record in document["records"]:
         record["p10_ms"], record["p90_ms"] = 1.0, 1.1
         record["peak_fraction"], record["roof_fraction"] = 0.5, 0.6
-    document["header"] |= {"load": [0.1, 1.1], "threads": 1, "thread_counts": [1]}
+    document["header"] |= {"others": 0.1, "threads": 1, "thread_counts": [1]}
     document["header"]["machine"]["cores"] = 2
     return document
 
@@ -584,13 +584,14 @@ def test_the_report_warns_of_a_busy_machine() -> None:
     assert "in 5 of 9 measurements the 90th percentile is more" in report.render(document)
 
 
-@pytest.mark.parametrize("load", [[2.0, 1.1], [0.1, 3.0], [2.0]])
-def test_the_report_warns_of_a_load_by_other_processes(load: list[float]) -> None:
+def test_the_report_warns_of_other_processes() -> None:
     document = quiet_document()
-    document["header"]["load"] = load
+    document["header"]["others"] = 2.0
     printed = report.render(document)
-    assert "other processes use 2.0 cores by the load average, 1 of 2" in printed
+    assert "other processes used 2.0 of 2 cores, the benchmark 1" in printed
     document["header"]["machine"]["cores"] = 16
+    assert "Warning" not in report.render(document)
+    document["header"] |= {"machine": {"cores": 2}, "others": None}  # not known
     assert "Warning" not in report.render(document)
 
 
@@ -602,12 +603,24 @@ def test_the_report_warns_of_shares_that_cannot_be() -> None:
     assert "Warning" not in report.render(document)
 
 
-def test_the_run_notes_the_load_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    loads = iter([0.25, 0.75])
-    monkeypatch.setattr(runner.os, "getloadavg", lambda: (next(loads), 0.0, 0.0), raising=False)
+def test_the_run_notes_what_other_processes_use(monkeypatch: pytest.MonkeyPatch) -> None:
     header = records.document(runner.run(request(TINY[0], peers=())))["header"]
-    assert header["load"] == [0.25, 0.75]
     assert header["thread_counts"] == [1]
+    assert (header["others"] is None) == (not Path("/proc/stat").exists())
+    seconds, clock = iter([10.0, 13.0]), iter([100.0, 102.0])
+    monkeypatch.setattr(runner, "_seconds_of_others", lambda: next(seconds))
+    monkeypatch.setattr(runner.time, "monotonic", lambda: next(clock, 102.0))
+    assert runner.run(request(TINY[0], peers=())).others == 1.5
+
+
+def test_the_time_of_others_leaves_out_waiting_and_the_runs_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stat = "cpu  100 20 30 4000 50 6 7 8 0 0\ncpu0 1 2 3 4 5 6 7 8 0 0\n"
+    monkeypatch.setattr(runner.Path, "read_text", lambda path, encoding: stat)
+    monkeypatch.setattr(runner.os, "sysconf", lambda name: 100, raising=False)
+    monkeypatch.setattr(runner.os, "times", lambda: (0.5, 0.25, 0.125, 0.125, 9.0))
+    assert runner._seconds_of_others() == pytest.approx(1.71 - 1.0)
 
 
 @pytest.mark.parametrize("suite", [*cases.load_suites()])
@@ -706,19 +719,28 @@ def test_a_page_of_results_has_every_way_and_its_spread() -> None:
 
 
 @pytest.mark.usefixtures("beside")
-def test_the_prediction_reads_the_engines_costs_and_is_on_the_page(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_prediction_is_the_engines_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     predict = importlib.import_module("predict_scaling")
-    names = "kClock kInner kOuter kInnerBytes kCell kBarrier kRegion kGain kGainOfUnits"
-    assert set(predict.costs()) == set(names.split())
-    assert predict.costs()["kInnerBytes"] == 1 << 20
-    wide = predict.Estimate(Case("LSTM", 50, 1024, 256, 256))
-    assert wide.gain(1) == 1.0
-    assert wide.gain(8) == pytest.approx(8, rel=0.01)  # rows never wait for each other
-    assert predict.Estimate(Case("LSTM", 1, 1, 32, 32)).gain(8) == 1.0  # too small to divide
+    wide = Case("LSTM", 50, 1024, 256, 256)
+    assert predict.gain(wide, 1) == 1.0
+    assert predict.gain(wide, 8) == pytest.approx(8, rel=0.01)  # rows never wait for each other
+    assert predict.gain(Case("LSTM", 1, 1, 32, 32), 8) == 1.0  # too small to divide
+    if not _C.isa().startswith("avx512"):
+        pytest.skip("the page has the estimate for AVX-512")
     monkeypatch.setattr(sys, "argv", ["predict_scaling.py", "--check"])
     assert predict.main() == 0
+
+
+def test_an_estimate_is_of_a_call_with_sizes() -> None:
+    options = _C.Options(cell="LSTM", num_layers=2)
+    time = [_C.estimated_time(options, "float32", T, 8, 16, 32, 1) for T in (10, 20)]
+    assert 0 < 1.9 * time[0] < time[1] < 2.1 * time[0]
+    with pytest.raises(ValueError, match="expected 1 or more"):
+        _C.estimated_time(options, "float32", 0, 8, 16, 32, 1)
+    with pytest.raises(ValueError, match="threads: expected 0"):
+        _C.estimated_time(options, "float32", 1, 8, 16, 32, -1)
+    with pytest.raises(ValueError, match="dtype: expected float32"):
+        _C.estimated_time(options, "int32", 1, 8, 16, 32, 1)
 
 
 def test_flops_of_a_stack_by_hand() -> None:

@@ -1,7 +1,9 @@
 // What this build is and what it found: `_C.isa`, `isas`, `max_threads`, `openmp_file`,
-// `cuda_info`, `cuda_kernels`; and the limits of the machine: `fma_peak`, `read_bandwidth`.
+// `cuda_info`, `cuda_kernels`; the limits of the machine: `fma_peak`, `read_bandwidth`; and the
+// time that the engine expects of a call: `estimated_time`.
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -25,6 +27,22 @@ namespace py = pybind11;
 
 namespace fastrnn::bind {
 namespace {
+
+DType storage_named(const std::string& name) {
+  for (const DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16})
+    if (same(data_type(dtype), type_named(name))) return dtype;
+  throw py::value_error("dtype: expected float32, float64, bfloat16 or float16, got " + name);
+}
+
+// A padded call of these sizes, without arrays.
+Problem sized(const CheckedOptions& checked, const std::string& dtype, std::int64_t T,
+              std::int64_t B, std::int64_t I, std::int64_t H) {
+  Problem p;
+  p.options = checked.options;
+  p.dtype = storage_named(dtype);
+  p.T = T, p.B = B, p.I = I, p.H = H;
+  return p;
+}
 
 #ifdef FASTRNN_HAS_CUDA
 py::object version(int number) {
@@ -53,19 +71,10 @@ py::object cuda() {
   return result;
 }
 
-DType storage_named(const std::string& name) {
-  for (const DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16})
-    if (same(data_type(dtype), type_named(name))) return dtype;
-  throw py::value_error("dtype: expected float32, float64, bfloat16 or float16, got " + name);
-}
-
 py::object kernels(const CheckedOptions& checked, const std::string& dtype, std::int64_t T,
                    std::int64_t B, std::int64_t I, std::int64_t H, bool backward, bool allow_tf32,
                    const std::optional<int>& device) {
-  Problem p;
-  p.options = checked.options;
-  p.dtype = storage_named(dtype);
-  p.T = T, p.B = B, p.I = I, p.H = H;
+  Problem p = sized(checked, dtype, T, B, I, H);
   p.allow_tf32 = allow_tf32, p.persistent = true;
   const std::vector<Parameters> none(
       static_cast<std::size_t>(p.options.layers * p.options.directions));
@@ -89,6 +98,15 @@ void check_measurement(int threads, double seconds) {
     throw py::value_error("threads: expected 1 or more, got " + std::to_string(threads));
   if (!(seconds > 0) || std::isinf(seconds))
     throw py::value_error("seconds: expected a number above 0, got " + std::to_string(seconds));
+}
+
+double estimate(const CheckedOptions& checked, const std::string& dtype, std::int64_t T,
+                std::int64_t B, std::int64_t I, std::int64_t H, int threads) {
+  Problem p = sized(checked, dtype, T, B, I, H);
+  if (std::min({T, B, I, H}) < 1)
+    throw py::value_error("T, B, input_size, hidden_size: expected 1 or more");
+  p.threads = checked_threads(threads);
+  return estimated_time(p) / 1e9;
 }
 
 double peak(const std::string& dtype, int threads, double seconds) {
@@ -122,6 +140,8 @@ void register_info(py::module_& module) {
   module.def("cuda_kernels", kernels, py::arg("options"), py::arg("dtype"), py::arg("T"),
              py::arg("B"), py::arg("input_size"), py::arg("hidden_size"), py::arg("backward"),
              py::arg("allow_tf32"), py::arg("device").none(true));
+  module.def("estimated_time", estimate, py::arg("options"), py::arg("dtype"), py::arg("T"),
+             py::arg("B"), py::arg("input_size"), py::arg("hidden_size"), py::arg("threads"));
   module.def("fma_peak", peak, py::arg("dtype"), py::arg("threads"), py::arg("seconds"));
   module.def("read_bandwidth", bandwidth, py::arg("bytes"), py::arg("threads"), py::arg("seconds"));
 }

@@ -319,7 +319,12 @@ class Forward : Tiling<Cell, S> {
           const int from = v / first * gates + v % first;
           acc[r][v] = Cell::separate[v % first] ? V::load(bias_h + from * lanes) : V(0);
         }
-      const Sums<R, N, C> sums = multiplied(acc, h_, j, layer_.O, weights);
+      // The projection, but for a separate gate, whose projection the cell reads.
+      const auto projected = [&](V sum, int r, int v) FASTRNN_INLINE_LAMBDA {
+        const int from = v / first * gates + v % first;
+        return Cell::separate[v % first] ? sum : sum + V::load(x + (r * vectors + from) * lanes);
+      };
+      const Sums<R, N, C> sums = multiplied(acc, h_, j, layer_.O, weights, projected);
       for (int tile = 0; tile < tiles; ++tile) {
         const Index unit = b * units + tile * lanes;
         if (unit >= layer_.H) break;
@@ -341,8 +346,7 @@ class Forward : Tiling<Cell, S> {
   }
 
   // The cell, or its half before the second product, on one tile of M rows from j on. a_tile: the
-  // products of the gates, N vectors a row; x_tile: the projection. It is added to the sum of the
-  // product, which is more exact than a sum of products that starts from it.
+  // sums of the gates, N vectors a row; x_tile: the projection.
   template <int M, int N>
   FASTRNN_NOINLINE void finish_first(const Position& p, Index j, Index unit, const V* a_tile,
                                      const C* x_tile) {
@@ -351,11 +355,7 @@ class Forward : Tiling<Cell, S> {
 #pragma GCC unroll 8
     for (int r = 0; r < M; ++r) {
       i[r] = p.deal.row(j + r);
-      for (int g = 0; g < first; ++g) {
-        a[g].of[r] = a_tile[r * N + g];
-        if (!Cell::separate[g])
-          a[g].of[r] = a[g].of[r] + V::load(x_tile + (r * vectors + g) * lanes);
-      }
+      for (int g = 0; g < first; ++g) a[g].of[r] = a_tile[r * N + g];
       previous[0].of[r] = layer_.P ? V(0) : load_units<C>(h_rows_[j + r] + unit, lanes);
     }
     if constexpr (K::two_products) {
@@ -428,28 +428,28 @@ class Forward : Tiling<Cell, S> {
       const C* x = x_gates(blocks, b, m + j);
       V acc[R][N];
       clear(acc);
-      const Sums<R, N, C> sums = multiplied(acc, second_, j, layer_.H, weights);
+      const auto projected = [&](V sum, int r, int v) FASTRNN_INLINE_LAMBDA {
+        return sum + V::load(x + (r * vectors + v / G * gates + first + v % G) * lanes);
+      };
+      const Sums<R, N, C> sums = multiplied(acc, second_, j, layer_.H, weights, projected);
       for (int tile = 0; tile < tiles; ++tile) {
         const Index unit = b * units + tile * lanes;
         if (unit >= layer_.H) break;
         in_groups_of_rows<R>([&](auto group, int r) FASTRNN_INLINE_LAMBDA {
-          finish_second<group.value, N>(p, j + r, unit, sums.v[r] + tile * G,
-                                        x + (r * vectors + tile * gates + first) * lanes);
+          finish_second<group.value, N>(p, j + r, unit, sums.v[r] + tile * G);
         });
       }
     });
   }
 
   template <int M, int N>
-  FASTRNN_NOINLINE void finish_second(const Position& p, Index j, Index unit, const V* a_tile,
-                                      const C* x_tile) {
+  FASTRNN_NOINLINE void finish_second(const Position& p, Index j, Index unit, const V* a_tile) {
     Rows<C, M> a[gates - first], saved[Cell::saved], previous[1], next[1];
     Index i[M];
 #pragma GCC unroll 8
     for (int r = 0; r < M; ++r) {
       i[r] = p.deal.row(j + r);
-      for (int g = 0; g < gates - first; ++g)
-        a[g].of[r] = a_tile[r * N + g] + V::load(x_tile + (r * vectors + g) * lanes);
+      for (int g = 0; g < gates - first; ++g) a[g].of[r] = a_tile[r * N + g];
       previous[0].of[r] = load_units<C>(h_rows_[j + r] + unit, lanes);
       const C* kept = saved_row(p, i[r]) + unit;
       for (int s = 0; s < Cell::saved; ++s) saved[s].of[r] = V::load(kept + s * Hp_);

@@ -35,7 +35,21 @@ struct RowsInPlace {
   }
 };
 
-// acc + rows from j on · W for one block of weights.
+// acc + rows from j on · W for one block of weights, then added(sum, r, n) of each sum: a sum that
+// started from a large number would round it anew at each product.
+template <int R, int N, class F, class S, class C, class Added>
+FASTRNN_INLINE Sums<R, N, C> multiplied(Vec<C> (&acc)[R][N], const RowsInPlace<F>& x, Index j,
+                                        Index K, const BlockOfWeights<F, S>& w, Added added) {
+  if (w.packed) {
+    accumulate<R, N>(acc, x.rows + j, K, w.packed);
+    add_each(acc, added);
+    return Sums<R, N, C>(acc);
+  }
+  Sums<R, N, C> sums(acc);
+  add_in_place<F, S>(sums.v[0], R, N, x.rows + j, K, w.in_place);
+  add_each(sums.v, added);
+  return sums;
+}
 template <int R, int N, class F, class S, class C>
 FASTRNN_INLINE Sums<R, N, C> multiplied(Vec<C> (&acc)[R][N], const RowsInPlace<F>& x, Index j,
                                         Index K, const BlockOfWeights<F, S>& w) {

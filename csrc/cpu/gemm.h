@@ -74,6 +74,15 @@ struct Sums {
   }
 };
 
+// acc[r][n] = added(acc[r][n], r, n).
+template <int R, int N, class C, class Added>
+FASTRNN_INLINE void add_each(Vec<C> (&acc)[R][N], Added added) {
+#pragma GCC unroll 24
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
+    for (int n = 0; n < N; ++n) acc[r][n] = added(acc[r][n], r, n);
+}
+
 // What one step of the kernel multiplies: `depth` neighbouring k of a row, in every lane, by as
 // many of each output's weights.
 template <class E>

@@ -403,6 +403,13 @@ FASTRNN_INLINE Sums<R, N, float> multiplied(Vec<float> (&acc)[R][N], const Quant
   add_int8_product(acc, x, j, w.matrix, w.b);
   return Sums<R, N, float>(acc);
 }
+template <int R, int N, class Added>
+FASTRNN_INLINE Sums<R, N, float> multiplied(Vec<float> (&acc)[R][N], const QuantisedRows& x,
+                                            Index j, Index, const Int8Block& w, Added added) {
+  add_int8_product(acc, x, j, w.matrix, w.b);
+  add_each(acc, added);
+  return Sums<R, N, float>(acc);
+}
 
 template <int R, int N>
 FASTRNN_INLINE void multiply_into(float* to, Vec<float> (&acc)[R][N], const QuantisedRows& x,

@@ -31,4 +31,8 @@ double fma_peak(DType dtype, int threads, double seconds);
 // Throws std::bad_alloc where there is no memory for the arrays.
 double read_bandwidth(std::int64_t bytes, int threads, double seconds);
 
+// Nanoseconds of a forward pass with p.threads threads, by the estimate that sizes its teams
+// (team.h). Reads options, dtype and sizes alone.
+double estimated_time(const Problem& p);
+
 }  // namespace fastrnn

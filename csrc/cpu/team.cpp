@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "host.h"
+#include "isa.h"
 
 namespace fastrnn {
 namespace {
@@ -41,25 +42,50 @@ double layer_time(const Stack& s, int rows, int columns) {
   return project + cells + T * step + (threads > 1 ? kRegion : 0);
 }
 
+namespace {
+
 // With Options::recompute backward runs the directions one after the other.
+int directions_together(const Stack& s) {
+  return s.in_parts() ? 1 : static_cast<int>(s.p.options.directions);
+}
+
+// Of all directions of a layer.
+double plan_time(const Stack& s, const Plan& plan) {
+  return layer_time(s, plan.row_threads, plan.column_threads) *
+             (directions_together(s) / plan.direction_threads) +
+         (plan.direction_threads > 1 && plan.row_threads * plan.column_threads == 1 ? kRegion : 0);
+}
+
+}  // namespace
+
 Plan make_plan(const Stack& s, bool oversubscribed) {
   const Problem& p = s.p;
   Plan best;
-  const int directions = s.in_parts() ? 1 : static_cast<int>(p.options.directions);
+  const int directions = directions_together(s);
   const auto blocks =
       static_cast<int>((p.H + s.kernels.units_per_block - 1) / s.kernels.units_per_block);
   double least = kGain * directions * layer_time(s, 1, 1);
   for (int apart = 1; apart <= std::min(directions, p.threads); ++apart)
     for (int rows = 1; rows <= std::min<std::int64_t>(p.threads / apart, p.B); ++rows) {
       const int columns = oversubscribed ? 1 : std::min(p.threads / apart / rows, blocks);
-      const double time =
-          layer_time(s, rows, columns) * (directions / apart) / (columns > 1 ? kGainOfUnits : 1) +
-          (apart > 1 && rows * columns == 1 ? kRegion : 0);
+      const Plan plan{apart * rows * columns, apart, rows, columns};
+      const double time = plan_time(s, plan) / (columns > 1 ? kGainOfUnits : 1);
       if (time >= least) continue;
       least = time;
-      best = {apart * rows * columns, apart, rows, columns};
+      best = plan;
     }
   return best;
+}
+
+double estimated_time(const Problem& p) {
+  const Plan plan = plan_pass(p, Pass::forward, false).plan;
+  double time = 0;
+  for (std::int64_t l = 0; l < p.options.layers; ++l) {
+    Problem layer = p;
+    layer.I = Stack(p, Pass::forward).inputs(l);
+    time += plan_time(plan_pass(layer, Pass::forward, false), plan);
+  }
+  return time;
 }
 
 void run_layer(const Layer& layer, void (*run)(const Layer&, int, int)) {

@@ -505,6 +505,21 @@ def openmp_file() -> str:
     engine then runs on one thread.
     """
 
+def estimated_time(
+    options: Options,
+    dtype: str,
+    T: int,
+    B: int,
+    input_size: int,
+    hidden_size: int,
+    threads: int,
+) -> float:
+    """Seconds of an inference call with that many threads, by the estimate that divides layers.
+
+    For the instruction set in use and the costs of csrc/cpu/host.h, not for this machine. 0 threads
+    stand for OpenMP's number. Raises ValueError for sizes below 1.
+    """
+
 def fma_peak(dtype: str, threads: int, seconds: float) -> float:
     """GFLOP/s of multiply-adds on registers alone, all threads together, timed for `seconds`.
 

@@ -8,8 +8,8 @@ by the provider's time. ``header["roof"]`` has the median peak of each dtype,
 ``header["bandwidth"]`` the GB/s of all threads for each number of bytes that a thread reads.
 ``ratio_to_best_peer`` is the fastest peer's median divided by this provider's: above 1 this
 provider is faster; fastrnn's own ways (``fastrnn``, ``frozen``, ``stream``) are no peers.
-``header["load"]`` is the load average over a minute before the first case and after the last,
-``header["thread_counts"]`` the numbers of threads that were measured.
+``header["others"]`` is the number of cores that other processes used during the run (None:
+unknown), ``header["thread_counts"]`` the numbers of threads that were measured.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def header(results: Results) -> dict[str, Any]:
         "device": results.device,
         "threads": results.threads,
         "seconds_per_case": results.seconds,
-        "load": results.load,
+        "others": results.others,
         "roof": _peaks(results),
         "bandwidth": [
             {"bytes": size, "gbs": results.roof.bandwidth[size]}

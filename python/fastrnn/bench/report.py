@@ -111,14 +111,12 @@ def busy(records: Sequence[Record], header: dict[str, Any]) -> list[str]:
     ]
     if beyond:
         signs.append(f"{len(beyond)} measurements exceed the peak or the roof")
-    load, cores = header.get("load") or [], header["machine"]["cores"]
-    if load and cores and header["device"] == "cpu":
+    others, cores = header.get("others"), header["machine"]["cores"]
+    if others is not None and cores and header["device"] == "cpu":
         most = max(header.get("thread_counts") or [header["threads"]])
-        others = max(load[0], *(after - most for after in load[1:]), 0.0)
         if others + most > cores + CORES:
             signs.append(
-                f"other processes use {others:.1f} cores by the load average, {most} of {cores} "
-                "are the benchmark's"
+                f"other processes used {others:.1f} of {cores} cores, the benchmark {most}"
             )
     if not signs:
         return []

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import statistics
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,8 +63,8 @@ class Results:
     records: list[dict[str, Any]] = field(default_factory=list)
     not_run: list[dict[str, Any]] = field(default_factory=list)
     interrupted: bool = False
-    # The load average over a minute, before the first case and after the last; empty if unknown.
-    load: list[float] = field(default_factory=list)
+    # Cores that other processes used during the run; None if unknown.
+    others: float | None = None
 
 
 def run(
@@ -103,11 +105,11 @@ def run_each(
     if request.device == "cpu" and any(case.tf32 for _, case in request.cases):
         raise ValueError("--dtype tf32: only CUDA devices multiply in TF32")
     runs = []
-    load = _load()
+    began, before = time.monotonic(), _seconds_of_others()
     for count in counts:
         with _threads(count) as threads:
             roof = make_roof(request.device, threads)
-        runs.append(Results(request.device, threads, request.seconds, roof, load=list(load)))
+        runs.append(Results(request.device, threads, request.seconds, roof))
     peers = _peers(request, runs)
     try:
         for suite, case in request.cases:
@@ -121,14 +123,25 @@ def run_each(
     except KeyboardInterrupt:
         for results in runs:
             results.interrupted = True
+    after = _seconds_of_others()
     for results in runs:
-        results.load += _load()
+        if before is not None and after is not None:
+            results.others = max(after - before, 0.0) / (time.monotonic() - began)
     return runs
 
 
-def _load() -> list[float]:
-    """The load average over a minute, in a list; empty where the system has none."""
-    return [os.getloadavg()[0]] if hasattr(os, "getloadavg") else []
+def _seconds_of_others() -> float | None:
+    """Processor time that other processes have used since the machine started; None if unknown.
+
+    Not the load average: for a minute that also counts what ended before the run began.
+    """
+    try:
+        _, *ticks = Path("/proc/stat").read_text(encoding="ascii").partition("\n")[0].split()
+    except OSError:
+        return None
+    user, nice, system, _, _, *interrupts = map(int, ticks[:8])  # and time that the host took
+    all_processes = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+    return all_processes - sum(os.times()[:4])
 
 
 @contextmanager

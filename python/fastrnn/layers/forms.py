@@ -52,7 +52,16 @@ class EveryForm(Module):
     """What `RecurrentLayer` and `QuantizedLayer` share of their forward."""
 
     _cell: ClassVar[Cell]
+
+    mode: str
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bias: bool
     batch_first: bool
+    dropout: float
+    bidirectional: bool
+    proj_size: int
 
     def _run_any_form(
         self,
@@ -126,6 +135,13 @@ class EveryForm(Module):
             hx_n = tuple(state.index_select(1, unsorted_indices) for state in hx_n)
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return packed, hx_n, states
+
+    def _check_state_shapes(self, hx: tuple[Tensor, ...] | None, batch: int) -> None:
+        """Refuse states that do not fit the layers, the batch or the hidden size."""
+        if hx is not None:
+            groups = self.num_layers * (2 if self.bidirectional else 1)
+            h_0 = (groups, batch, self.proj_size or self.hidden_size)
+            _checks.check_state_shapes(hx, (h_0, (groups, batch, self.hidden_size)))
 
     def _checked_weights(
         self, input: Tensor, hx: tuple[Tensor, ...] | None, dims: int, batch: int

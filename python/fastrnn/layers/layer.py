@@ -72,19 +72,8 @@ class RecurrentLayer(RNNSurface, EveryForm, torch_tools.SeenByTools):
         "proj_size",
     ]
 
-    _cell: ClassVar[Cell]
     # The options torch.nn does not have, each with the value that is torch.nn's behaviour.
     own_options: ClassVar[dict[str, Any]] = COMMON_OPTIONS
-
-    mode: str
-    input_size: int
-    hidden_size: int
-    num_layers: int
-    bias: bool
-    batch_first: bool
-    dropout: float
-    bidirectional: bool
-    proj_size: int
 
     def __init__(
         self,
@@ -339,11 +328,7 @@ class RecurrentLayer(RNNSurface, EveryForm, torch_tools.SeenByTools):
             weights = list(self._flat_weights)
         _checks.check_weight_shapes(weights, self._flat_weights_names, self._weight_shapes)
         _checks.check_input(input, weights[0], dims, self.input_size)
-        if hx is not None:
-            groups = self.num_layers * (2 if self.bidirectional else 1)
-            h_0 = (groups, batch, self.proj_size or self.hidden_size)
-            c_0 = (groups, batch, self.hidden_size)
-            _checks.check_state_shapes(hx, (h_0, c_0))
+        self._check_state_shapes(hx, batch)
         return weights
 
     def _call(

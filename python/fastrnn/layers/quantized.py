@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch.nn.utils.rnn import PackedSequence
     from typing_extensions import Self
 
-    from .._options import Cell, Options
+    from .._options import Options
     from .layer import RecurrentLayer
 
 _MATRICES = ("weight_ih", "weight_hh", "weight_hr")
@@ -35,18 +35,8 @@ _MATRICES = ("weight_ih", "weight_hh", "weight_hr")
 class QuantizedLayer(EveryForm):
     """The base of QuantizedRNN, QuantizedLSTM and QuantizedGRU."""
 
-    _cell: ClassVar[Cell]
     _maths: ClassVar[dict[str, Any]]  # the options torch.nn does not have, with its behaviour
 
-    mode: str
-    input_size: int
-    hidden_size: int
-    num_layers: int
-    bias: bool
-    batch_first: bool
-    dropout: float
-    bidirectional: bool
-    proj_size: int
     packed: Tensor
     h_0: Tensor | None
     c_0: Tensor | None
@@ -219,10 +209,7 @@ class QuantizedLayer(EveryForm):
         for name, x in (("input", input), ("the layer", self.packed)):
             if x.device.type != "cpu":
                 raise RuntimeError(f"{self} runs on the CPU, but {name} is on {x.device}")
-        if hx is not None:
-            groups = self.num_layers * (2 if self.bidirectional else 1)
-            h_0 = (groups, batch, self.proj_size or self.hidden_size)
-            _checks.check_state_shapes(hx, (h_0, (groups, batch, self.hidden_size)))
+        self._check_state_shapes(hx, batch)
         states = (*(hx or ()), *self._learned())
         _checks.check_companions(input, states, ())
         if torch.is_grad_enabled() and any(x.requires_grad for x in (input, *states)):
@@ -252,12 +239,8 @@ class QuantizedLayer(EveryForm):
         return int8.run(self._options, input, hx, self.packed, self.hidden_size, **steps)
 
 
-class QuantizedRNN(QuantizedLayer):
-    """An RNN with int8 weights, from `fastrnn.quantize_dynamic`; called as `fastrnn.RNN` is."""
-
-    _cell = "RNN"
-    _maths: ClassVar[dict[str, Any]] = {"nonlinearity": "tanh"}
-    nonlinearity: str
+class _OfOneState(QuantizedLayer):
+    """What RNN and GRU share: their state is h alone."""
 
     def forward(
         self,
@@ -268,17 +251,25 @@ class QuantizedRNN(QuantizedLayer):
         reset: Tensor | None = None,
         return_states: bool = False,
     ) -> tuple[Any, ...]:
-        """Run the layers, as ``fastrnn.RNN.forward`` does in ``eval()``, with float32 arguments.
+        """Run the layers, as the float layer does in ``eval()``, with float32 arguments.
 
         Raises:
-            RuntimeError: the layer is in training mode, or a gradient is asked for; and as
-                ``fastrnn.RNN.forward``.
+            RuntimeError: the layer is in training mode, or a gradient is asked for; and as the
+                float layer.
             ValueError, TypeError: an argument is not float32; and as there.
         """
         output, hx_n, states = self._run(input, hx, lengths, reset, return_states)
         if hx_n is None:  # torch.fx traces the call
             return output  # type: ignore[no-any-return]
         return (output, hx_n[0], states) if return_states else (output, hx_n[0])
+
+
+class QuantizedRNN(_OfOneState):
+    """An RNN with int8 weights, from `fastrnn.quantize_dynamic`; called as `fastrnn.RNN` is."""
+
+    _cell = "RNN"
+    _maths: ClassVar[dict[str, Any]] = {"nonlinearity": "tanh"}
+    nonlinearity: str
 
 
 class QuantizedLSTM(QuantizedLayer):
@@ -311,7 +302,7 @@ class QuantizedLSTM(QuantizedLayer):
         return (output, hx_n, states) if return_states else (output, hx_n)
 
 
-class QuantizedGRU(QuantizedLayer):
+class QuantizedGRU(_OfOneState):
     """A GRU with int8 weights, from `fastrnn.quantize_dynamic`; called as `fastrnn.GRU` is."""
 
     _cell = "GRU"
@@ -323,24 +314,3 @@ class QuantizedGRU(QuantizedLayer):
     activation: str
     gate_activation: str
     reset_after: bool
-
-    def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Tensor | None = None,
-        *,
-        lengths: Tensor | Sequence[int] | None = None,
-        reset: Tensor | None = None,
-        return_states: bool = False,
-    ) -> tuple[Any, ...]:
-        """Run the layers, as ``fastrnn.GRU.forward`` does in ``eval()``, with float32 arguments.
-
-        Raises:
-            RuntimeError: the layer is in training mode, or a gradient is asked for; and as
-                ``fastrnn.GRU.forward``.
-            ValueError, TypeError: an argument is not float32; and as there.
-        """
-        output, hx_n, states = self._run(input, hx, lengths, reset, return_states)
-        if hx_n is None:  # torch.fx traces the call
-            return output  # type: ignore[no-any-return]
-        return (output, hx_n[0], states) if return_states else (output, hx_n[0])
