@@ -591,7 +591,8 @@ def test_the_report_warns_of_other_processes() -> None:
     assert "other processes used 2.0 of 2 cores, the benchmark 1" in printed
     document["header"]["machine"]["cores"] = 16
     assert "Warning" not in report.render(document)
-    document["header"] |= {"machine": {"cores": 2}, "others": None}  # not known
+    document["header"]["machine"]["cores"] = 2
+    document["header"]["others"] = None  # not known
     assert "Warning" not in report.render(document)
 
 
