@@ -10,7 +10,7 @@
 
 #include "backend.h"
 #include "check.h"
-#include "cpu/isa.h"
+#include "instruction_set.h"
 #include "reference.h"
 
 namespace {
@@ -479,12 +479,7 @@ void check_solo_phases() {
 
 // Without an argument all checks; `solo`: those for a build in which every wait is long.
 int main(int count, char** arguments) {
-  try {
-    std::printf("instruction set: %s\n", cpu_isa());
-  } catch (const std::exception& e) {
-    std::printf("engine_test: skipped, %s\n", e.what());
-    return check::kSkipped;
-  }
+  if (!check::runs_here("engine_test")) return check::kSkipped;
   if (count > 1 && std::string(arguments[1]) == "solo") {
     check_solo_phases();
   } else {

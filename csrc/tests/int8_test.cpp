@@ -11,7 +11,7 @@
 #include "backend.h"
 #include "case.h"
 #include "check.h"
-#include "cpu/isa.h"
+#include "instruction_set.h"
 #include "quantize.h"
 
 namespace {
@@ -271,12 +271,7 @@ void set_rows(Sequences& c, int kind) {
 }  // namespace
 
 int main() {
-  try {
-    std::printf("instruction set: %s\n", cpu_isa());
-  } catch (const std::exception& e) {
-    std::printf("int8_test: skipped, %s\n", e.what());
-    return check::kSkipped;
-  }
+  if (!check::runs_here("int8_test")) return check::kSkipped;
   unsigned seed = 0;
   for (const char* cell : {"RNN", "LSTM", "GRU"})
     for (const bool other : {false, true}) {  // GRU: reset before the product; LSTM: projection

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "check.h"
+#include "instruction_set.h"
 
 namespace {
 
@@ -275,6 +276,7 @@ void refuses() {
 }  // namespace
 
 int main() {
+  if (!check::runs_here("program_test")) return check::kSkipped;
   const Sizes all[] = {{0, 3, 2, 4, false},    {4, 0, 2, 4, false},     {1, 1, 1, 1, false},
                        {7, 3, 5, 17, true},    {40, 1, 33, 300, false}, {12, 65, 16, 48, true},
                        {300, 2, 3, 20, false}, {3, 210, 7, 64, false},  kWide};
