@@ -94,13 +94,8 @@ class Backward : BackwardTiling<Cell, S> {
           },
           [](const Plan&, int) {});
       all.wait(threads, Barrier::Wait::part);
-      if (wants_input(layer_))
-        InputGradient<S>(layer_, shape_, gradients_).run(weights_, thread, threads);
     }
-    for (Index d = 0; d < layer_.directions && layer_.d_parameters; ++d) {
-      if (d > 0) all.wait(threads, Barrier::Wait::part);  // both directions use one scratch
-      weight_gradients_.run(d, gradients_, previous_hidden(d), thread, threads);
-    }
+    finish(thread, threads);
   }
 
  private:
@@ -187,6 +182,26 @@ class Backward : BackwardTiling<Cell, S> {
     }
   }
 
+  // ---- after the first step ---------------------------------------------------------------------
+
+  // The gradients of the input and of the parameters. Where the gate gradients of a block of pairs
+  // stay in a core's own cache, both are computed from them block by block.
+  void finish(int thread, int threads) {
+    constexpr Index kPairs = WeightGradients<S>::kPairs, kCached = 256 << 10;
+    const InputGradient<S> input(layer_, shape_, gradients_);
+    const Index block_bytes = kPairs * gradients_.width * static_cast<Index>(sizeof(C));
+    const bool wants = wants_input(layer_) && !layer_.parameters_alone;
+    const bool together = layer_.d_parameters && block_bytes <= kCached;
+    if (wants && !together) input.run(weights_, {0, steps_.pairs}, thread, threads);
+    for (Index d = 0; layer_.d_parameters && d < layer_.directions; ++d)
+      for (Index n = 0; n == 0 || n < steps_.pairs; n += kPairs) {
+        const Range pairs{n, least(n + kPairs, steps_.pairs)};
+        if (wants && together && d == layer_.directions - 1)
+          input.run(weights_, pairs, thread, threads);
+        weight_gradients_.add(d, gradients_, previous_hidden(d), pairs, thread, threads);
+      }
+  }
+
   // ---- the steps --------------------------------------------------------------------------------
 
   struct Position {
@@ -240,9 +255,8 @@ class Backward : BackwardTiling<Cell, S> {
 
   // acc = Σ da·W_hh over the gates of the first product and the hidden units. d_gates: the
   // gradients of the next step; null: zeros.
-  template <int R>
-  FASTRNN_INLINE void through_weights(V (&acc)[R][wide], const C* const* d_gates,
-                                      const Columns& w) {
+  template <int R, int N>
+  FASTRNN_INLINE void through_weights(V (&acc)[R][N], const C* const* d_gates, const Columns& w) {
     for (int gate = 0; gate < first; ++gate) {
       const C* plane[R];
       for (int r = 0; r < R; ++r)
@@ -279,28 +293,29 @@ class Backward : BackwardTiling<Cell, S> {
     return {layer_, d, Walk{steps_, reverse(d)}, group_[d].initial};
   }
 
-  // Block b of outputs, up to `limit`, for the thread's n rows: sum(acc, j) adds the products of
-  // the rows from j on, then done(j, unit, values, count) is called with the tiles of row j.
-  template <class Sum, class Done>
+  // Block b of outputs, up to `limit`, for the thread's n rows, N vectors of it: sum(acc, j) adds
+  // the products of the rows from j on, then done(j, unit, values, count) is called with the tiles
+  // of row j.
+  template <int N, class Sum, class Done>
   FASTRNN_INLINE void product_tiles(Index b, Index n, Index limit, Sum sum, Done done) {
-    const Index unit = b * block_units, count = least(wide, ceil_div(limit - unit, lanes));
+    const Index unit = b * block_units, count = ColumnTiling<S>::vectors_of(limit, b);
     in_blocks_of_rows<rows>(n, [&](auto row_count, Index j) {
       constexpr int R = decltype(row_count)::value;
-      V acc[R][wide];
+      V acc[R][N];
       clear(acc);
       sum(acc, j);
-      const Sums<R, wide, C> sums(acc);
+      const Sums<R, N, C> sums(acc);
       for (int r = 0; r < R; ++r) done(j + r, unit, sums.v[r], count);
     });
   }
 
   // product_tiles() of the next step's gradients through W_hh; zeros where no row has a next step.
   // ahead(j) runs for the rows of a product before it begins.
-  template <class Ahead, class Done>
+  template <int N, class Ahead, class Done>
   FASTRNN_INLINE void hidden_tiles(const Position& p, Index b, Index n, Index limit, bool any,
                                    Ahead ahead, Done done) {
     const Columns w = weights_.weight_hh(p.d, b);
-    product_tiles(
+    product_tiles<N>(
         b, n, limit,
         [&](auto& acc, Index j) FASTRNN_INLINE_LAMBDA {
           for (Index r = 0; r < Index{std::extent_v<std::remove_reference_t<decltype(acc)>>}; ++r)
@@ -311,7 +326,19 @@ class Backward : BackwardTiling<Cell, S> {
   }
 
   void hidden_step(const Position& p, Index b, Index n, bool any) {
-    hidden_tiles(
+    // A narrow layer has one block, and pays for each of its vectors.
+    const Index vectors = ColumnTiling<S>::vectors_of(layer_.H, b);
+    if (vectors <= wide / 2)
+      hidden_block<wide / 2>(p, b, n, any);
+    else if (vectors < wide)
+      hidden_block<wide - 1>(p, b, n, any);
+    else
+      hidden_block<wide>(p, b, n, any);
+  }
+
+  template <int N>
+  FASTRNN_NOINLINE void hidden_block(const Position& p, Index b, Index n, bool any) {
+    hidden_tiles<N>(
         p, b, n, layer_.H, any,
         [&](Index j) FASTRNN_INLINE_LAMBDA { prefetch(p, p.deal.row(j), b * block_units); },
         [&](Index j, Index unit, const V* products, Index count) {
@@ -339,7 +366,7 @@ class Backward : BackwardTiling<Cell, S> {
   void projected_step(const Position& p, const Share& share, const Range& outs, const Range& blocks,
                       Index n, bool any) {
     for (Index b = outs.begin; b < outs.end; ++b)
-      hidden_tiles(
+      hidden_tiles<wide>(
           p, b, n, layer_.O, any, [](Index) {},
           [&](Index j, Index unit, const V* products, Index count) {
             projected_row(p, p.deal.row(j), unit, products, count, !next_rows_[j]);
@@ -362,7 +389,7 @@ class Backward : BackwardTiling<Cell, S> {
 
   void hidden_of_projected(const Position& p, Index b, Index n) {
     const C* w = weights_.weight_hr(p.d, b);
-    product_tiles(
+    product_tiles<wide>(
         b, n, layer_.H,
         [&](auto& acc, Index j)
             FASTRNN_INLINE_LAMBDA { accumulate(acc, next_rows_ + j, layer_.P, w); },
@@ -434,7 +461,7 @@ class Backward : BackwardTiling<Cell, S> {
   // Reset-before GRU: d(r∘h) = dn·W_hn, then the other half of the cell's backward.
   void operand_step(const Position& p, Index b, Index n) {
     const C* w = weights_.weight_hn(p.d, b);
-    product_tiles(
+    product_tiles<wide>(
         b, n, layer_.H,
         [&](auto& acc, Index j)
             FASTRNN_INLINE_LAMBDA { accumulate(acc, next_rows_ + j, layer_.H, w); },
@@ -502,7 +529,7 @@ class Backward : BackwardTiling<Cell, S> {
   void initial_hidden(Index d, const Deal& deal, Index b, Index n) {
     const Group& g = group_[d];
     const Columns w = weights_.weight_hh(d, b);
-    product_tiles(
+    product_tiles<wide>(
         b, n, layer_.O,
         [&](auto& acc, Index j) FASTRNN_INLINE_LAMBDA { through_weights(acc, next_rows_ + j, w); },
         [&](Index j, Index unit, const V* products, Index count) {

@@ -16,9 +16,9 @@ struct ColumnTiling {
   static constexpr int rows = rows_per_block(wide);
   static constexpr int block_units = wide * lanes;
 
-  // Whether the last block of columns fills at most half of its vectors.
-  static bool half_block(Index columns, Index b) {
-    return columns - b * block_units <= block_units / 2;
+  // Vectors of block b that hold columns.
+  static Index vectors_of(Index columns, Index b) {
+    return least(wide, ceil_div(columns - b * block_units, lanes));
   }
 };
 

@@ -336,10 +336,11 @@ class Forward : Tiling<Cell, S> {
     });
   }
 
-  // done(Int<M>{}, r) for R rows, at most kMost at a time.
+  // done(Int<M>{}, r) for R rows, at most kMost at a time: three where two would leave one, whose
+  // chain of dependent operations takes as long as those of two.
   template <int R, class Done>
   FASTRNN_INLINE static void in_groups_of_rows(Done done) {
-    constexpr int kMost = 2;
+    constexpr int kMost = R == 3 ? 3 : 2;
     int r = 0;
     for (; r + kMost <= R; r += kMost) done(Int<kMost>{}, r);
     if constexpr (R % kMost != 0) done(Int<R % kMost>{}, r);

@@ -24,10 +24,11 @@ struct Int {
 // file takes.
 constexpr int tiles_per_block(int gates) { return gates >= 3 ? 1 : 4 / gates; }
 
-// Rows that keep rows × vectors accumulators, the weights and a broadcast in registers.
-constexpr int rows_per_block(int vectors) {
-  return FASTRNN_REGISTERS == 32 ? 24 / vectors : 12 / vectors;
-}
+// Accumulators that leave registers for the weights and a broadcast.
+constexpr int accumulators() { return FASTRNN_REGISTERS == 32 ? 24 : 12; }
+
+// Rows that keep rows × vectors accumulators in registers.
+constexpr int rows_per_block(int vectors) { return accumulators() / vectors; }
 
 // body(Int<R>{}, first) over `rows` rows in as few blocks of at most MaxRows as possible, of about
 // equal size: a block of one or two rows would be bound by reading the weights.
@@ -51,6 +52,15 @@ FASTRNN_INLINE void in_blocks_of_rows(Index rows, Body body) {
     first += half;
   }
   block_of_rows<MaxRows>(rows - first, first, body);
+}
+
+// body(Int<N>{}) for `count` vectors, 1 to Most.
+template <int Most, class Body>
+FASTRNN_INLINE void with_vectors(Index count, Body body) {
+  if constexpr (Most > 1) {
+    if (count < Most) return with_vectors<Most - 1>(count, body);
+  }
+  body(Int<Most>{});
 }
 
 template <int R, int N, class C>
@@ -164,11 +174,11 @@ FASTRNN_INLINE void accumulate(Vec<C> (&acc)[R][N], const E* const* rows, Index 
       add_step(acc, w, [&](int r) FASTRNN_INLINE_LAMBDA { return F::broadcast_last(a[r] + k); });
 }
 
-// a(r, k) = packed[k·R + r].
+// a(r, k) = packed[k·width + r].
 template <int R, int N, class C>
-FASTRNN_INLINE void accumulate_packed(Vec<C> (&acc)[R][N], const C* packed, Index K, const C* w,
-                                      Index stride) {
-  for (Index k = 0; k < K; ++k, w += stride, packed += R)
+FASTRNN_INLINE void accumulate_packed(Vec<C> (&acc)[R][N], const C* packed, Index width, Index K,
+                                      const C* w, Index stride) {
+  for (Index k = 0; k < K; ++k, w += stride, packed += width)
     add_step(acc, w, [&](int r) FASTRNN_INLINE_LAMBDA { return Vec<C>(packed[r]); });
 }
 

@@ -14,7 +14,7 @@ namespace fastrnn::FASTRNN_ISA {
 template <class S>
 class InputGradient : ColumnTiling<S> {
   using K = ColumnTiling<S>;
-  using K::lanes, K::wide, K::rows, K::block_units;
+  using K::lanes, K::wide, K::block_units;
   using typename K::C, typename K::V;
 
  public:
@@ -25,15 +25,19 @@ class InputGradient : ColumnTiling<S> {
         gradients_(gradients),
         Hp_(padded(layer.H)) {}
 
-  // weights: the cell's BackwardWeights.
+  // The thread's part of some pairs. weights: the cell's BackwardWeights.
   template <class Weights>
-  void run(const Weights& weights, int thread, int threads) const {
-    const Range mine = split(steps_.pairs, thread, threads);
+  void run(const Weights& weights, const Range& pairs, int thread, int threads) const {
+    const Range part = split(pairs.end - pairs.begin, thread, threads);
+    const Range mine{pairs.begin + part.begin, pairs.begin + part.end};
     for (Index b = 0; b < weights.in_blocks(); ++b) {
       Columns<C> weight[2];
       for (Index d = 0; d < layer_.directions; ++d) weight[d] = weights.weight_ih(d, b);
-      if (K::half_block(layer_.I, b))
-        block<wide / 2>(mine, b, weight);
+      const Index vectors = K::vectors_of(layer_.I, b);
+      if (vectors == 1)
+        block<1>(mine, b, weight);
+      else if (vectors == 2)
+        block<2>(mine, b, weight);
       else
         block<wide>(mine, b, weight);
     }
@@ -43,7 +47,9 @@ class InputGradient : ColumnTiling<S> {
   template <int N>
   FASTRNN_NOINLINE void block(const Range& mine, Index b, const Columns<C> (&weight)[2]) const {
     PairWalk pair(steps_, mine.begin);
-    in_blocks_of_rows<rows>(mine.end - mine.begin, [&](auto count, Index m) {
+    // More than eight rows have more pointers than there are registers.
+    constexpr int most_rows = rows_per_block(N) < 8 ? rows_per_block(N) : 8;
+    in_blocks_of_rows<most_rows>(mine.end - mine.begin, [&](auto count, Index m) {
       constexpr int R = decltype(count)::value;
       V acc[R][N];
       clear(acc);

@@ -120,7 +120,7 @@ class OuterSum {
   FASTRNN_NOINLINE void add_block(Index g, Index group, Index column, Index pairs) {
     V acc[R][N];
     clear(acc);
-    accumulate_packed<R, N>(acc, packed(group), pairs, scratch_.panel, N * lanes);
+    accumulate_packed<R, N>(acc, packed(group), R, pairs, scratch_.panel, N * lanes);
     const Sums<R, N, C> sums(acc);
     C* const to = target_ + g * s_.w_group + column * m_.column_stride;
     const bool starts = starts_ && (g == 0 || s_.w_group != 0);
