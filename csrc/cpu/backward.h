@@ -326,12 +326,9 @@ class Backward : BackwardTiling<Cell, S> {
   }
 
   void hidden_step(const Position& p, Index b, Index n, bool any) {
-    // A narrow layer has one block, and pays for each of its vectors.
-    const Index vectors = ColumnTiling<S>::vectors_of(layer_.H, b);
-    if (vectors <= wide / 2)
+    // A narrow layer has one block, of which it may need half.
+    if (ColumnTiling<S>::vectors_of(layer_.H, b) <= wide / 2)
       hidden_block<wide / 2>(p, b, n, any);
-    else if (vectors < wide)
-      hidden_block<wide - 1>(p, b, n, any);
     else
       hidden_block<wide>(p, b, n, any);
   }
