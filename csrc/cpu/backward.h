@@ -18,7 +18,7 @@
 //               d_proj    [D][pairs][Op]: dh of a projected state
 //               carried   [B][Op], d_c [B][Hp]
 // Threads       share.h for the recurrence. Before it, blocks of weights and rows are split; after
-//               it, pairs and blocks of the gradients.
+//               it, pairs and tiles of the gradients.
 // Cost          per step and row G·H·O products, and 4·G·H·O bytes of packed W_hh from the cache
 //               for each block of rows.
 #pragma once

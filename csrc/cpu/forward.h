@@ -1,9 +1,9 @@
 // One layer forward.
 //
 // Maths         csrc/cells/. For each direction, the steps run in blocks. First the projection of
-//               the whole block, x·W_ihᵀ + b. Then, step by step, h·W_hhᵀ is added to it and the
-//               cell runs, with all gates of a tile of hidden units in registers, two rows at a
-//               time. Where no backward pass follows, the gates never reach memory.
+//               the whole block, x·W_ihᵀ + b. Then, step by step, it is added to h·W_hhᵀ and the
+//               cell runs, with all gates of a tile of hidden units in registers, two or three
+//               rows at a time. Where no backward pass follows, the gates never reach memory.
 // Two products  reset-before GRU: r and z first, then n from r∘h (W_hn). Projection (proj_size):
 //               the hidden units first, then W_hr. Both are a second pass over the step.
 // Layouts       weights   forward_weights.h
@@ -336,8 +336,8 @@ class Forward : Tiling<Cell, S> {
     });
   }
 
-  // done(Int<M>{}, r) for R rows, at most kMost at a time: three where two would leave one, whose
-  // chain of dependent operations takes as long as those of two.
+  // done(Int<M>{}, r) for R rows, two at a time; three together, since the third alone, a chain of
+  // dependent operations, would take as long as two.
   template <int R, class Done>
   FASTRNN_INLINE static void in_groups_of_rows(Done done) {
     constexpr int kMost = R == 3 ? 3 : 2;

@@ -54,15 +54,6 @@ FASTRNN_INLINE void in_blocks_of_rows(Index rows, Body body) {
   block_of_rows<MaxRows>(rows - first, first, body);
 }
 
-// body(Int<N>{}) for `count` vectors, 1 to Most.
-template <int Most, class Body>
-FASTRNN_INLINE void with_vectors(Index count, Body body) {
-  if constexpr (Most > 1) {
-    if (count < Most) return with_vectors<Most - 1>(count, body);
-  }
-  body(Int<Most>{});
-}
-
 template <int R, int N, class C>
 FASTRNN_INLINE void clear(Vec<C> (&acc)[R][N]) {
 #pragma GCC unroll 24

@@ -6,8 +6,8 @@
 //                 dW_hn = Σ_n dn_n ⊗ (r∘h)_n    dW_hr = Σ_n dh_n ⊗ m_n (projection: the hidden
 //                 units before it)
 //               Vectors are of hidden units, as the gate gradients are stored; the operands are
-//               broadcast. So a narrow layer wastes neither: it has whole vectors of units far
-//               sooner than whole blocks of columns, and columns count one by one.
+//               broadcast. So a narrow layer computes little padding: its units fill whole
+//               vectors where its columns would not fill a block of them.
 // Layouts       panel    [pair][vector][lane], at most kWide vectors of a plane of gate gradients
 //               columns  [block][pair][kColumns], an operand
 //               sums     [panel][column][vector][lane]: the gradient, transposed
@@ -36,7 +36,8 @@ class WeightGradients : ColumnTiling<S> {
   using Hidden = PreviousHidden<S>;
   static constexpr Index kFewPairs = 16;
   static constexpr Index kColumns = accumulators();  // of a block: whole tiles of any width
-  // Columns of a tile of N vectors of units.
+  // Columns of a tile of N vectors of units. Twelve sums hide an addition's latency; a wider tile
+  // of one or two vectors would hold more padding.
   static constexpr int columns_of(int N) {
     return accumulators() / N < 12 ? accumulators() / N : 12;
   }
@@ -95,6 +96,10 @@ class WeightGradients : ColumnTiling<S> {
   }
 
  private:
+  static constexpr Index kAll = std::numeric_limits<Index>::max() / 2;
+  // From one block of an operand's columns to the next, with room for the last vector of a pair.
+  static constexpr Index kBlock = kPairs * kColumns + lanes;
+
   // ---- what there is to compute -----------------------------------------------------------------
 
   // By their operand. W_hh has the gates of the first product, W_hn those of the second.
@@ -209,14 +214,15 @@ class WeightGradients : ColumnTiling<S> {
       const Plane& plane = task.planes[p];
       const Index vectors = plane.vectors(), panels = ceil_div(vectors, wide);
       for (Index b = 0; b < panels; ++b) {
-        const Range part{vectors * b / panels, vectors * (b + 1) / panels};
-        with_vectors<wide>(part.end - part.begin, [&](auto width) {
+        const Range part = split(vectors, static_cast<int>(b), static_cast<int>(panels));
+        const auto panel = [&](auto width, Index first) {
           constexpr int N = decltype(width)::value;
           const Index tiles = plane.template tiles<N>();
           const Range here{most(mine.begin - at, 0), least(mine.end - at, tiles)};
-          if (here.begin < here.end) body(width, plane, part.begin, here);
+          if (here.begin < here.end) body(width, plane, first, here);
           at += tiles;
-        });
+        };
+        block_of_rows<wide>(part.end - part.begin, part.begin, panel);
       }
     }
   }
@@ -226,19 +232,19 @@ class WeightGradients : ColumnTiling<S> {
     each_panel(task, {0, kAll},
                [&](auto, const Plane&, Index, const Range& tiles) { all += tiles.end; });
     const Range mine = split(all, task.thread, task.threads);
-    Range columns[kOperands];
-    for (Range& range : columns) range = {kAll, 0};
+    Range read[kOperands];  // columns
+    for (Range& range : read) range = {kAll, 0};
     each_panel(task, mine, [&](auto width, const Plane& plane, Index, const Range& tiles) {
       constexpr int N = decltype(width)::value;
       for (int which = 0; which < 2; ++which) {
         const Range part = plane.template tiles_of<N>(which, tiles);
-        Range& range = columns[plane.products[which].operand];
+        Range& range = read[plane.products[which].operand];
         if (part.begin >= part.end) continue;
         range.begin = least(range.begin, part.begin * columns_of(N));
         range.end = most(range.end, part.end * columns_of(N));
       }
     });
-    for (int which = 0; which < kOperands; ++which) pack_columns(task, which, columns[which]);
+    for (int which = 0; which < kOperands; ++which) pack_columns(task, which, read[which]);
     each_panel(task, mine, [&](auto width, const Plane& plane, Index first, const Range& tiles) {
       add_panel<decltype(width)::value>(task, plane, first, tiles);
     });
@@ -411,10 +417,6 @@ class WeightGradients : ColumnTiling<S> {
       store_units(sum, to + column, product.columns - column);
     }
   }
-
-  static constexpr Index kAll = std::numeric_limits<Index>::max() / 2;
-  // From one block of an operand's columns to the next, with room for the last vector of a pair.
-  static constexpr Index kBlock = kPairs * kColumns + lanes;
 
   const Layer& layer_;
   const CellShape& shape_;
